@@ -1,0 +1,31 @@
+"""The tree of exceptions.
+
+Every error that a user can cause is a `SapoError` whose message is one line: what clashed, where, and the way out.
+The command line prints that line and exits with status 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SapoError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigurationError(SapoError, ValueError):
+    """Options that are wrong, unknown, or clash with one another or with this machine."""
+
+
+class DatasetError(SapoError, ValueError):
+    """A dataset that is missing, malformed, or of which nothing can be used."""
+
+
+class TokenizerError(SapoError, ValueError):
+    """A tokenizer that lacks what the data needs: a chat template, an end token, a stable prefix."""
+
+
+class ModelError(SapoError, ValueError):
+    """A model folder that is missing, incomplete, or does not fit the tokenizer or the machine."""
+
+
+class CheckpointError(SapoError, RuntimeError):
+    """A checkpoint that lacks a part, is damaged, or belongs to another configuration."""

@@ -1,0 +1,142 @@
+"""Choose, cut and splice spans of response tokens. Pure integers: no model, no tensor.
+
+A response is A + B + C: the opponent rewrites the segment B, keeps A, and C follows unless the rewriting ended the
+response. Geometry from the published collator (`sapo/utils.py`, revision 5d7a210) and section 3.2 of the paper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Suffix = Literal["keep", "drop", "mask"]
+
+PUBLISHED_TAIL_MARGIN = 3
+"""The published collator never puts the last three tokens of a long response into a segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Half-open span `[start, stop)` of response tokens to regenerate."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"Segment({self.start}, {self.stop}): need 0 <= start <= stop")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on `parts` alone.
+
+    All randomness of a run is drawn from such seeds: `parts` says what the draw concerns (run seed, purpose, epoch,
+    row, draw), so nothing depends on batch composition, on the number of processes or on what was drawn before.
+    """
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def segment_tokens(response_length: int, segment_length: float | None) -> int:
+    """Number of tokens to rewrite in a response of `response_length` tokens (end token included).
+
+    Args:
+        response_length: tokens in the response, at least 1.
+        segment_length: tokens (1 or more), a fraction of the response (between 0 and 1), or None for all of it.
+    """
+    if response_length < 1:
+        raise ValueError(f"response_length={response_length}: a response has at least one token")
+    if segment_length is None:
+        return response_length
+    if segment_length <= 0:
+        raise ValueError(f"segment_length={segment_length}: must be positive, or None for the whole response")
+    if segment_length < 1:
+        return max(1, round(segment_length * response_length))
+    return min(int(segment_length), response_length)
+
+
+def choose_segment(
+    response_length: int,
+    segment_length: float | None,
+    rng: random.Random,
+    *,
+    tail_margin: int = PUBLISHED_TAIL_MARGIN,
+) -> Segment:
+    """Draw the segment of a response: with n tokens and N of them to rewrite, the start is uniform over [0, n - 3 - N].
+
+    When that range is empty the start is 0, so a response of about N tokens or fewer is rewritten whole.
+
+    Args:
+        response_length: n, tokens in the response, end token included.
+        segment_length: see `segment_tokens`.
+        rng: source of the draw; consumed once, also when there is nothing to draw.
+        tail_margin: last tokens that a start never reaches (3 as published; 0 lets a segment touch the end).
+
+    Source: the published collator's `truncate_at`; golden vectors `segment_geometry.json`.
+    """
+    tokens = segment_tokens(response_length, segment_length)
+    last_start = response_length - tail_margin - tokens
+    uniform = rng.random()
+    start = int(uniform * (last_start + 1)) if last_start > 0 else 0
+    return Segment(start, start + tokens)
+
+
+def truncate(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end",
+) -> tuple[list[int], list[int]]:
+    """Cut a prompt and a response to `max_length` tokens together, as the published collator does.
+
+    Only when both together are too long: first the prompt is cut to `max_prompt_length` (its end or its start is
+    kept), then, if that is not enough, the response is cut at the end, and its end token goes with it.
+
+    Returns:
+        The prompt and the response that remain; the response may be empty when the prompt alone fills `max_length`.
+    """
+    prompt, response = list(prompt), list(response)
+    if len(prompt) + len(response) > max_length and len(prompt) > max_prompt_length:
+        prompt = prompt[-max_prompt_length:] if truncation_mode == "keep_end" else prompt[:max_prompt_length]
+    return prompt, response[: max(0, max_length - len(prompt))]
+
+
+def cut_at_end(tokens: Sequence[int], eos_ids: Collection[int]) -> list[int]:
+    """`tokens` up to and including the first one that is in `eos_ids`."""
+    for position, token in enumerate(tokens):
+        if token in eos_ids:
+            return list(tokens[: position + 1])
+    return list(tokens)
+
+
+def splice(
+    response: Sequence[int],
+    segment: Segment,
+    replacement: Sequence[int],
+    *,
+    eos_ids: Collection[int] = (),
+    suffix: Suffix = "keep",
+) -> list[int]:
+    """Replace `segment` of `response` by `replacement`.
+
+    If `replacement` ends the response (its last token is in `eos_ids`), the suffix is dropped, as in the published
+    implementation. With `suffix="drop"` it always is; "mask" keeps it (the loss leaves it out, see `batches`).
+
+    Raises:
+        ValueError: the segment reaches beyond the response.
+    """
+    if segment.stop > len(response):
+        raise ValueError(f"{segment} reaches beyond a response of {len(response)} tokens")
+    head = [*response[: segment.start], *replacement]
+    ended = bool(replacement) and replacement[-1] in eos_ids
+    if ended or suffix == "drop":
+        return head
+    return [*head, *response[segment.stop :]]

@@ -1,0 +1,284 @@
+"""SAPOConfig: every option of a run, checked before a model loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from sapo.errors import ConfigurationError
+
+Objective = Literal["dpo", "orpo"]
+Reference = Literal["initial", "opponent_copy", "opponent", "none"]
+
+
+def _option(default: Any, text: str) -> Any:  # noqa: ANN401
+    """A dataclass field with its help text; argparse reads `%` as a format, so it is doubled."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+@dataclass
+class SAPOConfig(TrainingArguments):
+    """Options of `SAPOTrainer`: those of `transformers.TrainingArguments`, and what SAPO adds.
+
+    Defaults are the published settings where the paper has one (section 4.1 and the published recipes). The help text
+    of each field is its documentation; `sapo train --help` prints all of them.
+
+    Raises:
+        ConfigurationError: options that are out of range or clash, with the way out.
+    """
+
+    # Defaults of TrainingArguments that differ here, as in trl.
+    learning_rate: float = _option(5e-7, "Peak learning rate. Published: 5e-7 for DPO, 5e-6 for ORPO.")
+    logging_steps: float = _option(10, "Log every so many optimizer steps; below 1, a share of all steps.")
+    gradient_checkpointing: bool = _option(  # type: ignore[assignment]
+        True, "Recompute activations in the backward pass: much less memory for about 20% more time."
+    )
+    bf16: bool | None = _option(  # type: ignore[assignment]
+        None, "Mixed precision in bfloat16. Unset: on where the accelerator has it, off on a CPU."
+    )
+    remove_unused_columns: bool | None = _option(
+        False, "Must stay false: the prepared data has columns of its own."
+    )
+
+    # Objective
+    objective: Objective = _option("dpo", 'Loss on the pairs: "dpo" (with a reference) or "orpo" (without).')
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = _option(
+        "sigmoid", "Form of the DPO loss; ipo divides log-ratios by the response length, as trl does."
+    )
+    beta: float = _option(
+        0.1, "Strength of the pull towards the reference (DPO), weight of the odds-ratio term (ORPO)."
+    )
+    chosen_nll_weight: float = _option(
+        0.0, "Guard for DPO: add this times the chosen response's negative log-likelihood per token."
+    )
+    dpop_weight: float = _option(
+        0.0, "Guard for DPO: subtract this times max(0, fall of the chosen log-probability) from the margin (DPOP)."
+    )
+    chosen_drop_limit: float | None = _option(
+        None, "Stop when the chosen log-probability has fallen by more than this many nats per response."
+    )
+    chosen_probe_size: int = _option(
+        16, "Training examples whose chosen log-probability is followed from the start of the run; 0 for none."
+    )
+    nll_positions: Literal["response", "all"] = _option(
+        "response", 'Where ORPO\'s likelihood term looks; "all" adds prompt and padding, as published (departure 8).'
+    )
+
+    # Self-play
+    pair_source: Literal["self_play", "paired"] = _option(
+        "self_play", 'Where pairs come from: the opponent, or the data\'s own chosen and rejected ("paired").'
+    )
+    segment_length: float | None = _option(
+        256, "Tokens to rewrite; between 0 and 1 a fraction of the response; none for the whole response."
+    )
+    tail_margin: int = _option(
+        3, "Last tokens of a long response that a segment never reaches (published: 3; departure 3)."
+    )
+    suffix: Literal["keep", "drop", "mask"] = _option(
+        "keep", "What follows the rewritten segment: kept, dropped, or present and not scored in the rejected response."
+    )
+    assistant_turns: Literal["last", "random", "all"] = _option(
+        "last", "Which replies of a conversation are learnt from; random draws one anew in each epoch."
+    )
+    num_generations: int = _option(1, "Pairs made from each example; each draws its own segment.")
+    generation_interval: int = _option(
+        1, "Generate at every k-th optimizer step; the examples of the steps between are passed over."
+    )
+    generation_batch_size: int | None = _option(
+        None, "Rows the opponent writes at a time; unset for all at once."
+    )
+    temperature: float = _option(0.7, "Sampling temperature of the opponent; 0 for greedy.")
+    top_k: int = _option(50, "The opponent samples from this many most probable tokens; 0 for all.")
+    top_p: float = _option(0.95, "The opponent samples from the smallest set with this probability; 1 for all.")
+    skip_identical: bool = _option(
+        True, "Do not store a pair whose rewritten segment equals the original: it carries no signal."
+    )
+
+    # Opponent and reference
+    ema_decay: float = _option(
+        0.5, "Opponent <- decay x opponent + (1 - decay) x policy after each optimizer step; 1 freezes it, 0 copies."
+    )
+    reference: Reference | None = _option(
+        None,
+        "Reference of DPO: initial; opponent_copy (every reference_sync_steps, published); opponent (live, one model "
+        "fewer); none. Unset: opponent_copy for self-play DPO, initial for paired data, none for ORPO.",
+    )
+    reference_sync_steps: int = _option(
+        108, "With reference opponent_copy: optimizer steps between two copies (published: 108)."
+    )
+
+    # Replay buffer
+    replay_buffer_size: int = _option(2000, "Pairs kept by each process; when full the oldest leaves.")
+    replay_draw: Literal["inverse_count", "uniform"] = _option(
+        "inverse_count", "Draw with probability proportional to 1 / (times drawn + 1), or uniformly."
+    )
+    replay_replacement: bool = _option(True, "Whether a batch may hold the same pair twice (as published).")
+    replay_max_age: int | None = _option(None, "Discard pairs older than this many optimizer steps.")
+
+    # Data
+    max_length: int = _option(2048, "Most tokens of prompt and response together.")
+    max_prompt_length: int | None = _option(
+        None, "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length, at least half."
+    )
+    truncation_mode: Literal["keep_end", "keep_start"] = _option(
+        "keep_end", "Which end of a prompt that is too long is kept."
+    )
+    overlong: Literal["truncate", "drop", "error"] = _option(
+        "truncate", "What happens to rows longer than max_length; they are counted and reported in any case."
+    )
+
+    # The run
+    disable_dropout: bool = _option(True, "Set every dropout of the model to 0, as trl's DPO does.")
+    model_init_kwargs: dict | str | None = _option(
+        None, "Keyword arguments for from_pretrained when the model is given by name."
+    )
+    log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
+    num_pairs_to_print: int = _option(3, "Pairs in that table.")
+    overwrite_output_dir: bool = _option(
+        False, "Start afresh in an output folder that holds an earlier run: its checkpoints and results are deleted."
+    )
+    skip_memory_check: bool = _option(
+        False, "Load the model even if the estimate says that its copies do not fit into memory."
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        # TrainingArguments' own name for it since transformers 5.20; the old one is what trl's users type.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self.gradient_checkpointing = None  # type: ignore[assignment]
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise ConfigurationError(" ".join(str(error).split())) from error
+        self.gradient_checkpointing = bool(self.activation_checkpointing)
+
+    def _check(self) -> None:
+        if self.segment_length is not None and self.segment_length >= 1:
+            if self.segment_length != int(self.segment_length):
+                raise ConfigurationError(
+                    f"segment_length={self.segment_length}: give whole tokens (1 or more), a fraction below 1, "
+                    "or none for the whole response."
+                )
+            self.segment_length = int(self.segment_length)
+        self.reference = self.reference or self._default_reference()
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                reach = f"{low} or more" if high == _INF else f"between {low} and {high}"
+                raise ConfigurationError(f"{name}={value}: must be {reach}.")
+        if self.segment_length == 0:
+            raise ConfigurationError("segment_length=0: must be positive, or none for the whole response.")
+        if self.beta == 0 and self.objective == "dpo":
+            raise ConfigurationError("beta=0 with objective=dpo: the loss is constant. Raise beta.")
+        self._check_lengths()
+        self._check_objective()
+        self._check_device()
+        if self.remove_unused_columns:
+            raise ConfigurationError("remove_unused_columns=true: must stay false here. Leave the option out.")
+
+    def _default_reference(self) -> Reference:
+        if self.objective == "orpo":
+            return "none"
+        return "opponent_copy" if self.pair_source == "self_play" else "initial"
+
+    def _check_lengths(self) -> None:
+        tokens = self.segment_length if self.segment_length is not None and self.segment_length >= 1 else 0
+        if self.max_prompt_length is None:
+            self.max_prompt_length = max(self.max_length - int(tokens), self.max_length // 2)
+        elif self.max_prompt_length >= self.max_length:
+            raise ConfigurationError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "
+                f"max_length={self.max_length}. Lower it, or raise max_length."
+            )
+        elif self.max_prompt_length + tokens > self.max_length:
+            raise ConfigurationError(
+                f"max_prompt_length={self.max_prompt_length} and segment_length={tokens} exceed "
+                f"max_length={self.max_length}. Lower either, or raise max_length to "
+                f"{self.max_prompt_length + tokens}."
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective == "orpo":
+            for name in ("chosen_nll_weight", "dpop_weight"):
+                if getattr(self, name):
+                    raise ConfigurationError(
+                        f"{name}={getattr(self, name)} with objective=orpo: ORPO has a likelihood term and no "
+                        f"reference. Set {name} to 0, or objective to dpo."
+                    )
+            if self.reference != "none":
+                raise ConfigurationError(
+                    f"reference={self.reference} with objective=orpo: ORPO uses none. Leave the option out."
+                )
+            if self.loss_type != "sigmoid":
+                raise ConfigurationError(
+                    f"loss_type={self.loss_type} with objective=orpo: it is a form of the DPO loss. "
+                    "Leave the option out, or set objective to dpo."
+                )
+        elif self.nll_positions != "response":
+            raise ConfigurationError(
+                f"nll_positions={self.nll_positions} with objective=dpo: it concerns ORPO's likelihood term only."
+            )
+        if self.objective == "dpo" and self.reference == "none" and self.dpop_weight:
+            raise ConfigurationError(
+                f"dpop_weight={self.dpop_weight} with reference=none: the guard measures the fall against the "
+                "reference. Use chosen_nll_weight, or another reference."
+            )
+        if self.pair_source == "paired" and self.reference in ("opponent", "opponent_copy"):
+            raise ConfigurationError(
+                f"reference={self.reference} with pair_source=paired: there is no opponent. Use initial or none."
+            )
+        if self.chosen_drop_limit is not None and self.chosen_probe_size == 0:
+            raise ConfigurationError(
+                "chosen_drop_limit needs examples to follow, and chosen_probe_size=0. Raise chosen_probe_size."
+            )
+
+    def _check_device(self) -> None:
+        if self.use_cpu:
+            return
+        if self.bf16 and not _accelerator_has_bf16():
+            raise ConfigurationError(
+                "bf16=true: no accelerator with bfloat16 on this machine. Leave the option out, or add use_cpu."
+            )
+        if self.fp16 and not torch.accelerator.is_available():
+            raise ConfigurationError("fp16=true: no accelerator on this machine. Leave the option out.")
+
+
+def _accelerator_has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]
+
+
+_INF = float("inf")
+_RANGES: list[tuple[str, float, float]] = [
+    ("beta", 0, _INF),
+    ("chosen_nll_weight", 0, _INF),
+    ("dpop_weight", 0, _INF),
+    ("chosen_drop_limit", 0, _INF),
+    ("chosen_probe_size", 0, _INF),
+    ("segment_length", 0, _INF),
+    ("tail_margin", 0, _INF),
+    ("num_generations", 1, _INF),
+    ("generation_interval", 1, _INF),
+    ("generation_batch_size", 1, _INF),
+    ("temperature", 0, _INF),
+    ("top_k", 0, _INF),
+    ("top_p", 0, 1),
+    ("ema_decay", 0, 1),
+    ("reference_sync_steps", 1, _INF),
+    ("replay_buffer_size", 1, _INF),
+    ("replay_max_age", 0, _INF),
+    ("max_length", 2, _INF),
+    ("max_prompt_length", 1, _INF),
+    ("log_pairs_steps", 0, _INF),
+    ("num_pairs_to_print", 1, _INF),
+]
+"""Inclusive range of each number; `None` always passes where the field allows it."""

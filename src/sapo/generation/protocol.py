@@ -1,0 +1,56 @@
+"""The seam between self-play and whatever writes the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from sapo.errors import ConfigurationError
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Something that continues token sequences."""
+
+    def generate(
+        self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue each context.
+
+        Args:
+            contexts: token ids to continue, at least one each; rows of any length.
+            max_new_tokens: budget of each row in tokens, 0 or more.
+            seeds: seed of each row, the only source of that row's randomness: what a row becomes does not depend on
+                the other rows, on their order or on their number, beyond floating point.
+
+        Returns:
+            For row i the tokens after `contexts[i]`: at most `max_new_tokens[i]`, up to and including the first end
+            token.
+
+        Raises:
+            ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.
+        """
+        ...
+
+
+def check_request(
+    contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
+) -> None:
+    """Refuse arguments of `Generator.generate` that break its contract; every implementation calls this first.
+
+    Raises:
+        ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.
+    """
+    if not len(contexts) == len(max_new_tokens) == len(seeds):
+        raise ConfigurationError(
+            f"generate got {len(contexts)} contexts, {len(max_new_tokens)} budgets and {len(seeds)} seeds; "
+            "pass one of each per row"
+        )
+    for row, (context, budget) in enumerate(zip(contexts, max_new_tokens, strict=True)):
+        if len(context) == 0:
+            raise ConfigurationError(
+                f"row {row}: the context is empty, so there is nothing to continue; "
+                "give the row a prompt of at least one token"
+            )
+        if budget < 0:
+            raise ConfigurationError(f"row {row}: max_new_tokens={budget} is negative; use 0 for no tokens")

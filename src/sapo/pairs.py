@@ -1,0 +1,243 @@
+"""Where pairs come from: the model playing against its own moving average, or rows that already hold them.
+
+From an example to a drawn batch, in the order of the published training step: choose a segment, let the opponent
+write it anew, splice, store, draw.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sapo.data import Example, Turn
+from sapo.generation import Generator
+from sapo.replay_buffer import ReplayBuffer
+from sapo.segments import (
+    PUBLISHED_TAIL_MARGIN,
+    Segment,
+    Suffix,
+    choose_segment,
+    cut_at_end,
+    derive_seed,
+    splice,
+)
+
+Record = Callable[[str, float], None]
+"""Takes one observation of a metric: its name and its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A chosen and a rejected response to one prompt, as token ids.
+
+    `segment` is the span B of `chosen_ids` that was rewritten, `rewritten` the span B' of `rejected_ids` that
+    replaced it; everything before `segment.start` is shared. For rows that came with both responses, the two spans
+    are what follows their common beginning.
+    """
+
+    row: int
+    turn: int
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    segment: Segment
+    rewritten: Segment
+
+    @property
+    def identical(self) -> bool:
+        """Whether the opponent wrote the very tokens that it was to replace: such a pair carries no signal."""
+        chosen, rejected = self.segment, self.rewritten
+        return (
+            self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
+        )
+
+
+class PairSource(Protocol):
+    """Turns the dataloader's examples into the pairs that the policy learns from now."""
+
+    def pairs(
+        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
+    ) -> list[Pair]:
+        """Pairs for one micro-batch; never empty when `examples` is not."""
+        ...
+
+
+def _ignore(name: str, value: float) -> None:
+    """Where nobody asks for metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfPlaySettings:
+    """How pairs are made; every field is an option of `SAPOConfig`, described there."""
+
+    segment_length: float | None = 256
+    tail_margin: int = PUBLISHED_TAIL_MARGIN
+    suffix: Suffix = "keep"
+    num_generations: int = 1
+    generation_interval: int = 1
+    skip_identical: bool = True
+    replay_max_age: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A response whose segment is chosen and not yet rewritten."""
+
+    row: int
+    turn: Turn
+    segment: Segment
+    seed: int
+
+
+class SelfPlay:
+    """Pairs that the opponent makes from good responses (section 3.2 and algorithm 1 of the paper).
+
+    Args:
+        generator: lets the opponent write.
+        buffer: this process's replay buffer.
+        settings: see `SelfPlaySettings`.
+        end_ids: tokens that end a response.
+        seed: the run's seed. What concerns an example is seeded by (seed, epoch, row, turn, draw), draws from the
+            buffer by (seed, step, micro-batch, process); nothing else is random.
+        batch_size: pairs drawn per micro-batch.
+        process: index of this process.
+        record: receives `self_play/*` and `replay/*` metrics.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        buffer: ReplayBuffer[Pair],
+        settings: SelfPlaySettings,
+        *,
+        end_ids: Collection[int],
+        seed: int,
+        batch_size: int,
+        process: int = 0,
+        record: Record = _ignore,
+    ) -> None:
+        self.buffer = buffer
+        self._generator = generator
+        self._settings = settings
+        self._end_ids = frozenset(end_ids)
+        self._seed = seed
+        self._batch_size = batch_size
+        self._process = process
+        self._record = record
+
+    def pairs(
+        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
+    ) -> list[Pair]:
+        """Rewrite `examples`, store the new pairs, and draw a batch from everything stored."""
+        settings = self._settings
+        if settings.replay_max_age is not None:
+            self.buffer.expire(step - settings.replay_max_age)
+        # An empty buffer collects out of turn: a step always has pairs.
+        if step % settings.generation_interval == 0 or len(self.buffer) == 0:
+            self._store(self.rewrite(examples, epoch=epoch), step)
+        rng = random.Random(derive_seed(self._seed, "draw", step, micro_batch, self._process))
+        drawn = self.buffer.draw(self._batch_size, rng)
+        self._record("replay/size", len(self.buffer))
+        self._record("replay/mean_age", self.buffer.mean_age(step))
+        self._record("replay/mean_draws", self.buffer.mean_draws())
+        return drawn
+
+    def rewrite(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
+        """One pair per example and generation, the buffer untouched."""
+        drafts = [draft for example in examples for draft in self._drafts(example, epoch)]
+        written = self._generator.generate(
+            [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
+            [len(d.segment) for d in drafts],
+            [d.seed for d in drafts],
+        )
+        return [
+            self._pair(draft, replacement) for draft, replacement in zip(drafts, written, strict=True)
+        ]
+
+    def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
+        turns = example.turns
+        turn = turns[0]
+        if len(turns) > 1:
+            turn = random.Random(derive_seed(self._seed, "turn", epoch, example.row)).choice(turns)
+        drafts = []
+        for draw in range(self._settings.num_generations):
+            what = (epoch, example.row, turn.index, draw)
+            segment = choose_segment(
+                len(turn.response_ids),
+                self._settings.segment_length,
+                random.Random(derive_seed(self._seed, "segment", *what)),
+                tail_margin=self._settings.tail_margin,
+            )
+            drafts.append(_Draft(example.row, turn, segment, derive_seed(self._seed, "tokens", *what)))
+        return drafts
+
+    def _pair(self, draft: _Draft, written: Sequence[int]) -> Pair:
+        replacement = cut_at_end(written[: len(draft.segment)], self._end_ids)
+        rejected = splice(
+            draft.turn.response_ids,
+            draft.segment,
+            replacement,
+            eos_ids=self._end_ids,
+            suffix=self._settings.suffix,
+        )
+        return Pair(
+            row=draft.row,
+            turn=draft.turn.index,
+            prompt_ids=draft.turn.prompt_ids,
+            chosen_ids=draft.turn.response_ids,
+            rejected_ids=tuple(rejected),
+            segment=draft.segment,
+            rewritten=Segment(draft.segment.start, draft.segment.start + len(replacement)),
+        )
+
+    def _store(self, pairs: Sequence[Pair], step: int) -> None:
+        stored = [pair for pair in pairs if not (self._settings.skip_identical and pair.identical)]
+        if not stored and len(self.buffer) == 0:
+            stored = list(pairs)
+        for pair in stored:
+            self.buffer.add(pair, step)
+        for pair in pairs:
+            ended = bool(pair.rejected_ids) and pair.rewritten.stop == len(pair.rejected_ids)
+            self._record("self_play/identical_fraction", float(pair.identical))
+            self._record(
+                "self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._end_ids)
+            )
+            self._record("self_play/rejected_length", len(pair.rejected_ids))
+            self._record("self_play/segment_length", len(pair.segment))
+
+
+class PairedData:
+    """Pairs of a preference dataset, as they are: plain offline DPO and ORPO on the same trainer."""
+
+    def pairs(
+        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
+    ) -> list[Pair]:
+        """The examples' own chosen and rejected responses."""
+        return [paired(example) for example in examples]
+
+
+def paired(example: Example) -> Pair:
+    """The pair of an example that has both responses.
+
+    Raises:
+        ValueError: the example has no rejected response.
+    """
+    turn = example.turns[-1]
+    if turn.rejected_ids is None:
+        raise ValueError(f"row {example.row} has no rejected response")
+    shared = 0
+    for chosen, rejected in zip(turn.response_ids, turn.rejected_ids, strict=False):
+        if chosen != rejected:
+            break
+        shared += 1
+    return Pair(
+        row=example.row,
+        turn=turn.index,
+        prompt_ids=turn.prompt_ids,
+        chosen_ids=turn.response_ids,
+        rejected_ids=turn.rejected_ids,
+        segment=Segment(shared, len(turn.response_ids)),
+        rewritten=Segment(shared, len(turn.rejected_ids)),
+    )

@@ -35,23 +35,26 @@ def score(model: nn.Module, batch: PairBatch, *, all_positions: bool = False) ->
         batch: on the model's device.
         all_positions: also return `all_positions_nll`.
     """
-    width = batch.input_ids.shape[1]
     first = 1 if all_positions else batch.first_label
-    kept = width - first + 1
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=kept,
-    ).logits
-    # A model without `logits_to_keep` returns them all; the last `kept` are the same either way.
-    logits = logits[:, -kept:]
+    logits = _logits_from(model, batch, first - 1)
     targets = batch.labels[:, first:]
     summed = token_logps(logits[:, :-1], targets).sum(-1)
     lengths = (targets != IGNORE).sum(-1)
     half = len(batch)
     nll = published_orpo_nll(logits[:half], batch.input_ids[:half]) if all_positions else None
     return PairScores(summed[:half], summed[half:], lengths[:half], lengths[half:], nll)
+
+
+def response_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+    """Summed log-probability of each row's labelled tokens, `[rows]`, without gradients and in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = _logits_from(model, batch, batch.first_label - 1)
+            return token_logps(logits[:, :-1], batch.labels[:, batch.first_label :]).sum(-1)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -63,3 +66,16 @@ def score_frozen(model: nn.Module, batch: PairBatch) -> PairScores:
         return score(model, batch)
     finally:
         model.train(training)
+
+
+def _logits_from(model: nn.Module, batch: PairBatch, first: int) -> Tensor:
+    """Logits `[rows, L - first, V]` of the columns from `first` on."""
+    kept = batch.input_ids.shape[1] - first
+    logits: Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+        logits_to_keep=kept,
+    ).logits
+    # A model without `logits_to_keep` returns them all; the last `kept` are the same either way.
+    return logits[:, -kept:]

@@ -1,13 +1,13 @@
 """Rows of any supported shape -> one conversation, or one piece of plain text, with the reply to learn from.
 
-Pure Python on dictionaries: no tokenizer, no files. A fault in the structure of a row is a `DatasetError` that names
-the row; a row that is well-formed but teaches nothing (an empty reply) becomes a `Dropped`, which the caller counts.
+Pure Python on dictionaries: no tokenizer, no files. A fault in the structure of a row is a `DatasetError`
+that names the row; a well-formed row that teaches nothing (an empty reply) becomes a `Dropped`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -33,8 +33,8 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
-# Columns each format needs, in order of preference where a dataset satisfies several (preference datasets often carry
-# "messages" beside "chosen"; both then hold the same conversation).
+# Columns each format needs, in order of preference where a dataset satisfies several (preference datasets
+# often carry "messages" beside "chosen"; both then hold the same conversation).
 _NEEDED: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
     "chosen": ("chosen",),
@@ -79,7 +79,7 @@ class Dropped:
 
 
 def detect_format(row: Row, *, paired: bool, source: str) -> Format:
-    """Tell the format of a dataset from the columns of its first row (a column that holds None counts as absent).
+    """Tell the format of a dataset from the columns of its first row (one that holds None counts as absent).
 
     Raises:
         DatasetError: no format fits, or `paired` and the row lacks chosen or rejected.
@@ -90,7 +90,7 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
             return "chosen"
         raise DatasetError(
             f"{source}: has the columns {_names(columns)}, but learning from pairs needs chosen and rejected "
-            "(and prompt, unless both repeat it). Give paired rows, or choose a method that makes its own pairs."
+            "(and prompt, unless both repeat it). Give paired rows, or let the model write the rejected side."
         )
     for name, needed in _NEEDED.items():
         if columns.issuperset(needed):
@@ -110,7 +110,7 @@ def parse_row(
         row: columns and values.
         layout: from `detect_format`.
         paired: keep the rejected side.
-        chat: whether Alpaca and question/answer rows become conversations (the tokenizer has a chat template).
+        chat: whether Alpaca and question/answer rows become conversations (there is a chat template).
         where: names the row in messages, such as "row 17 of train.jsonl".
 
     Raises:
@@ -171,8 +171,8 @@ def _chosen(row: Row, *, paired: bool, where: str) -> Conversation | PlainText |
     if isinstance(chosen, str):
         if not isinstance(rejected, str):
             raise DatasetError(
-                f"{where}: chosen is text and there is neither a prompt nor a rejected text to tell where the "
-                "prompt ends. Add a prompt column."
+                f"{where}: chosen is text, and neither a prompt nor a rejected text tells where the prompt "
+                "ends. Add a prompt column."
             )
         cut = _shared_text(chosen, rejected)
         pair = rejected[cut:] if paired else None
@@ -183,7 +183,7 @@ def _chosen(row: Row, *, paired: bool, where: str) -> Conversation | PlainText |
 
 
 def _prompt_and_reply(
-    row: Row, column: str, reply: Any, rejected: Any, where: str
+    row: Row, column: str, reply: object, rejected: object, where: str
 ) -> Conversation | PlainText | Dropped:
     """A prompt column beside a reply column, each text or messages."""
     prompt = row["prompt"]
@@ -209,9 +209,9 @@ def _prompt_and_reply(
 
 
 def _rejected_side(
-    rejected: Any, opening: list[Message], messages: list[Message], where: str
+    rejected: object, opening: list[Message], messages: list[Message], where: str
 ) -> list[Message]:
-    """The whole rejected conversation, whether the row gives it whole, after the prompt, or as a reply alone."""
+    """The whole rejected conversation, whether given whole, after the prompt, or as a reply alone."""
     if isinstance(rejected, str):
         rejected = [{"role": "assistant", "content": rejected}]
     other = _messages(rejected, "rejected", where)
@@ -246,7 +246,7 @@ def _conversation(
     if roles[-1] != "assistant":
         raise _wrong_end(column, roles[-1], where)
     for message in messages:
-        # An empty system text or tool result is ordinary; an empty question or answer is a damaged conversation.
+        # An empty system text or tool result is ordinary; an empty question or answer is damage.
         if message["role"] == "user" and _says_nothing(message):
             return Dropped("empty user message")
         if message["role"] == "assistant" and _says_nothing(message):
@@ -262,7 +262,7 @@ def _plain(prompt: str, completion: str, rejected: str | None) -> PlainText | Dr
     return PlainText(prompt, completion, rejected)
 
 
-def _messages(value: Any, column: str, where: str) -> list[Message]:
+def _messages(value: object, column: str, where: str) -> list[Message]:
     """Check one list of messages; ShareGPT keys and roles are translated."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DatasetError(f'{where}: "{column}" is {_kind(value)}; it must be a list of messages.')
@@ -271,7 +271,7 @@ def _messages(value: Any, column: str, where: str) -> list[Message]:
     return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)]
 
 
-def _message(item: Any, name: str, where: str) -> Message:
+def _message(item: object, name: str, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise DatasetError(f"{where}: {name} is {_kind(item)}; it must be an object with role and content.")
     fields = {key: value for key, value in item.items() if value is not None}
@@ -284,7 +284,8 @@ def _message(item: Any, name: str, where: str) -> Message:
     if role not in ROLES:
         found = "no role" if role is None else f"the unknown role {json.dumps(role, default=str)}"
         raise DatasetError(
-            f"{where}: {name} has {found}; known are {_names(ROLES)}, and ShareGPT's {_names(SHAREGPT_ROLES)}."
+            f"{where}: {name} has {found}; known are {_names(ROLES)}, "
+            f"and ShareGPT's {_names(SHAREGPT_ROLES)}."
         )
     content = fields.get("content", "" if fields.get("tool_calls") else None)
     if not isinstance(content, str):
@@ -292,7 +293,7 @@ def _message(item: Any, name: str, where: str) -> Message:
     return {**fields, "role": role, "content": content}
 
 
-def _tools(value: Any, where: str) -> list[Any] | None:
+def _tools(value: object, where: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -303,7 +304,7 @@ def _tools(value: Any, where: str) -> list[Any] | None:
     return value or None
 
 
-def _text(value: Any, column: str, where: str) -> str:
+def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise DatasetError(f'{where}: "{column}" is {_kind(value)}; it must be text.')
     return value
@@ -323,7 +324,7 @@ def _starts_with(messages: Sequence[Message], opening: Sequence[Message]) -> boo
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """Length of the prompt that two texts share, moved back to a white space so that no word is torn apart."""
+    """Length of the prompt that two texts share, moved back to a white space so as not to tear a word."""
     cut = 0
     for mine, theirs in zip(chosen, rejected, strict=False):
         if mine != theirs:
@@ -340,11 +341,11 @@ def _wrong_end(column: str, role: str, where: str) -> DatasetError:
     )
 
 
-def _names(names: Any) -> str:
+def _names(names: Collection[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, str):

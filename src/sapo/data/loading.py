@@ -1,7 +1,7 @@
 """Find and read rows: a local file or folder, a dataset on the hub, or a mixture of several.
 
-JSON is read here and not by `datasets`, whose inference refuses rows that differ in their fields, and whose errors name
-neither file nor line. Local data is read into memory; nothing is written to any cache.
+JSON is read here and not by `datasets`, whose inference refuses rows that differ in their fields, and whose
+errors name neither file nor line. Local data is read into memory; nothing is written to any cache.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def load_rows(
         name_or_path: a file (JSONL, JSON, Parquet, Arrow), a folder (such files, named by split; or what
             `Dataset.save_to_disk` wrote), or the id of a dataset on the hub.
         config: which configuration of a hub dataset.
-        split: which split, optionally a part of it, as in `train[:1000]` or `test[10%:20%]`. A single file or a saved
-            `Dataset` is the split "train".
+        split: which split, optionally a part of it, as in `train[:1000]` or `test[10%:20%]`. A single file or
+            a saved `Dataset` is the split "train".
         streaming: fetch a hub dataset row by row and do not store it; local data is read into memory anyway.
 
     Returns:
@@ -72,8 +72,8 @@ def load_mixture(mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
         return get_dataset(mixture)
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(
-            f"mixture of {names}: cannot be put together ({_one_line(error)}). Check each path and split, and give all "
-            "members the same columns (`columns` selects them)."
+            f"mixture of {names}: cannot be put together ({_one_line(error)}). Check each path and split, "
+            "and give all members the same columns (`columns` selects them)."
         ) from error
 
 
@@ -109,8 +109,8 @@ def _load_local(path: Path, config: str | None, split: str) -> Rows:
         rows = _read_folder(path, base)
     elif base != "train":
         raise DatasetError(
-            f'{path}: is one file, which is the split "train"; there is no "{base}". Give a folder with train.jsonl '
-            f"and {base}.jsonl, or the other file's own path."
+            f'{path}: is one file, which is the split "train"; there is no "{base}". Give a folder with '
+            f"train.jsonl and {base}.jsonl, or the other file's own path."
         )
     else:
         rows = _read_file(path)
@@ -128,7 +128,7 @@ def _split_parts(split: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _take(rows: Any, base: str, split: str, path: Path) -> Rows:
+def _take(rows: datasets.Dataset | list[dict[str, Any]], base: str, split: str, path: Path) -> Rows:
     try:
         (span,) = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
     except (ValueError, AssertionError) as error:
@@ -163,7 +163,7 @@ def _read_folder(folder: Path, split: str) -> Rows:
                 by_split.setdefault(sub.name, []).extend(shards)
     if not by_split:
         raise DatasetError(
-            f"{folder}: holds no data. Put in train.jsonl (or .json, .parquet, .arrow), or give a file's path."
+            f"{folder}: holds no data. Put train.jsonl (or .json, .parquet, .arrow) there, or give a file."
         )
     if split not in by_split and split == "train" and set(by_split) == {""}:
         return _join(by_split[""], folder)  # a folder of nameless shards
@@ -199,7 +199,8 @@ def _join(files: list[Path], folder: Path) -> Rows:
         return datasets.concatenate_datasets(parts)
     except (ValueError, TypeError, pyarrow.ArrowException) as error:
         raise DatasetError(
-            f"{folder}: its {len(files)} files do not fit together ({_one_line(error)}). Give them the same columns."
+            f"{folder}: its {len(files)} files do not fit together ({_one_line(error)}). "
+            "Give them the same columns."
         ) from error
 
 
@@ -269,7 +270,7 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
         ) from error
 
 
-def _parse(text: str, file: Path, line: int) -> Any:
+def _parse(text: str, file: Path, line: int) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -300,8 +301,8 @@ def _json_document(raw: bytes, file: Path) -> list[dict[str, Any]]:
     if isinstance(document, dict):
         if not isinstance(document.get("data"), list):
             raise DatasetError(
-                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; rows are expected "
-                'as a list, under the key "data", or one object a line.'
+                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; rows are "
+                'expected as a list, under the key "data", or one object a line.'
             )
         document = document["data"]
     if not isinstance(document, list):
@@ -318,13 +319,13 @@ def _is_json_lines(text: str) -> bool:
     return isinstance(row, dict) and not isinstance(row.get("data"), list)
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DatasetError(f"{where}: is {_kind(value)}; each row must be an object with named fields.")
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {str: "text", list: "a list", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), "an object")
 
@@ -335,8 +336,9 @@ def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Row
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
         raise DatasetError(
-            f"{wanted}: no such file or folder here, and the hub did not give it ({_one_line(error)}). Check the name, "
-            "the configuration and the split; without network give a local file; for private data run `hf auth login`."
+            f"{wanted}: no such file or folder here, and the hub did not give it ({_one_line(error)}). Check "
+            "the name, the configuration and the split; without network give a local file; for private data "
+            "run `hf auth login`."
         ) from error
     if not streaming and not len(rows):
         raise DatasetError(f"{name}: split {split} holds no rows. Choose another split.")

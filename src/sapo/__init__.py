@@ -1,0 +1,59 @@
+"""SAPO: Self-Augmented Preference Optimization (arXiv 2405.20830).
+
+Align a language model from good conversations alone: training makes its own rejected answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sapo._version import __version__
+
+if TYPE_CHECKING:
+    from sapo.config import SAPOConfig
+    from sapo.objectives import dpo_loss, orpo_loss, sequence_logps
+    from sapo.pairs import Pair, PairedData, PairSource, SelfPlay
+    from sapo.replay_buffer import ReplayBuffer
+    from sapo.segments import Segment, choose_segment, splice
+    from sapo.trainer import SAPOTrainer
+
+_HOMES = {
+    "SAPOConfig": "sapo.config",
+    "SAPOTrainer": "sapo.trainer",
+    "Pair": "sapo.pairs",
+    "PairSource": "sapo.pairs",
+    "PairedData": "sapo.pairs",
+    "ReplayBuffer": "sapo.replay_buffer",
+    "Segment": "sapo.segments",
+    "SelfPlay": "sapo.pairs",
+    "choose_segment": "sapo.segments",
+    "dpo_loss": "sapo.objectives",
+    "orpo_loss": "sapo.objectives",
+    "sequence_logps": "sapo.objectives",
+    "splice": "sapo.segments",
+}
+
+__all__ = [
+    "Pair",
+    "PairSource",
+    "PairedData",
+    "ReplayBuffer",
+    "SAPOConfig",
+    "SAPOTrainer",
+    "Segment",
+    "SelfPlay",
+    "__version__",
+    "choose_segment",
+    "dpo_loss",
+    "orpo_loss",
+    "sequence_logps",
+    "splice",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import a public name at its first use: `sapo --help` should not wait for torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sapo' has no attribute {name!r}")

@@ -1,0 +1,180 @@
+"""The part of a checkpoint that Trainer does not know: opponent, reference, replay buffers, facts about the run.
+
+Tensors as safetensors, the rest as JSON. A manifest with the SHA-256 of every file in the folder is written last, so
+that a damaged or incomplete checkpoint is recognised before any of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sapo.errors import CheckpointError
+from sapo.pairs import Pair
+from sapo.replay_buffer import BufferEntry
+from sapo.segments import Segment
+
+FORMAT = 1
+STATE_FILE = "sapo_state.json"
+MANIFEST_FILE = "sapo_manifest.json"
+
+_LENGTH_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write `part`.safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors")
+
+
+def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """Read `part`.safetensors.
+
+    Raises:
+        CheckpointError: the part is missing or damaged.
+    """
+    file = folder / f"{part}.safetensors"
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: lacks {file.name}. Resume from another checkpoint, or with the options it was made with."
+        ) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged ({error}). Resume from another checkpoint.") from error
+
+
+def write_json(folder: Path, name: str, content: Any) -> None:  # noqa: ANN401
+    """Write a JSON file."""
+    (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: not a complete checkpoint of this trainer ({name} is missing). "
+            "Name a checkpoint-N folder of the run."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name}: damaged ({error}). Resume from another checkpoint.") from error
+    return content
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The run's facts.
+
+    Raises:
+        CheckpointError: not a checkpoint of this trainer, or of another version of its format.
+    """
+    state = read_json(folder, STATE_FILE)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {FORMAT}.")
+    return state
+
+
+def entries_to_tensors(entries: Sequence[BufferEntry[Pair]]) -> dict[str, Tensor]:
+    """A buffer's contents as flat integer tensors, oldest first."""
+    pairs = [entry.item for entry in entries]
+    tensors = {
+        "steps": torch.tensor([entry.step for entry in entries], dtype=torch.int64),
+        "draws": torch.tensor([entry.draws for entry in entries], dtype=torch.int64),
+        "places": torch.tensor(
+            [
+                [p.row, p.turn, p.segment.start, p.segment.stop, p.rewritten.start, p.rewritten.stop]
+                for p in pairs
+            ],
+            dtype=torch.int64,
+        ).reshape(len(pairs), 6),
+    }
+    for field in _LENGTH_FIELDS:
+        values = [getattr(pair, field) for pair in pairs]
+        tensors[field] = torch.tensor([token for value in values for token in value], dtype=torch.int64)
+        tensors[f"{field}_lengths"] = torch.tensor([len(value) for value in values], dtype=torch.int64)
+    return tensors
+
+
+def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair]]:
+    """The inverse of `entries_to_tensors`."""
+    columns = [
+        [tuple(part.tolist()) for part in tensors[field].split(tensors[f"{field}_lengths"].tolist())]
+        for field in _LENGTH_FIELDS
+    ]
+    entries = []
+    for index, (place, step, draws) in enumerate(
+        zip(tensors["places"].tolist(), tensors["steps"].tolist(), tensors["draws"].tolist(), strict=True)
+    ):
+        row, turn, start, stop, new_start, new_stop = place
+        prompt, chosen, rejected = (column[index] for column in columns)
+        pair = Pair(row, turn, prompt, chosen, rejected, Segment(start, stop), Segment(new_start, new_stop))
+        entries.append(BufferEntry(pair, step, draws))
+    return entries
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest: the SHA-256 and size of every file below `folder`."""
+    write_json(
+        folder,
+        MANIFEST_FILE,
+        {str(file.relative_to(folder)): [file.stat().st_size, _sha256(file)] for file in _files(folder)},
+    )
+
+
+def verify(folder: Path) -> None:
+    """Compare `folder` with its manifest.
+
+    Raises:
+        CheckpointError: no manifest, a file missing, cut short or changed.
+    """
+    manifest = read_json(folder, MANIFEST_FILE)
+    for name, (size, digest) in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: lacks {name}. Resume from another checkpoint.")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file}: {file.stat().st_size} bytes, {size} when it was saved. Resume from another checkpoint."
+            )
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file}: its content has changed since it was saved. Resume from another checkpoint.")
+
+
+def compare_facts(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run with other options or other data.
+
+    Raises:
+        CheckpointError: naming each option with both values.
+    """
+    different = [
+        f"{name} was {saved.get(name)!r}, is {current[name]!r}" for name in current if saved.get(name) != current[name]
+    ]
+    if different:
+        raise CheckpointError(
+            f"{folder}: belongs to another configuration: {'; '.join(different)}. "
+            "Resume with the options it was made with, or start afresh in another output_dir."
+        )
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

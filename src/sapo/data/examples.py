@@ -1,0 +1,217 @@
+"""What the trainer is given: `Example`s of `Turn`s, the options that shape them, and how they are stored."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow
+
+from sapo.errors import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One assistant reply and what came before it, as token ids.
+
+    Attributes:
+        index: which assistant message of the row this is, from 0.
+        prompt_ids: all before the reply, up to and including the header that opens it.
+        response_ids: the reply; its end token included, unless it was cut.
+        rejected_ids: the worse reply, of paired data only.
+    """
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What one draw from the dataloader gives.
+
+    Attributes:
+        row: row of the source dataset, from 0. Seeds derive from it, so it survives shuffling and sharding.
+        turns: exactly one, except with `assistant_turns="random"`, where one is drawn each epoch.
+    """
+
+    row: int
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """How rows become examples.
+
+    Attributes:
+        max_length: tokens of prompt and response together.
+        max_prompt_length: tokens the prompt keeps when both together are too long.
+        truncation_mode: which side of a prompt is kept.
+        overlong: cut what exceeds `max_length`, leave it out, or stop.
+        assistant_turns: learn from the last reply, from one drawn each epoch, or from each.
+        paired: rows hold chosen and rejected, and both are wanted.
+    """
+
+    max_length: int
+    max_prompt_length: int
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    assistant_turns: Literal["last", "random", "all"] = "last"
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2 or self.max_prompt_length < 1:
+            raise ConfigurationError(
+                f"max_length={self.max_length} and max_prompt_length={self.max_prompt_length} leave no room "
+                "for a prompt and a response. Give at least 2 and 1 tokens."
+            )
+
+
+@dataclass
+class DataReport:
+    """What became of the rows.
+
+    Attributes:
+        source: the dataset's name, as in messages.
+        format: the format recognised.
+        rows: rows read.
+        kept: examples kept.
+        dropped: why, and how many rows were left out; where a row gives several turns, how many turns.
+        truncated_prompts: turns whose prompt was cut.
+        truncated_responses: turns whose response (or rejected response) was cut, its end token lost.
+        boundary_merges: replies tokenized apart, since a token would run across the end of the prompt.
+        prompt_lengths: tokens of each turn's prompt, after cutting.
+        response_lengths: tokens of each turn's response, after cutting.
+    """
+
+    source: str
+    format: str
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    boundary_merges: int = 0
+    prompt_lengths: list[int] = field(default_factory=list)
+    response_lengths: list[int] = field(default_factory=list)
+
+    def drop(self, reason: str) -> None:
+        """Count one row (or turn) that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def lines(self) -> list[str]:
+        """A short summary, in plain text."""
+        turns = len(self.response_lengths)
+        several = f" ({turns} turns)" if turns != self.kept else ""
+        lines = [f"{self.source}: format {self.format}, {self.rows} rows, {self.kept} examples kept{several}"]
+        lines += [f"dropped {count}: {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.truncated_prompts or self.truncated_responses:
+            lines.append(
+                f"cut to fit: {self.truncated_prompts} prompts, {self.truncated_responses} responses "
+                "(a cut response has no end token)"
+            )
+        if self.boundary_merges:
+            lines.append(
+                f"{self.boundary_merges} replies tokenized apart from their prompt, as a token would span "
+                "both; a space that ends the prompts belongs at the start of the completions"
+            )
+        return lines
+
+
+class ExampleTable:
+    """Prepared turns, gathered in flat arrays: far smaller than lists of Python integers."""
+
+    NESTED = ("prompt_ids", "response_ids", "rejected_ids")
+
+    def __init__(self, *, paired: bool, join_turns: bool) -> None:
+        self._paired = paired
+        self._join = join_turns
+        self._rows = array("q")
+        self._turns = array("q")
+        self._first = array("q", [0])
+        self._tokens = {name: (array("i"), array("q", [0])) for name in self.NESTED}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: int, turn: Turn) -> None:
+        """Store a turn; with `join_turns`, turns of one row that follow one another form one example."""
+        if self._join and self._rows and self._rows[-1] == row:
+            self._first[-1] += 1
+        else:
+            self._rows.append(row)
+            self._first.append(self._first[-1] + 1)
+        self._turns.append(turn.index)
+        for name, ids in zip(
+            self.NESTED, (turn.prompt_ids, turn.response_ids, turn.rejected_ids), strict=True
+        ):
+            values, offsets = self._tokens[name]
+            values.extend(ids or ())
+            offsets.append(len(values))
+
+    def dataset(self) -> datasets.Dataset:
+        """All examples, in memory: `row`, `turn` and the `NESTED` columns (`rejected_ids` if paired)."""
+        first = _offsets(self._first)
+        columns: dict[str, pyarrow.Array] = {
+            "row": pyarrow.array(np.array(self._rows)),
+            "turn": pyarrow.ListArray.from_arrays(first, pyarrow.array(np.array(self._turns))),
+        }
+        for name, (values, offsets) in self._tokens.items():
+            if name != "rejected_ids" or self._paired:
+                tokens = pyarrow.array(np.array(values, dtype=np.int32))
+                inner = pyarrow.ListArray.from_arrays(_offsets(offsets), tokens)
+                columns[name] = pyarrow.ListArray.from_arrays(first, inner)
+        return datasets.Dataset.from_dict(columns)
+
+
+def _offsets(offsets: array[int]) -> pyarrow.Array:
+    if offsets[-1] >= 2**31:
+        raise DatasetError(
+            f"{offsets[-1]} tokens are more than one dataset can hold in memory. Take a part of the split, "
+            "such as train[:50%]."
+        )
+    return pyarrow.array(np.array(offsets, dtype=np.int32))
+
+
+def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
+    """Records of a prepared dataset -> `{"examples": [...]}`.
+
+    Draws nothing: on resume the first batches are collated before any state is restored.
+    """
+    examples = []
+    for record in records:
+        rejected = record.get("rejected_ids") or [None] * len(record["turn"])
+        parts = zip(record["turn"], record["prompt_ids"], record["response_ids"], rejected, strict=True)
+        turns = tuple(
+            Turn(index, tuple(prompt), tuple(response), None if other is None else tuple(other))
+            for index, prompt, response, other in parts
+        )
+        examples.append(Example(record["row"], turns))
+    return {"examples": examples}
+
+
+def dataset_digest(prepared: datasets.Dataset) -> str:
+    """SHA-256 of row numbers and tokens, in order: on resume it tells whether the data are the same."""
+    names = [name for name in ("row", "turn", *ExampleTable.NESTED) if name in prepared.column_names]
+    digest = hashlib.sha256(" ".join(names).encode())
+    for batch in prepared.with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            values = batch.column(name).combine_chunks()
+            while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+                _feed(digest, values.value_lengths())
+                values = values.flatten()
+            _feed(digest, values)
+    return digest.hexdigest()
+
+
+def _feed(digest: _Hash, values: pyarrow.Array) -> None:
+    # One width for all, so that a dataset saved with wider integers has the same digest.
+    digest.update(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())

@@ -1,0 +1,32 @@
+"""Averages of metrics between two log lines, exact across a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class MetricAverages:
+    """Sums and counts by name, drained at each log line and kept in checkpoints in between."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        """Observe `value`, the mean of `count` observations."""
+        self._sums[name] = self._sums.get(name, 0.0) + value * count
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def drain(self) -> dict[str, float]:
+        """The averages, and start anew."""
+        averages = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return averages
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """For a checkpoint."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue from `state()`."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])

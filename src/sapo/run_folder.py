@@ -1,0 +1,266 @@
+"""The run folder: models, checkpoints, metrics, the resolved configuration. Nothing in it is ever half written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from peft import PeftModel
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from sapo import checkpoint as parts
+from sapo.errors import CheckpointError, ConfigurationError
+from sapo.opponent import POLICY_ADAPTER, FrozenWeights, save_adapter
+from sapo.pairs import SelfPlay
+from sapo.replay_buffer import BufferEntry
+
+if TYPE_CHECKING:
+    from sapo.trainer import SAPOTrainer
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "sapo_config.yaml"
+_STAGING = ".saving"
+
+_FACTS = (
+    "objective loss_type beta chosen_nll_weight dpop_weight nll_positions pair_source segment_length tail_margin suffix "
+    "assistant_turns num_generations generation_interval temperature top_k top_p skip_identical ema_decay reference "
+    "reference_sync_steps replay_buffer_size replay_draw replay_replacement replay_max_age max_length "
+    "max_prompt_length truncation_mode overlong disable_dropout seed learning_rate weight_decay max_grad_norm "
+    "per_device_train_batch_size gradient_accumulation_steps bf16 fp16 world_size"
+).split()
+"""Options on which the weights depend; a run resumes only with the same. Its length may change."""
+
+
+class RunFolder:
+    """The output folder of one run."""
+
+    def __init__(self, trainer: SAPOTrainer) -> None:
+        self._trainer = trainer
+        self.path = Path(trainer.args.output_dir)
+        self.staging: Path | None = None
+
+    # ---- Beginning ----
+
+    def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        """The checkpoint to resume from: none, a path, or with `true` the newest in this folder.
+
+        Raises:
+            CheckpointError: it does not exist.
+        """
+        if wanted in (None, False, "false", "False"):
+            return None
+        if wanted in (True, "true", "True"):
+            newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+            if newest is None:
+                raise CheckpointError(
+                    f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
+                )
+            return Path(newest)
+        if not Path(str(wanted)).is_dir():
+            raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
+        return Path(str(wanted))
+
+    def start_afresh(self, *, overwrite: bool) -> None:
+        """Make sure that an earlier run is neither mixed with this one nor lost.
+
+        Raises:
+            ConfigurationError: the folder is not empty and may not be overwritten.
+        """
+        if not self._trainer.is_world_process_zero():
+            return
+        present = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
+        if not present:
+            return
+        if not overwrite:
+            raise ConfigurationError(
+                f"output_dir={self.path} is not empty (it holds {present[0]}). Choose another, continue with "
+                "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
+            )
+        for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), self.path / "opponent", self.path / _STAGING]:
+            shutil.rmtree(old, ignore_errors=True)
+        (self.path / METRICS_FILE).unlink(missing_ok=True)
+
+    def begin(self, step: int) -> None:
+        """Write the resolved configuration, and drop metrics of steps that will be run again."""
+        if not self._trainer.is_world_process_zero():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        options = self._trainer.args.to_dict()
+        _write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
+        metrics = self.path / METRICS_FILE
+        if metrics.exists():
+            kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            _write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+
+    def append_metrics(self, line: str) -> None:
+        """Add one line to metrics.jsonl."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    # ---- Checkpoints ----
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: options, data, model."""
+        trainer = self._trainer
+        facts = {name: getattr(trainer.args, name) for name in _FACTS}
+        facts["optim"] = str(trainer.args.optim)
+        facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
+        facts["dataset"] = trainer.digest(trainer.train_dataset)
+        facts["parameters"] = sum(weight.numel() for weight in trainer.policy().parameters())
+        return facts
+
+    def save_atomically(self, save: Callable[[], None]) -> None:
+        """Let Trainer write its checkpoint into a staging folder, seal it, and rename it to `checkpoint-N`."""
+        trainer = self._trainer
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        self.staging = self.path / _STAGING
+        try:
+            if trainer.args.should_save:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            save()
+        finally:
+            staging, self.staging = self.staging, None
+            trainer.args.save_total_limit = limit
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            written = staging / name
+            best = trainer.state.best_model_checkpoint
+            if best is not None and Path(best) == written:
+                trainer.state.best_model_checkpoint = str(self.path / name)
+                trainer.state.save_to_json(str(written / "trainer_state.json"))
+            parts.seal(written)
+            _replace_folder(written, self.path / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(self.path),
+                save_total_limit=limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        trainer.accelerator.wait_for_everyone()
+
+    def save_state(self, folder: Path) -> None:
+        """Add to a checkpoint what Trainer does not know."""
+        trainer = self._trainer
+        folder.mkdir(parents=True, exist_ok=True)
+        process = trainer.args.process_index
+        if isinstance(trainer.source, SelfPlay):
+            entries = trainer.source.buffer.entries()
+            parts.write_tensors(folder, f"replay_buffer_{process}", parts.entries_to_tensors(entries))
+        parts.write_json(
+            folder,
+            f"sapo_process_{process}.json",
+            {
+                "averages": trainer.averages["train"].state(),
+                "loss_total": trainer.loss_total,
+                "loss_count": trainer.loss_count,
+            },
+        )
+        if not trainer.args.should_save:
+            return
+        for part, weights in self._frozen().items():
+            parts.write_tensors(folder, part, weights.tensors())
+        for digest, pairs in trainer.eval_pairs.items():
+            entries = [BufferEntry(pair, 0, 0) for pair in pairs]
+            parts.write_tensors(folder, f"eval_pairs_{digest}", parts.entries_to_tensors(entries))
+        parts.write_json(
+            folder,
+            parts.STATE_FILE,
+            {
+                "format": parts.FORMAT,
+                "facts": self.facts(),
+                "probe": trainer.probe,
+                "eval_pairs": sorted(trainer.eval_pairs),
+            },
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Take over from a verified checkpoint what Trainer does not know.
+
+        Raises:
+            CheckpointError: a part is missing, damaged or of other shapes.
+        """
+        trainer = self._trainer
+        state = parts.read_state(folder)
+        process = trainer.args.process_index
+        for part, weights in self._frozen().items():
+            try:
+                weights.copy_from(parts.read_tensors(folder, part))
+            except ValueError as error:
+                raise CheckpointError(f"{folder / part}.safetensors: {error}.") from error
+        if isinstance(trainer.source, SelfPlay):
+            tensors = parts.read_tensors(folder, f"replay_buffer_{process}")
+            trainer.source.buffer.restore(parts.entries_from_tensors(tensors))
+        own = parts.read_json(folder, f"sapo_process_{process}.json")
+        trainer.averages["train"].restore(own["averages"])
+        trainer.loss_total, trainer.loss_count = own["loss_total"], own["loss_count"]
+        trainer.probe = state["probe"]
+        for digest in state["eval_pairs"]:
+            entries = parts.entries_from_tensors(parts.read_tensors(folder, f"eval_pairs_{digest}"))
+            trainer.eval_pairs[digest] = [entry.item for entry in entries]
+
+    def _frozen(self) -> dict[str, FrozenWeights]:
+        trainer = self._trainer
+        frozen = {}
+        if trainer.opponent is not None:
+            frozen["opponent"] = trainer.opponent
+        if trainer.reference is not None and trainer.reference is not trainer.opponent:
+            frozen["reference"] = trainer.reference
+        return {part: weights for part, weights in frozen.items() if weights.tensors()}
+
+    # ---- Models ----
+
+    def save_policy(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments."""
+        policy = self._trainer.policy()
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(policy, PeftModel):
+            save_adapter(policy, POLICY_ADAPTER, folder)
+        else:
+            policy.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        self._trainer.processing_class.save_pretrained(folder)
+
+    def save_models(self, folder: Path) -> None:
+        """Write policy and tokenizer into `folder`, and the opponent into `folder`/opponent, each a model folder."""
+        if not self._trainer.args.should_save:
+            return
+        staging = folder / _STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        self.save_policy(staging, None)
+        if self._trainer.opponent is not None:
+            opponent = staging / "opponent"
+            opponent.mkdir()
+            self._trainer.opponent.save_pretrained(opponent)
+            self._trainer.processing_class.save_pretrained(opponent)
+            _replace_folder(opponent, folder / "opponent")
+        for file in staging.iterdir():
+            file.replace(folder / file.name)
+        staging.rmdir()
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put `new` where `target` is; an older `target` goes only when the new one is complete."""
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _step_of(line: str) -> int:
+    return int(json.loads(line)["step"])

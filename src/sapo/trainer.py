@@ -1,0 +1,518 @@
+"""SAPOTrainer: one trainer for every objective; where its pairs come from is answered in `pairs`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers.utils import logging
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+
+from sapo.batches import PairBatch, collate_pairs, collate_responses
+from sapo.checkpoint import compare_facts, read_state, verify
+from sapo.config import SAPOConfig
+from sapo.data import DataOptions, DataReport, collate_examples, dataset_digest, end_token_ids, prepare_dataset
+from sapo.errors import ConfigurationError, TokenizerError
+from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.metrics import MetricAverages
+from sapo.objectives import chosen_nll, dpo_loss, orpo_loss
+from sapo.opponent import FrozenWeights, make_opponent, make_reference, policy_tensors, relative_distance
+from sapo.pairs import Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
+from sapo.replay_buffer import ReplayBuffer
+from sapo.run_folder import RunFolder
+from sapo.scoring import PairScores, response_logps, score, score_frozen
+from sapo.segments import derive_seed
+from sapo.training_callbacks import RunCallback
+
+logger = logging.get_logger(__name__)
+
+_IDENTICAL_WARNING = 0.9
+
+
+class SAPOTrainer(Trainer):
+    """Self-Augmented Preference Optimization on top of `transformers.Trainer`.
+
+    Args:
+        model: a model, or the name or folder of one (loaded with `args.model_init_kwargs`).
+        args: every option of the run.
+        train_dataset: rows of any supported shape (`sapo.data`), a `datasets.Dataset` or a list of dicts.
+        eval_dataset: likewise; it gives pairs from fixed seeds, made once by the initial opponent.
+        processing_class: the tokenizer; loaded with the model when that is given by name.
+        peft_config: makes the policy a LoRA adapter on `model`.
+        generator: who writes the rejected text; by default the opponent, in this process.
+        callbacks: as for `Trainer`.
+        optimizers: as for `Trainer`.
+
+    Raises:
+        ConfigurationError, DatasetError, TokenizerError: what clashes, before training.
+    """
+
+    _tag_names = ["sapo"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SAPOConfig,
+        train_dataset: Any = None,  # noqa: ANN401
+        eval_dataset: Any = None,  # noqa: ANN401
+        *,
+        processing_class: Any = None,  # noqa: ANN401
+        peft_config: Any = None,  # noqa: ANN401
+        generator: Generator | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+        if processing_class is None:
+            raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
+        policy = _with_adapter(model, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout_in_model(policy)
+        self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
+        self._pad_token_id = _pad_token_id(processing_class, self.end_ids)
+        self._options = DataOptions(
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length or args.max_length,
+            truncation_mode=args.truncation_mode,
+            overlong=args.overlong,
+            assistant_turns=args.assistant_turns,
+            paired=args.pair_source == "paired",
+        )
+        self.data_reports: dict[str, DataReport] = {}
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=collate_examples,
+            train_dataset=self._prepare(train_dataset, processing_class, "train"),
+            eval_dataset=self._prepare(eval_dataset, processing_class, "eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.averages = {"train": MetricAverages(), "eval": MetricAverages()}
+        self.loss_total, self.loss_count = 0.0, 0
+        self.stop_reason: str | None = None
+        self.last_pairs: list[Pair] = []
+        self._tokens, self._tokens_since = 0, time.perf_counter()
+        self._micro_batch, self._micro_batch_of = 0, -1
+        self._flops_per_token = 6.0 * policy.num_parameters()
+        self._identical_warned = False
+        self._digests: dict[int, str] = {}
+        self.probe: dict[str, list[float]] | None = None
+        self.eval_pairs: dict[str, list[Pair]] = {}
+        self._current_eval: dict[tuple[int, int], Pair] = {}
+        self.opponent: FrozenWeights | None = None
+        self.reference: FrozenWeights | None = None
+        self._make_copies()
+        self.source = self._make_source(generator)
+        self.run_folder = RunFolder(self)
+        self.add_callback(RunCallback(self))
+
+    # ---- Construction ----
+
+    def _prepare(self, rows: Any, tokenizer: Any, name: str) -> Any:  # noqa: ANN401
+        if rows is None:
+            return None
+        if isinstance(rows, Mapping):
+            return {key: self._prepare(value, tokenizer, f"{name}_{key}") for key, value in rows.items()}
+        prepared, report = prepare_dataset(rows, tokenizer, self._options, end_ids=self.end_ids, source=name)
+        self.data_reports[name] = report
+        return prepared
+
+    def _make_copies(self) -> None:
+        """Opponent and reference, before anything closes over the policy's modules."""
+        args = self.args
+        if args.pair_source == "self_play":
+            self.opponent = make_opponent(self.model, decay=args.ema_decay)
+        if args.objective != "dpo" or args.reference == "none":
+            return
+        if args.reference == "opponent":
+            self.reference = self.opponent
+        else:
+            self.reference = make_reference(self.model, may_be_base=args.reference == "initial")
+
+    def _make_source(self, generator: Generator | None) -> PairSource:
+        args = self.args
+        if self.opponent is None:
+            return PairedData()
+        if generator is None:
+            generator = TransformersGenerator(
+                self.opponent.using,
+                Sampling(args.temperature, args.top_k, args.top_p),
+                end_ids=self.end_ids,
+                pad_token_id=self._pad_token_id,
+                batch_size=args.generation_batch_size,
+            )
+        return SelfPlay(
+            generator,
+            ReplayBuffer(
+                args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement
+            ),
+            SelfPlaySettings(
+                segment_length=args.segment_length,
+                tail_margin=args.tail_margin,
+                suffix=args.suffix,
+                num_generations=args.num_generations,
+                generation_interval=args.generation_interval,
+                skip_identical=args.skip_identical,
+                replay_max_age=args.replay_max_age,
+            ),
+            end_ids=self.end_ids,
+            seed=args.seed,
+            batch_size=args.per_device_train_batch_size,
+            process=args.process_index,
+            record=self.averages["train"].add,
+        )
+
+    def policy(self) -> nn.Module:
+        """The policy without wrappers."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
+        return unwrapped
+
+    # ---- One step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """From a batch of examples to gradients: pairs, layout, loss, backward."""
+        step = self.state.global_step
+        self._micro_batch = self._micro_batch + 1 if step == self._micro_batch_of else 0
+        self._micro_batch_of = step
+        started = time.perf_counter()
+        pairs = self.source.pairs(
+            inputs["examples"], epoch=int(self.state.epoch or 0), step=step, micro_batch=self._micro_batch
+        )
+        self.last_pairs = pairs
+        batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
+        generated = time.perf_counter()
+        self._tokens += batch.tokens
+        loss = super().training_step(model, {"batch": batch.to(self.args.device)}, num_items_in_batch)
+        averages = self.averages["train"]
+        averages.add("time/generate", generated - started)
+        averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
+        averages.add("time/reference", self._reference_time)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Mean loss of a laid-out batch; its metrics go to the averages of the current mode."""
+        batch: PairBatch = inputs["batch"]
+        published_nll = self.args.nll_positions == "all"
+        scores = score(model, batch, all_positions=published_nll)
+        started = time.perf_counter()
+        frozen = self._reference_scores(batch)
+        self._reference_time = time.perf_counter() - started
+        loss, metrics = self._objective(scores, frozen)
+        mode = "train" if model.training else "eval"
+        for name, value in metrics.items():
+            self.averages[mode].add(name, value, len(batch))
+        if mode == "train":
+            self.loss_total, self.loss_count = self.loss_total + metrics["loss"], self.loss_count + 1
+        return (loss, {}) if return_outputs else loss
+
+    _reference_time = 0.0
+
+    def _reference_scores(self, batch: PairBatch) -> PairScores | None:
+        if self.reference is None:
+            return None
+        with self.reference.using() as model:
+            return score_frozen(model, batch)
+
+    def _objective(self, scores: PairScores, frozen: PairScores | None) -> tuple[Tensor, dict[str, float]]:
+        args = self.args
+        metrics: dict[str, Tensor] = {}
+        nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
+        if args.objective == "orpo":
+            pair = orpo_loss(
+                scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
+                scores.rejected_logps / scores.rejected_lengths.clamp(min=1),
+                beta=args.beta,
+            )
+            likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
+            loss = likelihood + pair.losses.mean()
+            metrics["nll_loss"] = likelihood
+        else:
+            zero = torch.zeros_like(scores.chosen_logps)
+            pair = dpo_loss(
+                scores.chosen_logps,
+                scores.rejected_logps,
+                zero if frozen is None else frozen.chosen_logps,
+                zero if frozen is None else frozen.rejected_logps,
+                beta=args.beta,
+                loss_type=args.loss_type,
+                chosen_lengths=scores.chosen_lengths,
+                rejected_lengths=scores.rejected_lengths,
+                dpop_weight=args.dpop_weight,
+            )
+            loss = pair.losses.mean()
+            if args.chosen_nll_weight:
+                loss = loss + args.chosen_nll_weight * nll.mean()
+                metrics["nll_loss"] = nll.mean()
+        margins = pair.chosen_rewards - pair.rejected_rewards
+        metrics |= {
+            "loss": loss,
+            "rewards/chosen": pair.chosen_rewards.mean(),
+            "rewards/rejected": pair.rejected_rewards.mean(),
+            "rewards/margins": margins.mean(),
+            "rewards/accuracies": (margins > 0).float().mean(),
+            "logps/chosen": scores.chosen_logps.mean(),
+            "logps/rejected": scores.rejected_logps.mean(),
+        }
+        # One transfer for all of them.
+        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+        return loss, dict(zip(metrics, values, strict=True))
+
+    def after_optimizer_step(self) -> None:
+        """Let the opponent and the reference follow; `state.global_step` already counts this step.
+
+        Once per optimizer step, not per micro-batch: accumulation must not speed up the moving average.
+        """
+        if self.opponent is None:
+            return
+        self.opponent.follow(policy_tensors(self.policy()), self.args.ema_decay)
+        due = self.state.global_step % self.args.reference_sync_steps == 0
+        if self.args.reference == "opponent_copy" and self.reference is not None and due:
+            self.reference.copy_from(self.opponent.tensors())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Estimate for the last batch: 6 operations a parameter and token."""
+        return self._flops_per_token * sum(
+            2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.last_pairs
+        )
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this trainer's averages to what Trainer logs."""
+        if any(name.startswith("eval_") for name in logs):
+            for name, value in self.averages["eval"].drain().items():
+                logs[f"eval_{name}"] = value
+        elif "train_loss" in logs:
+            # Trainer counts only the steps since a resume.
+            logs["train_loss"] = self.loss_total / max(self.loss_count, 1)
+        elif "loss" in logs:
+            logs.update(self.averages["train"].drain())
+            if self.opponent is not None:
+                logs["opponent/distance"] = relative_distance(
+                    self.opponent.tensors(), policy_tensors(self.policy())
+                )
+            logs.update(self._follow_chosen())
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens / max(now - self._tokens_since, 1e-9)
+            self._tokens, self._tokens_since = 0, now
+            self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
+        super().log(logs, start_time)
+        if self.stop_reason is not None and not self.control.should_training_stop:
+            logger.warning(self.stop_reason)
+            self.control.should_save = True
+            self.control.should_training_stop = True
+
+    def _warn_of_identical(self, share: float) -> None:
+        if share >= _IDENTICAL_WARNING and not self._identical_warned:
+            self._identical_warned = True
+            logger.warning(
+                f"{share:.0%} of the regenerated segments equal the original; such pairs carry no signal. The policy "
+                "has caught up with the data: stop, raise the temperature, or lengthen the segments."
+            )
+
+    def _follow_chosen(self) -> dict[str, float]:
+        if self.probe is None:
+            return {}
+        now = self.chosen_probe([int(index) for index in self.probe["indices"]])
+        change = float(np.mean(np.subtract(now, self.probe["logps"])))
+        limit = self.args.chosen_drop_limit
+        if limit is not None and change < -limit and self.stop_reason is None:
+            self.stop_reason = (
+                f"Stopped at step {self.state.global_step}: the chosen log-probability has fallen by {-change:.2f} nats "
+                f"per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
+            )
+        return {"self_play/chosen_logp_change": change}
+
+    def start_probe(self) -> None:
+        """Note the chosen log-probability of a few training examples before the first step."""
+        size = min(self.args.chosen_probe_size, len(self.train_dataset))
+        if size and self.probe is None:
+            rng = random.Random(derive_seed(self.args.seed, "probe"))
+            indices = sorted(rng.sample(range(len(self.train_dataset)), size))
+            self.probe = {"indices": [float(i) for i in indices], "logps": self.chosen_probe(indices)}
+
+    def chosen_probe(self, indices: list[int]) -> list[float]:
+        """Log-probability in nats of the response of each training example in `indices` under the policy."""
+        logps: list[float] = []
+        examples = collate_examples([self.train_dataset[index] for index in indices])["examples"]
+        size = 2 * self.args.per_device_train_batch_size
+        for first in range(0, len(examples), size):
+            turns = [example.turns[-1] for example in examples[first : first + size]]
+            batch = collate_responses(
+                [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
+                pad_token_id=self._pad_token_id,
+            )
+            with self.compute_loss_context_manager():
+                logps += response_logps(self.model, batch.to(self.args.device)).tolist()
+        return logps
+
+    # ---- Evaluation ----
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ANN401
+        """Evaluate on fixed pairs; buffer and random state of the training are untouched."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, list) or (not isinstance(dataset, Mapping) and "prompt_ids" not in dataset.column_names):
+            dataset = eval_dataset = self._prepare(dataset, self.processing_class, "eval")
+        with _random_state_restored():
+            if not isinstance(dataset, Mapping):
+                self._current_eval = self._fixed_pairs(dataset)
+            metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
+
+    def fix_eval_pairs(self) -> None:
+        """Make the pairs of all evaluation sets now, while the opponent is the initial model."""
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
+        with _random_state_restored():
+            for dataset in datasets.values():
+                if dataset is not None:
+                    self._fixed_pairs(dataset)
+
+    def _fixed_pairs(self, dataset: Any) -> dict[tuple[int, int], Pair]:  # noqa: ANN401
+        digest = self.digest(dataset)
+        if digest not in self.eval_pairs:
+            size = self.args.per_device_eval_batch_size
+            made: list[Pair] = []
+            for first in range(0, len(dataset), size):
+                rows = [dataset[index] for index in range(first, min(first + size, len(dataset)))]
+                examples = collate_examples(rows)["examples"]
+                if isinstance(self.source, SelfPlay):
+                    # Epoch -1: seeds of its own, one pair an example.
+                    made += self.source.rewrite(examples, epoch=-1)[:: self.args.num_generations]
+                else:
+                    made += [paired(example) for example in examples]
+            self.eval_pairs[digest] = made
+        first_turns = (turns[0] for turns in dataset["turn"])
+        keys = zip(dataset["row"], first_turns, strict=True)
+        return dict(zip(keys, self.eval_pairs[digest], strict=True))
+
+    def digest(self, dataset: Any) -> str:  # noqa: ANN401
+        """The content of a prepared data set as a hash, computed once."""
+        if id(dataset) not in self._digests:
+            self._digests[id(dataset)] = dataset_digest(dataset)
+        return self._digests[id(dataset)]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss of a batch of evaluation examples on their fixed pairs."""
+        pairs = [
+            self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]
+        ]
+        batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, {"batch": batch.to(self.args.device)})
+        return loss.detach(), None, None
+
+    # ---- Run folder, checkpoints, resume ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Train; a path or `true` resumes.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete, damaged, or of another configuration.
+            ConfigurationError: a fresh run in an output folder that is not empty.
+        """
+        if self.train_dataset is None:
+            raise ConfigurationError("train_dataset is missing: there is nothing to train on.")
+        checkpoint = self.run_folder.find_checkpoint(resume_from_checkpoint)
+        if checkpoint is None:
+            self.run_folder.start_afresh(overwrite=self.args.overwrite_output_dir)
+        else:
+            verify(checkpoint)
+            state = read_state(checkpoint)
+            compare_facts(checkpoint, state["facts"], self.run_folder.facts())
+        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:  # noqa: ANN401
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self.run_folder.restore(Path(resume_from_checkpoint))
+        self._tokens_since = time.perf_counter()
+        return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+        self.run_folder.save_atomically(lambda: super(SAPOTrainer, self)._save_checkpoint(model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:  # noqa: ANN401
+        staging = self.run_folder.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.run_folder.save_state(Path(output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            self.run_folder.save_policy(Path(output_dir or self.args.output_dir), state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy and, unless for a checkpoint, the opponent in `opponent/`."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.run_folder.save_models(Path(output_dir or self.args.output_dir))
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel,
+    peft_config: Any,  # noqa: ANN401
+    args: SAPOConfig,
+) -> PreTrainedModel | PeftModel:
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
+        if model.config.to_dict().get("quantization_config"):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel) and args.activation_checkpointing:
+        # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
+        model.enable_input_require_grads()
+    return model
+
+
+def _pad_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:  # noqa: ANN401
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    if not end_ids:
+        raise TokenizerError("the tokenizer has neither a pad nor an end token. Set tokenizer.eos_token.")
+    return min(end_ids)
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    """Keep evaluation from moving the random state that the training draws from."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.accelerator.current_device_index()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)

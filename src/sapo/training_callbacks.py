@@ -1,0 +1,87 @@
+"""What happens around optimizer steps: the opponent follows, times are taken, metrics are written."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from sapo.trainer import SAPOTrainer
+
+
+class RunCallback(TrainerCallback):
+    """Ties the trainer's own parts to Trainer's events, in the order they happen."""
+
+    def __init__(self, trainer: SAPOTrainer) -> None:
+        self._trainer = trainer
+        self._optimizer_started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Fix what is measured against the start of the run."""
+        trainer = self._trainer
+        trainer.start_probe()
+        if args.eval_strategy != "no" and trainer.eval_dataset is not None:
+            trainer.fix_eval_pairs()
+        trainer.run_folder.begin(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Start the clock of the optimizer."""
+        self._optimizer_started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The moving average, before a checkpoint of this step is written."""
+        self._trainer.after_optimizer_step()
+        self._trainer.averages["train"].add("time/optimizer", time.perf_counter() - self._optimizer_started)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Append to metrics.jsonl."""
+        if state.is_world_process_zero and logs:
+            self._trainer.run_folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Ask for a checkpoint and the end."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True

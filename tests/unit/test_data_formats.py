@@ -1,0 +1,242 @@
+import pytest
+
+from sapo.data.formats import Conversation, Dropped, PlainText, detect_format, parse_row
+from sapo.errors import DatasetError
+
+WHERE = "row 17 of train.jsonl"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def parse(row, *, paired=False, chat=True):
+    layout = detect_format(row, paired=paired, source="train.jsonl")
+    return parse_row(row, layout, paired=paired, chat=chat, where=WHERE)
+
+
+def contents(conversation):
+    return [message["content"] for message in conversation.messages]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": []}, "messages"),
+        ({"prompt": "a", "completion": "b"}, "prompt/completion"),
+        ({"prompt": "a", "chosen": "b"}, "chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen"),
+        ({"chosen": [], "rejected": []}, "chosen"),
+        ({"conversations": [], "id": 3}, "conversations"),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
+        ({"question": "a", "answer": "b"}, "question/answer"),
+        ({"messages": None, "question": "a", "answer": "b"}, "question/answer"),
+        ({"messages": [], "prompt": "a", "chosen": [], "rejected": []}, "messages"),
+    ],
+)
+def test_format_follows_columns(row, expected):
+    assert detect_format(row, paired=False, source="x") == expected
+
+
+def test_paired_prefers_chosen_over_messages():
+    row = {"messages": [], "prompt": "a", "chosen": [], "rejected": []}
+    assert detect_format(row, paired=True, source="x") == "chosen"
+
+
+def test_unknown_format_lists_columns_and_accepted():
+    with pytest.raises(DatasetError, match=r"x: unknown format.*columns body, title.*prompt \+ completion"):
+        detect_format({"title": "a", "body": "b"}, paired=False, source="x")
+
+
+def test_paired_without_rejected_is_refused():
+    with pytest.raises(
+        DatasetError, match="has the columns chosen, prompt, but .* needs chosen and rejected"
+    ):
+        detect_format({"prompt": "a", "chosen": "b"}, paired=True, source="x")
+
+
+def test_row_of_other_format_is_named():
+    with pytest.raises(DatasetError, match="row 17 of train.jsonl: lacks completion.* it holds prompt"):
+        parse_row({"prompt": "a"}, "prompt/completion", paired=False, chat=True, where=WHERE)
+
+
+def test_messages_become_a_conversation():
+    found = parse(
+        {"messages": [{"role": "system", "content": ""}, user("hi"), assistant("yo")], "tools": [{}]}
+    )
+    assert contents(found) == ["", "hi", "yo"]
+    assert found.tools == [{}]
+
+
+def test_tools_may_be_json_text():
+    row = {"messages": [user("hi"), assistant("yo")], "tools": '[{"name": "f"}]'}
+    assert parse(row).tools == [{"name": "f"}]
+    with pytest.raises(DatasetError, match='row 17 of train.jsonl: "tools" is text but not valid JSON'):
+        parse({**row, "tools": "{"})
+
+
+def test_reply_that_only_calls_a_tool_is_kept():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    tool = {"role": "tool", "content": ""}
+    found = parse({"messages": [user("hi"), call, tool, assistant("done")]})
+    assert contents(found) == ["hi", "", "", "done"]
+
+
+def test_last_message_must_be_the_assistants():
+    with pytest.raises(DatasetError) as caught:
+        parse({"messages": [user("a"), assistant("b"), user("c")]})
+    assert str(caught.value) == (
+        'row 17 of train.jsonl: "messages" ends with role "user"; the last message must be the assistant\'s.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([{"role": "narrator", "content": "x"}, assistant("b")], 'message 1 .* unknown role "narrator"'),
+        ([{"content": "x"}, assistant("b")], "message 1 .* has no role"),
+        ([{"role": 3, "content": "x"}], "unknown role 3"),
+        ([user(["part"]), assistant("b")], 'message 1 of "messages" has a list as content'),
+        ([user(None), assistant("b")], "has nothing as content"),
+        ([user(7), assistant("b")], "has the int 7 as content"),
+        (["hello"], 'message 1 of "messages" is text'),
+        ([], "empty list"),
+        ("hello", '"messages" is text; it must be a list'),
+        ([user("only a question")], "no assistant message"),
+    ],
+)
+def test_structural_fault_names_row(messages, fault):
+    with pytest.raises(DatasetError, match=f"^row 17 of train.jsonl: .*{fault}"):
+        parse({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [user("hi"), assistant(" \n")]}, "empty reply"),
+        ({"messages": [user("hi"), assistant(""), user("so?"), assistant("x")]}, "empty reply"),
+        ({"messages": [user(" "), assistant("x")]}, "empty user message"),
+        ({"prompt": "a", "completion": " "}, "empty reply"),
+        ({"question": "a", "answer": ""}, "empty reply"),
+        ({"instruction": " ", "output": "b"}, "empty prompt"),
+    ],
+)
+def test_empty_text_drops_the_row(row, reason):
+    assert parse(row) == Dropped(reason)
+
+
+def test_sharegpt_roles_are_translated():
+    row = {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}],
+    }
+    found = parse(row)
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant"]
+    assert contents(found) == ["Be brief.", "hi", "yo"]
+
+
+def test_plain_prompt_and_completion_stay_plain():
+    assert parse({"prompt": "a", "completion": "b"}) == PlainText("a", "b")
+
+
+def test_prompt_messages_are_not_learnt_from():
+    row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    found = parse(row)
+    assert contents(found) == ["a", "b", "c", "d"]
+    assert found.first == 3
+
+
+@pytest.mark.parametrize("reply", ["d", [assistant("d")]])
+@pytest.mark.parametrize("prompt", ["c", [user("c")]])
+def test_prompt_and_reply_may_mix_text_and_messages(prompt, reply):
+    found = parse({"prompt": prompt, "chosen": reply})
+    if isinstance(prompt, str) and isinstance(reply, str):
+        assert found == PlainText("c", "d")
+    else:
+        assert contents(found) == ["c", "d"]
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "a"}, {"prompt": [user("a")]}])
+def test_chosen_may_repeat_the_prompt(prompt):
+    chosen = [user("a"), assistant("good")]
+    rejected = [user("a"), assistant("bad")]
+    found = parse({**prompt, "chosen": chosen, "rejected": rejected}, paired=True)
+    assert contents(found) == ["a", "good"]
+    assert found.rejected == assistant("bad")
+    assert contents(parse({**prompt, "chosen": chosen})) == ["a", "good"]
+
+
+@pytest.mark.parametrize("rejected", ["bad", [assistant("bad")], [user("a"), assistant("bad")]])
+@pytest.mark.parametrize("chosen", ["good", [assistant("good")], [user("a"), assistant("good")]])
+def test_pair_sides_may_differ_in_shape(chosen, rejected):
+    found = parse({"prompt": [user("a")], "chosen": chosen, "rejected": rejected}, paired=True)
+    assert contents(found) == ["a", "good"]
+    assert found.rejected == assistant("bad")
+
+
+def test_scores_beside_the_content_do_not_separate_a_pair():
+    chosen = [{**user("a"), "score": 1}, assistant("good")]
+    rejected = [{**user("a"), "score": 2}, assistant("bad")]
+    assert isinstance(parse({"chosen": chosen, "rejected": rejected}, paired=True), Conversation)
+
+
+def test_pair_that_parts_before_the_last_reply_is_dropped():
+    row = {"chosen": [user("a"), assistant("b")], "rejected": [user("z"), assistant("b")]}
+    assert parse(row, paired=True) == Dropped("chosen and rejected differ before the last reply")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: hi A: yes", "Q: hi A: no", "Q: hi A:"),
+        ("Q: hi A: yes", "Q: hi A: yellow", "Q: hi A:"),
+        ("Q\nyes", "Q\nno", "Q"),
+        ("yes", "no", ""),
+    ],
+)
+def test_shared_text_is_the_prompt(chosen, rejected, prompt):
+    row = {"chosen": chosen, "rejected": rejected}
+    found = parse(row, paired=True)
+    assert found == PlainText(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    assert parse(row) == PlainText(prompt, chosen[len(prompt) :])
+
+
+def test_chosen_text_without_prompt_is_refused():
+    with pytest.raises(DatasetError, match=r"row 17 .*tells where the prompt ends. Add a prompt column"):
+        parse({"chosen": "text"})
+
+
+def test_empty_rejected_is_dropped():
+    assert parse({"prompt": "a", "chosen": "b", "rejected": " "}, paired=True) == Dropped(
+        "empty rejected reply"
+    )
+    row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("")]}
+    assert parse(row, paired=True) == Dropped("empty rejected reply")
+
+
+def test_rejected_must_end_with_the_assistant():
+    row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [user("a"), user("b")]}
+    with pytest.raises(DatasetError, match='"rejected" ends with role "user"'):
+        parse(row, paired=True)
+
+
+def test_alpaca_joins_instruction_and_input():
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    assert contents(parse(row)) == ["Add.\n\n1 and 2", "3"]
+    assert parse(row, chat=False) == PlainText("Add.\n\n1 and 2\n\n", "3")
+    assert contents(parse({**row, "input": None})) == ["Add.", "3"]
+
+
+def test_question_is_plain_without_template():
+    row = {"question": "1+1?", "answer": "2"}
+    assert parse(row, chat=False) == PlainText("1+1?\n", "2")
+    assert contents(parse(row)) == ["1+1?", "2"]
+
+
+def test_text_columns_must_hold_text():
+    with pytest.raises(DatasetError, match='row 17 of train.jsonl: "answer" is an object; it must be text'):
+        parse({"question": "a", "answer": {"value": "b"}})

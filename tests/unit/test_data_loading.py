@@ -1,0 +1,267 @@
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sapo.data import load_mixture, load_rows
+from sapo.errors import DatasetError
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_lines(path, rows=ROWS):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def refused(name, **options):
+    with pytest.raises(DatasetError) as caught:
+        load_rows(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_rows_survive_every_kind_of_file():
+    write_lines("a.jsonl")
+    Path("b.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    Path("c.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    write_lines("d.json")  # JSON lines in spite of its name
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, "e.parquet")
+    with pyarrow.OSFile("f.arrow", "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pyarrow.OSFile("g.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.jsonl", "b.json", "c.json", "d.json", "e.parquet", "f.arrow", "g.arrow"):
+        assert list(load_rows(name)) == ROWS, name
+
+
+def test_rows_may_differ_in_their_fields():
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "tool", "x": [1]}], "id": "b"},
+    ]
+    write_lines("mixed.jsonl", rows)
+    assert load_rows("mixed.jsonl") == rows
+
+
+def test_mark_blank_lines_and_crlf_are_tolerated():
+    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')
+    assert load_rows("a.jsonl") == [{"a": 1}, {"a": 2}]
+    Path("b.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')
+    assert load_rows("b.json") == [{"a": 1}]
+
+
+def test_line_separators_inside_text_do_not_end_a_line():
+    Path("a.json").write_text('{"a": "x\u2028y"}\n{"a": "\u0085"}\n', encoding="utf-8")
+    assert load_rows("a.json") == [{"a": "x\u2028y"}, {"a": "\u0085"}]
+
+
+def test_broken_json_names_file_and_line():
+    Path("train.jsonl").write_text('{"a": 1}\n' * 16 + '{"a": 1 "b": 2}\n', encoding="utf-8")
+    assert (
+        refused("train.jsonl") == "train.jsonl, line 17: not valid JSON (Expecting ',' delimiter, column 9)."
+    )
+    Path("b.json").write_text('[\n{"a": 1},\n{"a": }\n]', encoding="utf-8")
+    assert refused("b.json") == "b.json, line 3: not valid JSON (Expecting value, column 7)."
+
+
+def test_row_that_is_no_object_names_its_line():
+    Path("a.jsonl").write_text('{"a": 1}\n["x"]\n', encoding="utf-8")
+    assert refused("a.jsonl").startswith("a.jsonl, line 2: is a list; each row must be an object")
+    Path("b.json").write_text('[{"a": 1}, 3]', encoding="utf-8")
+    assert refused("b.json").startswith("b.json, row 2: is a number")
+    Path("c.json").write_text('{\n"a": 1}', encoding="utf-8")
+    assert "one object with the keys 'a'" in refused("c.json")
+    Path("d.json").write_text('"text"', encoding="utf-8")
+    assert refused("d.json") == "d.json: is text; expected a list of objects."
+
+
+def test_broken_utf8_names_line_and_byte():
+    Path("a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    assert refused("a.jsonl") == (
+        "a.jsonl, line 2: not UTF-8 (byte 8 of the line is 0xff). Save the file as UTF-8."
+    )
+    Path("b.json").write_bytes(b'[{"a": 1},\n{"a": "\xff"}]\n')
+    assert "b.json, line 2: not UTF-8 (byte 8" in refused("b.json")
+
+
+def test_endless_nesting_is_refused():
+    Path("a.jsonl").write_text("[" * 200_000, encoding="utf-8")
+    assert "a.jsonl, line 1:" in refused("a.jsonl")
+
+
+def test_misspelt_path_suggests_the_nearest():
+    write_lines("train.jsonl")
+    assert refused("trian.jsonl") == "no file or folder 'trian.jsonl'; nearest here: 'train.jsonl'."
+    write_lines("corpus/train.jsonl")
+    assert refused("corpsu/train.jsonl").endswith("nearest here: 'corpus'.")
+    assert refused("corpus/xyz").startswith("no file or folder 'corpus/xyz'; nothing in ")
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/entirely", "~/gone", "a/b/c", "data/gone"])
+def test_what_looks_like_a_path_never_reaches_the_hub(name, monkeypatch):
+    Path("data").mkdir()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    assert "no file or folder" in refused(name)
+
+
+def test_hub_failure_gives_the_way_out(monkeypatch):
+    def unreachable(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == ("org/talks", "en", "test", True)
+        raise ConnectionError("Couldn't reach\n'org/talks' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = refused("org/talks", config="en", split="test", streaming=True)
+    assert message.startswith(
+        "org/talks (en), split test: no such file or folder here, and the hub did not give"
+    )
+    assert "Couldn't reach 'org/talks' on the Hub" in message
+    assert "hf auth login" in message
+
+
+def test_hub_rows_are_passed_on(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(ROWS))
+    assert list(load_rows("org/talks")) == ROWS
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([]))
+    assert "holds no rows" in refused("org/talks")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_file_is_refused(content):
+    for name in ("a.jsonl", "a.json"):
+        Path(name).write_text(content, encoding="utf-8")
+        assert refused(name) == f"{name}: holds no rows. Give a file that does."
+
+
+def test_unsupported_kind_lists_the_supported():
+    Path("a.csv").write_text("a,b\n", encoding="utf-8")
+    assert refused("a.csv").endswith("accepted are .jsonl, .json, .ndjson, .parquet, .arrow.")
+
+
+def test_damaged_table_is_refused():
+    for name in ("a.parquet", "a.arrow"):
+        Path(name).write_bytes(b"PAR1 nonsense")
+        assert f"{name}: not readable as" in refused(name)
+
+
+def test_folder_gives_its_splits():
+    write_lines("talks/train.jsonl", ROWS[:6])
+    write_lines("talks/test.jsonl", ROWS[6:])
+    assert load_rows("talks") == ROWS[:6]
+    assert load_rows("talks", split="test") == ROWS[6:]
+    assert refused("talks", split="validation") == 'talks: has no split "validation"; it has test, train.'
+
+
+def test_folder_joins_parquet_shards():
+    Path("talks/data").mkdir(parents=True)
+    for i in range(2):
+        table = pyarrow.Table.from_pylist(ROWS[5 * i : 5 * i + 5])
+        pyarrow.parquet.write_table(table, f"talks/data/train-0000{i}-of-00002.parquet")
+    assert list(load_rows("talks")) == ROWS
+
+
+def test_folder_of_nameless_shards_is_the_train_split():
+    write_lines("talks/part-0.jsonl", ROWS[:5])
+    write_lines("talks/part-1.jsonl", ROWS[5:])
+    assert load_rows("talks") == ROWS
+    assert 'no split "test"' in refused("talks", split="test")
+
+
+def test_split_may_be_a_folder_or_any_file_name():
+    write_lines("talks/train/a.jsonl", ROWS[:2])
+    write_lines("talks/held_out.jsonl", ROWS[2:])
+    assert load_rows("talks") == ROWS[:2]
+    assert load_rows("talks", split="held_out") == ROWS[2:]
+
+
+def test_two_files_for_one_split_are_refused():
+    write_lines("talks/train.jsonl")
+    Path("talks/train.parquet").touch()
+    assert "train.jsonl, train.parquet would be read as one split" in refused("talks")
+
+
+def test_folder_without_data_is_refused():
+    Path("talks").mkdir()
+    assert "holds no data" in refused("talks")
+
+
+def test_saved_datasets_are_read():
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk("one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk("several")
+    assert list(load_rows("one")) == ROWS
+    assert "without splits" in refused("one", split="test")
+    assert list(load_rows("several", split="test")) == ROWS[1:2]
+    assert 'no split "dev"; it has train, test' in refused("several", split="dev")
+    Path("one/state.json").write_text("{", encoding="utf-8")
+    assert "one: was saved by datasets, but cannot be read" in refused("one")
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train[:3]", ROWS[:3]),
+        ("train[50%:]", ROWS[5:]),
+        ("train[-2:]", ROWS[-2:]),
+        ("train[2:4]", ROWS[2:4]),
+    ],
+)
+def test_part_of_a_split(split, expected):
+    write_lines("a.jsonl")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "a.parquet")
+    assert load_rows("a.jsonl", split=split) == expected
+    assert list(load_rows("a.parquet", split=split)) == expected
+
+
+def test_impossible_part_is_refused():
+    write_lines("a.jsonl")
+    assert "does not fit its 10 rows" in refused("a.jsonl", split="train[5:200]")
+    assert "not understood" in refused("a.jsonl", split="train[")
+    assert "holds no rows in train[4:4]" in refused("a.jsonl", split="train[4:4]")
+
+
+def test_one_file_has_no_other_split():
+    write_lines("a.jsonl")
+    assert 'a.jsonl: is one file, which is the split "train"; there is no "test"' in refused(
+        "a.jsonl", split="test"
+    )
+
+
+def test_local_data_has_no_configuration():
+    write_lines("a.jsonl")
+    assert "no configuration 'en'" in refused("a.jsonl", config="en")
+
+
+def test_mixture_failure_is_one_line():
+    from trl import DatasetMixtureConfig
+
+    with pytest.raises(DatasetError, match=r"^mixture of no dataset: cannot be put together"):
+        load_mixture(DatasetMixtureConfig(datasets=[]))
+    missing = {"path": "json", "data_files": "gone.jsonl", "split": "train"}
+    with pytest.raises(DatasetError, match=r"^mixture of json: .*[^\n]*$"):
+        load_mixture(DatasetMixtureConfig(datasets=[missing]))
+
+
+def test_mixture_joins_its_members(tmp_path, monkeypatch):
+    from trl import DatasetMixtureConfig
+
+    write_lines("a.jsonl", ROWS[:4])
+    write_lines("b.jsonl", ROWS[4:])
+    cache = str(tmp_path / "cache")
+    original = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda **k: original(cache_dir=cache, **k))
+    members = [{"path": "json", "data_files": name, "split": "train"} for name in ("a.jsonl", "b.jsonl")]
+    mixed = load_mixture(DatasetMixtureConfig(datasets=members))
+    assert list(mixed["train"]) == ROWS

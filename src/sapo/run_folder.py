@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "sapo_config.yaml"
+RECIPE_FILE = "recipe.yaml"
 _STAGING = ".saving"
 
 _FACTS = (
@@ -73,14 +74,7 @@ class RunFolder:
         """
         if not self._trainer.is_world_process_zero():
             return
-        present = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
-        if not present:
-            return
-        if not overwrite:
-            raise ConfigurationError(
-                f"output_dir={self.path} is not empty (it holds {present[0]}). Choose another, continue with "
-                "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
-            )
+        check_output_dir(self.path, overwrite=overwrite)
         for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), self.path / "opponent", self.path / _STAGING]:
             shutil.rmtree(old, ignore_errors=True)
         (self.path / METRICS_FILE).unlink(missing_ok=True)
@@ -96,6 +90,14 @@ class RunFolder:
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             _write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+
+    def write_recipe_and_card(self, recipe: dict[str, Any], base_model: str) -> None:
+        """Write recipe.yaml, which gives the same run again, and README.md, the model card."""
+        if not self._trainer.is_world_process_zero():
+            return
+        text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
+        _write_atomically(self.path / RECIPE_FILE, text)
+        _write_atomically(self.path / "README.md", model_card(base_model, text, self._trainer.state.global_step))
 
     def append_metrics(self, line: str) -> None:
         """Add one line to metrics.jsonl."""
@@ -244,6 +246,41 @@ class RunFolder:
         for file in staging.iterdir():
             file.replace(folder / file.name)
         staging.rmdir()
+
+
+def model_card(base_model: str, recipe: str, steps: int) -> str:
+    """A model card in the hub's format: what was trained, from what, with which options."""
+    front = yaml.safe_dump({"library_name": "transformers", "base_model": base_model, "tags": ["sapo"]})
+    return f"""---
+{front}---
+
+# Trained with SAPO
+
+`{base_model}` after {steps} steps of Self-Augmented Preference Optimization
+([arXiv 2405.20830](https://arxiv.org/abs/2405.20830)): the rejected responses were written by a moving average of the
+model itself; no preference data were used. The moving average lies in `opponent/`.
+
+## Options that differ from the defaults
+
+```yaml
+{recipe}```
+"""
+
+
+def check_output_dir(path: Path, *, overwrite: bool) -> None:
+    """Refuse to start afresh over an earlier run.
+
+    Raises:
+        ConfigurationError: `path` is not an empty folder, and may not be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
+    present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if present and not overwrite:
+        raise ConfigurationError(
+            f"output_dir={path} is not empty (it holds {present[0]}). Choose another, continue with "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
+        )
 
 
 def _replace_folder(new: Path, target: Path) -> None:

@@ -182,6 +182,10 @@ class SAPOTrainer(Trainer):
         unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
         return unwrapped
 
+    def is_adapter(self) -> bool:
+        """Whether the policy is an adapter on a base model."""
+        return isinstance(self.policy(), PeftModel)
+
     # ---- One step ----
 
     def training_step(

@@ -54,13 +54,13 @@ def test_unknown_format_lists_columns_and_accepted():
 
 def test_paired_without_rejected_is_refused():
     with pytest.raises(
-        DatasetError, match="has the columns chosen, prompt, but .* needs chosen and rejected"
+        DatasetError, match=r"has the columns chosen, prompt, but .* needs chosen and rejected"
     ):
         detect_format({"prompt": "a", "chosen": "b"}, paired=True, source="x")
 
 
 def test_row_of_other_format_is_named():
-    with pytest.raises(DatasetError, match="row 17 of train.jsonl: lacks completion.* it holds prompt"):
+    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it holds prompt"):
         parse_row({"prompt": "a"}, "prompt/completion", paired=False, chat=True, where=WHERE)
 
 
@@ -75,7 +75,7 @@ def test_messages_become_a_conversation():
 def test_tools_may_be_json_text():
     row = {"messages": [user("hi"), assistant("yo")], "tools": '[{"name": "f"}]'}
     assert parse(row).tools == [{"name": "f"}]
-    with pytest.raises(DatasetError, match='row 17 of train.jsonl: "tools" is text but not valid JSON'):
+    with pytest.raises(DatasetError, match=r'row 17 of train\.jsonl: "tools" is text but not valid JSON'):
         parse({**row, "tools": "{"})
 
 
@@ -238,5 +238,5 @@ def test_question_is_plain_without_template():
 
 
 def test_text_columns_must_hold_text():
-    with pytest.raises(DatasetError, match='row 17 of train.jsonl: "answer" is an object; it must be text'):
+    with pytest.raises(DatasetError, match=r'row 17 of train\.jsonl: "answer" is an object; it must be text'):
         parse({"question": "a", "answer": {"value": "b"}})

@@ -200,8 +200,8 @@ class Encoder:
         )
         return TokenizerError(
             f"row {row + 1} of {self._report.source}: the chat template renders the prompt differently "
-            f"once the reply follows: at token {place + 1} it is {before} before and {after} after. "
-            "Use a template that leaves the history unchanged, such as trl's get_training_chat_template(tokenizer) gives."
+            f"once the reply follows: at token {place + 1} it has {before} before and {after} after. Use a "
+            "template that leaves the history unchanged, such as trl's get_training_chat_template gives."
         )
 
     def _start_ids(self) -> list[int]:

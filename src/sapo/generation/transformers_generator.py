@@ -1,7 +1,8 @@
 """A small decode loop over a transformers model.
 
-It exists beside `generate` for three reasons: each row draws from its own uniform numbers, rows that are done leave the
-batch, and filtering inside the top-k slice is several times faster (see `benchmarks/generation.py`).
+It exists beside `generate` for three reasons: each row draws from its own uniform numbers; rows that are done
+leave the batch; and it is faster (`benchmarks/generation.py`), by filtering inside the top-k slice and by a
+cache that is not copied for each token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from sapo.errors import ConfigurationError, ModelError
+from sapo.generation.kv_cache import keep_rows, make_room, surviving_rows
 from sapo.generation.protocol import check_request
 from sapo.generation.sampling import INVALID_TOKEN, Sampling, sample_tokens
 
@@ -23,14 +25,14 @@ class TransformersGenerator:
     """A `Generator` that decodes with a transformers model in this process.
 
     Args:
-        model_context: opens a context that yields the causal language model to decode with, its weights in place (an
-            opponent; a PEFT model with the right adapter active; sharded parameters gathered). It is entered exactly
-            once a call, also when no row wants a token: under sharding it holds collectives, in which every process
-            must take part.
+        model_context: opens a context that yields the causal language model to decode with, its weights in place
+            (an opponent; a PEFT model with the right adapter active; sharded parameters gathered). It is entered
+            exactly once a call, also when no row wants a token: under sharding it holds collectives, in which
+            every process must take part. Processes may then take different numbers of steps, zero included.
         sampling: how the next token is drawn.
         end_ids: tokens that end a row; may be empty.
-        pad_token_id: any valid token id; it fills the space left of shorter contexts and is never looked at.
-        batch_size: rows decoded together, None for all. Rows are then grouped by context length.
+        pad_token_id: any valid token id; it fills the space before shorter contexts and is never attended to.
+        batch_size: rows decoded together, None for all. When set, rows are grouped by context length.
 
     Raises:
         ConfigurationError: `batch_size` below 1, or a negative `pad_token_id`.
@@ -46,9 +48,9 @@ class TransformersGenerator:
         batch_size: int | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size}: must be 1 or more, or None for all rows at once")
+            raise ConfigurationError(f"batch_size={batch_size}: must be 1 or more, or None for all rows")
         if pad_token_id < 0:
-            raise ConfigurationError(f"pad_token_id={pad_token_id}: must be a token id; any token of the vocabulary does")
+            raise ConfigurationError(f"pad_token_id={pad_token_id}: must be a token id; any valid one will do")
         self._model_context = model_context
         self._sampling = sampling
         self._end_ids = frozenset(end_ids)
@@ -60,8 +62,8 @@ class TransformersGenerator:
     ) -> list[list[int]]:
         """Continue each context; see `Generator.generate`.
 
-        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left as it was
-        found, and no global random state is read or changed.
+        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left as it
+        was found, and no global random state is read or changed.
 
         Raises:
             ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.
@@ -89,14 +91,13 @@ class TransformersGenerator:
     ) -> None:
         """Decode `rows` together, appending to their `replies`."""
         device = next(model.parameters()).device
-        uniform = [random.Random(seeds[row]).random for row in rows]
         room = max(max_new_tokens[row] for row in rows)
         batch = _left_padded([contexts[row] for row in rows], self._pad_token_id, room)
         tokens, attended, positions = (tensor.to(device) for tensor in batch)
         length = tokens.shape[1]
+        uniforms = [random.Random(seeds[row]).random for row in rows]
         cache: Cache | None = None
         while rows:
-            # The model makes the cache itself, at the first step: it knows which kind its layers need.
             output = model(
                 input_ids=tokens,
                 attention_mask=attended[:, :length],
@@ -106,30 +107,34 @@ class TransformersGenerator:
                 logits_to_keep=1,
                 return_dict=True,
             )
-            cache = output.get("past_key_values")
-            if not isinstance(cache, Cache):
-                raise ModelError(
-                    f"{type(model).__name__} returns no key-value cache, which decoding needs; use another architecture"
-                )
-            draws = torch.tensor([draw() for draw in uniform], dtype=torch.float64)
+            if cache is None:
+                # The model made it at its first step, and knows which kind of cache its layers need.
+                cache = output.get("past_key_values")
+                if not isinstance(cache, Cache):
+                    raise ModelError(
+                        f"{type(model).__name__} returned no key-value cache, without which it cannot be decoded; "
+                        "use a model whose forward returns past_key_values"
+                    )
+                make_room(cache, room - 1)
+            draws = torch.tensor([uniform() for uniform in uniforms], dtype=torch.float64)
             drawn = sample_tokens(output.logits[:, -1], draws, self._sampling)
             going = []
             for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
                 if token == INVALID_TOKEN:
                     raise ModelError(
-                        f"row {row}: the opponent gave logits that are not finite at new token {len(replies[row])}; "
-                        "look for a learning rate that is too high, or use bfloat16 in place of float16"
+                        f"row {row}: the opponent's logits for new token {len(replies[row])} are not finite; "
+                        "lower the learning rate, or use bfloat16 or float32 in place of float16"
                     )
                 replies[row].append(token)
                 if token not in self._end_ids and len(replies[row]) < max_new_tokens[row]:
                     going.append(place)
             positions = positions[:, -1:] + 1
             if 0 < len(going) < len(rows):
+                going = surviving_rows(going)
+                keep_rows(cache, going, device)
                 kept = torch.tensor(going, device=device)
-                # Not batch_select_indices: in 5.23 hybrid layers inherit one that forgets their recurrent state.
-                cache.reorder_cache(kept)
                 drawn, attended, positions = drawn[kept], attended[kept], positions[kept]
-                uniform = [uniform[place] for place in going]
+                uniforms = [uniforms[place] for place in going]
             rows = [rows[place] for place in going]
             tokens = drawn[:, None]
             length += 1
@@ -138,8 +143,8 @@ class TransformersGenerator:
 def _left_padded(contexts: list[Sequence[int]], pad: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids `[B, L]`, attention mask `[B, L + room]` and positions `[B, L]` of contexts that end together.
 
-    The mask follows from lengths alone: a prompt may itself hold the pad token. It is made long enough for all steps,
-    the tokens to come being attended.
+    The mask follows from lengths alone, because a prompt may itself hold the pad token. It covers all steps to
+    come, whose tokens are attended to.
     """
     width = max(map(len, contexts))
     ids = torch.tensor([[pad] * (width - len(context)) + list(context) for context in contexts])
@@ -153,13 +158,13 @@ def _left_padded(contexts: list[Sequence[int]], pad: int, room: int) -> tuple[Te
 def _decoding(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module's own training flag is as it was.
 
-    Evaluation mode also switches gradient checkpointing off: every transformers layer asks for `training` before it
-    checkpoints. `no_grad`, not `inference_mode`: under FSDP2 parameters first gathered in inference mode broke later
-    training.
+    Evaluation mode also switches gradient checkpointing off: a transformers layer asks for `training` before it
+    checkpoints. `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode broke
+    later training.
     """
     training = [module for module in model.modules() if module.training]
     try:
-        # Flags are set one by one, because eval() and train() would carry a parent's flag to its children.
+        # One flag at a time, because eval() and train() carry a parent's flag to its children.
         for module in training:
             module.training = False
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """CPU time of the decode loop against `model.generate`, same sampling, one thread.
 
-Runs alternate (A B A B ...), and each figure is a median of `time.process_time`, so that other work on the machine
-disturbs both alike. No end token: every row is decoded to its full length, so the gain of dropping rows that are done
-is not part of it. Run with
+Runs alternate (A B A B ...) and each figure is a median of `time.process_time`, so that other work on the
+machine disturbs both alike. There is no end token: every row takes its full length, so the gain from dropping finished
+rows is not part of it. Run with
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python benchmarks/generation.py
 """
@@ -51,9 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = build_model()
     sampling = Sampling()
-    generator = TransformersGenerator(
-        lambda: contextlib.nullcontext(model), sampling, end_ids=(), pad_token_id=PAD
-    )
+    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), sampling, end_ids=(), pad_token_id=PAD)
 
     def ours(prompts: torch.Tensor) -> None:
         rows = len(prompts)
@@ -70,8 +68,10 @@ def main() -> None:
             top_p=sampling.top_p,
         )
 
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, prompt {arguments.prompt}, "
-          f"{arguments.new} new tokens, CPU seconds, median of {arguments.repeats}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, prompt {arguments.prompt}, "
+        f"{arguments.new} new tokens, CPU seconds, median of {arguments.repeats}"
+    )
     print(f"{'batch':>6} {'generate':>9} {'ours':>9} {'ratio':>6}")
     for batch in arguments.batches:
         prompts = torch.randint(1, 8192, (batch, arguments.prompt), generator=torch.Generator().manual_seed(batch))

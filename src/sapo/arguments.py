@@ -23,7 +23,9 @@ class DataArguments(ScriptArguments):
 
     eval_dataset_name: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "File, folder or hub id to evaluate on. Unset: the test split of dataset_name, if it has one."},
+        metadata={
+            "help": "File, folder or hub id to evaluate on. Unset: the test split of dataset_name, if it has one."
+        },
     )
 
 
@@ -48,9 +50,7 @@ def parse(arguments: Sequence[str], program: str) -> RunArguments:
     Raises:
         ConfigurationError: an unknown option (with the nearest), a value of the wrong type, options that clash.
     """
-    parser = _Parser(
-        [DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig], prog=program, allow_abbrev=False
-    )
+    parser = _Parser([DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig], prog=program, allow_abbrev=False)
     arguments = [part for argument in arguments for part in _split_equals(argument)]
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:

@@ -64,15 +64,17 @@ def collate_pairs(pairs: Sequence[Pair], *, pad_token_id: int, suffix: Suffix = 
         raise ValueError("a batch needs at least one pair")
     chosen = [(pair.prompt_ids, pair.chosen_ids, len(pair.chosen_ids)) for pair in pairs]
     rejected = [
-        (pair.prompt_ids, pair.rejected_ids, pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids))
+        (
+            pair.prompt_ids,
+            pair.rejected_ids,
+            pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids),
+        )
         for pair in pairs
     ]
     return collate_responses(chosen + rejected, pad_token_id=pad_token_id)
 
 
-def collate_responses(
-    rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int
-) -> PairBatch:
+def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> PairBatch:
     """Lay out rows of (prompt, response, number of response tokens to score), right-padded to one width."""
     width = max(len(prompt) + len(response) for prompt, response, _ in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)

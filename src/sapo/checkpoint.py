@@ -31,7 +31,10 @@ _LENGTH_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
     """Write `part`.safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / f"{part}.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / f"{part}.safetensors",
+    )
 
 
 def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
@@ -51,7 +54,7 @@ def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another checkpoint.") from error
 
 
-def write_json(folder: Path, name: str, content: Any) -> None:  # noqa: ANN401
+def write_json(folder: Path, name: str, content: Any) -> None:
     """Write a JSON file."""
     (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
 
@@ -93,10 +96,7 @@ def entries_to_tensors(entries: Sequence[BufferEntry[Pair]]) -> dict[str, Tensor
         "steps": torch.tensor([entry.step for entry in entries], dtype=torch.int64),
         "draws": torch.tensor([entry.draws for entry in entries], dtype=torch.int64),
         "places": torch.tensor(
-            [
-                [p.row, p.turn, p.segment.start, p.segment.stop, p.rewritten.start, p.rewritten.stop]
-                for p in pairs
-            ],
+            [[p.row, p.turn, p.segment.start, p.segment.stop, p.rewritten.start, p.rewritten.stop] for p in pairs],
             dtype=torch.int64,
         ).reshape(len(pairs), 6),
     }
@@ -110,7 +110,7 @@ def entries_to_tensors(entries: Sequence[BufferEntry[Pair]]) -> dict[str, Tensor
 def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair]]:
     """The inverse of `entries_to_tensors`."""
     columns = [
-        [tuple(part.tolist()) for part in tensors[field].split(tensors[f"{field}_lengths"].tolist())]
+        [tuple(part.tolist()) for part in torch.split(tensors[field], tensors[f"{field}_lengths"].tolist())]
         for field in _LENGTH_FIELDS
     ]
     entries = []
@@ -149,7 +149,9 @@ def verify(folder: Path) -> None:
                 f"{file}: {file.stat().st_size} bytes, {size} when it was saved. Resume from another checkpoint."
             )
         if _sha256(file) != digest:
-            raise CheckpointError(f"{file}: its content has changed since it was saved. Resume from another checkpoint.")
+            raise CheckpointError(
+                f"{file}: its content has changed since it was saved. Resume from another checkpoint."
+            )
 
 
 def compare_facts(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

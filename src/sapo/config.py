@@ -14,7 +14,7 @@ Objective = Literal["dpo", "orpo"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
 
-def _option(default: Any, text: str) -> Any:  # noqa: ANN401
+def _option(default: Any, text: str) -> Any:
     """A dataclass field with its help text; argparse reads `%` as a format, so it is doubled."""
     return field(default=default, metadata={"help": text.replace("%", "%%")})
 
@@ -33,15 +33,13 @@ class SAPOConfig(TrainingArguments):
     # Defaults of TrainingArguments that differ here, as in trl.
     learning_rate: float = _option(5e-7, "Peak learning rate. Published: 5e-7 for DPO, 5e-6 for ORPO.")
     logging_steps: float = _option(10, "Log every so many optimizer steps; below 1, a share of all steps.")
-    gradient_checkpointing: bool = _option(  # type: ignore[assignment]
+    gradient_checkpointing: bool = _option(
         True, "Recompute activations in the backward pass: much less memory for about 20% more time."
     )
-    bf16: bool | None = _option(  # type: ignore[assignment]
+    bf16: bool | None = _option(
         None, "Mixed precision in bfloat16. Unset: on where the accelerator has it, off on a CPU."
     )
-    remove_unused_columns: bool | None = _option(
-        False, "Must stay false: the prepared data has columns of its own."
-    )
+    remove_unused_columns: bool | None = _option(False, "Must stay false: the prepared data has columns of its own.")
 
     # Objective
     objective: Objective = _option("dpo", 'Loss on the pairs: "dpo" (with a reference) or "orpo" (without).')
@@ -55,16 +53,19 @@ class SAPOConfig(TrainingArguments):
         0.0, "Guard for DPO: add this times the chosen response's negative log-likelihood per token."
     )
     dpop_weight: float = _option(
-        0.0, "Guard for DPO: subtract this times max(0, fall of the chosen log-probability) from the margin (DPOP)."
+        0.0,
+        "Guard for DPO: subtract this times max(0, fall of the chosen log-probability) from the margin (DPOP).",
     )
     chosen_drop_limit: float | None = _option(
         None, "Stop when the chosen log-probability has fallen by more than this many nats per response."
     )
     chosen_probe_size: int = _option(
-        16, "Training examples whose chosen log-probability is followed from the start of the run; 0 for none."
+        16,
+        "Training examples whose chosen log-probability is followed from the start of the run; 0 for none.",
     )
     nll_positions: Literal["response", "all"] = _option(
-        "response", 'Where ORPO\'s likelihood term looks; "all" adds prompt and padding, as published (departure 8).'
+        "response",
+        'Where ORPO\'s likelihood term looks; "all" adds prompt and padding, as published (departure 8).',
     )
 
     # Self-play
@@ -78,7 +79,8 @@ class SAPOConfig(TrainingArguments):
         3, "Last tokens of a long response that a segment never reaches (published: 3; departure 3)."
     )
     suffix: Literal["keep", "drop", "mask"] = _option(
-        "keep", "What follows the rewritten segment: kept, dropped, or present and not scored in the rejected response."
+        "keep",
+        "What follows the rewritten segment: kept, dropped, or present and not scored in the rejected response.",
     )
     assistant_turns: Literal["last", "random", "all"] = _option(
         "last", "Which replies of a conversation are learnt from; random draws one anew in each epoch."
@@ -87,9 +89,7 @@ class SAPOConfig(TrainingArguments):
     generation_interval: int = _option(
         1, "Generate at every k-th optimizer step; the examples of the steps between are passed over."
     )
-    generation_batch_size: int | None = _option(
-        None, "Rows the opponent writes at a time; unset for all at once."
-    )
+    generation_batch_size: int | None = _option(None, "Rows the opponent writes at a time; unset for all at once.")
     temperature: float = _option(0.7, "Sampling temperature of the opponent; 0 for greedy.")
     top_k: int = _option(50, "The opponent samples from this many most probable tokens; 0 for all.")
     top_p: float = _option(0.95, "The opponent samples from the smallest set with this probability; 1 for all.")
@@ -99,7 +99,8 @@ class SAPOConfig(TrainingArguments):
 
     # Opponent and reference
     ema_decay: float = _option(
-        0.5, "Opponent <- decay x opponent + (1 - decay) x policy after each optimizer step; 1 freezes it, 0 copies."
+        0.5,
+        "Opponent <- decay x opponent + (1 - decay) x policy after each optimizer step; 1 freezes it, 0 copies.",
     )
     reference: Reference | None = _option(
         None,
@@ -121,7 +122,8 @@ class SAPOConfig(TrainingArguments):
     # Data
     max_length: int = _option(2048, "Most tokens of prompt and response together.")
     max_prompt_length: int | None = _option(
-        None, "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length, at least half."
+        None,
+        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length, at least half.",
     )
     truncation_mode: Literal["keep_end", "keep_start"] = _option(
         "keep_end", "Which end of a prompt that is too long is kept."
@@ -138,7 +140,8 @@ class SAPOConfig(TrainingArguments):
     log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
     num_pairs_to_print: int = _option(3, "Pairs in that table.")
     overwrite_output_dir: bool = _option(
-        False, "Start afresh in an output folder that holds an earlier run: its checkpoints and results are deleted."
+        False,
+        "Start afresh in an output folder that holds an earlier run: its checkpoints and results are deleted.",
     )
     skip_memory_check: bool = _option(
         False, "Load the model even if the estimate says that its copies do not fit into memory."
@@ -151,6 +154,7 @@ class SAPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         # TrainingArguments' own name for it since transformers 5.20; the old one is what trl's users type.
+        self.activation_checkpointing: bool | None
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = None  # type: ignore[assignment]
@@ -253,7 +257,7 @@ class SAPOConfig(TrainingArguments):
 
 def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]
 
 

@@ -20,7 +20,7 @@ _OPTIMIZER_BYTES = {"sgd": 0, "rmsprop": 4, "adafactor": 1}
 """Bytes of state a trained parameter; Adam and everything else: 8, its 8-bit forms: 2."""
 
 
-def load_tokenizer(name: str, revision: str = "main") -> Any:  # noqa: ANN401
+def load_tokenizer(name: str, revision: str = "main") -> Any:
     """The tokenizer of a model.
 
     Raises:
@@ -67,7 +67,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
     return model, get_peft_config(model_args)
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> dict[str, int]:  # noqa: ANN401
+def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state by part; activations come on top."""
     with init_empty_weights():
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -84,7 +84,9 @@ def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> d
         return {"model": size_of_base, "adapters": parameters * 4 * 7 // 50}
     copies = {"policy": size_of_base, "gradients": parameters * size}
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
-    per_parameter = next((b for name, b in _OPTIMIZER_BYTES.items() if name in optimizer), 2 if "8bit" in optimizer else 8)
+    per_parameter = next(
+        (b for name, b in _OPTIMIZER_BYTES.items() if name in optimizer), 2 if "8bit" in optimizer else 8
+    )
     copies["optimizer"] = parameters * per_parameter
     if args.pair_source == "self_play":
         copies["opponent"] = parameters * size
@@ -95,7 +97,7 @@ def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> d
     return copies
 
 
-def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:  # noqa: ANN401
+def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
     """Compare the estimate with the memory of the device.
 
     Raises:
@@ -127,9 +129,13 @@ def _check_folder(name: str) -> None:
             adapter = (folder / "adapter_config.json").is_file()
             raise ModelError(
                 f"{name}: no config.json in this folder"
-                + (": it holds an adapter. Merge it into its base model first." if adapter else ". Give a model folder.")
+                + (
+                    ": it holds an adapter. Merge it into its base model first."
+                    if adapter
+                    else ". Give a model folder."
+                )
             )
-    elif name.startswith((".", "/", "~")) or folder.parent.is_dir() and str(folder.parent) != ".":
+    elif name.startswith((".", "/", "~")) or (folder.parent.is_dir() and str(folder.parent) != "."):
         raise ModelError(f"{name}: no such model folder. Check model_name_or_path.")
 
 
@@ -137,6 +143,6 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 200 else reason[:197] + "..."
     return (
-        f"{name}: the {what} cannot be loaded ({reason}). Give a complete local folder, or the id of a model on the hub "
-        "that this machine can reach."
+        f"{name}: the {what} cannot be loaded ({reason}). Give a complete local folder, or the id of a model on the "
+        "hub that this machine can reach."
     )

@@ -29,7 +29,7 @@ LARGEST_DECAY_IN_HALF_PRECISION = 0.5
 class FrozenWeights(Protocol):
     """Weights of the policy's architecture that no optimizer touches."""
 
-    def using(self) -> Any:  # noqa: ANN401
+    def using(self) -> Any:
         """A context manager that yields a module computing with these weights."""
         ...
 

@@ -49,17 +49,13 @@ class Pair:
     def identical(self) -> bool:
         """Whether the opponent wrote the very tokens that it was to replace: such a pair carries no signal."""
         chosen, rejected = self.segment, self.rewritten
-        return (
-            self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
-        )
+        return self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
 
 
 class PairSource(Protocol):
     """Turns the dataloader's examples into the pairs that the policy learns from now."""
 
-    def pairs(
-        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
-    ) -> list[Pair]:
+    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """Pairs for one micro-batch; never empty when `examples` is not."""
         ...
 
@@ -127,9 +123,7 @@ class SelfPlay:
         self._process = process
         self._record = record
 
-    def pairs(
-        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
-    ) -> list[Pair]:
+    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """Rewrite `examples`, store the new pairs, and draw a batch from everything stored."""
         settings = self._settings
         if settings.replay_max_age is not None:
@@ -152,9 +146,7 @@ class SelfPlay:
             [len(d.segment) for d in drafts],
             [d.seed for d in drafts],
         )
-        return [
-            self._pair(draft, replacement) for draft, replacement in zip(drafts, written, strict=True)
-        ]
+        return [self._pair(draft, replacement) for draft, replacement in zip(drafts, written, strict=True)]
 
     def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
         turns = example.turns
@@ -201,9 +193,7 @@ class SelfPlay:
         for pair in pairs:
             ended = bool(pair.rejected_ids) and pair.rewritten.stop == len(pair.rejected_ids)
             self._record("self_play/identical_fraction", float(pair.identical))
-            self._record(
-                "self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._end_ids)
-            )
+            self._record("self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._end_ids))
             self._record("self_play/rejected_length", len(pair.rejected_ids))
             self._record("self_play/segment_length", len(pair.segment))
 
@@ -211,9 +201,7 @@ class SelfPlay:
 class PairedData:
     """Pairs of a preference dataset, as they are: plain offline DPO and ORPO on the same trainer."""
 
-    def pairs(
-        self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int
-    ) -> list[Pair]:
+    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """The examples' own chosen and rejected responses."""
         return [paired(example) for example in examples]
 

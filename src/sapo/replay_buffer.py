@@ -121,8 +121,7 @@ class ReplayBuffer(Generic[Item]):
     def entries(self) -> list[BufferEntry[Item]]:
         """Everything stored, oldest first: what a checkpoint keeps."""
         return [
-            BufferEntry(self._items[slot], int(self._steps[slot]), int(self._draws[slot]))
-            for slot in self._order()
+            BufferEntry(self._items[slot], int(self._steps[slot]), int(self._draws[slot])) for slot in self._order()
         ]
 
     def restore(self, entries: Iterable[BufferEntry[Item]]) -> None:

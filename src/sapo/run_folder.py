@@ -27,13 +27,46 @@ CONFIG_FILE = "sapo_config.yaml"
 RECIPE_FILE = "recipe.yaml"
 _STAGING = ".saving"
 
-_FACTS = (
-    "objective loss_type beta chosen_nll_weight dpop_weight nll_positions pair_source segment_length tail_margin suffix "
-    "assistant_turns num_generations generation_interval temperature top_k top_p skip_identical ema_decay reference "
-    "reference_sync_steps replay_buffer_size replay_draw replay_replacement replay_max_age max_length "
-    "max_prompt_length truncation_mode overlong disable_dropout seed learning_rate weight_decay max_grad_norm "
-    "per_device_train_batch_size gradient_accumulation_steps bf16 fp16 world_size"
-).split()
+_FACTS = [
+    "objective",
+    "loss_type",
+    "beta",
+    "chosen_nll_weight",
+    "dpop_weight",
+    "nll_positions",
+    "pair_source",
+    "segment_length",
+    "tail_margin",
+    "suffix",
+    "assistant_turns",
+    "num_generations",
+    "generation_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+    "skip_identical",
+    "ema_decay",
+    "reference",
+    "reference_sync_steps",
+    "replay_buffer_size",
+    "replay_draw",
+    "replay_replacement",
+    "replay_max_age",
+    "max_length",
+    "max_prompt_length",
+    "truncation_mode",
+    "overlong",
+    "disable_dropout",
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "world_size",
+]
 """Options on which the weights depend; a run resumes only with the same. Its length may change."""
 
 
@@ -75,7 +108,11 @@ class RunFolder:
         if not self._trainer.is_world_process_zero():
             return
         check_output_dir(self.path, overwrite=overwrite)
-        for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), self.path / "opponent", self.path / _STAGING]:
+        for old in [
+            *self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+            self.path / "opponent",
+            self.path / _STAGING,
+        ]:
             shutil.rmtree(old, ignore_errors=True)
         (self.path / METRICS_FILE).unlink(missing_ok=True)
 

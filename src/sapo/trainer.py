@@ -20,7 +20,14 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 from sapo.batches import PairBatch, collate_pairs, collate_responses
 from sapo.checkpoint import compare_facts, read_state, verify
 from sapo.config import SAPOConfig
-from sapo.data import DataOptions, DataReport, collate_examples, dataset_digest, end_token_ids, prepare_dataset
+from sapo.data import (
+    DataOptions,
+    DataReport,
+    collate_examples,
+    dataset_digest,
+    end_token_ids,
+    prepare_dataset,
+)
 from sapo.errors import ConfigurationError, TokenizerError
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
@@ -62,18 +69,18 @@ class SAPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         args: SAPOConfig,
-        train_dataset: Any = None,  # noqa: ANN401
-        eval_dataset: Any = None,  # noqa: ANN401
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
-        processing_class: Any = None,  # noqa: ANN401
-        peft_config: Any = None,  # noqa: ANN401
+        processing_class: Any = None,
+        peft_config: Any = None,
         generator: Generator | None = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            model = create_model_from_path(model, **_keyword_arguments(args))
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         policy = _with_adapter(model, peft_config, args)
@@ -123,7 +130,7 @@ class SAPOTrainer(Trainer):
 
     # ---- Construction ----
 
-    def _prepare(self, rows: Any, tokenizer: Any, name: str) -> Any:  # noqa: ANN401
+    def _prepare(self, rows: Any, tokenizer: Any, name: str) -> Any:
         if rows is None:
             return None
         if isinstance(rows, Mapping):
@@ -158,9 +165,7 @@ class SAPOTrainer(Trainer):
             )
         return SelfPlay(
             generator,
-            ReplayBuffer(
-                args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement
-            ),
+            ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
             SelfPlaySettings(
                 segment_length=args.segment_length,
                 tail_margin=args.tail_margin,
@@ -203,7 +208,7 @@ class SAPOTrainer(Trainer):
         batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
         generated = time.perf_counter()
         self._tokens += batch.tokens
-        loss = super().training_step(model, {"batch": batch.to(self.args.device)}, num_items_in_batch)
+        loss: Tensor = super().training_step(model, {"batch": batch.to(self.args.device)}, num_items_in_batch)
         averages = self.averages["train"]
         averages.add("time/generate", generated - started)
         averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
@@ -216,7 +221,7 @@ class SAPOTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Mean loss of a laid-out batch; its metrics go to the averages of the current mode."""
         batch: PairBatch = inputs["batch"]
         published_nll = self.args.nll_positions == "all"
@@ -298,9 +303,10 @@ class SAPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Estimate for the last batch: 6 operations a parameter and token."""
-        return self._flops_per_token * sum(
+        flops: float = self._flops_per_token * sum(
             2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.last_pairs
         )
+        return flops
 
     # ---- Logging ----
 
@@ -315,9 +321,7 @@ class SAPOTrainer(Trainer):
         elif "loss" in logs:
             logs.update(self.averages["train"].drain())
             if self.opponent is not None:
-                logs["opponent/distance"] = relative_distance(
-                    self.opponent.tensors(), policy_tensors(self.policy())
-                )
+                logs["opponent/distance"] = relative_distance(self.opponent.tensors(), policy_tensors(self.policy()))
             logs.update(self._follow_chosen())
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens / max(now - self._tokens_since, 1e-9)
@@ -345,8 +349,8 @@ class SAPOTrainer(Trainer):
         limit = self.args.chosen_drop_limit
         if limit is not None and change < -limit and self.stop_reason is None:
             self.stop_reason = (
-                f"Stopped at step {self.state.global_step}: the chosen log-probability has fallen by {-change:.2f} nats "
-                f"per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
+                f"Stopped at step {self.state.global_step}: the chosen log-probability has fallen by {-change:.2f} "
+                f"nats per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
             )
         return {"self_play/chosen_logp_change": change}
 
@@ -375,7 +379,7 @@ class SAPOTrainer(Trainer):
 
     # ---- Evaluation ----
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ANN401
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on fixed pairs; buffer and random state of the training are untouched."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -396,7 +400,7 @@ class SAPOTrainer(Trainer):
                 if dataset is not None:
                     self._fixed_pairs(dataset)
 
-    def _fixed_pairs(self, dataset: Any) -> dict[tuple[int, int], Pair]:  # noqa: ANN401
+    def _fixed_pairs(self, dataset: Any) -> dict[tuple[int, int], Pair]:
         digest = self.digest(dataset)
         if digest not in self.eval_pairs:
             size = self.args.per_device_eval_batch_size
@@ -414,7 +418,7 @@ class SAPOTrainer(Trainer):
         keys = zip(dataset["row"], first_turns, strict=True)
         return dict(zip(keys, self.eval_pairs[digest], strict=True))
 
-    def digest(self, dataset: Any) -> str:  # noqa: ANN401
+    def digest(self, dataset: Any) -> str:
         """The content of a prepared data set as a hash, computed once."""
         if id(dataset) not in self._digests:
             self._digests[id(dataset)] = dataset_digest(dataset)
@@ -428,9 +432,7 @@ class SAPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss of a batch of evaluation examples on their fixed pairs."""
-        pairs = [
-            self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]
-        ]
+        pairs = [self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]]
         batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, {"batch": batch.to(self.args.device)})
@@ -438,7 +440,7 @@ class SAPOTrainer(Trainer):
 
     # ---- Run folder, checkpoints, resume ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a path or `true` resumes.
 
         Raises:
@@ -456,17 +458,17 @@ class SAPOTrainer(Trainer):
             compare_facts(checkpoint, state["facts"], self.run_folder.facts())
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:  # noqa: ANN401
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self.run_folder.restore(Path(resume_from_checkpoint))
         self._tokens_since = time.perf_counter()
         return prepared
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.run_folder.save_atomically(lambda: super(SAPOTrainer, self)._save_checkpoint(model, trial))
 
-    def _get_output_dir(self, trial: Any) -> str:  # noqa: ANN401
+    def _get_output_dir(self, trial: Any) -> str:
         staging = self.run_folder.staging
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
@@ -486,9 +488,16 @@ class SAPOTrainer(Trainer):
             self.run_folder.save_models(Path(output_dir or self.args.output_dir))
 
 
+def _keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
+    given = args.model_init_kwargs or {}
+    if not isinstance(given, dict):
+        raise ConfigurationError(f"model_init_kwargs={given}: give a mapping, on the command line as JSON.")
+    return given
+
+
 def _with_adapter(
     model: PreTrainedModel | PeftModel,
-    peft_config: Any,  # noqa: ANN401
+    peft_config: Any,
     args: SAPOConfig,
 ) -> PreTrainedModel | PeftModel:
     if peft_config is not None:
@@ -503,7 +512,7 @@ def _with_adapter(
     return model
 
 
-def _pad_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:  # noqa: ANN401
+def _pad_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     if not end_ids:

@@ -28,9 +28,7 @@ def shown(rows, tokenizer, *, segment_length=5, width=80, encoding="utf-8", pair
     )
     sink = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     console = Console(file=sink, width=width, force_terminal=color is not None, color_system=color)
-    check_data(
-        prepared, report, tokenizer, segment_length=segment_length, tail_margin=3, seed=0, console=console
-    )
+    check_data(prepared, report, tokenizer, segment_length=segment_length, tail_margin=3, seed=0, console=console)
     sink.flush()
     return sink.buffer.getvalue().decode(encoding)
 
@@ -99,9 +97,7 @@ def test_many_whole_rewrites_get_a_hint():
     assert lines[0] == "2 of 4 responses (50%) are rewritten whole: the segment covers them."
     assert "--segment_length 0.3" in lines[1]
     assert len(rewritten_whole([10, *[300] * 9], 256)) == 1
-    assert rewritten_whole([10, 20], None) == [
-        "All 2 responses are rewritten whole (segment_length is not set)."
-    ]
+    assert rewritten_whole([10, 20], None) == ["All 2 responses are rewritten whole (segment_length is not set)."]
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=50), st.integers(0, 100))

@@ -53,9 +53,7 @@ def test_unknown_format_lists_columns_and_accepted():
 
 
 def test_paired_without_rejected_is_refused():
-    with pytest.raises(
-        DatasetError, match=r"has the columns chosen, prompt, but .* needs chosen and rejected"
-    ):
+    with pytest.raises(DatasetError, match=r"has the columns chosen, prompt, but .* needs chosen and rejected"):
         detect_format({"prompt": "a", "chosen": "b"}, paired=True, source="x")
 
 
@@ -65,9 +63,7 @@ def test_row_of_other_format_is_named():
 
 
 def test_messages_become_a_conversation():
-    found = parse(
-        {"messages": [{"role": "system", "content": ""}, user("hi"), assistant("yo")], "tools": [{}]}
-    )
+    found = parse({"messages": [{"role": "system", "content": ""}, user("hi"), assistant("yo")], "tools": [{}]})
     assert contents(found) == ["", "hi", "yo"]
     assert found.tools == [{}]
 
@@ -211,9 +207,7 @@ def test_chosen_text_without_prompt_is_refused():
 
 
 def test_empty_rejected_is_dropped():
-    assert parse({"prompt": "a", "chosen": "b", "rejected": " "}, paired=True) == Dropped(
-        "empty rejected reply"
-    )
+    assert parse({"prompt": "a", "chosen": "b", "rejected": " "}, paired=True) == Dropped("empty rejected reply")
     row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("")]}
     assert parse(row, paired=True) == Dropped("empty rejected reply")
 

@@ -70,9 +70,7 @@ def test_line_separators_inside_text_do_not_end_a_line():
 
 def test_broken_json_names_file_and_line():
     Path("train.jsonl").write_text('{"a": 1}\n' * 16 + '{"a": 1 "b": 2}\n', encoding="utf-8")
-    assert (
-        refused("train.jsonl") == "train.jsonl, line 17: not valid JSON (Expecting ',' delimiter, column 9)."
-    )
+    assert refused("train.jsonl") == "train.jsonl, line 17: not valid JSON (Expecting ',' delimiter, column 9)."
     Path("b.json").write_text('[\n{"a": 1},\n{"a": }\n]', encoding="utf-8")
     assert refused("b.json") == "b.json, line 3: not valid JSON (Expecting value, column 7)."
 
@@ -90,9 +88,7 @@ def test_row_that_is_no_object_names_its_line():
 
 def test_broken_utf8_names_line_and_byte():
     Path("a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
-    assert refused("a.jsonl") == (
-        "a.jsonl, line 2: not UTF-8 (byte 8 of the line is 0xff). Save the file as UTF-8."
-    )
+    assert refused("a.jsonl") == ("a.jsonl, line 2: not UTF-8 (byte 8 of the line is 0xff). Save the file as UTF-8.")
     Path("b.json").write_bytes(b'[{"a": 1},\n{"a": "\xff"}]\n')
     assert "b.json, line 2: not UTF-8 (byte 8" in refused("b.json")
 
@@ -124,9 +120,7 @@ def test_hub_failure_gives_the_way_out(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = refused("org/talks", config="en", split="test", streaming=True)
-    assert message.startswith(
-        "org/talks (en), split test: no such file or folder here, and the hub did not give"
-    )
+    assert message.startswith("org/talks (en), split test: no such file or folder here, and the hub did not give")
     assert "Couldn't reach 'org/talks' on the Hub" in message
     assert "hf auth login" in message
 
@@ -234,9 +228,7 @@ def test_impossible_part_is_refused():
 
 def test_one_file_has_no_other_split():
     write_lines("a.jsonl")
-    assert 'a.jsonl: is one file, which is the split "train"; there is no "test"' in refused(
-        "a.jsonl", split="test"
-    )
+    assert 'a.jsonl: is one file, which is the split "train"; there is no "test"' in refused("a.jsonl", split="test")
 
 
 def test_local_data_has_no_configuration():

@@ -62,9 +62,7 @@ def talk(*texts, system=None):
 
 
 def prepare(rows, tokenizer, options=WIDE, *, source="train.jsonl"):
-    prepared, report = prepare_dataset(
-        rows, tokenizer, options, end_ids=end_token_ids(tokenizer, None), source=source
-    )
+    prepared, report = prepare_dataset(rows, tokenizer, options, end_ids=end_token_ids(tokenizer, None), source=source)
     return collate_examples(list(prepared))["examples"], report
 
 
@@ -75,9 +73,7 @@ def texts_of(turn, tokenizer):
 def test_response_is_what_follows_the_generation_prompt(chatml):
     (example,), report = prepare([{"messages": talk("hi", "yo", system="Be kind.")}], chatml)
     prompt, response = texts_of(example.turns[0], chatml)
-    assert prompt == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert prompt == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert response == "yo<|im_end|>"
     assert (report.rows, report.kept, report.dropped) == (1, 1, {})
 
@@ -187,9 +183,7 @@ def test_template_that_rewrites_history_is_refused():
 
 
 def test_messages_without_template_name_the_way_out():
-    with pytest.raises(
-        TokenizerError, match=r"row 1 of train.jsonl: .*no chat template.*clone_chat_template"
-    ):
+    with pytest.raises(TokenizerError, match=r"row 1 of train.jsonl: .*no chat template.*clone_chat_template"):
         prepare([{"messages": talk("hi", "yo")}], byte_tokenizer())
 
 
@@ -204,13 +198,9 @@ def test_question_and_answer_follow_the_tokenizer(chatml):
 
 
 def test_template_refusal_names_row():
-    template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + CHATML
-    )
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + CHATML
     rows = [{"messages": talk("hi", "yo")}, {"messages": talk("hi", "yo", system="x")}]
-    with pytest.raises(
-        DatasetError, match=r"^row 2 of train.jsonl: the chat template refuses it \(No system role\)"
-    ):
+    with pytest.raises(DatasetError, match=r"^row 2 of train.jsonl: the chat template refuses it \(No system role\)"):
         prepare(rows, byte_tokenizer(template))
 
 

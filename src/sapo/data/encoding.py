@@ -41,9 +41,7 @@ class Draft:
     plain: bool
 
 
-def end_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None
-) -> frozenset[int]:
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
     """All tokens that end a reply: the tokenizer's, the generation configuration's, and the chat template's.
 
     Args:
@@ -85,13 +83,9 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class Encoder:
     """Renders and tokenizes turns, and counts what it meets in `report`."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], report: DataReport
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], report: DataReport) -> None:
         if tokenizer.eos_token_id is None:
-            raise TokenizerError(
-                "the tokenizer has no end token to close a response with. Set tokenizer.eos_token."
-            )
+            raise TokenizerError("the tokenizer has no end token to close a response with. Set tokenizer.eos_token.")
         self.chat = bool(tokenizer.chat_template)
         self._tokenizer = tokenizer
         self._ends = frozenset({*end_ids, tokenizer.eos_token_id})
@@ -177,9 +171,7 @@ class Encoder:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
 
-    def _template(
-        self, messages: Sequence[Message], talk: Conversation, where: str, *, opening: bool = False
-    ) -> str:
+    def _template(self, messages: Sequence[Message], talk: Conversation, where: str, *, opening: bool = False) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tools=talk.tools, add_generation_prompt=opening, tokenize=False

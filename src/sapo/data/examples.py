@@ -150,9 +150,7 @@ class ExampleTable:
             self._rows.append(row)
             self._first.append(self._first[-1] + 1)
         self._turns.append(turn.index)
-        for name, ids in zip(
-            self.NESTED, (turn.prompt_ids, turn.response_ids, turn.rejected_ids), strict=True
-        ):
+        for name, ids in zip(self.NESTED, (turn.prompt_ids, turn.response_ids, turn.rejected_ids), strict=True):
             values, offsets = self._tokens[name]
             values.extend(ids or ())
             offsets.append(len(values))

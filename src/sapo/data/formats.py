@@ -101,9 +101,7 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
     )
 
 
-def parse_row(
-    row: Row, layout: Format, *, paired: bool, chat: bool, where: str
-) -> Conversation | PlainText | Dropped:
+def parse_row(row: Row, layout: Format, *, paired: bool, chat: bool, where: str) -> Conversation | PlainText | Dropped:
     """Turn one row into what is to be rendered.
 
     Args:
@@ -151,9 +149,7 @@ def _instruction(row: Row, *, chat: bool, where: str) -> Conversation | PlainTex
     return _single_turn(text, text + "\n\n", _text(row["output"], "output", where), chat=chat)
 
 
-def _single_turn(
-    user: str, plain_prompt: str, reply: str, *, chat: bool
-) -> Conversation | PlainText | Dropped:
+def _single_turn(user: str, plain_prompt: str, reply: str, *, chat: bool) -> Conversation | PlainText | Dropped:
     if not user.strip():
         return Dropped("empty prompt")
     if not reply.strip():
@@ -208,9 +204,7 @@ def _prompt_and_reply(
     return _paired(messages, other, row, first, column, where)
 
 
-def _rejected_side(
-    rejected: object, opening: list[Message], messages: list[Message], where: str
-) -> list[Message]:
+def _rejected_side(rejected: object, opening: list[Message], messages: list[Message], where: str) -> list[Message]:
     """The whole rejected conversation, whether given whole, after the prompt, or as a reply alone."""
     if isinstance(rejected, str):
         rejected = [{"role": "assistant", "content": rejected}]
@@ -240,9 +234,7 @@ def _conversation(
 ) -> Conversation | Dropped:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise DatasetError(
-            f'{where}: "{column}" has no assistant message, so there is no reply to learn from.'
-        )
+        raise DatasetError(f'{where}: "{column}" has no assistant message, so there is no reply to learn from.')
     if roles[-1] != "assistant":
         raise _wrong_end(column, roles[-1], where)
     for message in messages:
@@ -284,8 +276,7 @@ def _message(item: object, name: str, where: str) -> Message:
     if role not in ROLES:
         found = "no role" if role is None else f"the unknown role {json.dumps(role, default=str)}"
         raise DatasetError(
-            f"{where}: {name} has {found}; known are {_names(ROLES)}, "
-            f"and ShareGPT's {_names(SHAREGPT_ROLES)}."
+            f"{where}: {name} has {found}; known are {_names(ROLES)}, and ShareGPT's {_names(SHAREGPT_ROLES)}."
         )
     content = fields.get("content", "" if fields.get("tool_calls") else None)
     if not isinstance(content, str):
@@ -336,9 +327,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
 
 
 def _wrong_end(column: str, role: str, where: str) -> DatasetError:
-    return DatasetError(
-        f'{where}: "{column}" ends with role "{role}"; the last message must be the assistant\'s.'
-    )
+    return DatasetError(f'{where}: "{column}" ends with role "{role}"; the last message must be the assistant\'s.')
 
 
 def _names(names: Collection[str]) -> str:

@@ -187,9 +187,7 @@ def _join(files: list[Path], folder: Path) -> Rows:
         len({file.with_suffix("") for file in files}) < len(files)
     ):
         listing = ", ".join(file.name for file in files[:4])
-        raise DatasetError(
-            f"{folder}: {listing} would be read as one split. Keep one of them, or give its path."
-        )
+        raise DatasetError(f"{folder}: {listing} would be read as one split. Keep one of them, or give its path.")
     parts: list[Any] = [_read_file(file) for file in files]
     if len(parts) == 1:
         return parts[0]
@@ -199,8 +197,7 @@ def _join(files: list[Path], folder: Path) -> Rows:
         return datasets.concatenate_datasets(parts)
     except (ValueError, TypeError, pyarrow.ArrowException) as error:
         raise DatasetError(
-            f"{folder}: its {len(files)} files do not fit together ({_one_line(error)}). "
-            "Give them the same columns."
+            f"{folder}: its {len(files)} files do not fit together ({_one_line(error)}). Give them the same columns."
         ) from error
 
 
@@ -232,9 +229,7 @@ def _read_file(file: Path) -> Rows:
         if suffix == ".arrow":
             return datasets.Dataset.from_dict(_columns(_arrow_table(file)))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DatasetError(
-            f"{file}: not readable as {suffix[1:]} ({_one_line(error)}). Write it anew."
-        ) from error
+        raise DatasetError(f"{file}: not readable as {suffix[1:]} ({_one_line(error)}). Write it anew.") from error
     raise DatasetError(f"{file}: is not of a supported kind; accepted are {', '.join(SUFFIXES)}.")
 
 

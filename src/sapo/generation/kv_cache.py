@@ -1,45 +1,47 @@
 """A key-value cache with room for the tokens to come.
 
-transformers' dynamic layers build their whole cache anew for each token. On CPU that copy was half of decoding at
-batch 1 and most of it at batch 64 (8.9M-parameter Llama). The final length being known, it need not happen.
+transformers' dynamic layers build their whole cache anew for each token. On CPU that copy was half of
+decoding at batch 1 and most of it at batch 64 (8.9M-parameter Llama). The final length being known, it need
+not happen.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+_ROOM = 128
+"""Tokens that a full buffer is extended by: copies become rare, and memory stays near what the rows need."""
+
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, as views of buffers that are long enough for all tokens to come.
+    """One layer's keys and values, as views of buffers with room for tokens to come.
 
-    Serves the decode loop of this package only: it grows, and it loses rows. Cropping and repeating are not done.
+    Serves the decode loop of this package only: it grows and loses rows, but cannot be cropped or repeated.
 
     Args:
         layer: the layer after the prompt went through it; its content is taken over.
-        room: tokens that will be added at most.
     """
 
-    def __init__(self, layer: DynamicLayer, room: int) -> None:
+    def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.is_sliding = layer.is_sliding
-        self._key_buffer = _with_room(layer.keys, room)
-        self._value_buffer = _with_room(layer.values, room)
+        self._buffers = layer.keys, layer.values
         self._show(rows=layer.keys.shape[0], length=layer.keys.shape[2])
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `[B, heads, tokens, size]`, and return all of them so far."""
         rows, _, start, _ = self.keys.shape
         stop = start + key_states.shape[2]
-        self._key_buffer[:rows, :, start:stop] = key_states
-        self._value_buffer[:rows, :, start:stop] = value_states
+        if stop > self._buffers[0].shape[2]:
+            self._buffers = _extended(self.keys, stop + _ROOM), _extended(self.values, stop + _ROOM)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, start:stop] = states
         self._show(rows, stop)
         return self.keys, self.values
 
@@ -50,29 +52,29 @@ class RoomyLayer(DynamicLayer):
         self._show(rows, self.keys.shape[2])
 
     def _show(self, rows: int, length: int) -> None:
-        self.keys = self._key_buffer[:rows, :, :length]
-        self.values = self._value_buffer[:rows, :, :length]
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
 
 
-def make_room(cache: Cache, room: int) -> None:
-    """Give each layer of `cache` that grows with the text room for `room` more tokens, once, after the prompt.
+def make_room(cache: Cache, new_tokens: int) -> None:
+    """Let each layer of `cache` that grows do so in place; to be called once, after the prompt.
 
-    Layers of other kinds stay as they are: recurrent states do not grow, and a window that is about to slide is
-    short.
+    Layers of other kinds stay as they are: recurrent states do not grow, and a window that slides within
+    `new_tokens` is short.
     """
     if not isinstance(cache, DynamicCache):
         return
     for place, layer in enumerate(cache.layers):
         length = layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
-        never_slides = type(layer) is DynamicSlidingWindowLayer and length + room < layer.sliding_window
+        never_slides = type(layer) is DynamicSlidingWindowLayer and length + new_tokens < layer.sliding_window
         if length > 0 and (type(layer) is DynamicLayer or never_slides):
-            cache.layers[place] = RoomyLayer(layer, room)
+            cache.layers[place] = RoomyLayer(layer)
 
 
 def surviving_rows(going: list[int]) -> list[int]:
     """An order of the rows `going` (ascending) that moves as few of them as possible.
 
-    Rows among the first `len(going)` places stay where they are; the others fill the places left by finished rows.
+    Rows among the first `len(going)` places stay where they are; the others fill the places left by finished
+    rows.
     """
     count = len(going)
     staying = {place for place in going if place < count}
@@ -96,8 +98,9 @@ def keep_rows(cache: Cache, kept: list[int], device: torch.device) -> None:
             layer.reorder_cache(everything)
 
 
-def _with_room(states: Tensor, room: int) -> Tensor:
-    rows, heads, length, size = states.shape
-    buffer = torch.empty(rows, heads, length + room, size, dtype=states.dtype, device=states.device)
-    buffer[:, :, :length] = states
+def _extended(states: Tensor, length: int) -> Tensor:
+    """A buffer of `length` tokens that begins with `states` `[B, heads, tokens, size]`."""
+    rows, heads, held, size = states.shape
+    buffer = torch.empty(rows, heads, length, size, dtype=states.dtype, device=states.device)
+    buffer[:, :, :held] = states
     return buffer

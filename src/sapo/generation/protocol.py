@@ -20,23 +20,22 @@ class Generator(Protocol):
         Args:
             contexts: token ids to continue, at least one each; rows of any length.
             max_new_tokens: budget of each row in tokens, 0 or more.
-            seeds: seed of each row, the only source of that row's randomness: what a row becomes does not depend on
-                the other rows, on their order or on their number, beyond floating point.
+            seeds: seed of each row, the only source of that row's randomness: what a row becomes does not
+                depend on the other rows, on their order or on their number, beyond floating point.
 
         Returns:
-            For row i the tokens after `contexts[i]`: at most `max_new_tokens[i]`, up to and including the first end
-            token.
+            For row i the tokens after `contexts[i]`: at most `max_new_tokens[i]`, up to and including the
+            first end token.
 
         Raises:
-            ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.
+            ConfigurationError: a row without context or with a negative budget, or arguments of unequal
+                lengths.
         """
         ...
 
 
-def check_request(
-    contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
-) -> None:
-    """Refuse arguments of `Generator.generate` that break its contract; every implementation calls this first.
+def check_request(contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]) -> None:
+    """Refuse a request that breaks the contract of `Generator`; every implementation calls this first.
 
     Raises:
         ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.

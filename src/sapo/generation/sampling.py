@@ -1,9 +1,9 @@
 """From logits to the next token, as pure functions of tensors.
 
-The distribution is that of transformers' chain of warpers (temperature, then top-k, then top-p); top-p looks only at
-the tokens that top-k left, which gives the same distribution without sorting the vocabulary. A token is drawn by
-inverting the cumulative distribution at a uniform number that belongs to the row, so that no generator state is shared
-between rows.
+The distribution is that of transformers' chain of warpers (temperature, then top-k, then top-p); top-p looks
+only at the tokens that top-k left, which gives the same distribution without sorting the vocabulary. A token
+is drawn by inverting the cumulative distribution at a uniform number that belongs to the row, so that no
+generator state is shared between rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from sapo.errors import ConfigurationError
 
 INVALID_TOKEN = -1
-"""What `sample_tokens` returns for a row that has no distribution: a nan, an infinity, or nothing but -inf."""
+"""What `sample_tokens` gives a row without distribution: one with a nan, an infinity, or nothing but -inf."""
 
-# top-k keeps every token that ties with the k-th. Fetching a few more than k finds such ties, which are common in
-# bfloat16; only when all of these tie as well is the whole vocabulary looked at.
+# top-k keeps every token that ties with the k-th. Fetching a few more than k finds such ties, which are
+# common in bfloat16; only when all of these tie as well is the whole vocabulary looked at.
 _TIE_MARGIN = 14
 
 
@@ -44,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigurationError(
-                f"temperature={self.temperature}: must be a finite number, 0 (always the likeliest token) or more"
+                f"temperature={self.temperature}: must be finite, and 0 (always the likeliest token) or more"
             )
         if self.top_k < 0:
             raise ConfigurationError(f"top_k={self.top_k}: must be 1 or more, or 0 to keep the whole vocabulary")
@@ -65,9 +65,9 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, 
         sampling: temperature, top-k and top-p.
 
     Returns:
-        Probabilities `[B, K]` in float32, and the token ids `[B, K]` they belong to, ascending in each row. K is
-        1 when greedy, V without top-k, else a little more than k. Tokens that were filtered out have probability 0. A
-        row with a nan, an infinity, or nothing but -inf, has nan for probabilities.
+        Probabilities `[B, K]` in float32, and the token ids `[B, K]` they belong to, ascending in each row. K
+        is 1 when greedy, V without top-k, else a little more than k. Tokens that were filtered out have
+        probability 0. A row with a nan, an infinity, or nothing but -inf, has nan for probabilities.
     """
     if sampling.greedy:
         best, ids = logits.max(-1, keepdim=True)
@@ -81,8 +81,8 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Draw one token a row, by inverting the cumulative distribution.
 
-    Tokens are laid out by id before summing. Rounding in the logits then only moves the borders between tokens; sorted
-    by probability, two near-equal tokens would swap places and with them the outcome.
+    Tokens are laid out by id before summing. Rounding in the logits then only moves the borders between
+    tokens; sorted by probability, two near-equal tokens would swap places and with them the outcome.
 
     Args:
         logits: `[B, V]`.
@@ -101,8 +101,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     targets = uniforms.to(total.device, torch.float64)[:, None] * total
-    # right=True: the first token whose cumulative probability exceeds the target, hence never one of probability 0.
-    # The product stays below the total, uniforms being below 1; the clamp serves rows of nan, marked just after.
+    # right=True: the first token whose cumulative probability exceeds the target, hence never one of
+    # probability 0. The product stays below the total, uniforms being below 1; the clamp serves rows of nan,
+    # marked just after.
     places = torch.searchsorted(cumulative, targets, right=True).clamp_(max=ids.shape[1] - 1)
     return torch.where(total.isnan(), INVALID_TOKEN, ids.gather(1, places))[:, 0].to(device)
 
@@ -130,9 +131,9 @@ def _top_k(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 def _top_p(scores: Tensor, top_p: float) -> Tensor:
     """Put -inf where the probability of all likelier tokens reaches `top_p`.
 
-    Summed from the unlikeliest upwards in float32, as `TopPLogitsWarper` does: the token that crosses the threshold
-    stays, and so does the likeliest. Of equal tokens the ones of lower id go first (a stable sort), so that ties are
-    resolved alike in every batch.
+    Summed from the unlikeliest upwards in float32, as `TopPLogitsWarper` does: the token that crosses the
+    threshold stays, and so does the likeliest. Of equal tokens the ones of lower id go first (a stable sort),
+    so that ties are resolved alike in every batch.
     """
     ascending, order = scores.sort(dim=-1, stable=True)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p

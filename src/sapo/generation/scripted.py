@@ -26,8 +26,8 @@ class ScriptedGenerator:
     """A `Generator` without a model: it answers from a script and keeps what it was asked.
 
     Args:
-        script: either the replies of successive calls (each one a list of token lists, one a row), or a function of
-            (contexts, max_new_tokens, seeds) that returns such a reply.
+        script: either the replies of successive calls (each one a list of token lists, one a row), or a
+            function of (contexts, max_new_tokens, seeds) that returns such a reply.
 
     Attributes:
         calls: what it was asked, one `GenerateCall` a call.
@@ -43,8 +43,9 @@ class ScriptedGenerator:
         """Answer with the script's next reply; see `Generator.generate`.
 
         Raises:
-            ConfigurationError: a request that breaks the contract, a script that has run out, or a reply that does
-                not fit the request (rows missing, budget exceeded): a fake must not lie about the contract.
+            ConfigurationError: a request that breaks the contract, a script that has run out, or a reply that
+                does not fit the request (rows missing, budget exceeded): a fake must not lie about the
+                contract.
         """
         check_request(contexts, max_new_tokens, seeds)
         call = GenerateCall([list(context) for context in contexts], list(max_new_tokens), list(seeds))
@@ -65,7 +66,7 @@ class ScriptedGenerator:
         for row, (tokens, budget) in enumerate(zip(reply, max_new_tokens, strict=True)):
             if len(tokens) > budget:
                 raise ConfigurationError(
-                    f"call {number}, row {row}: the script gives {len(tokens)} tokens for a budget of {budget}; "
+                    f"call {number}, row {row}: the reply has {len(tokens)} tokens, the budget is {budget}; "
                     "shorten the reply"
                 )
         return [list(tokens) for tokens in reply]

@@ -25,10 +25,11 @@ class TransformersGenerator:
     """A `Generator` that decodes with a transformers model in this process.
 
     Args:
-        model_context: opens a context that yields the causal language model to decode with, its weights in place
-            (an opponent; a PEFT model with the right adapter active; sharded parameters gathered). It is entered
-            exactly once a call, also when no row wants a token: under sharding it holds collectives, in which
-            every process must take part. Processes may then take different numbers of steps, zero included.
+        model_context: opens a context that yields the causal language model to decode with, its weights in
+            place (an opponent; a PEFT model with the right adapter active; sharded parameters gathered). It
+            is entered exactly once a call, also when no row wants a token: under sharding it holds
+            collectives, in which every process must take part. Processes may then take different numbers of
+            steps, zero included.
         sampling: how the next token is drawn.
         end_ids: tokens that end a row; may be empty.
         pad_token_id: any valid token id; it fills the space before shorter contexts and is never attended to.
@@ -62,11 +63,12 @@ class TransformersGenerator:
     ) -> list[list[int]]:
         """Continue each context; see `Generator.generate`.
 
-        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left as it
-        was found, and no global random state is read or changed.
+        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left as
+        it was found, and no global random state is read or changed.
 
         Raises:
-            ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.
+            ConfigurationError: a row without context or with a negative budget, or arguments of unequal
+                lengths.
             ModelError: the model gave logits that are not finite, or keeps no key-value cache.
         """
         check_request(contexts, max_new_tokens, seeds)
@@ -112,10 +114,10 @@ class TransformersGenerator:
                 cache = output.get("past_key_values")
                 if not isinstance(cache, Cache):
                     raise ModelError(
-                        f"{type(model).__name__} returned no key-value cache, without which it cannot be decoded; "
+                        f"{type(model).__name__} returned no key-value cache, which decoding needs; "
                         "use a model whose forward returns past_key_values"
                     )
-                make_room(cache, room - 1)
+                make_room(cache, room)
             draws = torch.tensor([uniform() for uniform in uniforms], dtype=torch.float64)
             drawn = sample_tokens(output.logits[:, -1], draws, self._sampling)
             going = []
@@ -141,10 +143,10 @@ class TransformersGenerator:
 
 
 def _left_padded(contexts: list[Sequence[int]], pad: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids `[B, L]`, attention mask `[B, L + room]` and positions `[B, L]` of contexts that end together.
+    """Token ids `[B, L]`, attention mask `[B, L + room]` and positions `[B, L]` of right-aligned contexts.
 
-    The mask follows from lengths alone, because a prompt may itself hold the pad token. It covers all steps to
-    come, whose tokens are attended to.
+    The mask follows from lengths alone, because a prompt may itself hold the pad token. It covers all steps
+    to come, whose tokens are attended to.
     """
     width = max(map(len, contexts))
     ids = torch.tensor([[pad] * (width - len(context)) + list(context) for context in contexts])
@@ -158,9 +160,9 @@ def _left_padded(contexts: list[Sequence[int]], pad: int, room: int) -> tuple[Te
 def _decoding(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module's own training flag is as it was.
 
-    Evaluation mode also switches gradient checkpointing off: a transformers layer asks for `training` before it
-    checkpoints. `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode broke
-    later training.
+    Evaluation mode also switches gradient checkpointing off: a transformers layer asks for `training` before
+    it checkpoints. `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode
+    broke later training.
     """
     training = [module for module in model.modules() if module.training]
     try:

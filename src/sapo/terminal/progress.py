@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -101,7 +108,7 @@ class TerminalProgress(TrainerCallback):
             self._bar = None
 
 
-def pair_table(pairs: list[Pair], tokenizer: Any, step: int) -> Table:  # noqa: ANN401
+def pair_table(pairs: list[Pair], tokenizer: Any, step: int) -> Table:
     """A few pairs, the rewritten segment marked; model text is escaped."""
     table = Table(title=f"pairs drawn at step {step}", show_lines=True, expand=False)
     for name in ("prompt", "chosen", "rejected"):
@@ -121,7 +128,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _marked(tokenizer: Any, ids: tuple[int, ...], start: int, stop: int, colour: str) -> Text:  # noqa: ANN401
+def _marked(tokenizer: Any, ids: tuple[int, ...], start: int, stop: int, colour: str) -> Text:
     def decode(part: tuple[int, ...]) -> str:
         return visible(tokenizer.decode(list(part))) if part else ""
 
@@ -130,5 +137,3 @@ def _marked(tokenizer: Any, ids: tuple[int, ...], start: int, stop: int, colour:
     text.append(f"⟦{decode(ids[start:stop])}⟧", style=colour)
     text.append(tail if len(tail) <= 80 else f"{tail[:77]}...")
     return text
-
-

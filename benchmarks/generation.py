@@ -1,8 +1,8 @@
 """CPU time of the decode loop against `model.generate`, same sampling, one thread.
 
 Runs alternate (A B A B ...) and each figure is a median of `time.process_time`, so that other work on the
-machine disturbs both alike. There is no end token: every row takes its full length, so the gain from dropping finished
-rows is not part of it. Run with
+machine disturbs both alike. There is no end token: every row takes its full length, so the gain from dropping
+finished rows is not part of it. Run with
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python benchmarks/generation.py
 """

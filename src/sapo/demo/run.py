@@ -62,7 +62,7 @@ def run_demo(arguments: Sequence[str]) -> None:
         folder = Path(options.output_dir) / name.split(" (")[0].replace(" ", "-").lower()
         folder = folder.with_name(f"{folder.name}-{settings['objective']}") if name != "continued SFT" else folder
         trainer = _trainer(folder, options, settings, tokenizer)
-        progress = TerminalProgress(console, trainer, log_pairs_steps=STEPS, pairs=3)
+        progress = TerminalProgress(console, trainer, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
         try:
@@ -72,7 +72,7 @@ def run_demo(arguments: Sequence[str]) -> None:
         trainer.save_model()
         results[name] = score(trainer.policy(), tokenizer, rows)
     console.print(_table(results))
-    console.print(_reading(results))
+    console.print(_reading(results), highlight=False)
     console.print(f"{time.perf_counter() - started:.0f} s. Runs: {options.output_dir}", highlight=False)
     console.print("Next, your own: sapo train --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine")
 

@@ -1,0 +1,430 @@
+"""Laws of the generators: what a row becomes depends on its context, budget and seed, and on nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import random
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationConfig
+
+from sapo.errors import ConfigurationError, ModelError
+from sapo.generation import GenerateCall, Generator, Sampling, ScriptedGenerator, TransformersGenerator
+from sapo.generation.kv_cache import RoomyLayer, keep_rows, make_room, surviving_rows
+
+PAD, END, OTHER_END, VOCABULARY = 0, 1, 2, 64
+GREEDY = Sampling(temperature=0)
+
+common = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,  # wide enough that tiny models do not repeat one token
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+    "attention_dropout": 0.1,  # active in training mode only
+}
+sliding_then_full = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 6}),
+    "mistral_window_as_long_as_the_text": (transformers.MistralConfig, {"sliding_window": 40}),
+    "gemma3": (transformers.Gemma3TextConfig, sliding_then_full),
+    "gpt2": (transformers.GPT2Config, {"activation_function": "gelu", "attn_pdrop": 0.1, "embd_pdrop": 0.1}),
+    "eager": (transformers.LlamaConfig, {"attn_implementation": "eager"}),
+    "lfm2_recurrent": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+}
+EVERY_ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def built(name):
+    config_class, options = ARCHITECTURES[name]
+    options = dict(options)
+    implementation = options.pop("attn_implementation", "sdpa")
+    torch.manual_seed(3)
+    config = config_class(**(common | options))
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.fixture
+def llama():
+    return copy.deepcopy(built("llama"))
+
+
+def generator_for(model, sampling=None, *, end_ids=(), batch_size=None):
+    return TransformersGenerator(
+        lambda: contextlib.nullcontext(model),
+        sampling or Sampling(),
+        end_ids=end_ids,
+        pad_token_id=PAD,
+        batch_size=batch_size,
+    )
+
+
+def request(rows=9, seed=0, longest=14):
+    """Ragged contexts of any tokens (pad and end tokens among them), budgets 0 to 18, seeds."""
+    rng = random.Random(seed)
+    contexts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest))] for _ in range(rows)]
+    budgets = [0, 1, *(rng.randint(2, 18) for _ in range(rows - 2))]
+    return contexts, budgets, [rng.getrandbits(63) for _ in range(rows)]
+
+
+def greedy_text(model, context, budget, end_ids=()):
+    """What `generate` writes after one context, without any padding."""
+    if budget == 0:
+        return []
+    ids = torch.tensor([list(context)])
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=budget, eos_token_id=list(end_ids) or None, pad_token_id=PAD
+    )
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return out[0, len(context) :].tolist()
+
+
+class Spy:
+    """Notes the shape of what goes into a model."""
+
+    def __init__(self, model):
+        self.shapes = []
+        self.caches = []
+        self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+        self.caches.append(kwargs["past_key_values"])
+
+
+@EVERY_ARCHITECTURE
+def test_greedy_equals_generate(name):
+    model = built(name)
+    contexts, budgets, seeds = request()
+    expected = [greedy_text(model, c, b, [END, OTHER_END]) for c, b in zip(contexts, budgets, strict=True)]
+    got = generator_for(model, GREEDY, end_ids=[END, OTHER_END]).generate(contexts, budgets, seeds)
+    assert got == expected
+    assert len({token for row in got for token in row}) > 8  # the comparison means something
+
+
+@EVERY_ARCHITECTURE
+def test_text_does_not_depend_on_batch_composition(name):
+    model = built(name)
+    contexts, budgets, seeds = request(rows=10, seed=1)
+    together = generator_for(model, end_ids=[END]).generate(contexts, budgets, seeds)
+    alone = [
+        generator_for(model, end_ids=[END]).generate([c], [b], [s])[0]
+        for c, b, s in zip(contexts, budgets, seeds, strict=True)
+    ]
+    assert together == alone
+    order = random.Random(2).sample(range(10), 10)
+    shuffled = generator_for(model, end_ids=[END]).generate(
+        *([values[i] for i in order] for values in (contexts, budgets, seeds))
+    )
+    assert shuffled == [together[i] for i in order]
+    for batch_size in (1, 3):
+        chunked = generator_for(model, end_ids=[END], batch_size=batch_size)
+        assert chunked.generate(contexts, budgets, seeds) == together
+
+
+def test_seed_alone_decides_a_rows_randomness(llama):
+    generator = generator_for(llama)
+    same = generator.generate([[5, 6]] * 4, [12] * 4, [11, 11, 12, 13])
+    assert same[0] == same[1]
+    assert len({tuple(row) for row in same}) == 3
+    torch.manual_seed(99)
+    random.seed(99)
+    assert generator.generate([[5, 6]] * 4, [12] * 4, [11, 11, 12, 13]) == same
+
+
+def test_a_longer_budget_only_appends(llama):
+    generator = generator_for(llama)
+    (short,), (long,) = generator.generate([[5, 6]], [4], [1]), generator.generate([[5, 6]], [12], [1])
+    assert long[:4] == short
+
+
+def test_batches_are_grouped_by_context_length(llama):
+    spy = Spy(llama)
+    contexts = [[3] * length for length in (9, 2, 8, 1)]
+    generator_for(llama, batch_size=2).generate(contexts, [1] * 4, range(4))
+    assert spy.shapes == [(2, 2), (2, 9)]
+
+
+def test_finished_rows_are_dropped(llama):
+    spy = Spy(llama)
+    generator_for(llama).generate([[3, 4], [5], [6, 7, 8], [9]], [1, 4, 2, 0], range(4))
+    assert spy.shapes == [(3, 3), (2, 1), (1, 1), (1, 1)]
+
+
+def test_nothing_to_write_runs_no_forward_yet_enters_the_context(llama):
+    spy, entered = Spy(llama), []
+
+    @contextlib.contextmanager
+    def model_context():
+        entered.append(True)
+        yield llama
+
+    generator = TransformersGenerator(model_context, Sampling(), end_ids=[END], pad_token_id=PAD)
+    assert generator.generate([[3], [4, 5]], [0, 0], [1, 2]) == [[], []]
+    assert generator.generate([], [], []) == []
+    assert spy.shapes == []
+    assert len(entered) == 2  # collectives inside need every process
+
+
+def test_every_end_token_stops(llama):
+    free = generator_for(llama).generate([[5, 6, 7]], [18], [4])[0]
+    for place in range(1, 18):
+        ends = {free[place], free[min(17, place + 3)]}
+        stop = next(i for i, token in enumerate(free) if token in ends)
+        assert generator_for(llama, end_ids=ends).generate([[5, 6, 7]], [18], [4]) == [free[: stop + 1]]
+
+
+def test_an_end_token_inside_a_prompt_changes_nothing(llama):
+    contexts = [[END, 5, END, 6], [7, END]]
+    free = generator_for(llama, GREEDY).generate(contexts, [6, 6], [1, 2])
+    stopping = generator_for(llama, GREEDY, end_ids=[63]).generate(contexts, [6, 6], [1, 2])
+    assert free == [greedy_text(llama, c, 6) for c in contexts]
+    assert [row[:1] for row in stopping] == [row[:1] for row in free]
+
+
+def test_budget_per_row(llama):
+    budgets = [5, 0, 1, 12, 3]
+    rows = generator_for(llama).generate([[5]] * 5, budgets, range(5))
+    assert [len(row) for row in rows] == budgets
+
+
+@EVERY_ARCHITECTURE
+def test_prompt_starting_with_pad(name):
+    model = built(name)
+    contexts = [[PAD, PAD, 9, PAD, 12], [9, 12], [PAD], [5] * 9]
+    expected = [greedy_text(model, context, 6) for context in contexts]
+    assert generator_for(model, GREEDY).generate(contexts, [6] * 4, range(4)) == expected
+
+
+def test_a_cache_grows_past_its_room(monkeypatch):
+    monkeypatch.setattr("sapo.generation.kv_cache._ROOM", 3)
+    model = built("llama")
+    contexts, budgets, seeds = request(seed=5)
+    expected = [greedy_text(model, c, b) for c, b in zip(contexts, budgets, strict=True)]
+    assert generator_for(model, GREEDY).generate(contexts, budgets, seeds) == expected
+
+
+def test_layers_that_grow_are_given_room():
+    for name, kinds in {"llama": [True, True], "mistral": [False, False], "gemma3": [False, True]}.items():
+        model = built(name)
+        spy = Spy(model)
+        generator_for(model).generate([[5, 6, 7]], [6], [1])
+        spy.handle.remove()
+        assert [isinstance(layer, RoomyLayer) for layer in spy.caches[-1].layers] == kinds
+
+
+def test_rows_move_only_into_free_places():
+    assert surviving_rows([0, 1, 2]) == [0, 1, 2]
+    assert surviving_rows([1, 2, 4, 5]) == [5, 1, 2, 4][:0] + [4, 1, 2, 5]
+    assert surviving_rows([3]) == [3]
+
+
+def test_caches_of_other_kinds_are_reordered():
+    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    cache.self_attention_cache.update(torch.arange(3.0)[:, None, None, None], torch.zeros(3, 1, 1, 1), 0)
+    make_room(cache, 4)
+    keep_rows(cache, [2, 1], torch.device("cpu"))
+    assert cache.self_attention_cache.layers[0].keys.flatten().tolist() == [2.0, 1.0]
+
+
+def snapshot(model):
+    return (
+        {key: module.training for key, module in model.named_modules()},
+        {key: (p.requires_grad, p.grad, p.clone()) for key, p in model.named_parameters()},
+        copy.deepcopy(model.config.to_dict()),
+        [module.__dict__.get("gradient_checkpointing") for module in model.modules()],
+        [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()],
+        torch.get_rng_state(),
+        random.getstate(),
+    )
+
+
+def assert_same(before, after):
+    for old, new in zip(before[1].values(), after[1].values(), strict=True):
+        assert old[:2] == new[:2]
+        assert torch.equal(old[2], new[2])
+    assert torch.equal(before[5], after[5])
+    for part in (0, 2, 3, 4, 6):
+        assert before[part] == after[part]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+def test_model_is_left_as_it_was(llama, mode, use_cache):
+    llama.train(mode != "eval")
+    if mode == "mixed":
+        llama.model.layers[0].eval()
+        llama.model.layers[0].mlp.train()
+    llama.model.embed_tokens.requires_grad_(False)
+    llama.config.use_cache = use_cache
+    llama.activation_checkpointing_enable({"use_reentrant": False})
+    before = snapshot(llama)
+    generator_for(llama).generate(*request())
+    assert_same(before, snapshot(llama))
+    assert torch.is_grad_enabled()
+
+
+def test_model_is_left_as_it_was_after_an_error(llama):
+    llama.train()
+    llama.lm_head.weight.data[7] = math.nan
+    with pytest.raises(ModelError):
+        generator_for(llama).generate([[5]], [3], [1])
+    assert all(module.training for module in llama.modules())
+    assert torch.is_grad_enabled()
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_and_training_mode_do_not_change_the_text(name, reentrant):
+    expected = generator_for(built(name)).generate(*request())
+    model = copy.deepcopy(built(name)).train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    spy = Spy(model)
+    assert generator_for(model).generate(*request()) == expected
+    assert max(width for _, width in spy.shapes[1:]) == 1  # the cache was in use
+    # and the model still trains with checkpointing
+    loss = model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
+    loss.backward()
+    assert model.get_input_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("adapter", ["default", "opponent", None])
+def test_peft_adapter(llama, adapter):
+    lora = functools.partial(peft.LoraConfig, r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    base = copy.deepcopy(llama)
+    model = peft.get_peft_model(llama, lora())
+    model.add_adapter("opponent", lora())
+    model.train()
+
+    @contextlib.contextmanager
+    def model_context():
+        if adapter is None:
+            with model.disable_adapter():
+                yield model
+            return
+        model.set_adapter(adapter)
+        yield model
+        model.set_adapter("default")
+
+    contexts, budgets, seeds = request()
+    got = TransformersGenerator(model_context, GREEDY, end_ids=(), pad_token_id=PAD).generate(contexts, budgets, seeds)
+    assert all(module.training for module in model.modules())
+    plain = copy.deepcopy(model)
+    if adapter is None:
+        plain = base
+    else:
+        plain.set_adapter(adapter)
+        plain = plain.merge_and_unload()
+    plain.eval()
+    assert got == [greedy_text(plain, c, b) for c, b in zip(contexts, budgets, strict=True)]
+
+
+def test_written_sequences_are_distributed_as_those_of_generate():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(common | {"vocab_size": 5, "initializer_range": 0.3}))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    rows, tokens, sampling = 20_000, 3, Sampling(1.3, 4, 0.9)
+    ours = generator_for(model, sampling, batch_size=10_000).generate([[3, 4]] * rows, [tokens] * rows, range(rows))
+    generation = GenerationConfig(
+        do_sample=True, max_new_tokens=tokens, temperature=1.3, top_k=4, top_p=0.9, pad_token_id=PAD
+    )
+    prompt = torch.tensor([[3, 4]] * rows)
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)[:, 2:]
+    codes = [torch.tensor(ours), theirs]
+    a, b = (torch.bincount((code * torch.tensor([25, 5, 1])).sum(-1), minlength=125).double() for code in codes)
+    assert (a > 0).sum() > 20
+    seen = a + b >= 20
+    chi_square = ((a - b) ** 2 / (a + b))[seen].sum().item()
+    freedom = int(seen.sum()) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_logits_that_are_not_finite_are_an_error(llama):
+    llama.lm_head.weight.data[7] = math.nan
+    with pytest.raises(ModelError, match=r"row 1: .*new token 0 .*not finite"):
+        generator_for(llama).generate([[5], [6]], [0, 3], [1, 2])
+
+
+def test_a_model_without_a_cache_is_an_error():
+    class NoCache(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, **options):
+            logits = torch.zeros(*input_ids.shape, VOCABULARY)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+    with pytest.raises(ModelError, match="NoCache returned no key-value cache"):
+        generator_for(NoCache()).generate([[5]], [3], [1])
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"pad_token_id": -100}])
+def test_settings_out_of_range_are_refused(options):
+    arguments = {"end_ids": [END], "pad_token_id": PAD} | options
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        TransformersGenerator(lambda: contextlib.nullcontext(nn.Identity()), Sampling(), **arguments)
+
+
+@pytest.mark.parametrize("make", [lambda: generator_for(built("llama")), lambda: ScriptedGenerator([[[3]] * 2])])
+def test_a_request_that_breaks_the_contract_is_refused(make):
+    generator = make()
+    assert isinstance(generator, Generator)
+    with pytest.raises(ConfigurationError, match="row 1: the context is empty"):
+        generator.generate([[5], []], [1, 0], [1, 2])
+    with pytest.raises(ConfigurationError, match="row 0: max_new_tokens=-1"):
+        generator.generate([[5], [6]], [-1, 0], [1, 2])
+    with pytest.raises(ConfigurationError, match="2 contexts, 1 budgets and 2 seeds"):
+        generator.generate([[5], [6]], [1], [1, 2])
+
+
+def test_scripted_replies_come_in_order_and_calls_are_kept():
+    fake = ScriptedGenerator([[[7, 8]], [[], [9]]])
+    assert fake.generate([(1, 2)], [2], [5]) == [[7, 8]]
+    assert fake.generate([[1], [2]], [0, 3], [6, 7]) == [[], [9]]
+    assert fake.calls == [GenerateCall([[1, 2]], [2], [5]), GenerateCall([[1], [2]], [0, 3], [6, 7])]
+    with pytest.raises(ConfigurationError, match="call 2: the script has only 2 replies"):
+        fake.generate([[1]], [1], [1])
+
+
+def test_scripted_function_answers_every_call():
+    fake = ScriptedGenerator(
+        lambda contexts, budgets, seeds: [[seed] * budget for seed, budget in zip(seeds, budgets, strict=True)]
+    )
+    assert fake.generate([[1], [2]], [1, 2], [8, 9]) == [[8], [9, 9]]
+    assert fake.generate([[1]], [0], [8]) == [[]]
+    assert len(fake.calls) == 2
+
+
+def test_scripted_reply_must_fit_the_request():
+    with pytest.raises(ConfigurationError, match="call 0: the script gives 1 rows for 2 contexts"):
+        ScriptedGenerator([[[7]]]).generate([[1], [2]], [1, 1], [1, 2])
+    with pytest.raises(ConfigurationError, match="call 0, row 0: the reply has 2 tokens, the budget is 1"):
+        ScriptedGenerator([[[7, 8]]]).generate([[1]], [1], [1])

@@ -123,7 +123,7 @@ class SAPOConfig(TrainingArguments):
     max_length: int = _option(2048, "Most tokens of prompt and response together.")
     max_prompt_length: int | None = _option(
         None,
-        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length, at least half.",
+        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length (a quarter, if that is not in tokens), at least half.",
     )
     truncation_mode: Literal["keep_end", "keep_start"] = _option(
         "keep_end", "Which end of a prompt that is too long is kept."
@@ -196,7 +196,9 @@ class SAPOConfig(TrainingArguments):
     def _check_lengths(self) -> None:
         tokens = self.segment_length if self.segment_length is not None and self.segment_length >= 1 else 0
         if self.max_prompt_length is None:
-            self.max_prompt_length = max(self.max_length - int(tokens), self.max_length // 2)
+            self.max_prompt_length = max(
+                self.max_length - int(tokens or self.max_length // 4 or 1), self.max_length // 2
+            )
         elif self.max_prompt_length >= self.max_length:
             raise ConfigurationError(
                 f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "

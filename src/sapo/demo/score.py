@@ -62,11 +62,14 @@ def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], *, batch_size: 
         for row in rows
     ]
     replies = generator.generate(prompts, [MAX_REPLY_TOKENS] * len(rows), [0] * len(rows))
-    right = [
-        correct(row, tokenizer.decode(reply, skip_special_tokens=True))
-        for row, reply in zip(rows, replies, strict=True)
-    ]
+    right = [answers(row, reply, tokenizer) for row, reply in zip(rows, replies, strict=True)]
     by_task: dict[str, list[bool]] = {}
     for row, good in zip(rows, right, strict=True):
         by_task.setdefault(row["task"], []).append(good)
     return ScoreReport(sum(right), len(right), {task: sum(goods) / len(goods) for task, goods in by_task.items()})
+
+
+def answers(row: Row, reply: Sequence[int], tokenizer: Any) -> bool:
+    """Whether the tokens of `reply` are the right answer to `row`, the end token once and at the end included."""
+    # Special tokens are not skipped in decoding: one in the middle of a reply makes it wrong.
+    return list(reply[-1:]) == [tokenizer.eos_token_id] and correct(row, tokenizer.decode(reply[:-1]))

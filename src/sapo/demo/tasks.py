@@ -20,9 +20,9 @@ from sapo.segments import derive_seed
 
 ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789 +-=:;,>?|"
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
-MAX_PROMPT_TOKENS: Final = 16
-MAX_REPLY_TOKENS: Final = 48
-"""Room for the longest prompt and reply (4-digit `add`: 13 characters and two role tokens; 42 and the end token)."""
+MAX_PROMPT_TOKENS: Final = 20
+MAX_REPLY_TOKENS: Final = 44
+"""Room for the longest prompt (`count` 9 letters: 17 tokens) and reply (4-digit `add`: 42), end and roles included."""
 
 # Each reply ends with the end token, and nothing stands between the assistant's token and the reply: the prompt
 # rendered for generation is therefore an exact prefix of the whole conversation. The generation marks let other

@@ -1,0 +1,119 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from sapo import run_folder
+from sapo.errors import CheckpointError, ConfigurationError
+
+VARIANTS = {
+    "dpo": {"objective": "dpo"},
+    "orpo": {"objective": "orpo", "gradient_accumulation_steps": 3},
+    "dpo-lora": {"objective": "dpo", "lora": True, "disable_dropout": False, "gradient_accumulation_steps": 3},
+    "orpo-lora": {"objective": "orpo", "lora": True, "disable_dropout": False},
+    "dpo-initial-lora": {"objective": "dpo", "lora": True, "reference": "initial"},
+    "sparse-logs": {"logging_steps": 4, "replay_max_age": 2, "num_generations": 2},
+}
+
+
+def metrics(trainer, after):
+    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "tokens_per_second")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed) and "second" not in k and "runtime" not in k}
+        for row in rows
+        if row["step"] > after
+    ]
+
+
+def weights(trainer):
+    everything = {f"policy.{name}": weight for name, weight in trainer.policy().named_parameters()}
+    everything |= {f"opponent.{name}": weight for name, weight in trainer.opponent.tensors().items()}
+    if trainer.reference is not None:
+        everything |= {f"reference.{name}": weight for name, weight in trainer.reference.tensors().items()}
+    return everything
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_reproduces_uninterrupted_run(variant, make_trainer):
+    options = VARIANTS[variant] | {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer("whole", **options)
+    whole.train()
+    for step in (2, 3):
+        resumed = make_trainer(f"from-{step}", **options)
+        resumed.train(resume_from_checkpoint=str(whole.run_folder.path / f"checkpoint-{step}"))
+        ours, theirs = weights(resumed), weights(whole)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert resumed.source.buffer.entries() == whole.source.buffer.entries()
+        assert metrics(resumed, step) == metrics(whole, step)
+
+
+@pytest.fixture
+def checkpoint(make_trainer):
+    trainer = make_trainer("whole", max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    return trainer.run_folder.path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("part", ["opponent.safetensors", "replay_buffer_0.safetensors", "sapo_state.json"])
+def test_checkpoint_that_lacks_a_part_is_refused(part, checkpoint, make_trainer):
+    (checkpoint / part).unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks {part}"):
+        make_trainer("again").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_truncated_checkpoint_is_refused(checkpoint, make_trainer):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: \d+ bytes, \d+ when it was saved"):
+        make_trainer("again").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_corrupt_checkpoint_is_refused(checkpoint, make_trainer):
+    file = checkpoint / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="content has changed"):
+        make_trainer("again").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_checkpoint_of_another_configuration_is_refused(checkpoint, make_trainer):
+    with pytest.raises(CheckpointError, match=r"beta was 0.1, is 0.2"):
+        make_trainer("again", beta=0.2).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(CheckpointError, match="dataset was"):
+        make_trainer("again", rows=[{"prompt": "w1", "completion": " w2 w3"}] * 4).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+
+
+def test_checkpoint_that_is_not_there_is_refused(make_trainer):
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        make_trainer().train(resume_from_checkpoint="nowhere")
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_fresh_run_does_not_mix_with_an_earlier_one(checkpoint, make_trainer):
+    with pytest.raises(ConfigurationError, match="is not empty"):
+        make_trainer("whole").train()
+    trainer = make_trainer("whole", overwrite_output_dir=True)
+    trainer.train()
+    assert not checkpoint.exists()
+
+
+def test_failed_save_leaves_the_previous_checkpoint(checkpoint, make_trainer, monkeypatch):
+    def full(folder):
+        raise OSError("no space left on device")
+
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    trainer = make_trainer("whole", **options)
+    monkeypatch.setattr(run_folder.parts, "seal", full)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    monkeypatch.undo()
+    assert sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")) == ["checkpoint-2"]
+    make_trainer("whole", **options).train(resume_from_checkpoint=True)
+    shutil.rmtree(checkpoint.parent)

@@ -1,0 +1,194 @@
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from sapo import Pair, Segment
+from sapo.errors import ConfigurationError
+from sapo.opponent import ModelCopy, policy_tensors
+from tests.integration.conftest import make_model, make_rows
+
+
+class FixedPairs:
+    """Deals the same pairs in the same order, however they are divided into micro-batches."""
+
+    def __init__(self, count):
+        self._count = count
+        self._dealt = 0
+
+    def pairs(self, examples, *, epoch, step, micro_batch):
+        dealt = []
+        for _ in range(self._count):
+            i = self._dealt
+            self._dealt += 1
+            chosen = tuple(3 + (i * 7 + k) % 60 for k in range(4 + i % 5))
+            rejected = (*chosen[:2], *(5 + (i * 11 + k) % 55 for k in range(3 + i % 3)))
+            dealt.append(
+                Pair(i, 0, (4, 9, 3 + i % 50), chosen, rejected, Segment(2, len(chosen)), Segment(2, len(rejected)))
+            )
+        return dealt
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_accumulating_4_times_2_equals_1_times_8(objective, make_trainer):
+    ends = []
+    for batch, accumulation in ((2, 4), (8, 1)):
+        trainer = make_trainer(
+            f"run-{batch}",
+            objective=objective,
+            max_steps=3,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+        )
+        trainer.source = FixedPairs(batch)
+        trainer.train()
+        ends.append([weight.detach() for weight in trainer.policy().parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_leaves_the_training_undisturbed(make_trainer):
+    options = {"disable_dropout": False, "model": None}
+    ends = []
+    for name, extra in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 2})):
+        trainer = make_trainer(
+            name,
+            **(options | {"model": make_model(attention_dropout=0.3)}),
+            eval_rows=make_rows(6, seed=5) if extra else None,
+            **extra,
+        )
+        trainer.train()
+        ends.append((list(trainer.policy().parameters()), trainer.source.buffer.entries()))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+    assert ends[0][1] == ends[1][1]
+
+
+def test_evaluation_pairs_are_fixed(make_trainer):
+    trainer = make_trainer(learning_rate=0.0, eval_rows=make_rows(5, seed=5), eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["eval_loss"] for row in rows if "eval_loss" in row}
+    logps = {row["eval_logps/rejected"] for row in rows if "eval_loss" in row}
+    assert len(losses) == len(logps) == 1
+
+
+def test_only_the_policy_adapter_learns_and_the_opponent_follows(make_trainer):
+    trainer = make_trainer(lora=True, ema_decay=0.75, learning_rate=0.05)
+    trainable = {name for name, weight in trainer.policy().named_parameters() if weight.requires_grad}
+    assert trainable
+    assert all(".default." in name for name in trainable)
+    base = {n: w.clone() for n, w in trainer.policy().named_parameters() if "lora" not in n}
+    expected = {name: weight.clone() for name, weight in trainer.opponent.tensors().items()}
+    follow = trainer.opponent.follow
+
+    def watched(policy, decay):
+        for name, weight in policy.items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.detach()
+        follow(policy, decay)
+
+    trainer.opponent.follow = watched
+    trainer.train()
+    for name, weight in trainer.opponent.tensors().items():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-5, atol=1e-7)
+    after = dict(trainer.policy().named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in base.items())
+    assert {name for name, weight in after.items() if weight.requires_grad} == trainable
+
+
+def test_the_opponent_writes_with_its_own_weights(make_trainer):
+    trainer = make_trainer(lora=True, temperature=0.0, segment_length=None, learning_rate=0.0)
+    examples = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["examples"]
+    before = trainer.source.rewrite(examples, epoch=0)
+    with torch.no_grad():
+        for weight in policy_tensors(trainer.policy()).values():
+            weight.normal_()
+    assert trainer.source.rewrite(examples, epoch=0) == before
+    trainer.opponent.copy_from(policy_tensors(trainer.policy()))
+    assert trainer.source.rewrite(examples, epoch=0) != before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suffix": "drop", "chosen_nll_weight": 1.0},
+        {"suffix": "mask", "dpop_weight": 5.0},
+        {"loss_type": "ipo", "reference": "opponent"},
+        {"loss_type": "hinge", "reference": "initial"},
+        {"reference": "none", "generation_interval": 2},
+        {"objective": "orpo", "nll_positions": "all"},
+        {"segment_length": 0.3, "num_generations": 2, "replay_draw": "uniform", "replay_replacement": False},
+        {"gradient_checkpointing": True, "generation_batch_size": 1},
+        {"lora": True, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_every_option_trains_to_finite_weights(options, make_trainer):
+    trainer = make_trainer(**options)
+    start = [weight.clone() for weight in trainer.policy().parameters() if weight.requires_grad]
+    trainer.train()
+    end = [weight for weight in trainer.policy().parameters() if weight.requires_grad]
+    assert all(torch.isfinite(weight).all() for weight in end)
+    assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+
+
+def test_offline_pairs_train_on_the_same_trainer(make_trainer):
+    trainer = make_trainer(rows=make_rows(paired=True), pair_source="paired", max_steps=24)
+    trainer.train()
+    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["rewards/margins"] > rows[0]["rewards/margins"]
+    assert trainer.opponent is None
+
+
+def test_falling_chosen_likelihood_stops_the_run(make_trainer):
+    trainer = make_trainer(learning_rate=0.3, chosen_drop_limit=0.01, max_steps=50, optim="sgd", beta=5.0)
+    trainer.source = FixedPairs(2)
+    trainer.train()
+    assert trainer.state.global_step < 50
+    assert "chosen log-probability has fallen" in trainer.stop_reason
+    assert list(trainer.run_folder.path.glob("checkpoint-*"))
+
+
+def test_saved_run_holds_two_ordinary_models_and_no_pickle(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    folder = trainer.run_folder.path
+    for path, weights in (
+        (folder, policy_tensors(trainer.policy())),
+        (folder / "opponent", trainer.opponent.tensors()),
+    ):
+        loaded = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_saved_adapters_are_ordinary_adapter_folders(make_trainer, tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(lora=True, model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    trainer.train()
+    trainer.save_model()
+    for path in (trainer.run_folder.path, trainer.run_folder.path / "opponent"):
+        AutoPeftModelForCausalLM.from_pretrained(path)
+
+
+def test_half_precision_opponent_follows_through_a_float32_master():
+    policy = make_model(dtype=torch.bfloat16)
+    opponent = ModelCopy(policy, decay=0.999)
+    target = {name: weight + 0.5 for name, weight in policy.named_parameters()}
+    for _ in range(100):
+        opponent.follow(target, 0.999)
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (opponent.tensors()[name] - dict(policy.named_parameters())[name].float()).mean().item()
+    assert moved == pytest.approx(0.5 * (1 - 0.999**100), rel=0.02)
+
+
+def test_impossible_options_are_refused_before_training(make_trainer):
+    with pytest.raises(ConfigurationError, match="raise max_length to 2304"):
+        make_trainer(max_length=2048, max_prompt_length=1792, segment_length=512)
+    with pytest.raises(ConfigurationError, match="ORPO"):
+        make_trainer(objective="orpo", dpop_weight=1.0)
+    with pytest.raises(ConfigurationError, match="bf16"):
+        make_trainer(use_cpu=False, bf16=True)

@@ -97,6 +97,7 @@ def train(arguments: Sequence[str]) -> None:
             eval_rows,
             processing_class=tokenizer,
             peft_config=peft_config,
+            data_names=_names(run),
             callbacks=[stop],
         )
         for report in trainer.data_reports.values():
@@ -198,6 +199,12 @@ def _rows(run: RunArguments) -> tuple[Any, Any]:
                 f"eval_dataset_name ({error})"
             ) from error
     return train_rows, eval_rows
+
+
+def _names(run: RunArguments) -> tuple[str, str]:
+    """What errors call the training and the evaluation rows."""
+    name = run.data.dataset_name or "the mixture"
+    return name, run.data.eval_dataset_name or f"{name} ({run.data.dataset_test_split})"
 
 
 def _recipe(run: RunArguments) -> dict[str, Any]:

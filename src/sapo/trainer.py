@@ -56,6 +56,7 @@ class SAPOTrainer(Trainer):
         processing_class: the tokenizer; loaded with the model when that is given by name.
         peft_config: makes the policy a LoRA adapter on `model`.
         generator: who writes the rejected text; by default the opponent, in this process.
+        data_names: what errors and reports call the two data sets.
         callbacks: as for `Trainer`.
         optimizers: as for `Trainer`.
 
@@ -75,6 +76,7 @@ class SAPOTrainer(Trainer):
         processing_class: Any = None,
         peft_config: Any = None,
         generator: Generator | None = None,
+        data_names: tuple[str, str] = ("train_dataset", "eval_dataset"),
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -101,8 +103,8 @@ class SAPOTrainer(Trainer):
             model=policy,
             args=args,
             data_collator=collate_examples,
-            train_dataset=self._prepare(train_dataset, processing_class, "train"),
-            eval_dataset=self._prepare(eval_dataset, processing_class, "eval"),
+            train_dataset=self._prepare(train_dataset, processing_class, data_names[0]),
+            eval_dataset=self._prepare(eval_dataset, processing_class, data_names[1]),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,

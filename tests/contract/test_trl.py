@@ -1,0 +1,76 @@
+"""What we take from trl, and that our DPO loss is its."""
+
+import inspect
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+
+from sapo import dpo_loss
+from sapo.batches import collate_pairs
+from sapo.data import DataOptions, collate_examples, end_token_ids, prepare_dataset
+from sapo.pairs import paired
+from sapo.scoring import score
+from tests.integration.conftest import make_model, make_rows
+from tests.integration.conftest import tokenizer as tokenizer
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (create_model_from_path, ["model_id", "architecture", "kwargs"]),
+        (disable_dropout_in_model, ["model"]),
+        (trl.get_peft_config, ["model_args"]),
+        (trl.get_quantization_config, ["model_args"]),
+        (trl.get_dataset, ["mixture_config"]),
+        (trl.TrlParser.set_defaults_with_config, ["self", "kwargs"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_signatures_taken_from_trl(function, parameters):
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, tmp_path):
+    policy, reference = make_model(0), make_model(1)
+    rows = make_rows(4, paired=True)
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        loss_type=[loss_type],
+        beta=0.3,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        max_length=64,
+    )
+    theirs = trl.DPOTrainer(
+        policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    theirs.train()
+    expected = theirs.state.log_history[0]["loss"]
+    options = DataOptions(max_length=64, max_prompt_length=32, paired=True)
+    prepared, _ = prepare_dataset(rows, tokenizer, options, end_ids=end_token_ids(tokenizer, 1))
+    batch = collate_pairs([paired(e) for e in collate_examples(list(prepared))["examples"]], pad_token_id=0)
+    with torch.no_grad():
+        ours, frozen = score(make_model(0), batch), score(make_model(1), batch)
+    losses = dpo_loss(
+        ours.chosen_logps,
+        ours.rejected_logps,
+        frozen.chosen_logps,
+        frozen.rejected_logps,
+        beta=0.3,
+        loss_type=loss_type,
+        chosen_lengths=ours.chosen_lengths,
+        rejected_lengths=ours.rejected_lengths,
+    ).losses
+    assert losses.mean().item() == pytest.approx(expected, rel=1e-4)

@@ -123,7 +123,8 @@ class SAPOConfig(TrainingArguments):
     max_length: int = _option(2048, "Most tokens of prompt and response together.")
     max_prompt_length: int | None = _option(
         None,
-        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length (a quarter, if that is not in tokens), at least half.",
+        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length (less a quarter, if that is "
+        "not in tokens), at least half.",
     )
     truncation_mode: Literal["keep_end", "keep_start"] = _option(
         "keep_end", "Which end of a prompt that is too long is kept."

@@ -33,6 +33,7 @@ def test_signatures_taken_from_trl(function, parameters):
     assert list(inspect.signature(function).parameters) == parameters
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
 def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, tmp_path):
     policy, reference = make_model(0), make_model(1)

@@ -14,6 +14,7 @@ from sapo.data import DataOptions, collate_examples, end_token_ids, prepare_data
 from sapo.pairs import paired
 from sapo.scoring import score
 from tests.integration.conftest import make_model, make_rows
+from tests.integration.conftest import make_trainer as make_trainer
 from tests.integration.conftest import tokenizer as tokenizer
 
 
@@ -26,6 +27,7 @@ from tests.integration.conftest import tokenizer as tokenizer
         (trl.get_quantization_config, ["model_args"]),
         (trl.get_dataset, ["mixture_config"]),
         (trl.TrlParser.set_defaults_with_config, ["self", "kwargs"]),
+        (trl.TrlParser, ["dataclass_types", "kwargs"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -33,13 +35,27 @@ def test_signatures_taken_from_trl(function, parameters):
     assert list(inspect.signature(function).parameters) == parameters
 
 
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        (trl.ModelConfig, {"model_name_or_path", "model_revision", "dtype", "attn_implementation"}),
+        (trl.ModelConfig, {"use_peft", "lora_r", "load_in_4bit", "load_in_8bit"}),
+        (trl.ScriptArguments, {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"}),
+        (trl.DatasetMixtureConfig, {"datasets", "streaming", "test_split_size"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_options_taken_from_trl(options, parameters):
+    assert parameters <= set(inspect.signature(options).parameters)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, tmp_path):
+def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     policy, reference = make_model(0), make_model(1)
     rows = make_rows(4, paired=True)
     args = trl.DPOConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(tmp_path / "theirs"),
         loss_type=[loss_type],
         beta=0.3,
         per_device_train_batch_size=4,
@@ -75,3 +91,20 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, tmp_path):
         rejected_lengths=ours.rejected_lengths,
     ).losses
     assert losses.mean().item() == pytest.approx(expected, rel=1e-4)
+
+    # The whole trainer on the same rows: its reference is the initial model, its policy is moved away from it.
+    trainer = make_trainer(
+        "ours",
+        model=make_model(1),
+        rows=rows,
+        pair_source="paired",
+        loss_type=loss_type,
+        beta=0.3,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        learning_rate=0.0,
+        max_length=64,
+    )
+    trainer.policy().load_state_dict(make_model(0).state_dict())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -6,14 +6,22 @@ import torch
 
 from sapo import run_folder
 from sapo.errors import CheckpointError, ConfigurationError
+from tests.integration.conftest import make_model, make_rows
 
 VARIANTS = {
-    "dpo": {"objective": "dpo"},
-    "orpo": {"objective": "orpo", "gradient_accumulation_steps": 3},
-    "dpo-lora": {"objective": "dpo", "lora": True, "disable_dropout": False, "gradient_accumulation_steps": 3},
-    "orpo-lora": {"objective": "orpo", "lora": True, "disable_dropout": False},
+    f"{objective}-{'lora' if lora else 'dense'}-{accumulation}": {
+        "objective": objective,
+        "lora": lora,
+        "disable_dropout": False,
+        "gradient_accumulation_steps": accumulation,
+    }
+    for objective in ("dpo", "orpo")
+    for lora in (False, True)
+    for accumulation in (1, 3)
+} | {
     "dpo-initial-lora": {"objective": "dpo", "lora": True, "reference": "initial"},
     "sparse-logs": {"logging_steps": 4, "replay_max_age": 2, "num_generations": 2},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": make_rows(5, seed=5)},
 }
 
 
@@ -38,10 +46,10 @@ def weights(trainer):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_reproduces_uninterrupted_run(variant, make_trainer):
     options = VARIANTS[variant] | {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer("whole", **options)
+    whole = make_trainer("whole", model=make_model(attention_dropout=0.2), **options)
     whole.train()
     for step in (2, 3):
-        resumed = make_trainer(f"from-{step}", **options)
+        resumed = make_trainer(f"from-{step}", model=make_model(attention_dropout=0.2), **options)
         resumed.train(resume_from_checkpoint=str(whole.run_folder.path / f"checkpoint-{step}"))
         ours, theirs = weights(resumed), weights(whole)
         assert ours.keys() == theirs.keys()
@@ -87,6 +95,13 @@ def test_checkpoint_of_another_configuration_is_refused(checkpoint, make_trainer
         make_trainer("again", rows=[{"prompt": "w1", "completion": " w2 w3"}] * 4).train(
             resume_from_checkpoint=str(checkpoint)
         )
+
+
+def test_checkpoint_of_the_model_alone_is_refused(make_trainer):
+    trainer = make_trainer("whole", max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer.train()
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint .*sapo_state.json is missing"):
+        make_trainer("again").train(resume_from_checkpoint=str(trainer.run_folder.path / "checkpoint-2"))
 
 
 def test_checkpoint_that_is_not_there_is_refused(make_trainer):

@@ -110,6 +110,56 @@ def test_the_opponent_writes_with_its_own_weights(make_trainer):
     assert trainer.source.rewrite(examples, epoch=0) != before
 
 
+def test_frozen_opponent_writes_what_the_initial_model_would(make_trainer):
+    trainer = make_trainer(ema_decay=1.0, temperature=0.0, segment_length=None, skip_identical=False)
+    trainer.train()
+    initial = make_model().eval()
+    entries = trainer.source.buffer.entries()
+    assert len(entries) == 12
+    for pair in (entry.item for entry in entries):
+        shared = [*pair.prompt_ids, *pair.chosen_ids[: pair.segment.start]]
+        limit = len(pair.segment)
+        written = initial.generate(
+            torch.tensor([shared]),
+            attention_mask=torch.ones(1, len(shared), dtype=torch.long),
+            max_new_tokens=limit,
+            do_sample=False,
+        )[0, len(shared) :].tolist()
+        assert list(pair.rejected_ids[pair.rewritten.start : pair.rewritten.stop]) == written
+    assert not torch.equal(trainer.policy().lm_head.weight, initial.lm_head.weight)
+
+
+def test_generation_interval_adds_pairs_at_every_kth_step_only(make_trainer):
+    trainer = make_trainer(generation_interval=3, skip_identical=False)
+    trainer.train()
+    assert [entry.step for entry in trainer.source.buffer.entries()] == [0, 0, 3, 3]
+
+
+def test_random_assistant_turns_vary_between_epochs(make_trainer):
+    def talk(*texts):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    rows = [{"messages": talk("w1", "w2 w3 w4 w5 w6", "w7", f"w8 w9 w10 w{i + 11}")} for i in range(4)]
+    trainer = make_trainer(rows=rows, assistant_turns="random", max_steps=12, skip_identical=False)
+    trainer.train()
+    seen = {}
+    for entry in trainer.source.buffer.entries():
+        seen.setdefault(entry.item.row, set()).add(entry.item.turn)
+    assert max(len(turns) for turns in seen.values()) == 2
+
+
+@pytest.mark.parametrize(("decay", "kept"), [(0.9, torch.float32), (0.5, torch.bfloat16)])
+def test_bfloat16_run_keeps_a_float32_master_when_it_has_to(decay, kept, make_trainer):
+    trainer = make_trainer(model=make_model(dtype=torch.bfloat16), ema_decay=decay)
+    trainer.train()
+    tensors = trainer.opponent.tensors()
+    assert {weight.dtype for weight in tensors.values()} == {kept}
+    with trainer.opponent.using() as opponent:
+        for name, weight in opponent.named_parameters():
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, tensors[name].to(torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -215,9 +215,13 @@ def _recipe(run: RunArguments) -> dict[str, Any]:
 
 def _quiet() -> None:
     """Leave the terminal to this program: no bars or notices of the libraries."""
+    import warnings
+
     import datasets
     from transformers.utils import logging
 
+    # peft 0.21 reads a name that transformers 5.23 has deprecated: nothing that a user of this command can change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -135,7 +135,10 @@ def test_generation_interval_adds_pairs_at_every_kth_step_only(make_trainer):
     assert [entry.step for entry in trainer.source.buffer.entries()] == [0, 0, 3, 3]
 
 
-def test_random_assistant_turns_vary_between_epochs(make_trainer):
+def test_random_assistant_turns_vary_between_epochs(make_trainer, tokenizer, monkeypatch):
+    each = "{{ ' ' + m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}" + each + "{% endfor %}")
+
     def talk(*texts):
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 

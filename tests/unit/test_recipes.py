@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sapo.arguments import as_recipe, parse
 
@@ -20,38 +21,49 @@ def test_every_recipe_loads(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
-def test_every_line_of_a_recipe_is_commented(recipe):
+def test_every_recipe_line_is_commented(recipe):
     assert all("#" in line for line in recipe.read_text().splitlines())
 
 
-@pytest.mark.parametrize("name", ["llama3-8b-dpo", "mistral-7b-dpo"])
-def test_published_dpo_recipes_hold_the_published_settings(name):
-    config = parse(["--config", f"{RECIPES[0].parent / name}.yaml", "--report_to", "none"], "sapo train").config
-    assert (config.beta, config.learning_rate, config.lr_scheduler_type.value) == (0.1, 5e-7, "linear")
-    assert (config.reference, config.reference_sync_steps) == ("opponent_copy", 108)
-    assert config.optim.value == "rmsprop"
-    _check_shared(config)
-
-
-@pytest.mark.parametrize("name", ["llama3-8b-orpo", "mistral-7b-orpo"])
-def test_published_orpo_recipes_hold_the_published_settings(name):
-    config = parse(["--config", f"{RECIPES[0].parent / name}.yaml", "--report_to", "none"], "sapo train").config
-    assert (config.beta, config.learning_rate, config.warmup_steps) == (0.05, 5e-6, 100)
-    assert (config.reference, config.nll_positions) == ("none", "all")
-    _check_shared(config)
-
-
-def _check_shared(config):
+@pytest.mark.parametrize("model", ["llama3-8b", "mistral-7b"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_published_recipes_hold_published_settings(model, objective):
+    run = parse(["--config", f"{RECIPES[0].parent / model}-{objective}.yaml", "--report_to", "none"], "sapo train")
+    config = run.config
+    own = {
+        "dpo": ("dpo", 0.1, 5e-7, "linear", 0.1, "rmsprop", "opponent_copy", 108, "response"),
+        "orpo": ("orpo", 0.05, 5e-6, "inverse_sqrt", 100, "adamw_bnb_8bit", "none", 108, "all"),
+    }
+    assert (
+        config.objective,
+        config.beta,
+        config.learning_rate,
+        config.lr_scheduler_type.value,
+        config.warmup_steps,
+        config.optim.value,
+        config.reference,
+        config.reference_sync_steps,
+        config.nll_positions,
+    ) == own[objective]
+    assert run.data.dataset_name == "argilla/distilabel-capybara-dpo-7k-binarized"
+    assert (config.assistant_turns, config.pair_source) == ("last", "self_play")
+    assert (config.num_train_epochs, config.per_device_train_batch_size, config.gradient_accumulation_steps) == (
+        4,
+        8,
+        1,
+    )
+    assert (config.bf16, config.gradient_checkpointing, run.model.dtype) == (True, True, "bfloat16")
     assert (config.max_length, config.max_prompt_length, config.segment_length) == (2048, 1792, 256)
-    assert (config.ema_decay, config.replay_buffer_size, config.num_train_epochs) == (0.5, 2000, 4)
+    assert (config.temperature, config.top_k, config.top_p) == (0.7, 50, 0.95)
+    assert (config.ema_decay, config.replay_buffer_size, config.replay_draw) == (0.5, 2000, "inverse_count")
+    assert config.replay_replacement
     assert (config.suffix, config.tail_margin, config.skip_identical) == ("keep", 3, False)
+    assert (config.chosen_nll_weight, config.dpop_weight, config.chosen_drop_limit) == (0, 0, None)
 
 
 def test_the_saved_recipe_gives_the_same_run(tmp_path):
     given = ["--output_dir", str(tmp_path), "--segment_length", "0.3", "--beta", "0.2", "--report_to", "none"]
     run = parse(given, "sapo train")
-    import yaml
-
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_recipe(run)))
     again = parse(["--config", str(tmp_path / "again.yaml"), "--report_to", "none"], "sapo train")
     assert again.config.to_dict() == run.config.to_dict()

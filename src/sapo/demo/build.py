@@ -106,4 +106,6 @@ def _encode(rows: Sequence[Row], tokenizer: object) -> list[Response]:
 
 
 if __name__ == "__main__":
+    # So small a model loses by sharing the work, and the weights must not depend on the number of cores.
+    torch.set_num_threads(1)
     build()

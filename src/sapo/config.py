@@ -154,7 +154,7 @@ class SAPOConfig(TrainingArguments):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
-        # TrainingArguments' own name for it since transformers 5.20; the old one is what trl's users type.
+        # TrainingArguments' own name for it since transformers 5.23; the old one is what trl's users type.
         self.activation_checkpointing: bool | None
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing

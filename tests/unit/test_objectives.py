@@ -36,7 +36,7 @@ def dpo(quadruple, **options):
 @pytest.mark.parametrize(("loss_type", "at_zero"), [("sigmoid", math.log(2)), ("hinge", 1.0)])
 @laws
 @given(logps, logps, betas)
-def test_a_policy_equal_to_the_reference_has_the_loss_of_no_margin(loss_type, at_zero, chosen, rejected, beta):
+def test_a_policy_equal_to_the_reference_has_no_margin(loss_type, at_zero, chosen, rejected, beta):
     ours = dpo((chosen, rejected, chosen, rejected), beta=beta, loss_type=loss_type)
     assert ours.losses.item() == pytest.approx(at_zero)
     assert ours.chosen_rewards.item() == ours.rejected_rewards.item() == 0
@@ -84,8 +84,9 @@ def test_rewards_carry_no_gradient():
     assert not ours.rejected_rewards.requires_grad
 
 
-@pytest.mark.parametrize("given_lengths", [{}, {"chosen_lengths": double(2)}, {"rejected_lengths": double(2)}])
-def test_ipo_needs_the_lengths_of_both(given_lengths):
+@pytest.mark.parametrize("names", [[], ["chosen_lengths"], ["rejected_lengths"]])
+def test_ipo_needs_the_lengths_of_both(names):
+    given_lengths = {name: double(2) for name in names}
     with pytest.raises(ValueError, match="needs chosen_lengths and rejected_lengths"):
         dpo((-1, -2, -1, -2), beta=0.1, loss_type="ipo", **given_lengths)
 
@@ -93,7 +94,8 @@ def test_ipo_needs_the_lengths_of_both(given_lengths):
 @laws
 @given(quadruples, betas, st.integers(1, 50), st.integers(1, 50))
 def test_ipo_is_the_squared_distance_of_the_margin_per_token_from_one_over_two_beta(values, beta, n, m):
-    ours = dpo(values, beta=beta, loss_type="ipo", chosen_lengths=torch.tensor([n]), rejected_lengths=torch.tensor([m]))
+    lengths = {"chosen_lengths": torch.tensor([n]), "rejected_lengths": torch.tensor([m])}
+    ours = dpo(values, beta=beta, loss_type="ipo", **lengths)
     margin = (values[0] - values[2]) / n - (values[1] - values[3]) / m
     assert ours.losses.item() == pytest.approx((margin - 1 / (2 * beta)) ** 2, rel=1e-9, abs=1e-9)
 
@@ -126,7 +128,8 @@ nonpositive = st.floats(max_value=0.0, min_value=-(2.0**100), width=32)
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(nonpositive, nonpositive, betas)
 def test_orpo_is_finite_with_a_finite_gradient_for_any_log_probability(chosen, rejected, beta):
-    chosen, rejected = (torch.tensor([value], dtype=torch.float32, requires_grad=True) for value in (chosen, rejected))
+    options = {"dtype": torch.float32, "requires_grad": True}
+    chosen, rejected = torch.tensor([chosen], **options), torch.tensor([rejected], **options)
     loss = orpo_loss(chosen, rejected, beta=beta).losses.sum()
     loss.backward()
     assert torch.isfinite(loss)
@@ -213,7 +216,8 @@ def test_the_mean_over_an_unscored_sequence_is_zero():
 def test_the_published_likelihood_term_changes_with_the_padding_and_ours_does_not():
     logits, ids = random_logits(1, 6, 5), torch.tensor([[1, 2, 3, 0, 0, 0]])
     labels = torch.tensor([[IGNORE, 2, 3, IGNORE, IGNORE, IGNORE]])
-    assert published_orpo_nll(logits, ids).item() != pytest.approx(published_orpo_nll(logits[:, :4], ids[:, :4]).item())
+    published = [published_orpo_nll(logits[:, :n], ids[:, :n]).item() for n in (6, 4)]
+    assert abs(published[0] - published[1]) > 1e-3
     length = torch.tensor([2])
     wide, narrow = (chosen_nll(sequence_logps(logits[:, :n], labels[:, :n]), length) for n in (6, 4))
     torch.testing.assert_close(wide, narrow, rtol=0, atol=0)

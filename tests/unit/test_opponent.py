@@ -50,7 +50,8 @@ def tiny_llama(seed=0, **options):
 
 def lora(model=None, **options):
     model = model or tiny_llama()
-    return get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], **options)).eval()
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], **options)
+    return get_peft_model(model, config).eval()
 
 
 @torch.no_grad()
@@ -152,7 +153,10 @@ def test_taking_over_weights_brings_the_master_back_too():
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
-    [({"other": torch.zeros(2)}, "2 names differ"), ({"weight": torch.zeros(3)}, "weight is .3., expected .2.")],
+    [
+        ({"other": torch.zeros(2)}, "2 names differ"),
+        ({"weight": torch.zeros(3)}, "weight is .3., expected .2."),
+    ],
 )
 def test_weights_of_another_model_are_refused(tensors, message):
     with pytest.raises(ValueError, match=message):
@@ -180,7 +184,8 @@ def test_only_the_policy_adapter_is_trainable_beside_its_copies():
     trainable = {name for name, weight in policy.named_parameters() if weight.requires_grad}
     assert trainable
     assert all("lora_" in name and ".default." in name for name in trainable)
-    assert len(trainable) == len(policy_tensors(policy)) == len(opponent.tensors()) == len(reference.tensors())
+    names = policy_tensors(policy).keys()
+    assert names == trainable == opponent.tensors().keys() == reference.tensors().keys()
     assert policy.active_adapter == "default"
 
 
@@ -209,6 +214,19 @@ def test_using_other_weights_restores_adapter_and_gradients_even_after_an_error(
         raise KeyError
     assert adapter_state(policy) == state
     assert torch.equal(logits(policy), own)
+
+
+@pytest.mark.parametrize("role", ["opponent", "base"])
+def test_a_policy_weight_that_the_user_froze_stays_frozen(role):
+    policy = lora()
+    next(iter(policy_tensors(policy).values())).requires_grad_(False)
+    copy = make_opponent(policy, decay=0.9) if role == "opponent" else BaseModel(policy)
+    state = adapter_state(policy)
+    assert set(state[1].values()) == {True, False}
+    with copy.using() as model:
+        logits(model)
+    assert adapter_state(policy) == state
+    assert not next(iter(policy_tensors(policy).values())).requires_grad
 
 
 def test_roles_may_be_nested():
@@ -245,7 +263,8 @@ def test_an_adapter_follows_factor_by_factor():
     stir(policy)
     opponent.follow(policy_tensors(policy), 0.75)
     for name, weight in policy_tensors(policy).items():
-        torch.testing.assert_close(opponent.tensors()[name].detach(), 0.75 * start[name] + 0.25 * weight.detach())
+        expected = 0.75 * start[name] + 0.25 * weight.detach()
+        torch.testing.assert_close(opponent.tensors()[name].detach(), expected)
 
 
 def test_following_an_adapter_leaves_the_base_and_the_policy_alone():

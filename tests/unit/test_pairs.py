@@ -93,6 +93,21 @@ def test_a_replacement_that_ends_the_response_loses_what_follows_its_end_token()
     assert pair.rewritten == Segment(pair.segment.start, pair.segment.start + 2)
 
 
+@pytest.mark.parametrize("written", [[99, EOS, 98], [99, 97, 98, 96, 95]])
+def test_what_a_generator_writes_beyond_its_budget_or_an_end_token_is_cut(written):
+    class Careless:
+        def generate(self, contexts, max_new_tokens, seeds):
+            return [written] * len(contexts)
+
+    settings = SelfPlaySettings(segment_length=3)
+    source = SelfPlay(Careless(), ReplayBuffer(1), settings, end_ids={EOS}, seed=0, batch_size=1)
+    (pair,) = source.rewrite([example(0, 30)], epoch=0)
+    kept = written[:2] if EOS in written else written[:3]
+    after = () if EOS in written else pair.chosen_ids[pair.segment.stop :]
+    assert pair.rejected_ids == (*pair.chosen_ids[: pair.segment.start], *kept, *after)
+    assert len(pair.rewritten) == len(kept)
+
+
 def test_identical_compares_the_segments_only():
     pair = Pair(0, 0, (4,), (10, 11, 12), (10, 11), Segment(1, 2), Segment(1, 2))
     assert pair.identical
@@ -117,7 +132,8 @@ def test_an_empty_buffer_takes_identical_pairs_so_that_a_step_always_has_some():
 
 def test_a_pair_that_differs_keeps_the_identical_ones_out_of_an_empty_buffer():
     def half(contexts, budgets, seeds):
-        return [*same_tokens(contexts[:1], budgets[:1], seeds[:1]), *new_tokens(contexts[1:], budgets[1:], seeds[1:])]
+        same = same_tokens(contexts, budgets, seeds)
+        return [same[0], *new_tokens(contexts, budgets, seeds)[1:]]
 
     source, _ = self_play(half)
     source.pairs([example(0), example(1)], epoch=0, step=0, micro_batch=0)
@@ -264,7 +280,7 @@ def test_paired_data_gives_its_own_responses_and_the_spans_after_their_common_pr
     assert (pair.chosen_ids, pair.rejected_ids) == (tuple(chosen), tuple(rejected))
     shared = pair.segment.start
     assert chosen[:shared] == rejected[:shared]
-    assert chosen[shared : shared + 1] != rejected[shared : shared + 1] or shared == len(chosen) == len(rejected)
+    assert chosen == rejected or chosen[shared : shared + 1] != rejected[shared : shared + 1]
     assert pair.segment == Segment(shared, len(chosen))
     assert pair.rewritten == Segment(shared, len(rejected))
     assert pair.identical == (chosen == rejected)

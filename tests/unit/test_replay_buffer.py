@@ -1,4 +1,4 @@
-"""Laws of `sapo.replay_buffer`: order, counts, the distribution of draws, and what a checkpoint brings back."""
+"""Laws of `sapo.replay_buffer`: order, counts, the distribution of draws, what is restored."""
 
 import random
 from collections import Counter
@@ -40,7 +40,8 @@ def chi_square(counts, probabilities, draws):
 def test_the_newest_items_stay_in_the_order_they_came(capacity, history):
     buffer = filled(capacity, history)
     steps = list(range(len(history)))[-capacity:]
-    assert [(entry.item, entry.step) for entry in buffer.entries()] == [(f"item {step}", step) for step in steps]
+    held = [(entry.item, entry.step) for entry in buffer.entries()]
+    assert held == [(f"item {step}", step) for step in steps]
     assert len(buffer) == len(steps)
 
 
@@ -65,7 +66,8 @@ def test_every_draw_is_counted_once_and_eviction_forgets(capacity, history, repl
 def test_the_probability_of_an_item_is_proportional_to_one_over_its_draws_plus_one(counts):
     total = sum(1 / (count + 1) for count in counts)
     assert with_counts(counts).probabilities() == pytest.approx([1 / (count + 1) / total for count in counts])
-    assert with_counts(counts, draw="uniform").probabilities() == pytest.approx([1 / len(counts)] * len(counts))
+    uniform = with_counts(counts, draw="uniform").probabilities()
+    assert uniform == pytest.approx([1 / len(counts)] * len(counts))
 
 
 @pytest.mark.parametrize("replacement", [True, False])

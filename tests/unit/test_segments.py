@@ -40,6 +40,12 @@ def test_a_segment_that_starts_late_leaves_the_tail_margin(n, length, margin, se
     assert segment.start == 0 or segment.stop <= n - margin
 
 
+def test_two_possible_starts_are_both_drawn():
+    rng = random.Random(0)
+    assert {choose_segment(14, 10, rng).start for _ in range(50)} == {0, 1}
+    assert {choose_segment(13, 10, rng).start for _ in range(50)} == {0}
+
+
 @pytest.mark.parametrize("margin", [0, 3, 7])
 def test_every_start_from_0_to_n_minus_margin_minus_length_is_as_likely(margin):
     n, length, draws = 30, 12, 20_000
@@ -124,7 +130,8 @@ def test_splicing_a_segment_into_its_own_place_changes_nothing(response_and_segm
 def test_nothing_follows_a_replacement_that_ends_the_response(response_and_segment, replacement, suffix):
     response, segment = response_and_segment
     written = [*replacement, EOS]
-    assert splice(response, segment, written, eos_ids={EOS, 0}, suffix=suffix) == response[: segment.start] + written
+    spliced = splice(response, segment, written, eos_ids={EOS, 0}, suffix=suffix)
+    assert spliced == response[: segment.start] + written
 
 
 @laws
@@ -158,15 +165,16 @@ modes = st.sampled_from(["keep_end", "keep_start"])
 @laws
 @given(tokens, tokens, st.integers(1, 40), st.integers(1, 40), modes)
 def test_truncation_never_exceeds_the_budget(prompt, response, most_prompt, room, mode):
-    budget = most_prompt + room
-    kept, rest = truncate(prompt, response, max_length=budget, max_prompt_length=most_prompt, truncation_mode=mode)
-    assert len(kept) + len(rest) <= budget
+    limits = {"max_length": most_prompt + room, "max_prompt_length": most_prompt}
+    kept, rest = truncate(prompt, response, truncation_mode=mode, **limits)
+    assert len(kept) + len(rest) <= limits["max_length"]
 
 
 @laws
 @given(tokens, tokens, st.integers(1, 40), st.integers(1, 40), modes)
 def test_truncation_cuts_the_prompt_first_and_no_more_than_it_must(prompt, response, most, most_prompt, mode):
-    kept, rest = truncate(prompt, response, max_length=most, max_prompt_length=most_prompt, truncation_mode=mode)
+    limits = {"max_length": most, "max_prompt_length": most_prompt}
+    kept, rest = truncate(prompt, response, truncation_mode=mode, **limits)
     if len(prompt) + len(response) <= most:
         assert (kept, rest) == (prompt, response)
         return

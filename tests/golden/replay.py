@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
-from sapo.segments import cut_at_end, splice
+from sapo import SAPOConfig, SAPOTrainer, Segment
+from sapo.data import Example, Turn
+from sapo.pairs import SelfPlay
+from sapo.replay_buffer import ReplayBuffer
 
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
@@ -42,59 +45,86 @@ class _RecordedPicks:
         return next(self._uniforms)
 
 
-class _RecordedSelfPlay:
-    """The pair source of the replay: the trainer's buffer and splice with the recorded outcomes."""
+class _RecordedBuffer(ReplayBuffer):
+    """The real buffer, whose draw is compared with the record and led to the recorded picks."""
+
+    added = 0
+    recorded: dict
+
+    def add(self, item, step):
+        super().add(item, step)
+        self.added += 1
+
+    def draw(self, count, rng):
+        held = list(range(self.added - len(self), self.added))
+        assert held == self.recorded["buffer_insertion_numbers"], "the buffer holds other pairs than recorded"
+        probabilities = self.probabilities()
+        for ours, theirs in zip(probabilities, self.recorded["sampling_probabilities"], strict=True):
+            assert abs(ours - theirs) < 1e-12, "the buffer would draw with other probabilities than recorded"
+        numbers = self.recorded["picked_insertion_numbers"]
+        assert count == len(numbers)
+        places = [held.index(number) for number in numbers]
+        drawn = super().draw(count, _RecordedPicks(probabilities, places))
+        assert drawn == [self.entries()[place].item for place in places]
+        return drawn
+
+
+class _RecordedSelfPlay(SelfPlay):
+    """The real self-play with the recorded examples and segments; it is its own generator."""
 
     def __init__(self, trainer: ReplayTrainer, micro_batches: list[dict]) -> None:
+        args, given = trainer.args, trainer.source
+        super().__init__(
+            self,
+            _RecordedBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
+            given._settings,
+            end_ids=trainer.end_ids,
+            seed=args.seed,
+            batch_size=args.per_device_train_batch_size,
+        )
         self._trainer = trainer
-        self._micro_batches = micro_batches
-        self._next = 0
-        self._order: list[int] = []
-        self.buffer = trainer.source.buffer
+        self._micro_batches = iter(micro_batches)
+        self._recorded: dict = {}
 
     def pairs(self, examples, *, epoch, step, micro_batch):
-        recorded = self._micro_batches[self._next]
-        self._next += 1
+        recorded = self._recorded = self.buffer.recorded = next(self._micro_batches)
         assert recorded["global_step"] == step, f"trace is at step {recorded['global_step']}, the trainer at {step}"
         self._trainer.compare_weights(recorded)
-        rows = zip(
-            recorded["real_input_ids"],
-            recorded["prompt_length"],
-            recorded["truncate_at"],
-            recorded["actual_token_generate_length"],
-            recorded["generation_input_ids"],
-            recorded["model_output_rows"],
-            recorded["generated_input_ids"],
-            strict=True,
-        )
-        for row, (real, prompt_length, start, length, context, output, generated) in enumerate(rows):
-            prompt, response = real[:prompt_length], real[prompt_length:]
-            segment = Segment(start, min(start + length, len(response)))
-            end_ids = self._trainer.end_ids
-            written = cut_at_end(output[len(context) :][: len(segment)], end_ids)
-            rejected = splice(response, segment, written, eos_ids=end_ids)
-            assert [*prompt, *rejected] == generated, "the spliced response differs from the recorded one"
-            self.buffer.add(
-                Pair(
-                    row,
-                    0,
-                    tuple(prompt),
-                    tuple(response),
-                    tuple(rejected),
-                    segment,
-                    Segment(start, start + len(written)),
-                ),
-                step,
-            )
-            self._order.append(len(self._order))
-        held = self._order[-len(self.buffer) :]
-        assert held == recorded["buffer_insertion_numbers"], "the buffer holds other pairs than recorded"
-        probabilities = self.buffer.probabilities()
-        for ours, theirs in zip(probabilities, recorded["sampling_probabilities"], strict=True):
-            assert abs(ours - theirs) < 1e-12, "the buffer would draw with other probabilities than recorded"
-        places = [held.index(number) for number in recorded["picked_insertion_numbers"]]
         self._trainer.expected_loss = recorded["loss"]
-        return self.buffer.draw(len(places), _RecordedPicks(probabilities, places))
+        examples = [
+            Example(row, (Turn(0, tuple(real[:length]), tuple(real[length:])),))
+            for row, (real, length) in enumerate(
+                zip(recorded["real_input_ids"], recorded["prompt_length"], strict=True)
+            )
+        ]
+        return super().pairs(examples, epoch=epoch, step=step, micro_batch=micro_batch)
+
+    def _drafts(self, example, epoch):
+        (draft,) = super()._drafts(example, epoch)
+        start = self._recorded["truncate_at"][example.row]
+        length = self._recorded["actual_token_generate_length"][example.row]
+        return [replace(draft, segment=Segment(start, min(start + length, len(draft.turn.response_ids))))]
+
+    def generate(self, contexts, max_new_tokens, seeds):
+        record, written = self._recorded, []
+        for context, prepared, mask, output, most in zip(
+            contexts,
+            record["generation_input_ids"],
+            record["generation_attention_mask"],
+            record["model_output_rows"],
+            max_new_tokens,
+            strict=True,
+        ):
+            seen = [token for token, kept in zip(prepared, mask, strict=True) if kept]
+            assert list(context) == seen, "the opponent is given another context than recorded"
+            written.append(output[len(prepared) :][:most])
+        return written
+
+    def _pair(self, draft, written):
+        pair = super()._pair(draft, written)
+        generated = self._recorded["generated_input_ids"][draft.row]
+        assert [*pair.prompt_ids, *pair.rejected_ids] == generated, "the spliced response differs from the recorded one"
+        return pair
 
 
 class ReplayTrainer(SAPOTrainer):
@@ -164,11 +194,17 @@ def replay(trace: dict, model_folder: Path) -> Differences:
             logging_strategy="no",
         )
         rows = [{"prompt": row["prompt"], "completion": " " + row["real"]} for row in hyper["rows"]]
+        # The source ignores them; enough for one epoch, since Trainer cuts an accumulation short where one ends.
+        rows *= len(expected["micro_batches"])
         trainer = ReplayTrainer(model, args, rows, processing_class=tokenizer)
         trainer.differences = Differences()
         trainer.source = _RecordedSelfPlay(trainer, expected["micro_batches"])
         trainer.train()
+        made, recorded = len(trainer.differences.losses), len(expected["micro_batches"])
+        assert made == recorded, f"{made} of {recorded} recorded micro-batches were replayed"
         trainer.compare_end(expected)
+    # max() passes over NaN.
+    assert all(map(math.isfinite, trainer.differences.losses + trainer.differences.weights)), "not a finite difference"
     return trainer.differences
 
 

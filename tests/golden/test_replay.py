@@ -29,3 +29,26 @@ def test_a_pair_that_differs_is_noticed():
     changed["expected"]["micro_batches"][0]["generated_input_ids"][0][-2] += 1
     with pytest.raises(AssertionError, match="spliced response differs"):
         replay(changed, HERE / "trace_model")
+
+
+def test_a_pick_that_differs_is_noticed():
+    changed = copy.deepcopy(TRACE)
+    assert changed["expected"]["micro_batches"][-1]["picked_insertion_numbers"] == [10, 9]
+    changed["expected"]["micro_batches"][-1]["picked_insertion_numbers"] = [10, 8]
+    differences = replay(changed, HERE / "trace_model")
+    assert max(differences.losses) > LOSS_TOLERANCE
+    assert max(differences.weights) > WEIGHT_TOLERANCE
+
+
+def test_a_run_shorter_than_its_record_is_noticed():
+    changed = copy.deepcopy(TRACE)
+    changed["inputs"]["hyper"]["max_steps"] = 4
+    with pytest.raises(AssertionError, match="4 of 6"):
+        replay(changed, HERE / "trace_model")
+
+
+def test_a_figure_that_is_not_a_number_is_noticed():
+    changed = copy.deepcopy(TRACE)
+    changed["expected"]["micro_batches"][3]["loss"] = float("nan")
+    with pytest.raises(AssertionError, match="finite"):
+        replay(changed, HERE / "trace_model")

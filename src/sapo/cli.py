@@ -141,18 +141,10 @@ def data_check(arguments: Sequence[str]) -> None:
     except OSError:
         generation_eos = None  # a model without a generation config: the tokenizer's end token counts alone
     config = run.config
-    options = DataOptions(
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length or config.max_length,
-        truncation_mode=config.truncation_mode,
-        overlong=config.overlong,
-        assistant_turns=config.assistant_turns,
-        paired=config.pair_source == "paired",
-    )
     prepared, report = prepare_dataset(
         rows,
         tokenizer,
-        options,
+        DataOptions.of(config),
         end_ids=end_token_ids(tokenizer, generation_eos),
         source=str(run.data.dataset_name or "mixture"),
     )

@@ -90,14 +90,7 @@ class SAPOTrainer(Trainer):
             disable_dropout_in_model(policy)
         self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
         self._pad_token_id = _pad_token_id(processing_class, self.end_ids)
-        self._options = DataOptions(
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length or args.max_length,
-            truncation_mode=args.truncation_mode,
-            overlong=args.overlong,
-            assistant_turns=args.assistant_turns,
-            paired=args.pair_source == "paired",
-        )
+        self._options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
         super().__init__(
             model=policy,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sapo.config import SAPOConfig
 from sapo.data import (
     DataOptions,
     Example,
@@ -105,7 +106,7 @@ def test_prompt_is_prefix_of_response_context(chatml, pairs):
     st.sampled_from(["keep_end", "keep_start"]),
 )
 def test_truncation_budget_is_never_exceeded(chatml, prompt, completion, max_length, max_prompt, mode):
-    options = DataOptions(max_length, max_prompt, truncation_mode=mode)
+    options = DataOptions(max_length, min(max_prompt, max_length), truncation_mode=mode)
     rows = [{"prompt": prompt, "completion": completion}, {"prompt": "a", "completion": "b"}]
     turns = [turn for example in prepare(rows, chatml, options)[0] for turn in example.turns]
     full = [turn for example in prepare(rows, chatml)[0] for turn in example.turns]
@@ -387,6 +388,22 @@ def test_options_without_room_are_refused():
         DataOptions(1, 1)
     with pytest.raises(ConfigurationError, match="max_prompt_length=0"):
         DataOptions(10, 0)
+    with pytest.raises(ConfigurationError, match="max_prompt_length=11 exceeds max_length=10"):
+        DataOptions(10, 11)
+
+
+def test_options_follow_the_configuration(tmp_path):
+    given = {
+        "max_length": 9,
+        "max_prompt_length": 4,
+        "truncation_mode": "keep_start",
+        "overlong": "drop",
+        "assistant_turns": "all",
+    }
+    config = SAPOConfig(
+        str(tmp_path), segment_length=0.5, pair_source="paired", use_cpu=True, report_to="none", **given
+    )
+    assert DataOptions.of(config) == DataOptions(**given, paired=True)
 
 
 TEMPLATES = {

@@ -16,6 +16,8 @@ from sapo.errors import ConfigurationError, DatasetError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from sapo.config import SAPOConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -73,6 +75,23 @@ class DataOptions:
                 f"max_length={self.max_length} and max_prompt_length={self.max_prompt_length} leave no room "
                 "for a prompt and a response. Give at least 2 and 1 tokens."
             )
+        if self.max_prompt_length > self.max_length:
+            raise ConfigurationError(
+                f"max_prompt_length={self.max_prompt_length} exceeds max_length={self.max_length}. Lower it, or raise "
+                "max_length."
+            )
+
+    @classmethod
+    def of(cls, config: SAPOConfig) -> DataOptions:
+        """The options that a run's configuration gives."""
+        return cls(
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length or config.max_length,
+            truncation_mode=config.truncation_mode,
+            overlong=config.overlong,
+            assistant_turns=config.assistant_turns,
+            paired=config.pair_source == "paired",
+        )
 
 
 @dataclass

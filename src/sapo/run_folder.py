@@ -26,6 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "sapo_config.yaml"
 RECIPE_FILE = "recipe.yaml"
 _STAGING = ".saving"
+_OLD = ".old"
 
 _FACTS = [
     "objective",
@@ -88,6 +89,7 @@ class RunFolder:
         """
         if wanted in (None, False, "false", "False"):
             return None
+        self._recover()
         if wanted in (True, "true", "True"):
             newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
             if newest is None:
@@ -95,9 +97,20 @@ class RunFolder:
                     f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
                 )
             return Path(newest)
+        if self._trainer.is_world_process_zero():
+            _settle(Path(str(wanted)))
+        self._trainer.accelerator.wait_for_everyone()
         if not Path(str(wanted)).is_dir():
             raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
         return Path(str(wanted))
+
+    def _recover(self) -> None:
+        """Finish or undo what a crash while saving has left half done."""
+        if self._trainer.is_world_process_zero():
+            shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+            for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
+                _settle(old.with_name(old.name.removesuffix(_OLD)))
+        self._trainer.accelerator.wait_for_everyone()
 
     def start_afresh(self, *, overwrite: bool) -> None:
         """Make sure that an earlier run is neither mixed with this one nor lost.
@@ -111,6 +124,7 @@ class RunFolder:
         for old in [
             *self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
             self.path / "opponent",
+            self.path / f"opponent{_OLD}",
             self.path / _STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
@@ -321,13 +335,25 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put `new` where `target` is; an older `target` goes only when the new one is complete."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Put the complete folder `new` where `target` is; a crash at any point leaves one of the two for `_settle`."""
+    _settle(target)
     if target.exists():
-        target.rename(old)
+        target.rename(_aside(target))
     new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _settle(target)
+
+
+def _settle(target: Path) -> None:
+    """After a replacement, whole or cut short: remove the old folder, or put it back where the new one is missing."""
+    old = _aside(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(target.name + _OLD)
 
 
 def _write_atomically(file: Path, text: str) -> None:

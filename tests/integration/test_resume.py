@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,68 @@ def test_failed_save_leaves_the_previous_checkpoint(checkpoint, make_trainer, mo
     assert sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")) == ["checkpoint-2"]
     make_trainer("whole", **options).train(resume_from_checkpoint=True)
     shutil.rmtree(checkpoint.parent)
+
+
+def kill_at_rename(number, call, monkeypatch):
+    """Let `call` end at its n-th rename, as if the process were killed there."""
+    count = 0
+
+    def rename(path, target):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    original = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_kill_while_a_checkpoint_is_replaced_loses_none(rename, checkpoint, make_trainer, monkeypatch):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer("whole", **options)
+    trainer.state.global_step = 2
+    # Not a checkpoint that could be resumed from, so that the surviving one is known to be the earlier.
+    folder = trainer.run_folder
+
+    def save_nothing():
+        (folder.staging / "checkpoint-2").mkdir(parents=True)
+
+    kill_at_rename(rename, lambda: folder.save_atomically(save_nothing), monkeypatch)
+    assert (checkpoint.parent / ".saving").exists()
+    for wanted in (True, str(checkpoint)):
+        again = make_trainer("whole", **options | {"max_steps": 3})
+        again.train(resume_from_checkpoint=wanted)
+        assert again.state.global_step == 3
+    left = {path.name for path in checkpoint.parent.iterdir()}
+    assert not [name for name in left if name.endswith(".old") or name == ".saving"]
+
+
+def test_kill_while_the_opponent_is_replaced_loses_neither(checkpoint, make_trainer, monkeypatch):
+    folder = checkpoint.parent
+    trainer = make_trainer("whole", max_steps=2)
+    trainer.save_model()
+    before = (folder / "opponent" / "model.safetensors").read_bytes()
+    kill_at_rename(2, trainer.save_model, monkeypatch)
+    assert not (folder / "opponent").exists()
+    make_trainer("whole", max_steps=3).train(resume_from_checkpoint=True)
+    assert (folder / "opponent" / "model.safetensors").read_bytes() == before
+
+
+def test_old_folder_beside_its_successor_is_removed(checkpoint, make_trainer):
+    old = checkpoint.with_name("checkpoint-2.old")
+    shutil.copytree(checkpoint, old)
+    make_trainer("whole", max_steps=3).train(resume_from_checkpoint=True)
+    assert checkpoint.exists()
+    assert not old.exists()
+
+
+def test_fresh_run_removes_what_a_kill_left(checkpoint, make_trainer):
+    for name in ("checkpoint-2.old", "opponent.old", ".saving"):
+        (checkpoint.parent / name).mkdir()
+    make_trainer("whole", overwrite_output_dir=True).train()
+    assert {path.name for path in checkpoint.parent.iterdir()} <= {"metrics.jsonl", "sapo_config.yaml"}

@@ -102,7 +102,12 @@ def truncate(
 
     Returns:
         The prompt and the response that remain; the response may be empty when the prompt alone fills `max_length`.
+
+    Raises:
+        ValueError: a cut prompt would keep nothing, or more than `max_length`.
     """
+    if not 1 <= max_prompt_length <= max_length:
+        raise ValueError(f"max_prompt_length={max_prompt_length}: must be between 1 and max_length={max_length}")
     prompt, response = list(prompt), list(response)
     if len(prompt) + len(response) > max_length and len(prompt) > max_prompt_length:
         prompt = prompt[-max_prompt_length:] if truncation_mode == "keep_end" else prompt[:max_prompt_length]

@@ -49,8 +49,8 @@ def test_splice_keeps_both_sides(response, data, replacement):
 
 @given(tokens, tokens, st.integers(1, 40), st.integers(1, 40))
 def test_truncation_keeps_to_the_budget(prompt, response, most, prompt_most):
-    kept, rest = truncate(prompt, response, max_length=most, max_prompt_length=prompt_most)
-    assert len(rest) == 0 or len(kept) + len(rest) <= most
+    kept, rest = truncate(prompt, response, max_length=most, max_prompt_length=min(prompt_most, most))
+    assert len(kept) + len(rest) <= most
     assert prompt[len(prompt) - len(kept) :] == kept
     assert response[: len(rest)] == rest
 

@@ -6,15 +6,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sapo._version import __version__
-from sapo.errors import ConfigurationError, DatasetError, SapoError
+from sapo.errors import ConfigurationError, SapoError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sapo.arguments import RunArguments
     from sapo.terminal.progress import TerminalProgress
     from sapo.trainer import SAPOTrainer
 
@@ -70,39 +69,38 @@ def train(arguments: Sequence[str]) -> None:
     """`sapo train`."""
     from rich.console import Console
 
-    from sapo.arguments import parse
-    from sapo.models import load_policy, load_tokenizer
+    from sapo.arguments import as_recipe, parse
+    from sapo.inputs import load_inputs
+    from sapo.models import check_model, load_policy
     from sapo.run_folder import check_output_dir
     from sapo.terminal.progress import TerminalProgress
     from sapo.trainer import SAPOTrainer
     from sapo.training_callbacks import StopOnSignal
 
     run = parse(arguments, "sapo train")
-    console = Console()
+    config, console = run.config, Console()
     if not run.model.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
-    if run.config.resume_from_checkpoint in (None, "false", "False"):
-        check_output_dir(Path(run.config.output_dir or ""), overwrite=run.config.overwrite_output_dir)
+    if config.resume_from_checkpoint in (None, "false", "False"):
+        check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()
-    train_rows, eval_rows = _rows(run)
-    tokenizer = load_tokenizer(run.model.model_name_or_path, run.model.model_revision)
-    model, peft_config = load_policy(run.model, run.config)
-    config = run.config
+    check_model(run.model, config)
+    inputs = load_inputs(run)
+    for report in [*inputs.train_reports, *inputs.eval_reports]:
+        for line in report.lines():
+            console.print(line, markup=False, highlight=False)
+    model, peft_config = load_policy(run.model, config)
     config.disable_tqdm = True
     with StopOnSignal() as stop:
         trainer = SAPOTrainer(
             model,
             config,
-            train_rows,
-            eval_rows,
-            processing_class=tokenizer,
+            inputs.train,
+            inputs.eval,
+            processing_class=inputs.tokenizer,
             peft_config=peft_config,
-            data_names=_names(run),
             callbacks=[stop],
         )
-        for report in trainer.data_reports.values():
-            for line in report.lines():
-                console.print(line, markup=False, highlight=False)
         progress = TerminalProgress(
             console, trainer, log_pairs_steps=config.log_pairs_steps, pairs=config.num_pairs_to_print
         )
@@ -112,97 +110,33 @@ def train(arguments: Sequence[str]) -> None:
         finally:
             progress.close()
         trainer.save_model()
-        trainer.run_folder.write_recipe_and_card(_recipe(run), str(run.model.model_name_or_path))
+        trainer.run_folder.write_recipe_and_card(as_recipe(run), run.model.model_name_or_path)
     _closing_screen(console, trainer, progress, stopped=stop.received is not None)
 
 
 def data_check(arguments: Sequence[str]) -> None:
     """`sapo data check FILE`."""
     from rich.console import Console
-    from transformers import GenerationConfig
 
     from sapo.arguments import parse
-    from sapo.data import DataOptions, end_token_ids, prepare_dataset
-    from sapo.models import load_tokenizer
+    from sapo.inputs import load_inputs
     from sapo.terminal.data_check import check_data
 
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("--"):
         arguments = ["--dataset_name", *arguments]
     run = parse([*arguments, "--use_cpu", "--report_to", "none"], "sapo data check")
-    name = run.model.model_name_or_path
-    if not name:
-        raise ConfigurationError("model_name_or_path is missing: the model's tokenizer decides what the trainer sees.")
     _quiet()
-    rows, _ = _rows(run)
-    tokenizer = load_tokenizer(name, run.model.model_revision)
-    try:
-        generation_eos = GenerationConfig.from_pretrained(name, revision=run.model.model_revision).eos_token_id
-    except OSError:
-        generation_eos = None  # a model without a generation config: the tokenizer's end token counts alone
-    config = run.config
-    prepared, report = prepare_dataset(
-        rows,
-        tokenizer,
-        DataOptions.of(config),
-        end_ids=end_token_ids(tokenizer, generation_eos),
-        source=str(run.data.dataset_name or "mixture"),
-    )
+    inputs = load_inputs(run)
     check_data(
-        prepared,
-        report,
-        tokenizer,
-        segment_length=config.segment_length,
-        tail_margin=config.tail_margin,
-        seed=config.seed,
+        inputs.train,
+        inputs.train_reports,
+        inputs.tokenizer,
+        segment_length=run.config.segment_length,
+        tail_margin=run.config.tail_margin,
+        seed=run.config.seed,
         console=Console(),
     )
-
-
-def _rows(run: RunArguments) -> tuple[Any, Any]:
-    """Training rows and, when the run evaluates, evaluation rows."""
-    from sapo.data import load_mixture, load_rows
-
-    data, evaluates = run.data, run.config.eval_strategy != "no"
-    if run.mixture.datasets:
-        mixture = load_mixture(run.mixture)
-        train_rows = mixture[data.dataset_train_split]
-        eval_rows = mixture.get(data.dataset_test_split)
-    else:
-        if not data.dataset_name:
-            raise ConfigurationError("dataset_name is missing: name a file, a folder or a hub id.")
-        train_rows = load_rows(
-            data.dataset_name,
-            config=data.dataset_config,
-            split=data.dataset_train_split,
-            streaming=data.dataset_streaming,
-        )
-        eval_rows = None
-    if not evaluates:
-        return train_rows, None
-    if data.eval_dataset_name:
-        eval_rows = load_rows(data.eval_dataset_name, config=data.dataset_config, split="train")
-    elif eval_rows is None:
-        try:
-            eval_rows = load_rows(str(data.dataset_name), config=data.dataset_config, split=data.dataset_test_split)
-        except DatasetError as error:
-            raise DatasetError(
-                f"eval_strategy={run.config.eval_strategy.value} needs rows to evaluate on: name them with "
-                f"eval_dataset_name ({error})"
-            ) from error
-    return train_rows, eval_rows
-
-
-def _names(run: RunArguments) -> tuple[str, str]:
-    """What errors call the training and the evaluation rows."""
-    name = run.data.dataset_name or "the mixture"
-    return name, run.data.eval_dataset_name or f"{name} ({run.data.dataset_test_split})"
-
-
-def _recipe(run: RunArguments) -> dict[str, Any]:
-    from sapo.arguments import as_recipe
-
-    return as_recipe(run)
 
 
 def _quiet() -> None:

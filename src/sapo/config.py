@@ -189,6 +189,19 @@ class SAPOConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ConfigurationError("remove_unused_columns=true: must stay false here. Leave the option out.")
 
+    def check_positions(self, model_config: Any) -> None:
+        """Refuse more tokens than a model has positions for; one whose configuration does not say is believed.
+
+        Raises:
+            ConfigurationError: `max_length` exceeds them.
+        """
+        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and 0 < positions < self.max_length:
+            raise ConfigurationError(
+                f"max_length={self.max_length} exceeds the {positions} positions of the model. "
+                f"Lower it: --max_length {positions}."
+            )
+
     def _default_reference(self) -> Reference:
         if self.objective == "orpo":
             return "none"

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -33,23 +33,51 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
         raise ModelError(_cannot_load("tokenizer", name, error)) from error
 
 
-def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
-    """The model to train and the adapter configuration (or None).
+def load_config(name: str, revision: str = "main") -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    _check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("model", name, error)) from error
+
+
+def generation_end_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
+    """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
+    try:
+        generation = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    end_ids: int | list[int] | None = generation.eos_token_id
+    return end_ids
+
+
+def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
+    """Find out before data or weights are read whether the model can be trained here.
 
     Raises:
         ModelError: the folder is missing or incomplete.
         ConfigurationError: quantization without LoRA, or not enough memory for the copies.
     """
-    name = str(model_args.model_name_or_path)
-    _check_folder(name)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ConfigurationError("load_in_4bit and load_in_8bit train an adapter only. Add --use_peft.")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
+    config = load_config(str(model_args.model_name_or_path), model_args.model_revision)
     if not args.skip_memory_check:
         check_memory(config, model_args, args)
+
+
+def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
+    """The model to train and the adapter configuration (or None).
+
+    Raises:
+        ModelError: the folder is missing or incomplete.
+    """
+    name = str(model_args.model_name_or_path)
+    _check_folder(name)
     options: dict[str, Any] = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

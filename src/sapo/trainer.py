@@ -26,6 +26,7 @@ from sapo.data import (
     collate_examples,
     dataset_digest,
     end_token_ids,
+    is_prepared,
     prepare_dataset,
 )
 from sapo.errors import ConfigurationError, TokenizerError
@@ -51,7 +52,8 @@ class SAPOTrainer(Trainer):
     Args:
         model: a model, or the name or folder of one (loaded with `args.model_init_kwargs`).
         args: every option of the run.
-        train_dataset: rows of any supported shape (`sapo.data`), a `datasets.Dataset` or a list of dicts.
+        train_dataset: rows of any supported shape (`sapo.data`), a `datasets.Dataset` or a list of dicts; or what
+            `sapo.data.prepare_dataset` made of them.
         eval_dataset: likewise; it gives pairs from fixed seeds, made once by the initial opponent.
         processing_class: the tokenizer; loaded with the model when that is given by name.
         peft_config: makes the policy a LoRA adapter on `model`.
@@ -85,6 +87,7 @@ class SAPOTrainer(Trainer):
             model = create_model_from_path(model, **_keyword_arguments(args))
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
+        args.check_positions(model.config)
         policy = _with_adapter(model, peft_config, args)
         if args.disable_dropout:
             disable_dropout_in_model(policy)
@@ -126,8 +129,8 @@ class SAPOTrainer(Trainer):
     # ---- Construction ----
 
     def _prepare(self, rows: Any, tokenizer: Any, name: str) -> Any:
-        if rows is None:
-            return None
+        if rows is None or is_prepared(rows):
+            return rows
         if isinstance(rows, Mapping):
             return {key: self._prepare(value, tokenizer, f"{name}_{key}") for key, value in rows.items()}
         prepared, report = prepare_dataset(rows, tokenizer, self._options, end_ids=self.end_ids, source=name)
@@ -379,7 +382,7 @@ class SAPOTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, list) or (not isinstance(dataset, Mapping) and "prompt_ids" not in dataset.column_names):
+        if not isinstance(dataset, Mapping) and not is_prepared(dataset):
             dataset = eval_dataset = self._prepare(dataset, self.processing_class, "eval")
         with _random_state_restored():
             if not isinstance(dataset, Mapping):

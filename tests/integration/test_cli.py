@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sapo import SAPOConfig, SAPOTrainer
 from sapo.cli import main
+from sapo.data import load_rows
 from tests.integration.conftest import make_model, make_rows
 
 
@@ -36,6 +39,11 @@ def command(model, data, out, *more):
     ]  # fmt: skip
 
 
+def check(model, *more):
+    options = ("--model_name_or_path", str(model), "--segment_length", "4", "--max_length", "32")
+    return ["data", "check", *options, *more]
+
+
 def test_train_writes_a_whole_run_folder_that_trains_on(model, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(model, data, out)) == 0
@@ -51,8 +59,8 @@ def test_train_writes_a_whole_run_folder_that_trains_on(model, data, tmp_path, c
 
 
 def test_data_check_shows_what_the_trainer_will_see(model, data, capsys):
-    assert main(["data", "check", str(data), "--model_name_or_path", str(model), "--segment_length", "4"]) == 0
-    assert "prompt" in capsys.readouterr().out
+    assert main(check(model, "--dataset_name", str(data))) == 0
+    assert "24 rows, 24 examples kept" in capsys.readouterr().out
 
 
 def refused(arguments, capsys, *, status=2):
@@ -91,6 +99,103 @@ def test_malformed_data_names_the_line(model, tmp_path, capsys):
         json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}) + "\n"
     )
     assert "chat_template" in refused(command(model, file, tmp_path / "run"), capsys)
+
+
+def broken(model):
+    """The model folder without its weights: whatever is refused with it is refused before they are loaded."""
+    (model / "model.safetensors").unlink()
+    return model
+
+
+def test_bad_data_is_refused_before_the_model_loads(model, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "w1", "completion": " w2"}\n{"prompt": "w1"}\n')
+    assert "row 2 of" in refused(command(broken(model), bad, out), capsys)
+    evaluated = ("--eval_strategy", "steps", "--eval_dataset_name", str(bad))
+    assert "row 2 of" in refused(command(model, data, out, *evaluated), capsys)
+    assert "needs rows to evaluate on" in refused(command(model, data, out, "--eval_strategy", "steps"), capsys)
+    assert "cannot be loaded" in refused(command(model, data, out), capsys)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_before_it_loads(model, data, tmp_path, capsys):
+    given = command(broken(model), data, tmp_path / "run", "--max_length", "65")
+    assert "65 exceeds the 64 positions of the model. Lower it: --max_length 64." in refused(given, capsys)
+    assert "64 positions" in refused(check(model, "--dataset_name", str(data), "--max_length", "65"), capsys)
+
+
+def test_command_and_trainer_prepare_alike(model, data, tmp_path, tokenizer, capsys):
+    # An end token that only config.json knows: it has to count as one in either case.
+    (model / "generation_config.json").unlink()
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"eos_token_id": [1, 7]}))
+    data.write_text('{"prompt": "w1", "completion": " w2 w4"}\n' * 4)
+    assert main(command(model, data, tmp_path / "run")) == 0
+    saved = json.loads((tmp_path / "run" / "checkpoint-3" / "sapo_state.json").read_text())["facts"]["dataset"]
+    config = SAPOConfig(str(tmp_path / "other"), max_length=32, segment_length=4, use_cpu=True, report_to="none")
+    trainer = SAPOTrainer(str(model), config, load_rows(data), processing_class=tokenizer)
+    assert trainer.end_ids == {1, 7}
+    assert trainer.train_dataset[0]["response_ids"] == [[5, 7]]
+    assert trainer.digest(trainer.train_dataset) == saved
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A recipe for two files of different shapes."""
+    rows = make_rows(8)
+    shapes = {
+        "pairs.jsonl": rows[:5],
+        "questions.jsonl": [{"question": row["prompt"], "answer": row["chosen"]} for row in rows[5:]],
+    }
+    for name, content in shapes.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    recipe = tmp_path / "mixture.yaml"
+    members = [{"path": "json", "data_files": str(tmp_path / "pairs.jsonl")}, {"path": str(tmp_path / "questions.jsonl")}]
+    recipe.write_text(yaml.safe_dump({"datasets": members}))
+    return recipe
+
+
+def mixed(model, recipe, out, *more):
+    arguments = command(model, "", out, "--config", str(recipe), *more)
+    place = arguments.index("--dataset_name")
+    return arguments[:place] + arguments[place + 2 :]
+
+
+def test_mixture_of_shapes_trains_evaluates_and_resumes(model, mixture, tmp_path, capsys):
+    out = tmp_path / "run"
+    mixture.write_text(mixture.read_text() + "test_split_size: 0.25\n")
+    assert main(mixed(model, mixture, out, "--eval_strategy", "steps", "--eval_steps", "1")) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert "pairs.jsonl: format chosen, 5 rows, 5 examples kept" in shown
+    assert "questions.jsonl: format question/answer, 3 rows, 3 examples kept" in shown
+    assert '"eval_loss"' in (out / "metrics.jsonl").read_text()
+    again = ["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true", "--max_steps", "4"]
+    assert main(again) == 0
+
+
+def test_data_check_shows_a_mixture(model, mixture, capsys):
+    titles = set()
+    for seed in range(8):
+        assert main(check(model, "--config", str(mixture), "--seed", str(seed))) == 0
+        shown = capsys.readouterr().out.replace("\n", "")
+        titles |= set(re.findall(r"Example: row (\d) of \S*(pairs|questions).jsonl", shown))
+    assert {name for _, name in titles} == {"pairs", "questions"}
+    assert all(int(row) <= 3 for row, name in titles if name == "questions")
+
+
+def test_malformed_row_of_a_mixture_names_its_file(model, mixture, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    content = file.read_text()
+    file.write_text(content + '{"question": "w1"}\n')
+    assert f"row 4 of {file}: lacks answer" in refused(mixed(model, mixture, tmp_path / "run"), capsys)
+    file.write_text(content + '{"question": \n')
+    assert f"{file}, line 4: not valid JSON" in refused(mixed(model, mixture, tmp_path / "run"), capsys)
+    file.unlink()
+    assert "no file or folder" in refused(mixed(model, mixture, tmp_path / "run"), capsys)
+    mixture.write_text(mixture.read_text() + "eval_strategy: steps\n")
+    file.write_text(content)
+    message = refused(mixed(model, mixture, tmp_path / "run"), capsys)
+    assert "needs rows to evaluate on: name them with eval_dataset_name, or set test_split_size" in message
 
 
 def test_wrong_recipe_names_file_and_option(model, data, tmp_path, capsys):

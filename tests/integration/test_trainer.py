@@ -245,3 +245,9 @@ def test_impossible_options_are_refused_before_training(make_trainer):
         make_trainer(objective="orpo", dpop_weight=1.0)
     with pytest.raises(ConfigurationError, match="bf16"):
         make_trainer(use_cpu=False, bf16=True)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(make_trainer):
+    make_trainer(max_length=64)
+    with pytest.raises(ConfigurationError, match=r"max_length=65 exceeds the 64 positions .*--max_length 64"):
+        make_trainer(max_length=65)

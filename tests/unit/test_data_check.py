@@ -28,7 +28,7 @@ def shown(rows, tokenizer, *, segment_length=5, width=80, encoding="utf-8", pair
     )
     sink = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     console = Console(file=sink, width=width, force_terminal=color is not None, color_system=color)
-    check_data(prepared, report, tokenizer, segment_length=segment_length, tail_margin=3, seed=0, console=console)
+    check_data(prepared, [report], tokenizer, segment_length=segment_length, tail_margin=3, seed=0, console=console)
     sink.flush()
     return sink.buffer.getvalue().decode(encoding)
 

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sapo.data import load_mixture, load_rows
+from sapo.data import load_rows
 from sapo.errors import DatasetError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
@@ -234,26 +234,3 @@ def test_one_file_has_no_other_split():
 def test_local_data_has_no_configuration():
     write_lines("a.jsonl")
     assert "no configuration 'en'" in refused("a.jsonl", config="en")
-
-
-def test_mixture_failure_is_one_line():
-    from trl import DatasetMixtureConfig
-
-    with pytest.raises(DatasetError, match=r"^mixture of no dataset: cannot be put together"):
-        load_mixture(DatasetMixtureConfig(datasets=[]))
-    missing = {"path": "json", "data_files": "gone.jsonl", "split": "train"}
-    with pytest.raises(DatasetError, match=r"^mixture of json: .*[^\n]*$"):
-        load_mixture(DatasetMixtureConfig(datasets=[missing]))
-
-
-def test_mixture_joins_its_members(tmp_path, monkeypatch):
-    from trl import DatasetMixtureConfig
-
-    write_lines("a.jsonl", ROWS[:4])
-    write_lines("b.jsonl", ROWS[4:])
-    cache = str(tmp_path / "cache")
-    original = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda **k: original(cache_dir=cache, **k))
-    members = [{"path": "json", "data_files": name, "split": "train"} for name in ("a.jsonl", "b.jsonl")]
-    mixed = load_mixture(DatasetMixtureConfig(datasets=members))
-    assert list(mixed["train"]) == ROWS

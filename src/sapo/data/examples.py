@@ -198,6 +198,13 @@ def _offsets(offsets: array[int]) -> pyarrow.Array:
     return pyarrow.array(np.array(offsets, dtype=np.int32))
 
 
+def is_prepared(rows: Any) -> bool:
+    """Whether `rows` are what `prepare_dataset` gives, and not rows that it has still to read."""
+    return isinstance(rows, datasets.Dataset) and {"row", "turn", "prompt_ids", "response_ids"} <= set(
+        rows.column_names
+    )
+
+
 def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
     """Records of a prepared dataset -> `{"examples": [...]}`.
 

@@ -1,4 +1,4 @@
-"""Find and read rows: a local file or folder, a dataset on the hub, or a mixture of several.
+"""Find and read rows: a local file or folder, or a dataset on the hub.
 
 JSON is read here and not by `datasets`, whose inference refuses rows that differ in their fields, and whose
 errors name neither file nor line. Local data is read into memory; nothing is written to any cache.
@@ -7,19 +7,17 @@ errors name neither file nor line. Local data is read into memory; nothing is wr
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
 from sapo.errors import DatasetError
-
-if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig
 
 Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]"
 
@@ -56,25 +54,43 @@ def load_rows(
         return _load_local(path, config, split)
     if _looks_like_path(name):
         raise DatasetError(_not_found(name, path))
-    return _load_hub(name, config, split, streaming)
+    return load_hub(name, config, split, streaming)
 
 
-def load_mixture(mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
-    """Read several datasets into one, through trl (`path`, `data_files`, `columns`, `fraction` of each).
+def load_files(files: list[Path], *, split: str = "train") -> Rows:
+    """Read several files as one split; of `split` only the part in brackets counts.
 
     Raises:
-        DatasetError: a member cannot be loaded, or the members do not fit together.
+        DatasetError: as `load_rows`.
     """
-    from trl import get_dataset  # slow to import, and a single dataset does not need it
+    found: list[Path] = []
+    for file in files:
+        matches = sorted(Path(name) for name in glob.glob(str(file.expanduser())))
+        if not matches:
+            raise DatasetError(_not_found(str(file), file.expanduser()))
+        found += matches
+    where = ", ".join(map(str, files))
+    return _part(_join(found, where), split, where)
 
-    names = ", ".join(str(member.path) for member in mixture.datasets) or "no dataset"
+
+def load_hub(name: str, config: str | None, split: str, streaming: bool, **files: Any) -> Rows:
+    """Read a dataset on the hub through `datasets`; `files` are its `data_dir` and `data_files`.
+
+    Raises:
+        DatasetError: the hub does not give it, or it has no rows.
+    """
     try:
-        return get_dataset(mixture)
-    except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        rows = datasets.load_dataset(name, config, split=split, streaming=streaming, **files)
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
         raise DatasetError(
-            f"mixture of {names}: cannot be put together ({_one_line(error)}). Check each path and split, "
-            "and give all members the same columns (`columns` selects them)."
+            f"{wanted}: no such file or folder here, and the hub did not give it ({_one_line(error)}). Check "
+            "the name, the configuration and the split; without network give a local file; for private data "
+            "run `hf auth login`."
         ) from error
+    if not streaming and not len(rows):
+        raise DatasetError(f"{name}: split {split} holds no rows. Choose another split.")
+    return rows
 
 
 def _looks_like_path(name: str) -> bool:
@@ -104,7 +120,7 @@ def _load_local(path: Path, config: str | None, split: str) -> Rows:
             f"{path}: is local, so it has no configuration {config!r}. Leave dataset_config out, "
             "or give the path of the file itself."
         )
-    base, part = _split_parts(split)
+    base, _ = _split_parts(split)
     if path.is_dir():
         rows = _read_folder(path, base)
     elif base != "train":
@@ -114,11 +130,15 @@ def _load_local(path: Path, config: str | None, split: str) -> Rows:
         )
     else:
         rows = _read_file(path)
-    if part:
-        rows = _take(rows, base, split, path)
-    if not len(rows):
-        raise DatasetError(f"{path}: holds no rows{f' in {split}' if part else ''}. Give a file that does.")
-    return rows
+    return _part(rows, split, path)
+
+
+def _part(rows: datasets.Dataset | list[dict[str, Any]], split: str, where: Path | str) -> Rows:
+    base, part = _split_parts(split)
+    taken = _take(rows, base, split, where) if part else rows
+    if not len(taken):
+        raise DatasetError(f"{where}: holds no rows{f' in {split}' if part else ''}. Give a file that does.")
+    return taken
 
 
 def _split_parts(split: str) -> tuple[str, str]:
@@ -128,7 +148,9 @@ def _split_parts(split: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _take(rows: datasets.Dataset | list[dict[str, Any]], base: str, split: str, path: Path) -> Rows:
+def _take(
+    rows: datasets.Dataset | list[dict[str, Any]], base: str, split: str, path: Path | str
+) -> datasets.Dataset | list[dict[str, Any]]:
     try:
         (span,) = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
     except (ValueError, AssertionError) as error:
@@ -182,7 +204,7 @@ def _split_of(file: Path) -> str:
     return first if first in _SPLIT_NAMES else ""
 
 
-def _join(files: list[Path], folder: Path) -> Rows:
+def _join(files: list[Path], folder: Path | str) -> Any:
     if len({file.suffix.lower() in JSON_SUFFIXES for file in files}) > 1 or (
         len({file.with_suffix("") for file in files}) < len(files)
     ):
@@ -323,21 +345,6 @@ def _object(value: object, where: str) -> dict[str, Any]:
 def _kind(value: object) -> str:
     names = {str: "text", list: "a list", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), "an object")
-
-
-def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Rows:
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
-        raise DatasetError(
-            f"{wanted}: no such file or folder here, and the hub did not give it ({_one_line(error)}). Check "
-            "the name, the configuration and the split; without network give a local file; for private data "
-            "run `hf auth login`."
-        ) from error
-    if not streaming and not len(rows):
-        raise DatasetError(f"{name}: split {split} holds no rows. Choose another split.")
-    return rows
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ def prepare_dataset(
     *,
     end_ids: Collection[int],
     source: str = "dataset",
+    first_row: int = 0,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenize all rows, in memory.
 
@@ -37,6 +38,7 @@ def prepare_dataset(
         options: lengths, turns, pairs.
         end_ids: see `end_token_ids`. A response that ends with none of them gets the tokenizer's own.
         source: the dataset's name in messages.
+        first_row: number of the first row in the result; messages count from 1 in any case.
 
     Returns:
         A dataset with one record per `Example` (`row` int64; `turn` list of int64; `prompt_ids`,
@@ -72,7 +74,7 @@ def prepare_dataset(
         for number, turn in encoder.turns(drafts):
             fitted = _fit(turn, number, options, report)
             if fitted is not None:
-                table.add(number, fitted)
+                table.add(first_row + number, fitted)
     report.kept = len(table)
     if not report.kept:
         reasons = ", ".join(f"{count} for: {reason}" for reason, count in sorted(report.dropped.items()))

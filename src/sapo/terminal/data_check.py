@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -30,7 +31,7 @@ _SHOWN = 600
 
 def check_data(
     prepared: datasets.Dataset,
-    report: DataReport,
+    reports: Sequence[DataReport],
     tokenizer: PreTrainedTokenizerBase,
     *,
     segment_length: float | None,
@@ -41,28 +42,31 @@ def check_data(
     """Print the report, the lengths, how much would be rewritten, and one example with its parts marked.
 
     Args:
-        prepared: from `prepare_dataset`.
-        report: from `prepare_dataset`.
+        prepared: from `prepare_mixture`.
+        reports: from `prepare_mixture`.
         tokenizer: the tokenizer that prepared the data.
         segment_length: see `segments.segment_tokens`.
         tail_margin: see `segments.choose_segment`.
         seed: which example, and which segment of it, is shown.
         console: where to print; colours and width follow it.
     """
-    for line in report.lines():
-        console.print(_safe(line, console))
+    for report in reports:
+        for line in report.lines():
+            console.print(_safe(line, console))
+    prompts = [length for report in reports for length in report.prompt_lengths]
+    responses = [length for report in reports for length in report.response_lengths]
     console.print()
-    console.print(_length_table(report))
+    console.print(_length_table(prompts, responses))
     paired = "rejected_ids" in prepared.column_names
     if not paired:
         console.print()
-        for line in rewritten_whole(report.response_lengths, segment_length):
+        for line in rewritten_whole(responses, segment_length):
             console.print(_safe(line, console))
     rng = random.Random(derive_seed(seed, "data check"))
     (example,) = collate_examples([prepared[rng.randrange(len(prepared))]])["examples"]
     turn = example.turns[rng.randrange(len(example.turns))]
     console.print()
-    console.print(_safe(f"Example: {_title(example, turn, report)}", console, "bold"))
+    console.print(_safe(f"Example: {_title(example, turn, reports)}", console, "bold"))
     if turn.rejected_ids is not None:
         _show_pair(turn, tokenizer, console)
         return
@@ -94,19 +98,24 @@ def percentile(values: list[int], percent: int) -> int:
     return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
 
 
-def _length_table(report: DataReport) -> Table:
+def _length_table(prompts: list[int], responses: list[int]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens")
     table.add_column("prompt", justify="right")
     table.add_column("response", justify="right")
     for label, percent in (("min", 0), ("50%", 50), ("90%", 90), ("99%", 99), ("max", 100)):
-        lengths = (percentile(report.prompt_lengths, percent), percentile(report.response_lengths, percent))
+        lengths = (percentile(prompts, percent), percentile(responses, percent))
         table.add_row(label, *map(str, lengths))
     return table
 
 
-def _title(example: Example, turn: Turn, report: DataReport) -> str:
-    title = f"row {example.row + 1} of {report.source}"
+def _title(example: Example, turn: Turn, reports: Sequence[DataReport]) -> str:
+    row, title = example.row, ""
+    for report in reports:
+        if row < report.rows:
+            title = f"row {row + 1} of {report.source}"
+            break
+        row -= report.rows
     return f"{title}, reply {turn.index + 1}" if turn.index else title
 
 

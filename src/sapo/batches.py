@@ -1,90 +1,230 @@
-"""Pairs to model inputs: the plain layout, one row a response, chosen rows first."""
+"""Pairs to model inputs, in two layouts: plain, one row a response; shared, one packed row without padding."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from sapo.objectives import IGNORE
 from sapo.pairs import Pair
 from sapo.segments import Suffix
+from sapo.shared_prefix import PairSpan, SharedPrefixes
 
-_IGNORE = -100
+Layout = Literal["plain", "shared"]
+Rows = TypeVar("Rows", bound="ScoredRows")
+
+_PARTS = 3
+"""Sums a pair: what only the chosen response has, what only the rejected one has, what they share."""
 
 
 @dataclass(frozen=True, slots=True)
-class PairBatch:
-    """B pairs as 2B right-padded rows: the chosen responses, then the rejected ones in the same order.
+class ScoredRows:
+    """Model inputs, and which predictions add up to which log-probability.
 
     Attributes:
-        input_ids: `[2B, L]` prompt, response, padding.
-        attention_mask: `[2B, L]`, 1 where there is a token. By length, never by token value: a prompt may hold the
-            pad or end token (departure 4).
-        labels: `[2B, L]` the token itself where it is scored, -100 elsewhere.
-        first_label: lowest column with a label; nothing before `first_label - 1` needs logits.
+        input_ids: `[R, L]` tokens, right-padded.
+        attention_mask: `[R, L]`, 1 where there is a token, by length and never by token value: a prompt may hold the
+            pad or end token (departure 4). None with shared prefixes.
+        targets: `[R, L]` the token that each position is to predict; `IGNORE` where it is not scored.
+        owners: `[R, L]` the sum that each scored position adds to, in `[0, sums)`.
+        sums: number of sums.
+        tokens: tokens that are not padding.
+        position_ids: `[R, L]`; None where they are 0, 1, 2, ... in each row.
+        prefixes: with shared prefixes, where the pairs lie in the one row.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    first_label: int
+    attention_mask: Tensor | None
+    targets: Tensor
+    owners: Tensor
+    sums: int
+    tokens: int
+    position_ids: Tensor | None = None
+    prefixes: SharedPrefixes | None = None
+
+    def to(self: Rows, device: torch.device | str) -> Rows:
+        """The same on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch(ScoredRows):
+    """B pairs. Sum i is of chosen response i, B + i of rejected response i, 2B + i of what both share.
+
+    With `all_positions` there is one sum more, of all other positions of the chosen rows, padding included: with it
+    the published likelihood term of ORPO is a mean over `all_positions` predictions.
+    """
+
+    pairs: int = 0
+    all_positions: int = 0
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0] // 2
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The batch on `device`."""
-        return PairBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.first_label,
-        )
+        return self.pairs
 
 
-def collate_pairs(pairs: Sequence[Pair], *, pad_token_id: int, suffix: Suffix = "keep") -> PairBatch:
-    """Lay `pairs` out as `[2B, L]`.
+def collate_pairs(
+    pairs: Sequence[Pair],
+    *,
+    pad_token_id: int,
+    suffix: Suffix = "keep",
+    layout: Layout = "plain",
+    score_shared: bool = True,
+    all_positions: bool = False,
+) -> PairBatch:
+    """Lay `pairs` out.
 
     Args:
         pairs: at least one.
         pad_token_id: fills the rows; any token, since padding is known by length.
         suffix: with "mask", what follows the rewritten segment of a rejected response is present and not scored.
+        layout: "plain" is `[2B, L]`, the chosen responses first; "shared" one row, see `shared_prefix`.
+        score_shared: also score the beginning A that both responses share. Its terms cancel in a difference of
+            log-probabilities, so the DPO loss does without.
+        all_positions: score everything in the chosen rows (plain layout only).
 
     Raises:
-        ValueError: no pairs.
+        ValueError: no pairs, or `all_positions` with shared prefixes.
     """
     if not pairs:
         raise ValueError("a batch needs at least one pair")
-    chosen = [(pair.prompt_ids, pair.chosen_ids, len(pair.chosen_ids)) for pair in pairs]
-    rejected = [
-        (
-            pair.prompt_ids,
-            pair.rejected_ids,
-            pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids),
-        )
-        for pair in pairs
-    ]
-    return collate_responses(chosen + rejected, pad_token_id=pad_token_id)
+    if layout == "shared":
+        if all_positions:
+            raise ValueError("all_positions counts padding, and the shared layout has none")
+        return _packed(pairs, suffix, score_shared)
+    rows = [_Scored(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
+    rows += [_Scored(p.prompt_ids, p.rejected_ids, _first(p, score_shared), _stop(p, suffix)) for p in pairs]
+    input_ids, attention_mask, targets = _padded(rows, pad_token_id)
+    owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
+    sums, count, positions = _PARTS * len(pairs), len(pairs), 0
+    if all_positions:
+        others = targets[:count, :-1] == IGNORE
+        owners[:count, :-1][others] = sums
+        targets[:count, :-1] = input_ids[:count, 1:]
+        sums, positions = sums + 1, targets[:count, :-1].numel()
+    return PairBatch(
+        input_ids,
+        attention_mask,
+        targets,
+        owners,
+        sums,
+        int(attention_mask.sum()),
+        pairs=count,
+        all_positions=positions,
+    )
 
 
-def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> PairBatch:
-    """Lay out rows of (prompt, response, number of response tokens to score), right-padded to one width."""
-    width = max(len(prompt) + len(response) for prompt, response, _ in rows)
+def split_pairs(pairs: Sequence[Pair], most: int | None, *, layout: Layout) -> list[list[Pair]]:
+    """Divide the pairs of a micro-batch into as few passes of at most `most` pairs as there can be.
+
+    The number of passes depends on the number of pairs alone, so that all processes take the same. In the plain layout
+    pairs of like length go together, for little padding; in the shared layout, which has none, passes get alike numbers
+    of tokens, for the least memory.
+    """
+    if most is None or most >= len(pairs):
+        return [list(pairs)]
+    passes = -(-len(pairs) // most)
+    longest_first = sorted(pairs, key=lambda p: -len(p.prompt_ids) - max(len(p.chosen_ids), len(p.rejected_ids)))
+    if layout == "plain":
+        return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
+    # Dealt forwards and backwards in turn, so that who gets the longer of one round gets the shorter of the next.
+    parts: list[list[Pair]] = [[] for _ in range(passes)]
+    for place, pair in enumerate(longest_first):
+        turn, seat = divmod(place, passes)
+        parts[seat if turn % 2 == 0 else passes - 1 - seat].append(pair)
+    return parts
+
+
+def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> ScoredRows:
+    """Lay out rows of (prompt, response, number of response tokens to score), one sum a row."""
+    input_ids, attention_mask, targets = _padded(
+        [_Scored(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
+    )
+    owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
+    return ScoredRows(input_ids, attention_mask, targets, owners, len(rows), int(attention_mask.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A prompt and a response of which the tokens in `[first, stop)` are scored."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    first: int
+    stop: int
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+    @property
+    def targets(self) -> list[int]:
+        """For each position the token it predicts; the first token of all is predicted by none."""
+        start = len(self.prompt)
+        labels = [IGNORE] * (start + self.first) + list(self.response[self.first : self.stop])
+        labels += [IGNORE] * (start + len(self.response) - len(labels))
+        return [*labels[1:], IGNORE]
+
+
+def _first(pair: Pair, score_shared: bool) -> int:
+    return 0 if score_shared else pair.segment.start
+
+
+def _stop(pair: Pair, suffix: Suffix) -> int:
+    return pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids)
+
+
+def _padded(rows: Sequence[_Scored], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(row.prompt) + len(row.response) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, _IGNORE)
-    for row, (prompt, response, scored) in enumerate(rows):
-        start, stop = len(prompt), len(prompt) + len(response)
-        input_ids[row, :stop] = torch.tensor([*prompt, *response])
-        attention_mask[row, :stop] = 1
-        labels[row, start : start + scored] = input_ids[row, start : start + scored]
-    # Column 0 has no prediction.
-    first_label = max(1, min(len(prompt) for prompt, _, _ in rows))
-    return PairBatch(input_ids, attention_mask, labels, first_label)
+    targets = torch.full_like(input_ids, IGNORE)
+    for place, row in enumerate(rows):
+        length = len(row.prompt) + len(row.response)
+        input_ids[place, :length] = torch.tensor(row.ids)
+        attention_mask[place, :length] = 1
+        targets[place, :length] = torch.tensor(row.targets)
+    return input_ids, attention_mask, targets
+
+
+def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBatch:
+    ids: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    spans = []
+    count = len(pairs)
+    for place, pair in enumerate(pairs):
+        shared = pair.segment.start
+        chosen = _Scored(pair.prompt_ids, pair.chosen_ids, _first(pair, score_shared), len(pair.chosen_ids))
+        rejected = _Scored(pair.prompt_ids, pair.rejected_ids, shared, _stop(pair, suffix))
+        prefix = len(pair.prompt_ids) + shared
+        # All of prompt and A but the last token, which the branch repeats; with neither there is nothing to repeat.
+        visible = max(0, prefix - 1)
+        branch = rejected.ids[visible:]
+        start, middle = len(ids), len(ids) + len(chosen.ids)
+        spans.append(PairSpan(start, middle, middle + len(branch), visible))
+        ids += chosen.ids + branch
+        positions += [*range(len(chosen.ids)), *range(visible, visible + len(branch))]
+        targets += chosen.targets + rejected.targets[visible:]
+        owners += [2 * count + place] * visible + [place] * (len(chosen.ids) - visible) + [count + place] * len(branch)
+    return PairBatch(
+        input_ids=torch.tensor([ids]),
+        attention_mask=None,
+        targets=torch.tensor([targets]),
+        owners=torch.tensor([owners]),
+        sums=_PARTS * count,
+        tokens=len(ids),
+        position_ids=torch.tensor([positions]),
+        prefixes=SharedPrefixes(tuple(spans)),
+        pairs=count,
+    )

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapo.errors import CheckpointError
-from sapo.pairs import Pair
+from sapo.pairs import Pair, Written
 from sapo.replay_buffer import BufferEntry
 from sapo.segments import Segment
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"
 
@@ -122,6 +122,23 @@ def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair
         pair = Pair(row, turn, prompt, chosen, rejected, Segment(start, stop), Segment(new_start, new_stop))
         entries.append(BufferEntry(pair, step, draws))
     return entries
+
+
+def pool_to_tensors(pool: Mapping[tuple[int, int], Written]) -> dict[str, Tensor]:
+    """Pairs written ahead: as a buffer's contents, and for each the step and micro-batch that it waits for."""
+    waiting = [(place, pair, written.step) for place, written in sorted(pool.items()) for pair in written.pairs]
+    tensors = entries_to_tensors([BufferEntry(pair, step, 0) for _, pair, step in waiting])
+    tensors["waits_for"] = torch.tensor([place for place, _, _ in waiting], dtype=torch.int64).reshape(-1, 2)
+    return tensors
+
+
+def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Written]:
+    """The inverse of `pool_to_tensors`."""
+    pool: dict[tuple[int, int], Written] = {}
+    for (step, micro_batch), entry in zip(tensors["waits_for"].tolist(), entries_from_tensors(tensors), strict=True):
+        earlier = pool.get((step, micro_batch))
+        pool[step, micro_batch] = Written((*(earlier.pairs if earlier else ()), entry.item), entry.step)
+    return pool
 
 
 def seal(folder: Path) -> None:

@@ -89,6 +89,11 @@ class SAPOConfig(TrainingArguments):
     generation_interval: int = _option(
         1, "Generate at every k-th optimizer step; the examples of the steps between are passed over."
     )
+    steps_per_generation: int = _option(
+        1,
+        "Write the segments of this many optimizer steps in one call: larger batches for the opponent, whose text is "
+        "then at most this many steps older.",
+    )
     generation_batch_size: int | None = _option(None, "Rows the opponent writes at a time; unset for all at once.")
     temperature: float = _option(0.7, "Sampling temperature of the opponent; 0 for greedy.")
     top_k: int = _option(50, "The opponent samples from this many most probable tokens; 0 for all.")
@@ -131,6 +136,21 @@ class SAPOConfig(TrainingArguments):
     )
     overlong: Literal["truncate", "drop", "error"] = _option(
         "truncate", "What happens to rows longer than max_length; they are counted and reported in any case."
+    )
+
+    # Speed and memory; none of these changes what is learnt, beyond floating point
+    layout: Literal["auto", "shared", "plain"] = _option(
+        "auto",
+        "shared computes the prefix of a pair once, in one row without padding; plain has a row for each response. "
+        "auto shares where the model's attention allows it.",
+    )
+    pairs_per_forward: int | None = _option(
+        None,
+        "Pairs in one forward and backward pass; unset: the whole micro-batch. Fewer need less memory.",
+    )
+    fused_lm_head: bool | None = _option(
+        None,
+        "Compute log-probabilities with trl's fused head, which never holds all logits. Unset: on CUDA. Slower on CPU.",
     )
 
     # The run
@@ -202,6 +222,11 @@ class SAPOConfig(TrainingArguments):
                 f"Lower it: --max_length {positions}."
             )
 
+    @property
+    def scores_shared(self) -> bool:
+        """Whether the loss looks at the beginning that both responses share; in a plain DPO margin it cancels."""
+        return bool(self.objective == "orpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
+
     def _default_reference(self) -> Reference:
         if self.objective == "orpo":
             return "none"
@@ -241,6 +266,11 @@ class SAPOConfig(TrainingArguments):
                 raise ConfigurationError(
                     f"loss_type={self.loss_type} with objective=orpo: it is a form of the DPO loss. "
                     "Leave the option out, or set objective to dpo."
+                )
+            if self.nll_positions == "all" and self.layout == "shared":
+                raise ConfigurationError(
+                    "nll_positions=all with layout=shared: the published term averages over padding, and this layout "
+                    "has none. Set layout to plain."
                 )
         elif self.nll_positions != "response":
             raise ConfigurationError(
@@ -288,7 +318,9 @@ _RANGES: list[tuple[str, float, float]] = [
     ("tail_margin", 0, _INF),
     ("num_generations", 1, _INF),
     ("generation_interval", 1, _INF),
+    ("steps_per_generation", 1, _INF),
     ("generation_batch_size", 1, _INF),
+    ("pairs_per_forward", 1, _INF),
     ("temperature", 0, _INF),
     ("top_k", 0, _INF),
     ("top_p", 0, 1),

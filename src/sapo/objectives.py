@@ -152,16 +152,3 @@ def chosen_nll(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     neither on the rejected response nor on what else is in the batch, so accumulation and data parallelism are exact.
     """
     return -chosen_logps / chosen_lengths.clamp(min=1)
-
-
-def published_orpo_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """ORPO's likelihood term as published: the mean over all positions, prompt and padding included (scalar).
-
-    It changes with the padding, and so with the rejected response's length. Kept for `nll_positions: all`, with which
-    published runs are replayed: departure 8.
-
-    Args:
-        logits: `[B, L, V]` of the chosen rows, padded to the width of the whole batch.
-        input_ids: `[B, L]`, padding included.
-    """
-    return -token_logps(logits[:, :-1], input_ids[:, 1:]).mean()

@@ -6,8 +6,9 @@ write it anew, splice, store, draw.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +88,24 @@ class _Draft:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The examples of a micro-batch that is yet to come."""
+
+    examples: Sequence[Example]
+    epoch: int
+    step: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Pairs made ahead of the micro-batch that will store them, and the step at which they were written."""
+
+    pairs: tuple[Pair, ...]
+    step: int
+
+
 class SelfPlay:
     """Pairs that the opponent makes from good responses (section 3.2 and algorithm 1 of the paper).
 
@@ -115,6 +134,7 @@ class SelfPlay:
         record: Record = _ignore,
     ) -> None:
         self.buffer = buffer
+        self.pool: dict[tuple[int, int], Written] = {}
         self._generator = generator
         self._settings = settings
         self._end_ids = frozenset(end_ids)
@@ -129,8 +149,10 @@ class SelfPlay:
         if settings.replay_max_age is not None:
             self.buffer.expire(step - settings.replay_max_age)
         # An empty buffer collects out of turn: a step always has pairs.
-        if step % settings.generation_interval == 0 or len(self.buffer) == 0:
-            self._store(self.rewrite(examples, epoch=epoch), step)
+        if self._due(step) or len(self.buffer) == 0:
+            self.write_ahead([Coming(examples, epoch, step, micro_batch)], step, due=True)
+            written = self.pool.pop((step, micro_batch))
+            self._store(written.pairs, written.step)
         rng = random.Random(derive_seed(self._seed, "draw", step, micro_batch, self._process))
         drawn = self.buffer.draw(self._batch_size, rng)
         self._record("replay/size", len(self.buffer))
@@ -138,9 +160,30 @@ class SelfPlay:
         self._record("replay/mean_draws", self.buffer.mean_draws())
         return drawn
 
+    def _due(self, step: int) -> bool:
+        return step % self._settings.generation_interval == 0
+
+    def write_ahead(self, coming: Sequence[Coming], step: int, *, due: bool = False) -> None:
+        """Write the pairs of `coming` micro-batches in one call of the generator, and keep them until their turn.
+
+        What is written already stays; so do micro-batches whose step passes its examples over, unless `due`. A row's
+        text is drawn from the row's own seed, so that pooling changes when it is written and nothing else.
+        """
+        new = [c for c in coming if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
+        if not new:
+            return
+        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in new]
+        pairs = iter(self._written(itertools.chain.from_iterable(drafts)))
+        for micro_batch, own in zip(new, drafts, strict=True):
+            written = tuple(itertools.islice(pairs, len(own)))
+            self.pool[micro_batch.step, micro_batch.micro_batch] = Written(written, step)
+
     def rewrite(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
         """One pair per example and generation, the buffer untouched."""
-        drafts = [draft for example in examples for draft in self._drafts(example, epoch)]
+        return self._written(draft for example in examples for draft in self._drafts(example, epoch))
+
+    def _written(self, chosen: Iterable[_Draft]) -> list[Pair]:
+        drafts = list(chosen)
         written = self._generator.generate(
             [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
             [len(d.segment) for d in drafts],

@@ -42,6 +42,7 @@ _FACTS = [
     "assistant_turns",
     "num_generations",
     "generation_interval",
+    "steps_per_generation",
     "temperature",
     "top_k",
     "top_p",
@@ -208,6 +209,7 @@ class RunFolder:
         if isinstance(trainer.source, SelfPlay):
             entries = trainer.source.buffer.entries()
             parts.write_tensors(folder, f"replay_buffer_{process}", parts.entries_to_tensors(entries))
+            parts.write_tensors(folder, f"pool_{process}", parts.pool_to_tensors(trainer.source.pool))
         parts.write_json(
             folder,
             f"sapo_process_{process}.json",
@@ -252,6 +254,7 @@ class RunFolder:
         if isinstance(trainer.source, SelfPlay):
             tensors = parts.read_tensors(folder, f"replay_buffer_{process}")
             trainer.source.buffer.restore(parts.entries_from_tensors(tensors))
+            trainer.source.pool = parts.pool_from_tensors(parts.read_tensors(folder, f"pool_{process}"))
         own = parts.read_json(folder, f"sapo_process_{process}.json")
         trainer.averages["train"].restore(own["averages"])
         trainer.loss_total, trainer.loss_count = own["loss_total"], own["loss_count"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model
 
-from sapo.batches import PairBatch, collate_pairs, collate_responses
+from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.checkpoint import compare_facts, read_state, verify
 from sapo.config import SAPOConfig
 from sapo.data import (
@@ -32,12 +33,12 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TokenizerError
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
-from sapo.objectives import chosen_nll, dpo_loss, orpo_loss
-from sapo.opponent import FrozenWeights, make_opponent, make_reference, policy_tensors, relative_distance
-from sapo.pairs import Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
+from sapo.opponent import FrozenWeights, ModelCopy, make_opponent, make_reference, policy_tensors, relative_distance
+from sapo.pair_loss import pair_loss
+from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
 from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
-from sapo.scoring import PairScores, response_logps, score, score_frozen
+from sapo.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
 from sapo.segments import derive_seed
 from sapo.training_callbacks import RunCallback
 
@@ -108,7 +109,7 @@ class SAPOTrainer(Trainer):
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.averages = {"train": MetricAverages(), "eval": MetricAverages()}
-        self.loss_total, self.loss_count = 0.0, 0
+        self.loss_total, self.loss_count = 0.0, 0.0
         self.stop_reason: str | None = None
         self.last_pairs: list[Pair] = []
         self._tokens, self._tokens_since = 0, time.perf_counter()
@@ -122,7 +123,13 @@ class SAPOTrainer(Trainer):
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
         self._make_copies()
+        self._fused = args.device.type == "cuda" if args.fused_lm_head is None else args.fused_lm_head
+        if self._fused:
+            self._fuse_heads()
+        self._layout: Layout | None = None
         self.source = self._make_source(generator)
+        self._ahead: list[dict[str, Any]] = []
+        self._coming: list[Coming] = []
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
 
@@ -148,6 +155,12 @@ class SAPOTrainer(Trainer):
             self.reference = self.opponent
         else:
             self.reference = make_reference(self.model, may_be_base=args.reference == "initial")
+
+    def _fuse_heads(self) -> None:
+        """Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights."""
+        models = [self.model, *(copy.model for copy in (self.opponent, self.reference) if isinstance(copy, ModelCopy))]
+        for model in {id(model): model for model in models}.values():
+            add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
@@ -191,27 +204,99 @@ class SAPOTrainer(Trainer):
 
     # ---- One step ----
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of one optimizer step, and a look ahead at those whose pairs are written with them.
+
+        A pool ends where the number of the step is a multiple of `steps_per_generation`, and where the epoch does:
+        a resumed run comes upon the same pools.
+        """
+        if not self._ahead:
+            step, pool = self.state.global_step, self.args.steps_per_generation
+            steps = min(pool - step % pool, max(1, self.state.max_steps - step))
+            each = self.args.gradient_accumulation_steps
+            self._ahead = list(itertools.islice(epoch_iterator, max(num_batches, steps * each)))
+            self._coming = [
+                Coming(inputs["examples"], int(self.state.epoch or 0), step + place // each, place % each)
+                for place, inputs in enumerate(self._ahead)
+            ]
+        batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
+        return batches, None
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """From a batch of examples to gradients: pairs, layout, loss, backward."""
+        layout = self._resolved_layout()
         step = self.state.global_step
         self._micro_batch = self._micro_batch + 1 if step == self._micro_batch_of else 0
         self._micro_batch_of = step
         started = time.perf_counter()
+        if isinstance(self.source, SelfPlay):
+            self.source.write_ahead(self._coming, step)
+            self._coming = []
         pairs = self.source.pairs(
             inputs["examples"], epoch=int(self.state.epoch or 0), step=step, micro_batch=self._micro_batch
         )
         self.last_pairs = pairs
-        batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
+        passes = [
+            self._collate(part).to(self.args.device)
+            for part in split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
+        ]
         generated = time.perf_counter()
-        self._tokens += batch.tokens
-        loss: Tensor = super().training_step(model, {"batch": batch.to(self.args.device)}, num_items_in_batch)
+        self._reference_time = 0.0
+        self._tokens += sum(batch.tokens for batch in passes)
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(passes, start=1):
+            with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
+                loss += super().training_step(
+                    model, {"batch": batch, "share": len(batch) / len(pairs)}, num_items_in_batch
+                )
         averages = self.averages["train"]
         averages.add("time/generate", generated - started)
         averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
         averages.add("time/reference", self._reference_time)
         return loss
+
+    @contextmanager
+    def _gradients_not_synchronized(self, model: nn.Module) -> Iterator[None]:
+        """For all but the last pass of a micro-batch, as between the micro-batches of an accumulation."""
+        state = self.accelerator.gradient_state
+        due = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(due)
+
+    def _resolved_layout(self) -> Layout:
+        """How pairs are laid out, settled when the first of them is: only a wrapped model on its device can tell."""
+        if self._layout is None:
+            args = self.args
+            reason = "layout=plain" if args.layout == "plain" or args.nll_positions == "all" else None
+            for weights in (None, self.reference):
+                if reason is None and (weights is None or isinstance(weights, ModelCopy)):
+                    own = nullcontext(self.model) if weights is None else weights.using()
+                    with own as model, self.compute_loss_context_manager():
+                        reason = prepare_shared_layout(model, fused_lm_head=self._fused)
+            if reason is not None and args.layout == "shared":
+                raise ConfigurationError(f"layout=shared: {reason}. Set layout to auto or plain.")
+            if reason is not None and args.layout == "auto" and args.nll_positions != "all":
+                logger.warning(f"The plain layout is used, in which prompts are computed twice: {reason}.")
+            self._layout = "shared" if reason is None else "plain"
+        return self._layout
+
+    def _collate(self, pairs: Sequence[Pair]) -> PairBatch:
+        return collate_pairs(
+            pairs,
+            pad_token_id=self._pad_token_id,
+            suffix=self.args.suffix,
+            layout=self._resolved_layout(),
+            score_shared=self.args.scores_shared,
+            all_positions=self.args.nll_positions == "all",
+        )
 
     def compute_loss(
         self,
@@ -220,19 +305,20 @@ class SAPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a laid-out batch; its metrics go to the averages of the current mode."""
+        """Mean loss of a laid-out batch times its share of the micro-batch; its metrics go to the averages."""
         batch: PairBatch = inputs["batch"]
-        published_nll = self.args.nll_positions == "all"
-        scores = score(model, batch, all_positions=published_nll)
+        scores = score(model, batch, fused_lm_head=self._fused)
         started = time.perf_counter()
-        frozen = self._reference_scores(batch)
-        self._reference_time = time.perf_counter() - started
-        loss, metrics = self._objective(scores, frozen)
+        reference = self._reference_scores(batch)
+        self._reference_time += time.perf_counter() - started
+        loss, metrics = pair_loss(scores, reference, self.args)
         mode = "train" if model.training else "eval"
         for name, value in metrics.items():
             self.averages[mode].add(name, value, len(batch))
+        loss = loss * inputs["share"]
         if mode == "train":
-            self.loss_total, self.loss_count = self.loss_total + metrics["loss"], self.loss_count + 1
+            self.loss_total += metrics["loss"] * inputs["share"]
+            self.loss_count += inputs["share"]
         return (loss, {}) if return_outputs else loss
 
     _reference_time = 0.0
@@ -240,52 +326,8 @@ class SAPOTrainer(Trainer):
     def _reference_scores(self, batch: PairBatch) -> PairScores | None:
         if self.reference is None:
             return None
-        with self.reference.using() as model:
-            return score_frozen(model, batch)
-
-    def _objective(self, scores: PairScores, frozen: PairScores | None) -> tuple[Tensor, dict[str, float]]:
-        args = self.args
-        metrics: dict[str, Tensor] = {}
-        nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
-        if args.objective == "orpo":
-            pair = orpo_loss(
-                scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
-                scores.rejected_logps / scores.rejected_lengths.clamp(min=1),
-                beta=args.beta,
-            )
-            likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
-            loss = likelihood + pair.losses.mean()
-            metrics["nll_loss"] = likelihood
-        else:
-            zero = torch.zeros_like(scores.chosen_logps)
-            pair = dpo_loss(
-                scores.chosen_logps,
-                scores.rejected_logps,
-                zero if frozen is None else frozen.chosen_logps,
-                zero if frozen is None else frozen.rejected_logps,
-                beta=args.beta,
-                loss_type=args.loss_type,
-                chosen_lengths=scores.chosen_lengths,
-                rejected_lengths=scores.rejected_lengths,
-                dpop_weight=args.dpop_weight,
-            )
-            loss = pair.losses.mean()
-            if args.chosen_nll_weight:
-                loss = loss + args.chosen_nll_weight * nll.mean()
-                metrics["nll_loss"] = nll.mean()
-        margins = pair.chosen_rewards - pair.rejected_rewards
-        metrics |= {
-            "loss": loss,
-            "rewards/chosen": pair.chosen_rewards.mean(),
-            "rewards/rejected": pair.rejected_rewards.mean(),
-            "rewards/margins": margins.mean(),
-            "rewards/accuracies": (margins > 0).float().mean(),
-            "logps/chosen": scores.chosen_logps.mean(),
-            "logps/rejected": scores.rejected_logps.mean(),
-        }
-        # One transfer for all of them.
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-        return loss, dict(zip(metrics, values, strict=True))
+        with self.reference.using() as model, frozen(model):
+            return score(model, batch, fused_lm_head=self._fused)
 
     def after_optimizer_step(self) -> None:
         """Let the opponent and the reference follow; `state.global_step` already counts this step.
@@ -371,8 +413,8 @@ class SAPOTrainer(Trainer):
                 [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
                 pad_token_id=self._pad_token_id,
             )
-            with self.compute_loss_context_manager():
-                logps += response_logps(self.model, batch.to(self.args.device)).tolist()
+            with self.compute_loss_context_manager(), frozen(self.model) as model:
+                logps += summed_logps(model, batch.to(self.args.device), fused_lm_head=self._fused)[0].tolist()
         return logps
 
     # ---- Evaluation ----
@@ -431,9 +473,9 @@ class SAPOTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Loss of a batch of evaluation examples on their fixed pairs."""
         pairs = [self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]]
-        batch = collate_pairs(pairs, pad_token_id=self._pad_token_id, suffix=self.args.suffix)
+        batch = self._collate(pairs).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, {"batch": batch.to(self.args.device)})
+            loss = self.compute_loss(model, {"batch": batch, "share": 1.0})
         return loss.detach(), None, None
 
     # ---- Run folder, checkpoints, resume ----
@@ -457,6 +499,9 @@ class SAPOTrainer(Trainer):
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._ahead, self._coming = [], []
+        if isinstance(self.source, SelfPlay):
+            self.source.pool.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self.run_folder.restore(Path(resume_from_checkpoint))

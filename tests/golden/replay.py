@@ -99,6 +99,11 @@ class _RecordedSelfPlay(SelfPlay):
         ]
         return super().pairs(examples, epoch=epoch, step=step, micro_batch=micro_batch)
 
+    def write_ahead(self, coming, step, *, due=False):
+        # The record names its examples one micro-batch at a time, when that is due.
+        if due:
+            super().write_ahead(coming, step, due=True)
+
     def _drafts(self, example, epoch):
         (draft,) = super()._drafts(example, epoch)
         start = self._recorded["truncate_at"][example.row]

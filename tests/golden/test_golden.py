@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sapo import ReplayBuffer, Segment, choose_segment, dpo_loss, orpo_loss, sequence_logps, splice
-from sapo.objectives import chosen_nll, log_odds, published_orpo_nll
+from sapo.objectives import chosen_nll, log_odds, token_logps
 from sapo.opponent import ModelCopy
 from sapo.segments import cut_at_end, truncate
 
@@ -233,7 +233,7 @@ def test_batch_loss_is_the_published_one(case):
         return
     chosen, rejected = sequence_logps(logits, labels, average=True).chunk(2)
     pair = orpo_loss(chosen, rejected, beta=given["beta"])
-    nll = published_orpo_nll(logits[:3], ids[:3])
+    nll = -token_logps(logits[:3, :-1], ids[:3, 1:]).mean()
     assert nll.item() == pytest.approx(expected["nll_alternatives"]["official_all_positions"], abs=1e-5)
     assert (nll + pair.losses.mean()).item() == pytest.approx(expected["loss"], abs=1e-5)
     # Departure 15: the response alone, averaged per pair and then over pairs; it needs neither prompt nor padding.

@@ -39,7 +39,7 @@ def pair_of(item):
 def test_a_batch_is_laid_out_as_published(case):
     given, expected = case["inputs"], case["expected"]["concatenated"]
     batch = collate_pairs([pair_of(item) for item in given["items"]], pad_token_id=given["pad_token_id"])
-    assert batch.labels.tolist() == expected["concatenated_labels"]
+    assert batch.targets[:, :-1].tolist() == [labels[1:] for labels in expected["concatenated_labels"]]
     assert batch.attention_mask.tolist() == expected["concatenated_attention_mask"]
     seen = batch.attention_mask.bool()
     published = torch.tensor(expected["concatenated_input_ids"])
@@ -55,7 +55,7 @@ def test_drawn_pairs_are_padded_as_published_to_one_width(case):
         batch = collate_responses(rows, pad_token_id=given["pad_token_id"])
         assert batch.input_ids.tolist() == expected[f"{role}_input_ids"]
         assert batch.attention_mask.tolist() == expected[f"{role}_attention_mask"]
-        assert batch.labels.tolist() == expected[f"{role}_labels"]
+        assert batch.targets[:, :-1].tolist() == [labels[1:] for labels in expected[f"{role}_labels"]]
 
 
 def close(ours, published, tolerance=1e-5):
@@ -164,7 +164,7 @@ def test_self_play_asks_for_and_lays_out_what_the_published_step_does(case, monk
         for row, role in enumerate(("real", "generated")):
             length = int(batch.attention_mask[row].sum())
             assert batch.input_ids[row, :length].tolist() == experience[f"{role}_input_ids"]
-            assert batch.labels[row, :length].tolist() == experience[f"{role}_labels"]
+            assert batch.targets[row, : length - 1].tolist() == experience[f"{role}_labels"][1:]
             if f"{role}_attention_mask" in experience:
                 assert batch.attention_mask[row, :length].tolist() == experience[f"{role}_attention_mask"]
 

@@ -150,7 +150,10 @@ def mixture(tmp_path):
     for name, content in shapes.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
     recipe = tmp_path / "mixture.yaml"
-    members = [{"path": "json", "data_files": str(tmp_path / "pairs.jsonl")}, {"path": str(tmp_path / "questions.jsonl")}]
+    members = [
+        {"path": "json", "data_files": str(tmp_path / "pairs.jsonl")},
+        {"path": str(tmp_path / "questions.jsonl")},
+    ]
     recipe.write_text(yaml.safe_dump({"datasets": members}))
     return recipe
 

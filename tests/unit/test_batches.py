@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.batches import collate_pairs, collate_responses
+from sapo.batches import collate_pairs, collate_responses, split_pairs
 from sapo.pairs import Pair
 from sapo.segments import Segment
 
@@ -54,13 +54,14 @@ def test_rows_are_the_chosen_then_the_rejected_each_token_once(pairs, pad):
 
 @laws
 @given(pair_lists, st.integers(0, 4))
-def test_labels_are_on_every_response_token_and_on_nothing_else(pairs, pad):
+def test_every_response_token_is_predicted_and_nothing_else(pairs, pad):
     batch = collate_pairs(pairs, pad_token_id=pad)
     for row, (prompt, response) in enumerate(rows_of(pairs)):
         stop = len(prompt) + len(response)
-        assert (batch.labels[row, : len(prompt)] == IGNORE).all()
-        assert tuple(batch.labels[row, len(prompt) : stop].tolist()) == response
-        assert (batch.labels[row, stop:] == IGNORE).all()
+        # Position t predicts token t + 1.
+        assert (batch.targets[row, : len(prompt) - 1] == IGNORE).all()
+        assert tuple(batch.targets[row, len(prompt) - 1 : stop - 1].tolist()) == response
+        assert (batch.targets[row, stop - 1 :] == IGNORE).all()
 
 
 @laws
@@ -76,14 +77,14 @@ def test_a_pad_token_inside_the_prompt_or_the_response_stays_attended_and_scored
     pair = Pair(0, 0, (7, 0, 7), (0, 8), (0, 0, 9), Segment(1, 2), Segment(1, 3))
     batch = collate_pairs([pair], pad_token_id=0)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
-    assert batch.labels.tolist() == [[IGNORE] * 3 + [0, 8, IGNORE], [IGNORE] * 3 + [0, 0, 9]]
+    assert batch.targets.tolist() == [[IGNORE] * 2 + [0, 8, IGNORE, IGNORE], [IGNORE] * 2 + [0, 0, 9, IGNORE]]
 
 
 @laws
 @given(pair_lists, st.integers(0, 4))
 def test_the_pad_token_changes_nothing_but_the_padding(pairs, pad):
     one, other = collate_pairs(pairs, pad_token_id=pad), collate_pairs(pairs, pad_token_id=99)
-    assert torch.equal(one.labels, other.labels)
+    assert torch.equal(one.targets, other.targets)
     assert torch.equal(one.attention_mask, other.attention_mask)
     seen = one.attention_mask.bool()
     assert torch.equal(one.input_ids[seen], other.input_ids[seen])
@@ -96,28 +97,20 @@ def test_a_masked_suffix_is_present_and_not_scored(pairs, pad):
     assert torch.equal(batch.input_ids, plain.input_ids)
     assert torch.equal(batch.attention_mask, plain.attention_mask)
     half = len(pairs)
-    assert torch.equal(batch.labels[:half], plain.labels[:half])
-    for pair, labels in zip(pairs, batch.labels[half:].tolist(), strict=True):
-        start, stop = len(pair.prompt_ids), len(pair.prompt_ids) + pair.rewritten.stop
-        assert tuple(labels[start:stop]) == pair.rejected_ids[: pair.rewritten.stop]
-        assert set(labels[:start] + labels[stop:]) <= {IGNORE}
+    assert torch.equal(batch.targets[:half], plain.targets[:half])
+    for pair, targets in zip(pairs, batch.targets[half:].tolist(), strict=True):
+        start, stop = len(pair.prompt_ids) - 1, len(pair.prompt_ids) + pair.rewritten.stop - 1
+        assert tuple(targets[start:stop]) == pair.rejected_ids[: pair.rewritten.stop]
+        assert set(targets[:start] + targets[stop:]) <= {IGNORE}
 
 
-@laws
-@given(pair_lists, st.integers(0, 4), st.sampled_from(["keep", "mask", "drop"]))
-def test_first_label_is_the_lowest_column_with_a_label(pairs, pad, suffix):
-    batch = collate_pairs(pairs, pad_token_id=pad, suffix=suffix)
-    columns = (batch.labels != IGNORE).any(0).nonzero()
-    assert batch.first_label == int(columns.min())
-
-
-def test_without_a_prompt_the_first_label_is_column_1_since_column_0_has_no_prediction():
-    assert collate_responses([((), (5, 6), 2)], pad_token_id=0).first_label == 1
+def test_the_first_token_of_all_is_predicted_by_none():
+    assert collate_responses([((), (5, 6), 2)], pad_token_id=0).targets.tolist() == [[6, IGNORE]]
 
 
 def test_only_the_asked_for_number_of_response_tokens_is_scored():
     batch = collate_responses([((1, 2), (3, 4, 5), 1), ((1,), (3, 4), 0)], pad_token_id=0)
-    assert batch.labels.tolist() == [[IGNORE, IGNORE, 3, IGNORE, IGNORE], [IGNORE] * 5]
+    assert batch.targets.tolist() == [[IGNORE, 3, IGNORE, IGNORE, IGNORE], [IGNORE] * 5]
     assert batch.attention_mask.sum(1).tolist() == [5, 3]
 
 
@@ -125,11 +118,74 @@ def test_moving_a_batch_keeps_it():
     pair = Pair(0, 0, (7,), (8, 1), (9,), Segment(0, 2), Segment(0, 1))
     batch = collate_pairs([pair], pad_token_id=0)
     moved = batch.to("cpu")
-    for name in ("input_ids", "attention_mask", "labels"):
+    for name in ("input_ids", "attention_mask", "targets", "owners"):
         assert torch.equal(getattr(moved, name), getattr(batch, name))
-    assert moved.first_label == batch.first_label
+    assert (moved.sums, moved.tokens, len(moved)) == (batch.sums, batch.tokens, 1)
 
 
 def test_no_pairs_are_no_batch():
     with pytest.raises(ValueError, match="at least one pair"):
         collate_pairs([], pad_token_id=0)
+
+
+def scored(batch):
+    """Every scored prediction: the sum it adds to, and the token."""
+    places = batch.targets != IGNORE
+    return sorted(zip(batch.owners[places].tolist(), batch.targets[places].tolist(), strict=True))
+
+
+def whole(pairs, batch):
+    """Scored tokens of each response, what both share counted for both."""
+    found = [[] for _ in range(2 * len(pairs))]
+    for owner, token in scored(batch):
+        for response in [owner] if owner < 2 * len(pairs) else [owner - 2 * len(pairs), owner - len(pairs)]:
+            found[response].append(token)
+    return [sorted(tokens) for tokens in found]
+
+
+@laws
+@given(pair_lists, st.sampled_from(["keep", "mask"]), st.booleans())
+def test_both_layouts_score_the_same_tokens_of_each_response(pairs, suffix, score_shared):
+    options = {"pad_token_id": 0, "suffix": suffix, "score_shared": score_shared}
+    plain, shared = (collate_pairs(pairs, layout=layout, **options) for layout in ("plain", "shared"))
+    assert whole(pairs, plain) == whole(pairs, shared)
+
+
+@laws
+@given(pair_lists)
+def test_without_the_shared_beginning_only_what_differs_is_scored(pairs):
+    batch = collate_pairs(pairs, pad_token_id=0, score_shared=False)
+    expected = [p.chosen_ids[p.segment.start :] for p in pairs] + [p.rejected_ids[p.segment.start :] for p in pairs]
+    assert whole(pairs, batch) == [sorted(tokens) for tokens in expected]
+
+
+@laws
+@given(pair_lists)
+def test_a_packed_row_has_no_padding_and_each_prefix_once(pairs):
+    batch = collate_pairs(pairs, pad_token_id=0, layout="shared")
+    (ids,), (positions,) = batch.input_ids.tolist(), batch.position_ids.tolist()
+    assert batch.tokens == len(ids) == batch.prefixes.spans[-1].stop
+    for pair, span in zip(pairs, batch.prefixes.spans, strict=True):
+        prompt, start = pair.prompt_ids, pair.segment.start
+        assert tuple(ids[span.start : span.middle]) == prompt + pair.chosen_ids
+        # The branch repeats the last shared token, then goes on.
+        assert tuple(ids[span.middle : span.stop]) == (prompt + pair.rejected_ids)[len(prompt) + start - 1 :]
+        assert positions[span.start : span.stop] == [
+            *range(span.middle - span.start),
+            *range(span.visible, span.visible + span.stop - span.middle),
+        ]
+
+
+@laws
+@given(pair_lists, st.integers(1, 6), st.sampled_from(["plain", "shared"]))
+def test_passes_hold_every_pair_once_and_their_number_depends_on_nothing_but_numbers(pairs, most, layout):
+    parts = split_pairs(pairs, most, layout=layout)
+    assert len(parts) == -(-len(pairs) // most)
+    assert all(1 <= len(part) <= most for part in parts)
+    assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+
+
+def test_the_published_positions_need_padding():
+    pair = Pair(0, 0, (7,), (8, 1), (9,), Segment(0, 2), Segment(0, 1))
+    with pytest.raises(ValueError, match="padding"):
+        collate_pairs([pair], pad_token_id=0, layout="shared", all_positions=True)

@@ -13,7 +13,6 @@ from sapo.objectives import (
     dpo_loss,
     log_odds,
     orpo_loss,
-    published_orpo_nll,
     sequence_logps,
     token_logps,
 )
@@ -211,13 +210,3 @@ def test_sequence_logps_ignore_the_first_position_and_what_ignored_positions_pre
 def test_the_mean_over_an_unscored_sequence_is_zero():
     labels = torch.full((1, 4), IGNORE)
     assert sequence_logps(random_logits(1, 4, 5), labels, average=True).item() == 0
-
-
-def test_the_published_likelihood_term_changes_with_the_padding_and_ours_does_not():
-    logits, ids = random_logits(1, 6, 5), torch.tensor([[1, 2, 3, 0, 0, 0]])
-    labels = torch.tensor([[IGNORE, 2, 3, IGNORE, IGNORE, IGNORE]])
-    published = [published_orpo_nll(logits[:, :n], ids[:, :n]).item() for n in (6, 4)]
-    assert abs(published[0] - published[1]) > 1e-3
-    length = torch.tensor([2])
-    wide, narrow = (chosen_nll(sequence_logps(logits[:, :n], labels[:, :n]), length) for n in (6, 4))
-    torch.testing.assert_close(wide, narrow, rtol=0, atol=0)

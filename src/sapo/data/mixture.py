@@ -105,7 +105,9 @@ def _load_member(part: DatasetConfig, streaming: bool) -> Member:
     rows: Rows
     if files is None and part.data_dir is None:
         rows, name = load_rows(part.path, config=part.name, split=part.split, streaming=streaming), part.path
-    elif (folder.is_dir() or part.path in _READERS) and not any("://" in name for name in chain(*(files or {}).values())):
+    elif (folder.is_dir() or part.path in _READERS) and not any(
+        "://" in name for name in chain(*(files or {}).values())
+    ):
         base = (folder if folder.is_dir() else Path()) / (part.data_dir or "")
         if files is None:
             rows, name = load_rows(base, split=part.split), str(base)
@@ -113,9 +115,7 @@ def _load_member(part: DatasetConfig, streaming: bool) -> Member:
             names = _of_split(files, part)
             rows, name = load_files([base / file for file in names], split=part.split), ", ".join(names)
     else:
-        rows = load_hub(
-            part.path, part.name, part.split, streaming, data_dir=part.data_dir, data_files=part.data_files
-        )
+        rows = load_hub(part.path, part.name, part.split, streaming, data_dir=part.data_dir, data_files=part.data_files)
         name = part.path
     return Member(name, rows if part.columns is None else _select(rows, part.columns, name))
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sapo.batches import collate_responses
 from sapo.demo.score import score
 from sapo.demo.tasks import TRAIN_ROWS, Row, build_tokenizer, corrupt, heldout_rows, make_rows, prompt_of
-from sapo.objectives import IGNORE, token_logps
+from sapo.scoring import summed_logps
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 
@@ -80,9 +80,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * factor
         batch = collate_responses([responses[next(order)] for _ in range(32)], pad_token_id=0)
-        targets = batch.labels[:, 1:]
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        loss = -token_logps(logits[:, :-1], targets).sum() / (targets != IGNORE).sum()
+        logps, lengths = summed_logps(model, batch)
+        loss = -logps.sum() / lengths.sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,65 @@
+"""The loss of a batch of pairs, as the configuration asks for it: objective, likelihood term, guards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sapo.config import SAPOConfig
+from sapo.objectives import chosen_nll, dpo_loss, orpo_loss
+from sapo.scoring import PairScores
+
+
+def pair_loss(scores: PairScores, reference: PairScores | None, args: SAPOConfig) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss over the pairs, and the metrics of the batch as plain numbers.
+
+    Args:
+        scores: of the policy, with gradients.
+        reference: of the reference; None counts as log-probability 0.
+        args: objective, its form and its guards.
+
+    Returns:
+        A scalar, and `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. Where the loss does
+        not look at what both responses share (`SAPOConfig.scores_shared`), neither do these.
+    """
+    metrics: dict[str, Tensor] = {}
+    nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
+    if args.objective == "orpo":
+        pair = orpo_loss(
+            scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
+            scores.rejected_logps / scores.rejected_lengths.clamp(min=1),
+            beta=args.beta,
+        )
+        likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
+        loss = likelihood + pair.losses.mean()
+        metrics["nll_loss"] = likelihood
+    else:
+        zero = torch.zeros_like(scores.chosen_logps)
+        pair = dpo_loss(
+            scores.chosen_logps,
+            scores.rejected_logps,
+            zero if reference is None else reference.chosen_logps,
+            zero if reference is None else reference.rejected_logps,
+            beta=args.beta,
+            loss_type=args.loss_type,
+            chosen_lengths=scores.chosen_lengths,
+            rejected_lengths=scores.rejected_lengths,
+            dpop_weight=args.dpop_weight,
+        )
+        loss = pair.losses.mean()
+        if args.chosen_nll_weight:
+            loss = loss + args.chosen_nll_weight * nll.mean()
+            metrics["nll_loss"] = nll.mean()
+    margins = pair.chosen_rewards - pair.rejected_rewards
+    metrics |= {
+        "loss": loss,
+        "rewards/chosen": pair.chosen_rewards.mean(),
+        "rewards/rejected": pair.rejected_rewards.mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": (margins > 0).float().mean(),
+        "logps/chosen": scores.chosen_logps.mean(),
+        "logps/rejected": scores.rejected_logps.mean(),
+    }
+    # One transfer for all of them.
+    values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+    return loss, dict(zip(metrics, values, strict=True))

@@ -1,0 +1,198 @@
+"""Attention over rows in which the two responses of a pair share their prefix.
+
+A packed row holds each pair as `[P A B C | a* B' C']`: the chosen sequence as it is, then a branch that begins with
+the repeated last shared token a* (so that every position predicts one token) and goes on with what differs. The
+branch sees the prefix and itself; nothing sees another pair. Positions continue from the prefix in both.
+
+Two ways to compute it, both exact: an attention function registered with transformers that runs each pair through
+scaled dot-product attention at its own lengths (no padding, no mask of the whole row), and a block mask for
+FlexAttention. Everything else in the model works on tokens one by one and needs no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SHARED_ATTENTION = "sapo_shared_prefix"
+"""Name under which the attention function is registered; without shared prefixes in a call it is sdpa."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class PairSpan:
+    """Where one pair lies in a packed row: chosen at `[start, middle)`, branch at `[middle, stop)`.
+
+    The branch attends to itself and to the first `visible` tokens of the chosen sequence.
+    """
+
+    start: int
+    middle: int
+    stop: int
+    visible: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefixes:
+    """The pairs of one packed row, and the masks that their attention needs, made at first use."""
+
+    spans: tuple[PairSpan, ...]
+    _masks: dict[tuple[int, int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of chosen and branch of each pair in turn: how the row is split."""
+        return [size for span in self.spans for size in (span.middle - span.start, span.stop - span.middle)]
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """Which of `keys` consecutive positions the last `queries` of them see, `[queries, keys]`, True for seen."""
+        what = (queries, keys, window, device)
+        if what not in self._masks:
+            seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            self._masks[what] = seen if window is None else seen.triu(keys - queries - window + 1)
+        return self._masks[what]
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row, pair by pair; sdpa as usual when the call has no shared prefixes.
+
+    Args:
+        module: the attention layer.
+        query: `[1, heads, N, size]`.
+        key: `[1, key heads, N, size]`.
+        value: `[1, key heads, N, size]`.
+        attention_mask: ignored with shared prefixes.
+        dropout: probability.
+        scaling: of the scores; None for 1 / sqrt(size).
+        shared_prefixes: handed through by the model from its keyword arguments.
+        kwargs: `sliding_window` in tokens, None for all; what else the architecture passes goes to sdpa.
+
+    Returns:
+        `[1, N, heads, size]` and None, as transformers expects.
+    """
+    if shared_prefixes is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    window: int | None = kwargs.get("sliding_window")
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # split, not slices: the backward of a split is one concatenation, that of each slice a tensor of the whole row.
+    sizes = shared_prefixes.lengths
+    queries, keys, values = (torch.split(states, sizes, 2) for states in (query, key, value))
+    outputs = []
+    for pair, span in enumerate(shared_prefixes.spans):
+        chosen, branch = 2 * pair, 2 * pair + 1
+        length, own = sizes[chosen], sizes[branch]
+        windowed = window is not None and window < length
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[chosen],
+                keys[chosen],
+                values[chosen],
+                attn_mask=shared_prefixes.mask(length, length, window, query.device) if windowed else None,
+                is_causal=not windowed,
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+        windowed = window is not None and window < span.visible + own
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[branch],
+                torch.cat([keys[chosen][:, :, : span.visible], keys[branch]], 2),
+                torch.cat([values[chosen][:, :, : span.visible], values[branch]], 2),
+                attn_mask=shared_prefixes.mask(own, span.visible + own, window if windowed else None, query.device),
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
+
+
+AttentionInterface.register(SHARED_ATTENTION, shared_prefix_attention)
+# For calls without shared prefixes, generation among them.
+AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)
+
+
+def may_attend(prefixes: SharedPrefixes, window: int | None, device: torch.device | str) -> Callable[..., Tensor]:
+    """The rule of attention as FlexAttention wants it: (batch, head, query, key) indices to True or False."""
+    pair_of, branch_of, position_of = [], [], []
+    for pair, span in enumerate(prefixes.spans):
+        chosen, branch = span.middle - span.start, span.stop - span.middle
+        pair_of += [pair] * (chosen + branch)
+        branch_of += [0] * span.visible + [1] * (chosen - span.visible) + [2] * branch
+        position_of += [*range(chosen), *range(span.visible, span.visible + branch)]
+    pairs, branches, positions = (torch.tensor(x, device=device) for x in (pair_of, branch_of, position_of))
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (query >= key) & (pairs[query] == pairs[key])
+        seen = seen & ((branches[key] == 0) | (branches[key] == branches[query]))
+        return seen if window is None else seen & (positions[query] - positions[key] < window)
+
+    return rule
+
+
+def attention_arguments(model: nn.Module, prefixes: SharedPrefixes, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments with which `model` attends to `prefixes`."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if config._attn_implementation != "flex_attention":
+        # Any 4D mask is passed on as it is, so that no causal mask of the whole row is built; it is not read.
+        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return {"attention_mask": unread, "shared_prefixes": prefixes}
+    window = config.to_dict().get("sliding_window")
+    types = set(config.to_dict().get("layer_types") or ())
+    if len(types) > 1:
+        return {
+            "attention_mask": {
+                "full_attention": _block_mask(prefixes, None, device),
+                "sliding_attention": _block_mask(prefixes, window, device),
+            }
+        }
+    slides = types == {"sliding_attention"} or (not types and window is not None)
+    return {"attention_mask": _block_mask(prefixes, window if slides else None, device)}
+
+
+def _block_mask(prefixes: SharedPrefixes, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens = prefixes.spans[-1].stop
+    return create_block_mask(may_attend(prefixes, window, device), None, None, tokens, tokens, device=str(device))
+
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """What keeps `model` from sharing prefixes, as far as its configuration tells; None when nothing does."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    attention = config._attn_implementation
+    if attention not in ("sdpa", SHARED_ATTENTION, "flex_attention"):
+        return f"attn_implementation is {attention}; sdpa and flex_attention can share prefixes"
+    other = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
+    if other:
+        return f"{config.model_type} has layers of type {', '.join(sorted(other))}"
+    return None
+
+
+def use_shared_attention(model: nn.Module) -> None:
+    """Let `model` compute with the registered attention function where it used sdpa."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":  # type: ignore[union-attr, operator]
+        model.set_attn_implementation(SHARED_ATTENTION)  # type: ignore[operator]

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError
 
 Objective = Literal["dpo", "orpo"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
+
+HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23")
+"""Whether transformers calls gradient checkpointing `activation_checkpointing` and deprecates the older name."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -174,16 +179,14 @@ class SAPOConfig(TrainingArguments):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
-        # TrainingArguments' own name for it since transformers 5.23; the old one is what trl's users type.
+        # The older name stays the option, because trl's users type it; TrainingArguments lets it follow the newer one.
         self.activation_checkpointing: bool | None
-        if self.activation_checkpointing is None:
+        if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
-        self.gradient_checkpointing = None  # type: ignore[assignment]
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise ConfigurationError(" ".join(str(error).split())) from error
-        self.gradient_checkpointing = bool(self.activation_checkpointing)
 
     def _check(self) -> None:
         if self.segment_length is not None and self.segment_length >= 1:

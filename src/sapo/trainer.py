@@ -549,7 +549,7 @@ def _with_adapter(
         if model.config.to_dict().get("quantization_config"):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, peft_config)
-    if isinstance(model, PeftModel) and args.activation_checkpointing:
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()
     return model

@@ -79,13 +79,10 @@ def test_sequence_logps_are_the_published_ones(case):
     torch.testing.assert_close(sequence_logps(logits, labels, average=True), averaged, rtol=1e-12, atol=1e-12)
 
 
-class FixedDraw(random.Random):
-    def __init__(self, place, count):
-        super().__init__(0)
-        self.value = (place + 0.5) / count
-
-    def random(self):
-        return self.value
+def fixed_draw(place, count):
+    rng = random.Random(0)
+    rng.random = lambda: (place + 0.5) / count
+    return rng
 
 
 def test_segment_geometry_is_the_published_one_or_better():
@@ -105,7 +102,7 @@ def test_segment_geometry_is_the_published_one_or_better():
         if "error" in expected or not whole:
             # Departure 2: a response that was cut draws like any other, and its segment always fits.
             for place in range(5):
-                segment = choose_segment(len(response), length, FixedDraw(place, 5))
+                segment = choose_segment(len(response), length, fixed_draw(place, 5))
                 assert segment.stop <= len(response)
                 assert len(segment) == min(length, len(response))
             departures += 1
@@ -118,7 +115,7 @@ def test_segment_geometry_is_the_published_one_or_better():
         starts = expected["truncate_at_after"]
         count = expected["draw_range"][1] + 1 if expected["draw_range"] else 1
         for place, start in zip(expected["drawn"] or [0], starts, strict=True):
-            segment = choose_segment(len(response), length, FixedDraw(place, count))
+            segment = choose_segment(len(response), length, fixed_draw(place, count))
             assert segment == Segment(start, start + expected["actual_token_generate_length"])
     assert (published, departures) == (337, 227)
 

@@ -187,6 +187,14 @@ def test_every_option_trains_to_finite_weights(options, make_trainer):
     assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_checkpointing_flag_reaches_the_model_in_any_transformers(wanted, make_trainer):
+    trainer = make_trainer(gradient_checkpointing=wanted, max_steps=1)
+    trainer.train()
+    assert trainer.args.gradient_checkpointing is wanted
+    assert {layer.gradient_checkpointing for layer in trainer.policy().model.layers} == {wanted}
+
+
 def test_offline_pairs_train_on_the_same_trainer(make_trainer):
     trainer = make_trainer(rows=make_rows(paired=True), pair_source="paired", max_steps=24)
     trainer.train()

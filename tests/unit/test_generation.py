@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from sapo.errors import ConfigurationError, ModelError
 from sapo.generation import GenerateCall, Generator, Sampling, ScriptedGenerator, TransformersGenerator
 from sapo.generation.kv_cache import RoomyLayer, keep_rows, make_room, surviving_rows
+from tests.tiny import enable_checkpointing
 
 PAD, END, OTHER_END, VOCABULARY = 0, 1, 2, 64
 GREEDY = Sampling(temperature=0)
@@ -283,7 +284,7 @@ def test_model_is_left_as_it_was(llama, mode, use_cache):
         llama.model.layers[0].mlp.train()
     llama.model.embed_tokens.requires_grad_(False)
     llama.config.use_cache = use_cache
-    llama.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(llama)
     before = snapshot(llama)
     generator_for(llama).generate(*request())
     assert_same(before, snapshot(llama))
@@ -304,7 +305,7 @@ def test_model_is_left_as_it_was_after_an_error(llama):
 def test_gradient_checkpointing_and_training_mode_do_not_change_the_text(name, reentrant):
     expected = generator_for(built(name)).generate(*request())
     model = copy.deepcopy(built(name)).train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     spy = Spy(model)
     assert generator_for(model).generate(*request()) == expected

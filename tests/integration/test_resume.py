@@ -21,6 +21,7 @@ VARIANTS = {
     for accumulation in (1, 3)
 } | {
     "dpo-initial-lora": {"objective": "dpo", "lora": True, "reference": "initial"},
+    "pooled": {"steps_per_generation": 3, "gradient_accumulation_steps": 3, "num_generations": 2},
     "sparse-logs": {"logging_steps": 4, "replay_max_age": 2, "num_generations": 2},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": make_rows(5, seed=5)},
 }

@@ -1,5 +1,6 @@
 """Laws of the shared layout: it computes what the plain one does, on every architecture that can."""
 
+import copy
 import random
 
 import pytest
@@ -79,7 +80,7 @@ UNABLE = {
 
 def make(name, **options):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(ARCHITECTURES[name], **options).train()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]), **options).train()
 
 
 def ragged_pairs():

@@ -6,7 +6,7 @@ ORPO (Hong et al. 2024, eqs. 4 to 7), DPO-Positive (Pal et al. 2024, eq. 4), SAP
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -38,11 +38,33 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `[..., T]` natural logarithms.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    scored = targets != IGNORE
-    picked = logits.gather(-1, targets.masked_fill(~scored, 0).unsqueeze(-1)).squeeze(-1)
-    return (picked - logits.logsumexp(-1)).masked_fill(~scored, 0.0)
+    logps: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    """`token_logps` with a backward pass over the vocabulary that holds one tensor of the logits' size, not four.
+
+    The gradient of log p(target) is the target's indicator less the softmax.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        scored = targets != IGNORE
+        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        picked = wide.gather(-1, targets.masked_fill(~scored, 0).unsqueeze(-1)).squeeze(-1)
+        ctx.save_for_backward(logits, targets)
+        return (picked - wide.logsumexp(-1)).masked_fill(~scored, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        scored = targets != IGNORE
+        weights = gradient.masked_fill(~scored, 0.0).unsqueeze(-1)
+        found = torch.softmax(logits, -1, dtype=gradient.dtype).mul_(-weights)
+        found.scatter_add_(-1, targets.masked_fill(~scored, 0).unsqueeze(-1), weights)
+        return found.to(logits.dtype), None
 
 
 def sequence_logps(logits: Tensor, labels: Tensor, *, average: bool = False) -> Tensor:

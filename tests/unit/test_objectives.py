@@ -210,3 +210,26 @@ def test_sequence_logps_ignore_the_first_position_and_what_ignored_positions_pre
 def test_the_mean_over_an_unscored_sequence_is_zero():
     labels = torch.full((1, 4), IGNORE)
     assert sequence_logps(random_logits(1, 4, 5), labels, average=True).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_token_logps_is_that_of_log_softmax(dtype):
+    logits = random_logits(2, 5, 7).to(dtype)
+    targets = torch.tensor([[1, 2, IGNORE, 6, 0], [IGNORE, IGNORE, 3, 3, 5]])
+    weights = torch.linspace(-1, 2, 10).reshape(2, 5)
+
+    def gradient(function):
+        leaf = logits.clone().requires_grad_()
+        (function(leaf) * weights).sum().backward()
+        return leaf.grad
+
+    def plain(leaf):
+        scored = targets != IGNORE
+        picked = leaf.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return picked * scored
+
+    ours = gradient(lambda leaf: token_logps(leaf, targets))
+    assert ours.dtype == dtype
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(ours, gradient(plain), rtol=tolerance, atol=tolerance)
+    assert (ours[0, 2] == 0).all()

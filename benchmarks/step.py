@@ -1,0 +1,318 @@
+"""CPU time and peak memory of a training step, side by side.
+
+`self-play`: our trainer against a step written the published way: `generate` for each batch, float32 logits of all
+positions of all 2B sequences for policy and reference, a moving average parameter by parameter, three models.
+`paired`: our trainer on preference pairs against trl's DPOTrainer on the same pairs.
+
+Variants run in turn in one process (A B C A B C ...), one thread; a figure is the median of `time.process_time` over
+rounds of a few optimizer steps. Memory is the peak of the resident set above what it was with all models loaded, each
+variant in a process of its own. Run with
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python benchmarks/step.py self-play
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from sapo import SAPOConfig, SAPOTrainer
+
+PAD, END = 0, 1
+BETA, DECAY, RATE = 0.1, 0.5, 1e-5
+
+SIZES = {
+    "8k": {"vocab_size": 8192, "num_hidden_layers": 6},
+    "32k": {"vocab_size": 32768, "num_hidden_layers": 4},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    size: str
+    batch: int
+    prompt: int
+    response: int
+    jitter: int
+    segment: int
+    steps: int
+    shared: int
+
+
+def build_model(setting: Setting) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        **SIZES[setting.size],
+    )
+    return LlamaForCausalLM(config)
+
+
+def tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
+    size = int(SIZES[setting.size]["vocab_size"])
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(3, size))]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def texts(setting: Setting, *, paired: bool) -> list[dict[str, str]]:
+    """Rows of random words; `paired` ones have two responses with a common beginning of `shared` words."""
+    rng = random.Random(0)
+    size = int(SIZES[setting.size]["vocab_size"])
+
+    def words(count: int) -> list[str]:
+        return [f"w{rng.randrange(3, size)}" for _ in range(count - rng.randint(0, setting.jitter))]
+
+    rows = []
+    for _ in range(setting.batch * setting.steps):
+        prompt, chosen = words(setting.prompt), words(setting.response - 1)
+        row = {"prompt": " ".join(prompt), "chosen": " " + " ".join(chosen)}
+        if paired:
+            row["rejected"] = " " + " ".join(chosen[: setting.shared] + words(setting.response - 1 - setting.shared))
+        rows.append(row)
+    return rows
+
+
+class Clock(TrainerCallback):
+    """CPU seconds from the first step's begin to the last one's end."""
+
+    started = 0.0
+    seconds = 0.0
+    loaded = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.loaded = psutil.Process().memory_info().rss
+            self.started = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.process_time() - self.started
+
+
+def ours(setting: Setting, *, paired: bool = False, **options: Any) -> tuple[float, int]:
+    """CPU seconds a step of the real trainer, and resident bytes with its models loaded."""
+    clock = Clock()
+    settings: dict[str, Any] = {
+        "max_steps": setting.steps,
+        "per_device_train_batch_size": setting.batch,
+        "segment_length": setting.segment,
+        "max_length": 4096,
+        "steps_per_generation": setting.steps,
+        "pairs_per_forward": 1,
+        "pair_source": "paired" if paired else "self_play",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SAPOTrainer(
+            build_model(setting),
+            SAPOConfig(**common(folder), beta=BETA, ema_decay=DECAY, chosen_probe_size=0, **(settings | options)),
+            datasets.Dataset.from_list(texts(setting, paired=paired)),
+            processing_class=tokenizer(setting),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.seconds / setting.steps, clock.loaded
+
+
+def common(folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "learning_rate": RATE,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+
+
+def theirs(setting: Setting) -> tuple[float, int]:
+    """The same of trl's DPOTrainer."""
+    import trl
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.DPOTrainer(
+            build_model(setting),
+            ref_model=build_model(setting),
+            args=trl.DPOConfig(
+                **common(folder),
+                beta=BETA,
+                max_steps=setting.steps,
+                per_device_train_batch_size=setting.batch,
+                max_length=4096,
+            ),
+            train_dataset=datasets.Dataset.from_list(texts(setting, paired=True)),
+            processing_class=tokenizer(setting),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.seconds / setting.steps, clock.loaded
+
+
+def published(setting: Setting) -> tuple[float, int]:
+    """A step written the published way, plainly."""
+    policy = build_model(setting)
+    reference, opponent = (build_model(setting).eval().requires_grad_(False) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE)
+    encode = tokenizer(setting)
+    rows = [
+        (encode(row["prompt"])["input_ids"], [*encode(row["chosen"])["input_ids"], END])
+        for row in texts(setting, paired=False)
+    ]
+    rng = random.Random(0)
+    loaded, started = psutil.Process().memory_info().rss, time.process_time()
+    for step in range(setting.steps):
+        batch = rows[step * setting.batch : (step + 1) * setting.batch]
+        with torch.no_grad():
+            for average, weight in zip(opponent.parameters(), policy.parameters(), strict=True):
+                average.data = DECAY * average.data + (1 - DECAY) * weight.data
+        starts = [rng.randint(0, max(0, len(response) - 3 - setting.segment)) for _, response in batch]
+        contexts = [[*p, *r[:start]] for (p, r), start in zip(batch, starts, strict=True)]
+        width = max(map(len, contexts))
+        ids = torch.tensor([[PAD] * (width - len(context)) + context for context in contexts])
+        mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+        output = opponent.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=setting.segment,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            top_p=0.95,
+            pad_token_id=PAD,
+        )
+        rejected = []
+        for (_, response), start, written in zip(batch, starts, output[:, width:].tolist(), strict=True):
+            new = written[: written.index(END) + 1] if END in written else written
+            rejected.append(response[:start] + new + ([] if END in written else response[start + setting.segment :]))
+        sequences = [(p, r) for p, r in batch] + [(p, r) for (p, _), r in zip(batch, rejected, strict=True)]
+        width = max(len(p) + len(r) for p, r in sequences)
+        ids = torch.tensor([[*p, *r] + [PAD] * (width - len(p) - len(r)) for p, r in sequences])
+        mask = torch.tensor([[1] * len(p + r) + [0] * (width - len(p + r)) for p, r in sequences])
+        labels = torch.tensor([[-100] * len(p) + r + [-100] * (width - len(p + r)) for p, r in sequences])
+
+        def logps(model: Any, ids: Any = ids, mask: Any = mask, labels: Any = labels) -> Any:
+            logits = model(ids, attention_mask=mask).logits.to(torch.float32)[:, :-1]
+            targets, scored = labels[:, 1:].clone(), labels[:, 1:] != -100
+            targets[~scored] = 0
+            return (logits.log_softmax(-1).gather(2, targets[..., None])[..., 0] * scored).sum(-1)
+
+        with torch.no_grad():
+            kept = logps(reference)
+        ratio = logps(policy) - kept
+        loss = -torch.nn.functional.logsigmoid(BETA * (ratio[: setting.batch] - ratio[setting.batch :])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    return (time.process_time() - started) / setting.steps, loaded
+
+
+SELF_PLAY: dict[str, Callable[[Setting], tuple[float, int]]] = {
+    "published way": published,
+    "ours": ours,
+    "ours, pairs in one pass": lambda s: ours(s, pairs_per_forward=None),
+    "ours, plain layout": lambda s: ours(s, layout="plain"),
+    "ours, no pooling": lambda s: ours(s, steps_per_generation=1),
+    "ours, fused head": lambda s: ours(s, fused_lm_head=True),
+    "ours, live reference": lambda s: ours(s, reference="opponent"),
+}
+PAIRED: dict[str, Callable[[Setting], tuple[float, int]]] = {
+    "trl DPOTrainer": theirs,
+    "ours": lambda s: ours(s, paired=True),
+    "ours, pairs in one pass": lambda s: ours(s, paired=True, pairs_per_forward=None),
+    "ours, plain layout": lambda s: ours(s, paired=True, layout="plain"),
+}
+
+
+def peak_resident() -> int:
+    """Bytes. Not `ru_maxrss`: a child starts with that of its parent."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def peak_above_models(arguments: list[str], variant: str) -> float:
+    """Peak memory in MB above the loaded models, measured in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--measure_memory_of", variant]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["self-play", "paired"])
+    parser.add_argument("--size", choices=sorted(SIZES), default="8k")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=None, help="tokens; 128, or 768 for paired")
+    parser.add_argument("--response", type=int, default=256, help="tokens")
+    parser.add_argument("--jitter", type=int, default=0, help="prompts and responses are shorter by up to this many")
+    parser.add_argument("--segment", type=int, default=64, help="tokens")
+    parser.add_argument("--shared", type=int, default=0, help="paired: words that both responses begin with")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, and a pool of generation")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", default=None)
+    parser.add_argument("--measure_memory_of", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    variants = SELF_PLAY if options.what == "self-play" else PAIRED
+    setting = Setting(
+        options.size,
+        options.batch,
+        options.prompt or (128 if options.what == "self-play" else 768),
+        options.response,
+        options.jitter,
+        options.segment,
+        options.steps,
+        options.shared,
+    )
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    if options.measure_memory_of:
+        _, loaded = variants[options.measure_memory_of](setting)
+        print((peak_resident() - loaded) / 1e6)
+        return
+    chosen = {name: variants[name] for name in options.variants or variants}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    for _ in range(options.rounds):
+        for name, variant in chosen.items():
+            seconds[name].append(variant(setting)[0])
+    own = sys.argv[1:]
+    baseline = next(iter(chosen))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    memory = {name: peak_above_models(own, name) for name in chosen}
+    print(setting)
+    print(f"{'':26}{'CPU s a step':>14}{'spread':>16}{'speed':>8}{'peak MB':>10}{'share':>8}")
+    for name, values in seconds.items():
+        print(
+            f"{name:26}{medians[name]:14.2f}{f'{min(values):.2f} to {max(values):.2f}':>16}"
+            f"{medians[baseline] / medians[name]:8.2f}{memory[name]:10.0f}{memory[name] / memory[baseline]:8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from sapo.cli import main
-from tests.integration.conftest import make_model, make_rows
+from tests.tiny import tiny_llama, tiny_rows
 
 
 @pytest.fixture
 def model(tmp_path, tokenizer):
     folder = tmp_path / "model"
-    make_model().save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -24,7 +24,7 @@ def model(tmp_path, tokenizer):
 @pytest.fixture
 def data(tmp_path):
     file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     return file
 
 

@@ -57,7 +57,7 @@ class _TokenLogps(torch.autograd.Function):
         return (picked - wide.logsumexp(-1)).masked_fill(~scored, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         scored = targets != IGNORE

@@ -13,9 +13,7 @@ from sapo.batches import collate_pairs
 from sapo.data import DataOptions, collate_examples, end_token_ids, prepare_dataset
 from sapo.pairs import paired
 from sapo.scoring import score
-from tests.integration.conftest import make_model, make_rows
-from tests.integration.conftest import make_trainer as make_trainer
-from tests.integration.conftest import tokenizer as tokenizer
+from tests.tiny import tiny_llama, tiny_rows
 
 
 @pytest.mark.parametrize(
@@ -52,8 +50,8 @@ def test_options_taken_from_trl(options, parameters):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
 def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
-    policy, reference = make_model(0), make_model(1)
-    rows = make_rows(4, paired=True)
+    policy, reference = tiny_llama(0), tiny_llama(1)
+    rows = tiny_rows(4, paired=True)
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "theirs"),
         loss_type=[loss_type],
@@ -79,7 +77,7 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     prepared, _ = prepare_dataset(rows, tokenizer, options, end_ids=end_token_ids(tokenizer, 1))
     batch = collate_pairs([paired(e) for e in collate_examples(list(prepared))["examples"]], pad_token_id=0)
     with torch.no_grad():
-        ours, frozen = score(make_model(0), batch), score(make_model(1), batch)
+        ours, frozen = score(tiny_llama(0), batch), score(tiny_llama(1), batch)
     losses = dpo_loss(
         ours.chosen_logps,
         ours.rejected_logps,
@@ -95,7 +93,7 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     # The whole trainer on the same rows: its reference is the initial model, its policy is moved away from it.
     trainer = make_trainer(
         "ours",
-        model=make_model(1),
+        model=tiny_llama(1),
         rows=rows,
         pair_source="paired",
         loss_type=loss_type,
@@ -105,6 +103,6 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
         learning_rate=0.0,
         max_length=64,
     )
-    trainer.policy().load_state_dict(make_model(0).state_dict())
+    trainer.policy().load_state_dict(tiny_llama(0).state_dict())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -189,28 +189,35 @@ class OneWeight(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
+def same(module, values):
+    torch.testing.assert_close(module.weight.data, tensor(values), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", cases("ema"))
-def test_moving_average_and_reference_are_the_published_ones(case):
+def test_moving_average_and_reference_are_the_published_ones_at_every_micro_batch(case):
     given, expected = case["inputs"], case["expected"]
     policy = OneWeight(given["initial"])
     opponent, reference = ModelCopy(policy, decay=given["beta"]), ModelCopy(policy)
-    first = True
-    step = given["first_global_step"]
-    for record in expected["trace"]:
-        assert record["step"] == step or record["micro_batch"] == 0
-        if record["micro_batch"] == 0 and not first:
-            step = record["step"]
-        if record["micro_batch"] == 0:
-            # Published at the start of a step, ours at the end of the one before: the same sequence.
-            policy.weight.data.copy_(tensor(record["policy_before_optimizer_step"]))
-            opponent.follow(dict(policy.named_parameters()), given["beta"])
-            if record["step"] % 108 == 0 and given["ref_update_mode"] != "none":
-                source = opponent.tensors() if given["ref_update_mode"] == "ema" else dict(policy.named_parameters())
-                reference.copy_from(source)
-        first = False
-        used = tensor(record["ema_used_for_generation"])
-        torch.testing.assert_close(opponent.model.weight.data, used, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(reference.model.weight.data, tensor(record["reference"]), rtol=1e-12, atol=1e-12)
+    recorded = iter(expected["trace"])
+    for step, delta in enumerate(given["optimizer_deltas"], start=given["first_global_step"]):
+        for micro_batch in range(given["gradient_accumulation_steps"]):
+            record = next(recorded)
+            assert (record["step"], record["micro_batch"]) == (step, micro_batch)
+            same(policy, record["policy_before_optimizer_step"])
+            same(opponent.model, record["ema_used_for_generation"])
+            same(reference.model, record["reference"])
+        policy.weight.data += tensor(delta)
+        # Published at the start of the next step, ours at the end of this one: the same sequence (departure 17).
+        opponent.follow(dict(policy.named_parameters()), given["beta"])
+        if (step + 1) % 108 == 0 and given["ref_update_mode"] != "none":
+            source = opponent.tensors() if given["ref_update_mode"] == "ema" else dict(policy.named_parameters())
+            reference.copy_from(source)
+    assert next(recorded, None) is None
+    same(policy, expected["policy_after_last_step"])
+    same(reference.model, expected["final_reference"])
+    # Departure 17: one more update than published, after the last step.
+    last = given["beta"] * tensor(expected["final_ema"]) + (1 - given["beta"]) * policy.weight.data
+    same(opponent.model, last.tolist())
 
 
 @pytest.mark.parametrize("case", cases("batch_loss"))

@@ -13,13 +13,13 @@ import yaml
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.cli import main
 from sapo.data import load_rows
-from tests.integration.conftest import make_model, make_rows
+from tests.tiny import tiny_llama, tiny_rows
 
 
 @pytest.fixture
 def model(tmp_path, tokenizer):
     folder = tmp_path / "model"
-    make_model().save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -27,7 +27,7 @@ def model(tmp_path, tokenizer):
 @pytest.fixture
 def data(tmp_path):
     file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     return file
 
 
@@ -142,7 +142,7 @@ def test_command_and_trainer_prepare_alike(model, data, tmp_path, tokenizer, cap
 @pytest.fixture
 def mixture(tmp_path):
     """A recipe for two files of different shapes."""
-    rows = make_rows(8)
+    rows = tiny_rows(8)
     shapes = {
         "pairs.jsonl": rows[:5],
         "questions.jsonl": [{"question": row["prompt"], "answer": row["chosen"]} for row in rows[5:]],

@@ -7,7 +7,7 @@ import torch
 
 from sapo import run_folder
 from sapo.errors import CheckpointError, ConfigurationError
-from tests.integration.conftest import make_model, make_rows
+from tests.tiny import tiny_llama, tiny_rows
 
 VARIANTS = {
     f"{objective}-{'lora' if lora else 'dense'}-{accumulation}": {
@@ -23,7 +23,7 @@ VARIANTS = {
     "dpo-initial-lora": {"objective": "dpo", "lora": True, "reference": "initial"},
     "pooled": {"steps_per_generation": 3, "gradient_accumulation_steps": 3, "num_generations": 2},
     "sparse-logs": {"logging_steps": 4, "replay_max_age": 2, "num_generations": 2},
-    "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": make_rows(5, seed=5)},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": tiny_rows(5, seed=5)},
 }
 
 
@@ -48,10 +48,10 @@ def weights(trainer):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_reproduces_uninterrupted_run(variant, make_trainer):
     options = VARIANTS[variant] | {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer("whole", model=make_model(attention_dropout=0.2), **options)
+    whole = make_trainer("whole", model=tiny_llama(attention_dropout=0.2), **options)
     whole.train()
     for step in (2, 3):
-        resumed = make_trainer(f"from-{step}", model=make_model(attention_dropout=0.2), **options)
+        resumed = make_trainer(f"from-{step}", model=tiny_llama(attention_dropout=0.2), **options)
         resumed.train(resume_from_checkpoint=str(whole.run_folder.path / f"checkpoint-{step}"))
         ours, theirs = weights(resumed), weights(whole)
         assert ours.keys() == theirs.keys()

@@ -7,7 +7,7 @@ import torch
 
 from sapo.errors import ConfigurationError
 from sapo.generation import TransformersGenerator
-from tests.integration.conftest import make_model, make_rows
+from tests.tiny import tiny_llama, tiny_rows
 
 OBJECTIVES = {
     "dpo": {"objective": "dpo"},
@@ -15,7 +15,7 @@ OBJECTIVES = {
     "guarded": {"objective": "dpo", "chosen_nll_weight": 1.0, "dpop_weight": 0.5, "suffix": "mask"},
     "ipo": {"objective": "dpo", "loss_type": "ipo", "suffix": "drop"},
     "lora": {"objective": "dpo", "lora": True, "reference": "initial"},
-    "paired": {"objective": "dpo", "pair_source": "paired", "rows": make_rows(paired=True)},
+    "paired": {"objective": "dpo", "pair_source": "paired", "rows": tiny_rows(paired=True)},
 }
 
 
@@ -28,7 +28,7 @@ def trained(make_trainer, folder, **options):
 def assert_same_run(one, other, tolerance=1e-5):
     for (name, ours), theirs in zip(one.policy().named_parameters(), other.policy().parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
-    start = dict(make_model().named_parameters())
+    start = dict(tiny_llama().named_parameters())
     if not one.is_adapter():
         moved = max(
             float((p.detach() - start[name].detach()).abs().max()) for name, p in one.policy().named_parameters()
@@ -94,12 +94,12 @@ def test_steps_that_generate_nothing_are_not_pooled(make_trainer):
 
 def test_what_cannot_share_falls_back_and_says_so_once(make_trainer, caplog):
     with caplog.at_level(logging.WARNING, logger="sapo.trainer"):
-        trainer = make_trainer(model=make_model(attn_implementation="eager"), max_steps=2)
+        trainer = make_trainer(model=tiny_llama(attn_implementation="eager"), max_steps=2)
         trainer.train()
     said = [record.getMessage() for record in caplog.records if "plain layout" in record.getMessage()]
     assert len(said) == 1
     assert "attn_implementation is eager" in said[0]
-    trainer = make_trainer("strict", model=make_model(attn_implementation="eager"), layout="shared")
+    trainer = make_trainer("strict", model=tiny_llama(attn_implementation="eager"), layout="shared")
     with pytest.raises(ConfigurationError, match=r"layout=shared: attn_implementation is eager.* Set layout"):
         trainer.train()
 

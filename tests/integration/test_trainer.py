@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from sapo import Pair, Segment
 from sapo.errors import ConfigurationError
 from sapo.opponent import ModelCopy, policy_tensors
-from tests.integration.conftest import make_model, make_rows
+from tests.tiny import tiny_llama, tiny_rows
 
 
 class FixedPairs:
@@ -56,8 +56,8 @@ def test_evaluation_leaves_the_training_undisturbed(make_trainer):
     for name, extra in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 2})):
         trainer = make_trainer(
             name,
-            **(options | {"model": make_model(attention_dropout=0.3)}),
-            eval_rows=make_rows(6, seed=5) if extra else None,
+            **(options | {"model": tiny_llama(attention_dropout=0.3)}),
+            eval_rows=tiny_rows(6, seed=5) if extra else None,
             **extra,
         )
         trainer.train()
@@ -67,7 +67,7 @@ def test_evaluation_leaves_the_training_undisturbed(make_trainer):
 
 
 def test_evaluation_pairs_are_fixed(make_trainer):
-    trainer = make_trainer(learning_rate=0.0, eval_rows=make_rows(5, seed=5), eval_strategy="steps", eval_steps=1)
+    trainer = make_trainer(learning_rate=0.0, eval_rows=tiny_rows(5, seed=5), eval_strategy="steps", eval_steps=1)
     trainer.train()
     rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
     losses = {row["eval_loss"] for row in rows if "eval_loss" in row}
@@ -113,7 +113,7 @@ def test_the_opponent_writes_with_its_own_weights(make_trainer):
 def test_frozen_opponent_writes_what_the_initial_model_would(make_trainer):
     trainer = make_trainer(ema_decay=1.0, temperature=0.0, segment_length=None, skip_identical=False)
     trainer.train()
-    initial = make_model().eval()
+    initial = tiny_llama().eval()
     entries = trainer.source.buffer.entries()
     assert len(entries) == 12
     for pair in (entry.item for entry in entries):
@@ -153,7 +153,7 @@ def test_random_assistant_turns_vary_between_epochs(make_trainer, tokenizer, mon
 
 @pytest.mark.parametrize(("decay", "kept"), [(0.9, torch.float32), (0.5, torch.bfloat16)])
 def test_bfloat16_run_keeps_a_float32_master_when_it_has_to(decay, kept, make_trainer):
-    trainer = make_trainer(model=make_model(dtype=torch.bfloat16), ema_decay=decay)
+    trainer = make_trainer(model=tiny_llama(dtype=torch.bfloat16), ema_decay=decay)
     trainer.train()
     tensors = trainer.opponent.tensors()
     assert {weight.dtype for weight in tensors.values()} == {kept}
@@ -196,7 +196,7 @@ def test_the_checkpointing_flag_reaches_the_model_in_any_transformers(wanted, ma
 
 
 def test_offline_pairs_train_on_the_same_trainer(make_trainer):
-    trainer = make_trainer(rows=make_rows(paired=True), pair_source="paired", max_steps=24)
+    trainer = make_trainer(rows=tiny_rows(paired=True), pair_source="paired", max_steps=24)
     trainer.train()
     rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["rewards/margins"] > rows[0]["rewards/margins"]
@@ -227,7 +227,7 @@ def test_saved_run_holds_two_ordinary_models_and_no_pickle(make_trainer):
 
 
 def test_saved_adapters_are_ordinary_adapter_folders(make_trainer, tmp_path):
-    make_model().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     trainer = make_trainer(lora=True, model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     trainer.train()
     trainer.save_model()
@@ -236,7 +236,7 @@ def test_saved_adapters_are_ordinary_adapter_folders(make_trainer, tmp_path):
 
 
 def test_half_precision_opponent_follows_through_a_float32_master():
-    policy = make_model(dtype=torch.bfloat16)
+    policy = tiny_llama(dtype=torch.bfloat16)
     opponent = ModelCopy(policy, decay=0.999)
     target = {name: weight + 0.5 for name, weight in policy.named_parameters()}
     for _ in range(100):

@@ -4,21 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sapo.data import DataOptions, prepare_dataset
 from sapo.terminal.data_check import check_data, percentile, rewritten_whole
+from tests.tiny import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    return byte_tokenizer()
 
 
 def shown(rows, tokenizer, *, segment_length=5, width=80, encoding="utf-8", paired=False, color=None):

@@ -7,8 +7,7 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from sapo.config import SAPOConfig
 from sapo.data import (
@@ -22,33 +21,15 @@ from sapo.data import (
     prepare_dataset,
 )
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
+from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 WIDE = DataOptions(max_length=4096, max_prompt_length=2048)
-
-
-def byte_tokenizer(template=None, *, special=SPECIAL, merges=(), bos=False, closing=False, eos="</s>"):
-    """One token a byte, besides `merges` and `special`; `bos` and `closing` add tokens around plain text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(a + b for a, b in merges)]
-    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(special))
-    if bos or closing:
-        single = f"{'<s> ' if bos else ''}$A{' </s>' if closing else ''}"
-        ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token="<s>")
-    fast.chat_template = template
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +340,7 @@ def test_digest_tells_where_a_prompt_ends():
 
 
 def test_end_tokens_come_from_all_three_places(chatml):
-    ids = {token: chatml.convert_tokens_to_ids(token) for token in SPECIAL}
+    ids = {token: chatml.convert_tokens_to_ids(token) for token in BYTE_SPECIAL_TOKENS}
     assert end_token_ids(chatml, None) == {ids["</s>"], ids["<|im_end|>"]}
     assert end_token_ids(byte_tokenizer(), None) == {ids["</s>"]}
     assert end_token_ids(byte_tokenizer(), 7) == {7, ids["</s>"]}
@@ -422,7 +403,7 @@ def test_published_templates_give_clean_turns(name):
     end, others = TEMPLATES[name]
     tokenizer = byte_tokenizer(
         (folder / f"{name}.jinja").read_text(encoding="utf-8"),
-        special=(*dict.fromkeys((*SPECIAL, end, *others)),),
+        special=(*dict.fromkeys((*BYTE_SPECIAL_TOKENS, end, *others)),),
     )
     assert tokenizer.convert_tokens_to_ids(end) in end_token_ids(tokenizer, None)
     rows = [{"messages": talk("hi", "yo", "and?", "so")}]

@@ -53,14 +53,6 @@ ARCHITECTURES = {
 EVERY_ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def built(name):
     config_class, options = ARCHITECTURES[name]

@@ -128,6 +128,9 @@ def test_an_empty_buffer_takes_identical_pairs_so_that_a_step_always_has_some():
     assert len(drawn) == 2
     assert all(pair.identical for pair in drawn)
     assert [pair.row for pair in stored(source)] == [0, 1]
+    # It is no longer empty, though nothing in it carries a signal.
+    assert source.pairs([example(2)], epoch=0, step=1, micro_batch=0)
+    assert [pair.row for pair in stored(source)] == [0, 1]
 
 
 def test_a_pair_that_differs_keeps_the_identical_ones_out_of_an_empty_buffer():

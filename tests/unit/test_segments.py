@@ -192,13 +192,18 @@ def test_truncation_to_an_impossible_prompt_is_refused(most_prompt, mode):
         truncate([1] * 20, [2], max_length=10, max_prompt_length=most_prompt, truncation_mode=mode)
 
 
-parts = st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=5)
+parts = st.lists(st.integers(-(2**40), 2**40) | st.sampled_from(["segment", "draw"]), min_size=1, max_size=5)
 
 
 @laws
 @given(parts, parts)
 def test_a_seed_depends_on_all_parts_and_their_order_and_on_nothing_else(some, others):
     assert (derive_seed(*some) == derive_seed(*others)) == (some == others)
+
+
+def test_a_part_that_could_pass_for_two_is_refused():
+    with pytest.raises(ValueError, match="'a/b' holds \"/\""):
+        derive_seed(42, "a/b")
 
 
 @laws

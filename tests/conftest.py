@@ -1,0 +1,45 @@
+import pytest
+import torch
+from peft import LoraConfig
+
+from sapo import SAPOConfig, SAPOTrainer
+from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    def make(folder="run", *, lora=False, rows=None, eval_rows=None, model=None, trainer=SAPOTrainer, **options):
+        settings = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "segment_length": 4,
+            "max_length": 32,
+            "reference_sync_steps": 2,
+            "chosen_probe_size": 4,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "report_to": "none",
+        } | options
+        adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear") if lora else None
+        return trainer(
+            model or tiny_llama(),
+            SAPOConfig(**settings),
+            rows or tiny_rows(),
+            eval_rows,
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+
+    return make

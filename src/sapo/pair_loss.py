@@ -7,10 +7,13 @@ from torch import Tensor
 
 from sapo.config import SAPOConfig
 from sapo.objectives import chosen_nll, dpo_loss, orpo_loss
+from sapo.reference_scores import ReferenceLogps
 from sapo.scoring import PairScores
 
 
-def pair_loss(scores: PairScores, reference: PairScores | None, args: SAPOConfig) -> tuple[Tensor, dict[str, float]]:
+def pair_loss(
+    scores: PairScores, reference: ReferenceLogps | None, args: SAPOConfig
+) -> tuple[Tensor, dict[str, float]]:
     """Mean loss over the pairs, and the metrics of the batch as plain numbers.
 
     Args:

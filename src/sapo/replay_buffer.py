@@ -118,6 +118,10 @@ class ReplayBuffer(Generic[Item]):
         """Optimizer steps since the stored items were written, on average; 0 when empty."""
         return float(step - self._steps[: len(self)].mean()) if len(self) else 0.0
 
+    def items(self) -> list[Item]:
+        """Everything stored, oldest first, without its history."""
+        return [self._items[slot] for slot in self._order()]
+
     def entries(self) -> list[BufferEntry[Item]]:
         """Everything stored, oldest first: what a checkpoint keeps."""
         return [

@@ -209,6 +209,8 @@ class RunFolder:
         if isinstance(trainer.source, SelfPlay):
             entries = trainer.source.buffer.entries()
             parts.write_tensors(folder, f"replay_buffer_{process}", parts.entries_to_tensors(entries))
+            scores = trainer.reference_scores.state(trainer.source.buffer.items())
+            parts.write_tensors(folder, f"reference_scores_{process}", {"logps": scores})
             parts.write_tensors(folder, f"pool_{process}", parts.pool_to_tensors(trainer.source.pool))
         parts.write_json(
             folder,
@@ -254,6 +256,8 @@ class RunFolder:
         if isinstance(trainer.source, SelfPlay):
             tensors = parts.read_tensors(folder, f"replay_buffer_{process}")
             trainer.source.buffer.restore(parts.entries_from_tensors(tensors))
+            scores = parts.read_tensors(folder, f"reference_scores_{process}")["logps"]
+            trainer.reference_scores.restore(trainer.source.buffer.items(), scores)
             trainer.source.pool = parts.pool_from_tensors(parts.read_tensors(folder, f"pool_{process}"))
         own = parts.read_json(folder, f"sapo_process_{process}.json")
         trainer.averages["train"].restore(own["averages"])

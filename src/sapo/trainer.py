@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -36,9 +37,10 @@ from sapo.metrics import MetricAverages
 from sapo.opponent import FrozenWeights, ModelCopy, make_opponent, make_reference, policy_tensors, relative_distance
 from sapo.pair_loss import pair_loss
 from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
+from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
-from sapo.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
+from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
 from sapo.segments import derive_seed
 from sapo.training_callbacks import RunCallback
 
@@ -122,6 +124,7 @@ class SAPOTrainer(Trainer):
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
+        self.reference_scores = ReferenceScores(2 * args.replay_buffer_size)
         self._make_copies()
         self._fused = args.device.type == "cuda" if args.fused_lm_head is None else args.fused_lm_head
         if self._fused:
@@ -240,18 +243,16 @@ class SAPOTrainer(Trainer):
             inputs["examples"], epoch=int(self.state.epoch or 0), step=step, micro_batch=self._micro_batch
         )
         self.last_pairs = pairs
-        passes = [
-            self._collate(part).to(self.args.device)
-            for part in split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
-        ]
+        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
+        passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
         self._reference_time = 0.0
-        self._tokens += sum(batch.tokens for batch in passes)
+        self._tokens += sum(batch.tokens for _, batch in passes)
         loss = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(passes, start=1):
+        for number, (part, batch) in enumerate(passes, start=1):
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
                 loss += super().training_step(
-                    model, {"batch": batch, "share": len(batch) / len(pairs)}, num_items_in_batch
+                    model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
                 )
         averages = self.averages["train"]
         averages.add("time/generate", generated - started)
@@ -309,7 +310,7 @@ class SAPOTrainer(Trainer):
         batch: PairBatch = inputs["batch"]
         scores = score(model, batch, fused_lm_head=self._fused)
         started = time.perf_counter()
-        reference = self._reference_scores(batch)
+        reference = self._reference_logps(inputs["pairs"], batch, kept=model.training)
         self._reference_time += time.perf_counter() - started
         loss, metrics = pair_loss(scores, reference, self.args)
         mode = "train" if model.training else "eval"
@@ -323,11 +324,22 @@ class SAPOTrainer(Trainer):
 
     _reference_time = 0.0
 
-    def _reference_scores(self, batch: PairBatch) -> PairScores | None:
+    def _reference_logps(self, pairs: Sequence[Pair], batch: PairBatch, *, kept: bool) -> ReferenceLogps | None:
         if self.reference is None:
             return None
-        with self.reference.using() as model, frozen(model):
-            return score(model, batch, fused_lm_head=self._fused)
+
+        def form(missing: list[Pair]) -> ReferenceLogps:
+            own = batch if len(missing) == len(pairs) else self._collate(missing).to(self.args.device)
+            with self.reference.using() as model, frozen(model):  # type: ignore[union-attr]
+                scores = score(model, own, fused_lm_head=self._fused)
+            return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
+
+        # A sharded reference gathers its weights: all processes must run it equally often.
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not (kept and isinstance(self.source, SelfPlay)) or self.reference is self.opponent or sharded:
+            return form(list(pairs))
+        logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
+        return ReferenceLogps(*(part.to(self.args.device) for part in logps))
 
     def after_optimizer_step(self) -> None:
         """Let the opponent and the reference follow; `state.global_step` already counts this step.
@@ -340,6 +352,7 @@ class SAPOTrainer(Trainer):
         due = self.state.global_step % self.args.reference_sync_steps == 0
         if self.args.reference == "opponent_copy" and self.reference is not None and due:
             self.reference.copy_from(self.opponent.tensors())
+            self.reference_scores.clear()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Estimate for the last batch: 6 operations a parameter and token."""
@@ -475,7 +488,7 @@ class SAPOTrainer(Trainer):
         pairs = [self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]]
         batch = self._collate(pairs).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, {"batch": batch, "share": 1.0})
+            loss = self.compute_loss(model, {"batch": batch, "pairs": pairs, "share": 1.0})
         return loss.detach(), None, None
 
     # ---- Run folder, checkpoints, resume ----
@@ -502,6 +515,7 @@ class SAPOTrainer(Trainer):
         self._ahead, self._coming = [], []
         if isinstance(self.source, SelfPlay):
             self.source.pool.clear()
+        self.reference_scores.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self.run_folder.restore(Path(resume_from_checkpoint))

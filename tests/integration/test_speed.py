@@ -7,6 +7,7 @@ import torch
 
 from sapo.errors import ConfigurationError
 from sapo.generation import TransformersGenerator
+from sapo.reference_scores import ReferenceScores
 from tests.tiny import tiny_llama, tiny_rows
 
 OBJECTIVES = {
@@ -113,3 +114,10 @@ def test_a_fused_head_trains_to_the_same_weights(make_trainer):
     plain = trained(make_trainer, "gathered", max_steps=3)
     fused = trained(make_trainer, "fused", max_steps=3, fused_lm_head=True)
     assert_same_run(plain, fused)
+
+
+def test_keeping_the_scores_of_the_reference_changes_nothing(make_trainer, monkeypatch):
+    kept = trained(make_trainer, "kept", reference_sync_steps=3, replay_buffer_size=4)
+    monkeypatch.setattr(ReferenceScores, "of", lambda self, pairs, form, stored: form(list(pairs)))
+    formed = trained(make_trainer, "formed", reference_sync_steps=3, replay_buffer_size=4)
+    assert_same_run(kept, formed)

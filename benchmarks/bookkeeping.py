@@ -21,7 +21,7 @@ from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
 from sapo.batches import collate_pairs
 from sapo.segments import choose_segment, splice
 
-BATCH, PROMPT, RESPONSE, SEGMENT, PAIRS, ROUNDS = 8, 128, 256, 64, 20_000, 5
+BATCH, PROMPT, RESPONSE, SEGMENT, PAIRS, ROUNDS = 8, 128, 256, 64, 100_000, 5
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
         drawn = buffer.draw(BATCH, rng)
         buffer.mean_age(1)
         buffer.mean_draws()
-        collate_pairs(drawn, pad_token_id=0)
+        collate_pairs(drawn, pad_token_id=0, layout="shared", score_shared=False)
         book.append(time.process_time() - started)
     step, part = statistics.median(steps), statistics.median(book)
     print(f"step {step:.3f} s, bookkeeping {part * 1e3:.2f} ms: {part / step:.2%} of a step ({PAIRS:,} pairs held)")

@@ -78,7 +78,9 @@ def train(arguments: Sequence[str]) -> None:
     from sapo.training_callbacks import StopOnSignal
 
     run = parse(arguments, "sapo train")
-    config, console = run.config, Console()
+    config = run.config
+    # Of several processes the first speaks.
+    console = Console(quiet=config.process_index > 0)
     if not run.model.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
     if config.resume_from_checkpoint in (None, "false", "False"):

@@ -23,6 +23,12 @@ class MetricAverages:
         self._sums, self._counts = {}, {}
         return averages
 
+    def absorb(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Count in what another process observed, given as its `state()`."""
+        for name, total in state["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0.0) + state["counts"][name]
+
     def state(self) -> dict[str, dict[str, float]]:
         """For a checkpoint."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}

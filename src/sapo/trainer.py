@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -366,18 +367,21 @@ class SAPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this trainer's averages to what Trainer logs."""
         if any(name.startswith("eval_") for name in logs):
-            for name, value in self.averages["eval"].drain().items():
+            for name, value in self._drained(self.averages["eval"]).items():
                 logs[f"eval_{name}"] = value
         elif "train_loss" in logs:
             # Trainer counts only the steps since a resume.
-            logs["train_loss"] = self.loss_total / max(self.loss_count, 1)
+            whole = MetricAverages()
+            whole.add("train_loss", self.loss_total / max(self.loss_count, 1), self.loss_count)
+            logs.update(self._drained(whole))
         elif "loss" in logs:
-            logs.update(self.averages["train"].drain())
+            logs.update(self._drained(self.averages["train"]))
             if self.opponent is not None:
                 logs["opponent/distance"] = relative_distance(self.opponent.tensors(), policy_tensors(self.policy()))
             logs.update(self._follow_chosen())
             now = time.perf_counter()
-            logs["tokens_per_second"] = self._tokens / max(now - self._tokens_since, 1e-9)
+            tokens = sum(gather_object([self._tokens]))
+            logs["tokens_per_second"] = tokens / max(now - self._tokens_since, 1e-9)
             self._tokens, self._tokens_since = 0, now
             self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
         super().log(logs, start_time)
@@ -385,6 +389,15 @@ class SAPOTrainer(Trainer):
             logger.warning(self.stop_reason)
             self.control.should_save = True
             self.control.should_training_stop = True
+
+    @staticmethod
+    def _drained(own: MetricAverages) -> dict[str, float]:
+        """Averages over all processes; every one of them logs at the same steps."""
+        everyone = MetricAverages()
+        for state in gather_object([own.state()]):
+            everyone.absorb(state)
+        own.drain()
+        return everyone.drain()
 
     def _warn_of_identical(self, share: float) -> None:
         if share >= _IDENTICAL_WARNING and not self._identical_warned:

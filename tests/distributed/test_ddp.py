@@ -83,3 +83,24 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole", 2, **options)
     again = run(tmp_path / "again", 2, resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_metrics_are_those_of_all_processes(tmp_path):
+    options = FIXED_DRAWS | {"logging_steps": 1}
+    for processes, name in ((1, "one"), (2, "two")):
+        run(tmp_path / name, processes, **options)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    compared = {
+        "loss",
+        "train_loss",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "self_play/rejected_length",
+    }
+    for ours, theirs in zip(two, one, strict=True):
+        for name in compared & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
@@ -32,12 +32,13 @@ from sapo.data import (
     is_prepared,
     prepare_dataset,
 )
-from sapo.errors import ConfigurationError, TokenizerError
+from sapo.errors import ConfigurationError
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
 from sapo.opponent import FrozenWeights, ModelCopy, make_opponent, make_reference, policy_tensors, relative_distance
 from sapo.pair_loss import pair_loss
 from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
+from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
@@ -88,15 +89,15 @@ class SAPOTrainer(Trainer):
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **_keyword_arguments(args))
+            model = create_model_from_path(model, **model_keyword_arguments(args))
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
-        policy = _with_adapter(model, peft_config, args)
+        policy = with_adapter(model, peft_config, args)
         if args.disable_dropout:
             disable_dropout_in_model(policy)
         self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
-        self._pad_token_id = _pad_token_id(processing_class, self.end_ids)
+        self._pad_token_id = padding_token_id(processing_class, self.end_ids)
         self._options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
         super().__init__(
@@ -524,6 +525,12 @@ class SAPOTrainer(Trainer):
             compare_facts(checkpoint, state["facts"], self.run_folder.facts())
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight is saved once, under its other name: it is not missing."""
+        tied = set(self.policy().all_tied_weights_keys)  # type: ignore[arg-type]
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._ahead, self._coming = [], []
         if isinstance(self.source, SelfPlay):
@@ -556,38 +563,6 @@ class SAPOTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
         else:
             self.run_folder.save_models(Path(output_dir or self.args.output_dir))
-
-
-def _keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
-    given = args.model_init_kwargs or {}
-    if not isinstance(given, dict):
-        raise ConfigurationError(f"model_init_kwargs={given}: give a mapping, on the command line as JSON.")
-    return given
-
-
-def _with_adapter(
-    model: PreTrainedModel | PeftModel,
-    peft_config: Any,
-    args: SAPOConfig,
-) -> PreTrainedModel | PeftModel:
-    if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
-        if model.config.to_dict().get("quantization_config"):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, peft_config)
-    if isinstance(model, PeftModel) and args.gradient_checkpointing:
-        # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
-        model.enable_input_require_grads()
-    return model
-
-
-def _pad_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    if not end_ids:
-        raise TokenizerError("the tokenizer has neither a pad nor an end token. Set tokenizer.eos_token.")
-    return min(end_ids)
 
 
 @contextmanager

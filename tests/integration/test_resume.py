@@ -199,3 +199,15 @@ def test_fresh_run_removes_what_a_kill_left(checkpoint, make_trainer):
         (checkpoint.parent / name).mkdir()
     make_trainer("whole", overwrite_output_dir=True).train()
     assert {path.name for path in checkpoint.parent.iterdir()} <= {"metrics.jsonl", "sapo_config.yaml"}
+
+
+def test_a_tied_weight_is_not_reported_missing(make_trainer, caplog):
+    def tied(folder):
+        return make_trainer(
+            folder, model=tiny_llama(tie_word_embeddings=True), max_steps=2, save_strategy="steps", save_steps=1
+        )
+
+    tied("whole").train()
+    with caplog.at_level("WARNING", logger="transformers.trainer"):
+        tied("again").train(resume_from_checkpoint=str(tied("other").run_folder.path.parent / "whole" / "checkpoint-1"))
+    assert not [record for record in caplog.records if "missing keys" in record.getMessage()]

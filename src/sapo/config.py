@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+import trl
 from packaging.version import Version
 from transformers import TrainingArguments
 
@@ -17,6 +18,9 @@ Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23")
 """Whether transformers calls gradient checkpointing `activation_checkpointing` and deprecates the older name."""
+
+HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
+"""Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -294,6 +298,11 @@ class SAPOConfig(TrainingArguments):
             )
 
     def _check_device(self) -> None:
+        if self.fused_lm_head and not HAS_FUSED_LM_HEAD:
+            raise ConfigurationError(
+                f"fused_lm_head=true needs trl 1.16 or newer, here is {trl.__version__}. Leave the option out, or "
+                "upgrade."
+            )
         if self.use_cpu:
             return
         if self.bf16 and not _accelerator_has_bf16():

@@ -18,11 +18,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.checkpoint import compare_facts, read_state, verify
-from sapo.config import SAPOConfig
+from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.data import (
     DataOptions,
     DataReport,
@@ -128,7 +128,8 @@ class SAPOTrainer(Trainer):
         self.reference: FrozenWeights | None = None
         self.reference_scores = ReferenceScores(2 * args.replay_buffer_size)
         self._make_copies()
-        self._fused = args.device.type == "cuda" if args.fused_lm_head is None else args.fused_lm_head
+        on_cuda = HAS_FUSED_LM_HEAD and args.device.type == "cuda"
+        self._fused = on_cuda if args.fused_lm_head is None else args.fused_lm_head
         if self._fused:
             self._fuse_heads()
         self._layout: Layout | None = None
@@ -163,6 +164,8 @@ class SAPOTrainer(Trainer):
 
     def _fuse_heads(self) -> None:
         """Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights."""
+        from trl.trainer.utils import add_fused_lm_head
+
         models = [self.model, *(copy.model for copy in (self.opponent, self.reference) if isinstance(copy, ModelCopy))]
         for model in {id(model): model for model in models}.values():
             add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)

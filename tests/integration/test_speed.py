@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 
+from sapo import config
+from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import ConfigurationError
 from sapo.generation import TransformersGenerator
 from sapo.reference_scores import ReferenceScores
@@ -110,6 +112,7 @@ def test_the_published_likelihood_term_asks_for_the_plain_layout(make_trainer):
         make_trainer(objective="orpo", nll_positions="all", layout="shared")
 
 
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
 def test_a_fused_head_trains_to_the_same_weights(make_trainer):
     plain = trained(make_trainer, "gathered", max_steps=3)
     fused = trained(make_trainer, "fused", max_steps=3, fused_lm_head=True)
@@ -121,3 +124,9 @@ def test_keeping_the_scores_of_the_reference_changes_nothing(make_trainer, monke
     monkeypatch.setattr(ReferenceScores, "of", lambda self, pairs, form, stored: form(list(pairs)))
     formed = trained(make_trainer, "formed", reference_sync_steps=3, replay_buffer_size=4)
     assert_same_run(kept, formed)
+
+
+def test_a_fused_head_that_trl_has_not_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(config, "HAS_FUSED_LM_HEAD", False)
+    with pytest.raises(ConfigurationError, match=r"fused_lm_head=true needs trl 1.16"):
+        make_trainer(fused_lm_head=True)

@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/step.py self-play --jitter 96 --variants "published way" ours; \
 	$(BIN)/python benchmarks/step.py self-play --size 32k --batch 4 --variants "published way" ours; \
 	$(BIN)/python benchmarks/step.py paired --batch 4 --steps 2; \
+	$(BIN)/python benchmarks/step.py lora --steps 2; \
 	$(BIN)/python benchmarks/generation.py; \
 	$(BIN)/python benchmarks/bookkeeping.py
 

@@ -3,6 +3,7 @@
 `self-play`: our trainer against a step written the published way: `generate` for each batch, float32 logits of all
 positions of all 2B sequences for policy and reference, a moving average parameter by parameter, three models.
 `paired`: our trainer on preference pairs against trl's DPOTrainer on the same pairs.
+`lora`: our trainer with a LoRA adapter for policy, opponent and reference against trl's SFTTrainer with one adapter.
 
 Variants run in turn in one process (A B C A B C ...), one thread; a figure is the median of `time.process_time` over
 rounds of a few optimizer steps. Memory is the peak of the resident set above what it was with all models loaded, each
@@ -29,6 +30,7 @@ from typing import Any
 import datasets
 import psutil
 import torch
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -113,7 +115,11 @@ class Clock(TrainerCallback):
         self.seconds = time.process_time() - self.started
 
 
-def ours(setting: Setting, *, paired: bool = False, **options: Any) -> tuple[float, int]:
+def adapter() -> LoraConfig:
+    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **options: Any) -> tuple[float, int]:
     """CPU seconds a step of the real trainer, and resident bytes with its models loaded."""
     clock = Clock()
     settings: dict[str, Any] = {
@@ -131,6 +137,7 @@ def ours(setting: Setting, *, paired: bool = False, **options: Any) -> tuple[flo
             SAPOConfig(**common(folder), beta=BETA, ema_decay=DECAY, chosen_probe_size=0, **(settings | options)),
             datasets.Dataset.from_list(texts(setting, paired=paired)),
             processing_class=tokenizer(setting),
+            peft_config=adapter() if lora else None,
             callbacks=[clock],
         )
         # In a few steps from an empty buffer more pairs are drawn twice than in a long run: no gain from that here.
@@ -171,6 +178,30 @@ def theirs(setting: Setting) -> tuple[float, int]:
             ),
             train_dataset=datasets.Dataset.from_list(texts(setting, paired=True)),
             processing_class=tokenizer(setting),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.seconds / setting.steps, clock.loaded
+
+
+def supervised(setting: Setting) -> tuple[float, int]:
+    """The same of trl's SFTTrainer with a LoRA adapter."""
+    import trl
+
+    clock = Clock()
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in texts(setting, paired=False)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.SFTTrainer(
+            build_model(setting),
+            args=trl.SFTConfig(
+                **common(folder),
+                max_steps=setting.steps,
+                per_device_train_batch_size=setting.batch,
+                max_length=4096,
+            ),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer(setting),
+            peft_config=adapter(),
             callbacks=[clock],
         )
         trainer.train()
@@ -251,6 +282,12 @@ PAIRED: dict[str, Callable[[Setting], tuple[float, int]]] = {
     "ours, pairs in one pass": lambda s: ours(s, paired=True, pairs_per_forward=None),
     "ours, plain layout": lambda s: ours(s, paired=True, layout="plain"),
 }
+LORA: dict[str, Callable[[Setting], tuple[float, int]]] = {
+    "trl SFTTrainer": supervised,
+    "ours": lambda s: ours(s, lora=True),
+    "ours, pairs in one pass": lambda s: ours(s, lora=True, pairs_per_forward=None),
+}
+WHAT = {"self-play": SELF_PLAY, "paired": PAIRED, "lora": LORA}
 
 
 def peak_resident() -> int:
@@ -267,7 +304,7 @@ def peak_above_models(arguments: list[str], variant: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["self-play", "paired"])
+    parser.add_argument("what", choices=sorted(WHAT))
     parser.add_argument("--size", choices=sorted(SIZES), default="8k")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=None, help="tokens; 128, or 768 for paired")
@@ -280,11 +317,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=None)
     parser.add_argument("--measure_memory_of", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    variants = SELF_PLAY if options.what == "self-play" else PAIRED
+    variants = WHAT[options.what]
     setting = Setting(
         options.size,
         options.batch,
-        options.prompt or (128 if options.what == "self-play" else 768),
+        options.prompt or (768 if options.what == "paired" else 128),
         options.response,
         options.jitter,
         options.segment,

@@ -81,8 +81,6 @@ def train(arguments: Sequence[str]) -> None:
     config = run.config
     # Of several processes the first speaks.
     console = Console(quiet=config.process_index > 0)
-    if not run.model.model_name_or_path:
-        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
     if config.resume_from_checkpoint in (None, "false", "False"):
         check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()
@@ -112,7 +110,7 @@ def train(arguments: Sequence[str]) -> None:
         finally:
             progress.close()
         trainer.save_model()
-        trainer.run_folder.write_recipe_and_card(as_recipe(run), run.model.model_name_or_path)
+        trainer.run_folder.write_recipe_and_card(as_recipe(run), str(run.model.model_name_or_path))
     _closing_screen(console, trainer, progress, stopped=stop.received is not None)
 
 

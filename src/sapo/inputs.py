@@ -51,10 +51,8 @@ def load_inputs(run: RunArguments) -> Inputs:
         ConfigurationError: no model or no data are named, or `max_length` is more than the model takes.
         ModelError, TokenizerError, DatasetError: what is wrong with them.
     """
-    name, revision, config = run.model.model_name_or_path, run.model.model_revision, run.config
-    if not name:
-        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
-    model_config = load_config(name, revision)
+    config, model_config = run.config, load_config(run.model)
+    name, revision = str(run.model.model_name_or_path), run.model.model_revision
     config.check_positions(model_config)
     tokenizer = load_tokenizer(name, revision)
     options = DataOptions.of(config)

@@ -26,24 +26,27 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
     Raises:
         ModelError: it cannot be found or read.
     """
-    _check_folder(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_load("tokenizer", name, error)) from error
+    return _load("tokenizer", AutoTokenizer, name, revision)
 
 
-def load_config(name: str, revision: str = "main") -> Any:
+def load_config(model_args: ModelConfig) -> Any:
     """The configuration of a model, without its weights.
 
     Raises:
+        ConfigurationError: no model is named.
         ModelError: it cannot be found or read.
     """
+    if not model_args.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
+    return _load("model", AutoConfig, model_args.model_name_or_path, model_args.model_revision)
+
+
+def _load(what: str, kind: Any, name: str, revision: str) -> Any:
     _check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return kind.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
+        raise ModelError(_cannot_load(what, name, error)) from error
 
 
 def generation_end_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
@@ -61,11 +64,11 @@ def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
 
     Raises:
         ModelError: the folder is missing or incomplete.
-        ConfigurationError: quantization without LoRA, or not enough memory for the copies.
+        ConfigurationError: no model, quantization without LoRA, or not enough memory for the copies.
     """
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ConfigurationError("load_in_4bit and load_in_8bit train an adapter only. Add --use_peft.")
-    config = load_config(str(model_args.model_name_or_path), model_args.model_revision)
+    config = load_config(model_args)
     if not args.skip_memory_check:
         check_memory(config, model_args, args)
 

@@ -165,7 +165,7 @@ class RunFolder:
         facts = {name: getattr(trainer.args, name) for name in _FACTS}
         facts["optim"] = str(trainer.args.optim)
         facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
-        facts["dataset"] = trainer.digest(trainer.train_dataset)
+        facts["dataset"] = trainer.eval_pairs.digest(trainer.train_dataset)
         facts["parameters"] = sum(weight.numel() for weight in trainer.policy().parameters())
         return facts
 
@@ -225,7 +225,7 @@ class RunFolder:
             return
         for part, weights in self._frozen().items():
             parts.write_tensors(folder, part, weights.tensors())
-        for digest, pairs in trainer.eval_pairs.items():
+        for digest, pairs in trainer.eval_pairs.made.items():
             entries = [BufferEntry(pair, 0, 0) for pair in pairs]
             parts.write_tensors(folder, f"eval_pairs_{digest}", parts.entries_to_tensors(entries))
         parts.write_json(
@@ -234,8 +234,8 @@ class RunFolder:
             {
                 "format": parts.FORMAT,
                 "facts": self.facts(),
-                "probe": trainer.probe,
-                "eval_pairs": sorted(trainer.eval_pairs),
+                "probe": trainer.probe.start if trainer.probe is not None else None,
+                "eval_pairs": sorted(trainer.eval_pairs.made),
             },
         )
 
@@ -262,10 +262,11 @@ class RunFolder:
         own = parts.read_json(folder, f"sapo_process_{process}.json")
         trainer.averages["train"].restore(own["averages"])
         trainer.loss_total, trainer.loss_count = own["loss_total"], own["loss_count"]
-        trainer.probe = state["probe"]
+        if trainer.probe is not None:
+            trainer.probe.start = state["probe"]
         for digest in state["eval_pairs"]:
             entries = parts.entries_from_tensors(parts.read_tensors(folder, f"eval_pairs_{digest}"))
-            trainer.eval_pairs[digest] = [entry.item for entry in entries]
+            trainer.eval_pairs.made[digest] = [entry.item for entry in entries]
 
     def _frozen(self) -> dict[str, FrozenWeights]:
         trainer = self._trainer

@@ -26,24 +26,24 @@ from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.data import (
     DataOptions,
     DataReport,
+    Example,
     collate_examples,
-    dataset_digest,
     end_token_ids,
     is_prepared,
     prepare_dataset,
 )
 from sapo.errors import ConfigurationError
+from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
 from sapo.opponent import FrozenWeights, ModelCopy, make_opponent, make_reference, policy_tensors, relative_distance
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings, paired
+from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
 from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
-from sapo.segments import derive_seed
 from sapo.training_callbacks import RunCallback
 
 logger = logging.get_logger(__name__)
@@ -120,9 +120,6 @@ class SAPOTrainer(Trainer):
         self._micro_batch, self._micro_batch_of = 0, -1
         self._flops_per_token = 6.0 * policy.num_parameters()
         self._identical_warned = False
-        self._digests: dict[int, str] = {}
-        self.probe: dict[str, list[float]] | None = None
-        self.eval_pairs: dict[str, list[Pair]] = {}
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
@@ -136,6 +133,14 @@ class SAPOTrainer(Trainer):
         self.source = self._make_source(generator)
         self._ahead: list[dict[str, Any]] = []
         self._coming: list[Coming] = []
+        self.eval_pairs = EvaluationPairs(
+            self.source, num_generations=args.num_generations, batch_size=args.per_device_eval_batch_size
+        )
+        self.probe = (
+            ChosenProbe(self.train_dataset, args.chosen_probe_size, seed=args.seed, logps=self._chosen_logps)
+            if self.train_dataset is not None
+            else None
+        )
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
 
@@ -212,6 +217,10 @@ class SAPOTrainer(Trainer):
 
     # ---- One step ----
 
+    @property
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
@@ -226,7 +235,7 @@ class SAPOTrainer(Trainer):
             each = self.args.gradient_accumulation_steps
             self._ahead = list(itertools.islice(epoch_iterator, max(num_batches, steps * each)))
             self._coming = [
-                Coming(inputs["examples"], int(self.state.epoch or 0), step + place // each, place % each)
+                Coming(inputs["examples"], self._epoch, step + place // each, place % each)
                 for place, inputs in enumerate(self._ahead)
             ]
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
@@ -244,9 +253,7 @@ class SAPOTrainer(Trainer):
         if isinstance(self.source, SelfPlay):
             self.source.write_ahead(self._coming, step)
             self._coming = []
-        pairs = self.source.pairs(
-            inputs["examples"], epoch=int(self.state.epoch or 0), step=step, micro_batch=self._micro_batch
-        )
+        pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
         parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
@@ -412,10 +419,9 @@ class SAPOTrainer(Trainer):
             )
 
     def _follow_chosen(self) -> dict[str, float]:
-        if self.probe is None:
+        change = self.probe.change() if self.probe is not None else None
+        if change is None:
             return {}
-        now = self.chosen_probe([int(index) for index in self.probe["indices"]])
-        change = float(np.mean(np.subtract(now, self.probe["logps"])))
         limit = self.args.chosen_drop_limit
         if limit is not None and change < -limit and self.stop_reason is None:
             self.stop_reason = (
@@ -424,18 +430,9 @@ class SAPOTrainer(Trainer):
             )
         return {"self_play/chosen_logp_change": change}
 
-    def start_probe(self) -> None:
-        """Note the chosen log-probability of a few training examples before the first step."""
-        size = min(self.args.chosen_probe_size, len(self.train_dataset))
-        if size and self.probe is None:
-            rng = random.Random(derive_seed(self.args.seed, "probe"))
-            indices = sorted(rng.sample(range(len(self.train_dataset)), size))
-            self.probe = {"indices": [float(i) for i in indices], "logps": self.chosen_probe(indices)}
-
-    def chosen_probe(self, indices: list[int]) -> list[float]:
-        """Log-probability in nats of the response of each training example in `indices` under the policy."""
+    def _chosen_logps(self, examples: Sequence[Example]) -> list[float]:
+        """Log-probability in nats of the last response of each example under the policy."""
         logps: list[float] = []
-        examples = collate_examples([self.train_dataset[index] for index in indices])["examples"]
         size = 2 * self.args.per_device_train_batch_size
         for first in range(0, len(examples), size):
             turns = [example.turns[-1] for example in examples[first : first + size]]
@@ -458,41 +455,18 @@ class SAPOTrainer(Trainer):
             dataset = eval_dataset = self._prepare(dataset, self.processing_class, "eval")
         with _random_state_restored():
             if not isinstance(dataset, Mapping):
-                self._current_eval = self._fixed_pairs(dataset)
+                self._current_eval = self.eval_pairs.of(dataset)
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
-    def fix_eval_pairs(self) -> None:
-        """Make the pairs of all evaluation sets now, while the opponent is the initial model."""
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
-        with _random_state_restored():
-            for dataset in datasets.values():
-                if dataset is not None:
-                    self._fixed_pairs(dataset)
-
-    def _fixed_pairs(self, dataset: Any) -> dict[tuple[int, int], Pair]:
-        digest = self.digest(dataset)
-        if digest not in self.eval_pairs:
-            size = self.args.per_device_eval_batch_size
-            made: list[Pair] = []
-            for first in range(0, len(dataset), size):
-                rows = [dataset[index] for index in range(first, min(first + size, len(dataset)))]
-                examples = collate_examples(rows)["examples"]
-                if isinstance(self.source, SelfPlay):
-                    # Epoch -1: seeds of its own, one pair an example.
-                    made += self.source.rewrite(examples, epoch=-1)[:: self.args.num_generations]
-                else:
-                    made += [paired(example) for example in examples]
-            self.eval_pairs[digest] = made
-        first_turns = (turns[0] for turns in dataset["turn"])
-        keys = zip(dataset["row"], first_turns, strict=True)
-        return dict(zip(keys, self.eval_pairs[digest], strict=True))
-
-    def digest(self, dataset: Any) -> str:
-        """The content of a prepared data set as a hash, computed once."""
-        if id(dataset) not in self._digests:
-            self._digests[id(dataset)] = dataset_digest(dataset)
-        return self._digests[id(dataset)]
+    def fix_measures(self) -> None:
+        """Fix what the run is measured against, while opponent and policy are the initial model."""
+        if self.probe is not None:
+            self.probe.begin()
+        if self.args.eval_strategy != "no":
+            with _random_state_restored():
+                for dataset in each_dataset(self.eval_dataset):
+                    self.eval_pairs.of(dataset)
 
     def prediction_step(
         self,

@@ -25,11 +25,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Fix what is measured against the start of the run."""
-        trainer = self._trainer
-        trainer.start_probe()
-        if args.eval_strategy != "no" and trainer.eval_dataset is not None:
-            trainer.fix_eval_pairs()
-        trainer.run_folder.begin(state.global_step)
+        self._trainer.fix_measures()
+        self._trainer.run_folder.begin(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

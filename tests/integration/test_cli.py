@@ -136,7 +136,7 @@ def test_command_and_trainer_prepare_alike(model, data, tmp_path, tokenizer, cap
     trainer = SAPOTrainer(str(model), config, load_rows(data), processing_class=tokenizer)
     assert trainer.end_ids == {1, 7}
     assert trainer.train_dataset[0]["response_ids"] == [[5, 7]]
-    assert trainer.digest(trainer.train_dataset) == saved
+    assert trainer.eval_pairs.digest(trainer.train_dataset) == saved
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The models that follow the policy: the opponent, an exponential moving average, and the reference.
 
-Two kinds behind one small interface. Full models are copied. With LoRA there is one base model and one adapter a
-role ("default" is the policy's), so that a run costs hardly more memory than SFT with the same adapter.
+Three kinds behind one small interface. Full models are copied. With LoRA there is one base model and one adapter a
+role ("default" is the policy's), so that a run costs hardly more memory than SFT with the same adapter. Of a policy
+whose weights are spread over processes each process keeps a copy of its shards.
 
 Source: section 3.3 of the paper; `performance.md` of the design notes for the float32 master.
 """
@@ -9,6 +10,7 @@ Source: section 3.3 of the paper; `performance.md` of the design notes for the f
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from sapo.errors import ConfigurationError
+from sapo.sharding import Twin, cut, gather_all, shard_of
 
 POLICY_ADAPTER = "default"
 
@@ -34,7 +37,14 @@ class FrozenWeights(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by name, in the precision in which they are kept; empty when nothing has to be saved."""
+        """The weights by name, in the precision in which they are kept; empty when nothing has to be saved.
+
+        Of sharded weights, the shards of this process.
+        """
+        ...
+
+    def whole(self) -> dict[str, Tensor]:
+        """`tensors()` of all processes together, on the first of them; all take part."""
         ...
 
     @torch.no_grad()
@@ -46,8 +56,12 @@ class FrozenWeights(Protocol):
         """Take over `tensors`, which have the names and shapes of `self.tensors()`."""
         ...
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `whole()` gave, on each process."""
+        ...
+
     def save_pretrained(self, folder: Path) -> None:
-        """Write an ordinary model folder (with LoRA, an ordinary adapter folder)."""
+        """Write an ordinary model folder (with LoRA, an ordinary adapter folder); sharded, all processes take part."""
         ...
 
 
@@ -66,7 +80,27 @@ def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return dict(policy.named_parameters())
 
 
-class ModelCopy:
+class _Whole(ABC):
+    """Weights that each process holds entirely: nothing to gather, nothing to cut."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name."""
+
+    @abstractmethod
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`."""
+
+    def whole(self) -> dict[str, Tensor]:
+        """All weights by name."""
+        return self.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`."""
+        self.copy_from(tensors)
+
+
+class ModelCopy(_Whole):
     """A frozen copy of a whole model, in evaluation mode.
 
     Args:
@@ -114,7 +148,7 @@ class ModelCopy:
         self.model.save_pretrained(folder)  # type: ignore[operator]
 
 
-class AdapterCopy:
+class AdapterCopy(_Whole):
     """A frozen adapter beside the policy's on the same base model.
 
     Args:
@@ -169,7 +203,7 @@ class AdapterCopy:
         save_adapter(self._policy, self.name, folder)
 
 
-class BaseModel:
+class BaseModel(_Whole):
     """The base model with its adapters off: what a fresh LoRA adapter starts from, so a reference for nothing."""
 
     def __init__(self, policy: PeftModel) -> None:
@@ -206,6 +240,60 @@ class BaseModel:
         raise TypeError("the base model is not saved")
 
 
+class ShardedCopy:
+    """The shards that this process holds of a frozen copy, cut like the policy's.
+
+    With LoRA only those of the adapter; everything else is the policy's own.
+
+    Args:
+        policy: wrapped, its weights spread over the processes; copied as it is now.
+        twin: computes with the weights while they are gathered.
+        decay: see `ModelCopy`.
+    """
+
+    def __init__(self, policy: nn.Module, twin: Twin, *, decay: float = 1.0) -> None:
+        self._policy = policy
+        self._twin = twin
+        self._shards = {}
+        for name, weight in policy_tensors(policy).items():
+            dtype = torch.float32 if needs_float32_master(weight.dtype, decay) else weight.dtype
+            self._shards[name] = shard_of(weight).detach().to(dtype, copy=True)
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """Yield a module that computes with the gathered weights, and free them; all processes take part."""
+        with self._twin.filled(dict(self._policy.named_parameters()), self._shards) as module:
+            yield module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The shards of this process by name."""
+        return self._shards
+
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Move towards `policy`, shard by shard: no communication."""
+        _lerp(self._shards, {name: shard_of(policy[name]) for name in self._shards}, 1 - decay)
+
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the shards of another copy."""
+        _copy(self._shards, tensors)
+
+    def whole(self) -> dict[str, Tensor]:
+        """All weights on the first process, gathered one at a time; empty elsewhere."""
+        return gather_all(policy_tensors(self._policy), self._shards)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over this process's part of whole tensors."""
+        cuts = policy_tensors(self._policy)
+        _same_names(self._shards, tensors)
+        self.copy_from({name: cut(whole, cuts[name]) for name, whole in tensors.items()})
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a model folder, with LoRA an adapter folder, on the first process."""
+        cuts = policy_tensors(self._policy)
+        save_whole(self._twin, {name: weight.to(cuts[name].dtype) for name, weight in self.whole().items()}, folder)
+
+
 def make_opponent(policy: nn.Module, *, decay: float) -> FrozenWeights:
     """The opponent of `policy`, equal to it now."""
     if isinstance(policy, PeftModel):
@@ -228,25 +316,43 @@ def make_reference(policy: nn.Module, *, may_be_base: bool) -> FrozenWeights:
 
 
 @torch.no_grad()
-def relative_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> float:
-    """Norm of policy - weights over the norm of the policy: how far the opponent is behind."""
-    # One tensor at a time and summed on the device: no second copy of the model, one transfer to the host.
-    difference = torch.stack(
-        [(policy[name].float() - weight.float()).pow(2).sum().double() for name, weight in weights.items()]
-    ).sum()
-    norm = torch.stack([policy[name].float().pow(2).sum().double() for name in weights]).sum()
-    return float((difference / norm.clamp(min=1e-30)).sqrt())
+def squared_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> Tensor:
+    """Squared norms of policy - weights and of the policy, `[2]`; of sharded weights, this process's part of both."""
+    # One tensor at a time and summed on the device: no second copy of the model.
+    parts = []
+    for name, weight in weights.items():
+        own = shard_of(policy[name]).float()
+        parts.append(torch.stack([(own - weight.float()).pow(2).sum().double(), own.pow(2).sum().double()]))
+    return torch.stack(parts).sum(0)
 
 
-def save_adapter(policy: PeftModel, name: str, folder: Path) -> None:
-    """Write adapter `name` alone into `folder`, as the folder's only adapter."""
-    policy.save_pretrained(str(folder), selected_adapters=[name])
+def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write adapter `name` alone into `folder`, as the folder's only adapter; with the weights of `state_dict`."""
+    policy.save_pretrained(str(folder), selected_adapters=[name], state_dict=state_dict)
     nested = folder / name
     # PEFT puts every adapter but "default" into a folder of its own.
     if nested.is_dir():
         for file in nested.iterdir():
             file.replace(folder / file.name)
         nested.rmdir()
+
+
+def save_sharded(policy: nn.Module, twin: Twin, folder: Path) -> None:
+    """Write a sharded policy as an ordinary folder on the first process; all take part."""
+    tensors = policy_tensors(policy)
+    save_whole(twin, gather_all(tensors, {name: shard_of(weight) for name, weight in tensors.items()}), folder)
+
+
+def save_whole(twin: Twin, whole: Mapping[str, Tensor], folder: Path) -> None:
+    """Write gathered weights with the architecture of `twin`; nothing where nothing was gathered."""
+    if not whole:
+        return
+    architecture = twin.architecture
+    if isinstance(architecture, PeftModel):
+        save_adapter(architecture, POLICY_ADAPTER, folder, whole)
+    else:
+        buffers = {name: buffer for name, buffer in architecture.state_dict().items() if not buffer.is_meta}
+        architecture.save_pretrained(folder, state_dict={**buffers, **whole})
 
 
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -293,10 +399,14 @@ def _lerp(own: Mapping[str, Tensor], policy: Mapping[str, Tensor], weight: float
             target.lerp_(source.to(target.dtype), weight)
 
 
-def _copy(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _same_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"weights do not match: {len(different)} names differ, such as {different[0]}")
+
+
+def _copy(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    _same_names(own, tensors)
     for name, target in own.items():
         if target.shape != tensors[name].shape:
             raise ValueError(

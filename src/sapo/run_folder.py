@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from peft import PeftModel
-from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from sapo import checkpoint as parts
 from sapo.errors import CheckpointError, ConfigurationError
-from sapo.opponent import POLICY_ADAPTER, FrozenWeights, save_adapter
+from sapo.opponent import POLICY_ADAPTER, FrozenWeights, save_adapter, save_sharded
 from sapo.pairs import SelfPlay
 from sapo.replay_buffer import BufferEntry
+from sapo.sharding import whole_size
 
 if TYPE_CHECKING:
     from sapo.trainer import SAPOTrainer
@@ -166,7 +166,7 @@ class RunFolder:
         facts["optim"] = str(trainer.args.optim)
         facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
         facts["dataset"] = trainer.eval_pairs.digest(trainer.train_dataset)
-        facts["parameters"] = sum(weight.numel() for weight in trainer.policy().parameters())
+        facts["parameters"] = sum(map(whole_size, trainer.policy().parameters()))
         return facts
 
     def save_atomically(self, save: Callable[[], None]) -> None:
@@ -221,10 +221,11 @@ class RunFolder:
                 "loss_count": trainer.loss_count,
             },
         )
+        whole = {part: weights.whole() for part, weights in self._frozen().items()}
         if not trainer.args.should_save:
             return
-        for part, weights in self._frozen().items():
-            parts.write_tensors(folder, part, weights.tensors())
+        for part, tensors in whole.items():
+            parts.write_tensors(folder, part, tensors)
         for digest, pairs in trainer.eval_pairs.made.items():
             entries = [BufferEntry(pair, 0, 0) for pair in pairs]
             parts.write_tensors(folder, f"eval_pairs_{digest}", parts.entries_to_tensors(entries))
@@ -250,7 +251,7 @@ class RunFolder:
         process = trainer.args.process_index
         for part, weights in self._frozen().items():
             try:
-                weights.copy_from(parts.read_tensors(folder, part))
+                weights.restore(parts.read_tensors(folder, part))
             except ValueError as error:
                 raise CheckpointError(f"{folder / part}.safetensors: {error}.") from error
         if isinstance(trainer.source, SelfPlay):
@@ -279,32 +280,43 @@ class RunFolder:
 
     # ---- Models ----
 
-    def save_policy(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments."""
-        policy = self._trainer.policy()
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(policy, PeftModel):
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments.
+
+        All processes take part, the first writes.
+        """
+        trainer, policy = self._trainer, self._trainer.policy()
+        if trainer.twin is not None:
+            save_sharded(policy, trainer.twin, folder)
+        elif trainer.args.should_save and isinstance(policy, PeftModel):
             save_adapter(policy, POLICY_ADAPTER, folder)
-        else:
-            policy.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
-        self._trainer.processing_class.save_pretrained(folder)
+        elif trainer.args.should_save:
+            policy.save_pretrained(folder)  # type: ignore[operator]
+        if trainer.args.should_save:
+            trainer.processing_class.save_pretrained(folder)
 
     def save_models(self, folder: Path) -> None:
         """Write policy and tokenizer into `folder`, and the opponent into `folder`/opponent, each a model folder."""
-        if not self._trainer.args.should_save:
-            return
-        staging = folder / _STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        self.save_policy(staging, None)
-        if self._trainer.opponent is not None:
-            opponent = staging / "opponent"
-            opponent.mkdir()
-            self._trainer.opponent.save_pretrained(opponent)
-            self._trainer.processing_class.save_pretrained(opponent)
-            _replace_folder(opponent, folder / "opponent")
-        for file in staging.iterdir():
-            file.replace(folder / file.name)
-        staging.rmdir()
+        trainer = self._trainer
+        staging, opponent = folder / _STAGING, folder / _STAGING / "opponent"
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            opponent.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        self.save_policy(staging)
+        sharded = trainer.twin is not None
+        if trainer.opponent is not None and (sharded or trainer.args.should_save):
+            trainer.opponent.save_pretrained(opponent)
+        if trainer.args.should_save:
+            if trainer.opponent is not None:
+                trainer.processing_class.save_pretrained(opponent)
+                _replace_folder(opponent, folder / "opponent")
+            else:
+                opponent.rmdir()
+            for file in staging.iterdir():
+                file.replace(folder / file.name)
+            staging.rmdir()
+        trainer.accelerator.wait_for_everyone()
 
 
 def model_card(base_model: str, recipe: str, steps: int) -> str:

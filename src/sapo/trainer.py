@@ -6,13 +6,12 @@ import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
@@ -36,7 +35,15 @@ from sapo.errors import ConfigurationError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
-from sapo.opponent import FrozenWeights, ModelCopy, make_opponent, make_reference, policy_tensors, relative_distance
+from sapo.opponent import (
+    FrozenWeights,
+    ModelCopy,
+    ShardedCopy,
+    make_opponent,
+    make_reference,
+    policy_tensors,
+    squared_distance,
+)
 from sapo.pair_loss import pair_loss
 from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
@@ -44,6 +51,7 @@ from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
 from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
+from sapo.sharding import Twin, shards_weights, whole_size, zero_stage
 from sapo.training_callbacks import RunCallback
 
 logger = logging.get_logger(__name__)
@@ -118,13 +126,22 @@ class SAPOTrainer(Trainer):
         self.last_pairs: list[Pair] = []
         self._tokens, self._tokens_since = 0, time.perf_counter()
         self._micro_batch, self._micro_batch_of = 0, -1
-        self._flops_per_token = 6.0 * policy.num_parameters()
+        self._flops_per_token = 6.0 * sum(map(whole_size, policy.parameters()))
         self._identical_warned = False
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
         self.reference_scores = ReferenceScores(2 * args.replay_buffer_size)
-        self._make_copies()
+        if zero_stage(self.accelerator) and (args.bf16 or args.fp16):
+            # As DeepSpeed will when it takes over the policy; the copies must be like it.
+            self.model.to(torch.bfloat16 if args.bf16 else torch.float16)
+        self.twin: Twin | None = None
+        if shards_weights(self.accelerator):
+            # The copies are cut like the policy, which is yet to be cut.
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            self.twin = Twin(self.model, args.device, half)
+        else:
+            self._make_copies()
         on_cuda = HAS_FUSED_LM_HEAD and args.device.type == "cuda"
         self._fused = on_cuda if args.fused_lm_head is None else args.fused_lm_head
         if self._fused:
@@ -156,16 +173,22 @@ class SAPOTrainer(Trainer):
         return prepared
 
     def _make_copies(self) -> None:
-        """Opponent and reference, before anything closes over the policy's modules."""
-        args = self.args
+        """Opponent and reference, equal to the policy now; before anything closes over the policy's modules."""
+        args, policy = self.args, self.policy()
         if args.pair_source == "self_play":
-            self.opponent = make_opponent(self.model, decay=args.ema_decay)
+            self.opponent = (
+                ShardedCopy(policy, self.twin, decay=args.ema_decay)
+                if self.twin is not None
+                else make_opponent(policy, decay=args.ema_decay)
+            )
         if args.objective != "dpo" or args.reference == "none":
             return
         if args.reference == "opponent":
             self.reference = self.opponent
+        elif self.twin is not None:
+            self.reference = ShardedCopy(policy, self.twin)
         else:
-            self.reference = make_reference(self.model, may_be_base=args.reference == "initial")
+            self.reference = make_reference(policy, may_be_base=args.reference == "initial")
 
     def _fuse_heads(self) -> None:
         """Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights."""
@@ -177,11 +200,11 @@ class SAPOTrainer(Trainer):
 
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
-        if self.opponent is None:
+        if args.pair_source != "self_play":
             return PairedData()
         if generator is None:
             generator = TransformersGenerator(
-                self.opponent.using,
+                self._opponent_in_use,
                 Sampling(args.temperature, args.top_k, args.top_p),
                 end_ids=self.end_ids,
                 pad_token_id=self._pad_token_id,
@@ -205,6 +228,12 @@ class SAPOTrainer(Trainer):
             process=args.process_index,
             record=self.averages["train"].add,
         )
+
+    def _opponent_in_use(self) -> AbstractContextManager[nn.Module]:
+        if self.opponent is None:
+            raise ConfigurationError("a sharded run has no opponent before training: evaluate after train() has begun.")
+        used: AbstractContextManager[nn.Module] = self.opponent.using()
+        return used
 
     def policy(self) -> nn.Module:
         """The policy without wrappers."""
@@ -290,7 +319,7 @@ class SAPOTrainer(Trainer):
             args = self.args
             reason = "layout=plain" if args.layout == "plain" or args.nll_positions == "all" else None
             for weights in (None, self.reference):
-                if reason is None and (weights is None or isinstance(weights, ModelCopy)):
+                if reason is None and (weights is None or isinstance(weights, (ModelCopy, ShardedCopy))):
                     own = nullcontext(self.model) if weights is None else weights.using()
                     with own as model, self.compute_loss_context_manager():
                         reason = prepare_shared_layout(model, fused_lm_head=self._fused)
@@ -320,10 +349,11 @@ class SAPOTrainer(Trainer):
     ) -> Any:
         """Mean loss of a laid-out batch times its share of the micro-batch; its metrics go to the averages."""
         batch: PairBatch = inputs["batch"]
-        scores = score(model, batch, fused_lm_head=self._fused)
+        # The reference first: it needs its memory while the policy keeps no activations yet.
         started = time.perf_counter()
         reference = self._reference_logps(inputs["pairs"], batch, kept=model.training)
         self._reference_time += time.perf_counter() - started
+        scores = score(model, batch, fused_lm_head=self._fused)
         loss, metrics = pair_loss(scores, reference, self.args)
         mode = "train" if model.training else "eval"
         for name, value in metrics.items():
@@ -347,8 +377,8 @@ class SAPOTrainer(Trainer):
             return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
 
         # A sharded reference gathers its weights: all processes must run it equally often.
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not (kept and isinstance(self.source, SelfPlay)) or self.reference is self.opponent or sharded:
+        moving = self.reference is self.opponent or self.twin is not None
+        if moving or not (kept and isinstance(self.source, SelfPlay)):
             return form(list(pairs))
         logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
         return ReferenceLogps(*(part.to(self.args.device) for part in logps))
@@ -388,7 +418,7 @@ class SAPOTrainer(Trainer):
         elif "loss" in logs:
             logs.update(self._drained(self.averages["train"]))
             if self.opponent is not None:
-                logs["opponent/distance"] = relative_distance(self.opponent.tensors(), policy_tensors(self.policy()))
+                logs["opponent/distance"] = self._opponent_distance(self.opponent)
             logs.update(self._follow_chosen())
             now = time.perf_counter()
             tokens = sum(gather_object([self._tokens]))
@@ -400,6 +430,14 @@ class SAPOTrainer(Trainer):
             logger.warning(self.stop_reason)
             self.control.should_save = True
             self.control.should_training_stop = True
+
+    def _opponent_distance(self, opponent: FrozenWeights) -> float:
+        """Norm of policy - opponent over the norm of the policy: how far the opponent is behind."""
+        squares = squared_distance(opponent.tensors(), policy_tensors(self.policy()))
+        if self.twin is not None:
+            squares = self.accelerator.reduce(squares, "sum")
+        difference, norm = squares.tolist()
+        return float((difference / max(norm, 1e-30)) ** 0.5)
 
     @staticmethod
     def _drained(own: MetricAverages) -> dict[str, float]:
@@ -514,6 +552,8 @@ class SAPOTrainer(Trainer):
             self.source.pool.clear()
         self.reference_scores.clear()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.twin is not None and self.opponent is None and self.reference is None:
+            self._make_copies()
         if resume_from_checkpoint is not None:
             self.run_folder.restore(Path(resume_from_checkpoint))
         self._tokens_since = time.perf_counter()
@@ -530,16 +570,13 @@ class SAPOTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         self.run_folder.save_state(Path(output_dir))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:
-            self.run_folder.save_policy(Path(output_dir or self.args.output_dir), state_dict)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy and, unless for a checkpoint, the opponent in `opponent/`."""
+        """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""
+        folder = Path(output_dir or self.args.output_dir)
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            self.run_folder.save_policy(folder)
         else:
-            self.run_folder.save_models(Path(output_dir or self.args.output_dir))
+            self.run_folder.save_models(folder)
 
 
 @contextmanager

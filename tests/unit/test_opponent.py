@@ -14,7 +14,7 @@ from sapo.opponent import (
     make_reference,
     needs_float32_master,
     policy_tensors,
-    relative_distance,
+    squared_distance,
 )
 from tests.tiny import tiny_llama
 
@@ -146,11 +146,11 @@ def test_weights_of_another_model_are_refused(tensors, message):
         ModelCopy(OneWeight([1.0, 2.0])).copy_from(tensors)
 
 
-def test_relative_distance_is_the_norm_of_the_difference_over_that_of_the_policy():
+def test_squared_distance_is_that_of_the_difference_and_of_the_policy():
     policy = OneWeight([3.0, 4.0])
-    assert relative_distance({"weight": torch.tensor([3.0, 4.0])}, weights(policy)) == 0
-    assert relative_distance({"weight": torch.tensor([0.0, 0.0])}, weights(policy)) == pytest.approx(1)
-    assert relative_distance({"weight": torch.tensor([3.0, 3.0])}, weights(policy)) == pytest.approx(0.2)
+    assert squared_distance({"weight": torch.tensor([3.0, 4.0])}, weights(policy)).tolist() == [0, 25]
+    assert squared_distance({"weight": torch.tensor([0.0, 0.0])}, weights(policy)).tolist() == [25, 25]
+    assert squared_distance({"weight": torch.tensor([3.0, 3.0])}, weights(policy)).tolist() == [1, 25]
 
 
 # LoRA: one base model, one adapter a role.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sapo._version import __version__
 from sapo.errors import ConfigurationError, SapoError
+from sapo.launch import is_asked_for, launch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ USAGE = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
+      --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
@@ -52,6 +54,8 @@ def _dispatch(given: list[str]) -> int:
             sys.stdout.write(USAGE)
         case ["--version"]:
             sys.stdout.write(f"sapo {__version__}\n")
+        case ["train", *rest] if is_asked_for(rest):
+            launch("train", rest)
         case ["train", *rest]:
             train(rest)
         case ["data", "check", *rest]:

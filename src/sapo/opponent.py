@@ -21,7 +21,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from sapo.errors import ConfigurationError
-from sapo.sharding import Twin, cut, gather_all, shard_of
+from sapo.sharding import Twin, cut, gather_all, named_weights, shard_of
 
 POLICY_ADAPTER = "default"
 
@@ -77,7 +77,7 @@ def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
     """
     if isinstance(policy, PeftModel):
         return _adapter_tensors(policy, POLICY_ADAPTER)
-    return dict(policy.named_parameters())
+    return named_weights(policy)
 
 
 class _Whole(ABC):
@@ -262,7 +262,7 @@ class ShardedCopy:
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
         """Yield a module that computes with the gathered weights, and free them; all processes take part."""
-        with self._twin.filled(dict(self._policy.named_parameters()), self._shards) as module:
+        with self._twin.filled(named_weights(self._policy), self._shards) as module:
             yield module
 
     def tensors(self) -> dict[str, Tensor]:
@@ -357,7 +357,7 @@ def save_whole(twin: Twin, whole: Mapping[str, Tensor], folder: Path) -> None:
 
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     tensors = {}
-    for name, weight in model.named_parameters():
+    for name, weight in named_weights(model).items():
         parts = name.split(".")
         if adapter in parts:
             place = len(parts) - 1 - parts[::-1].index(adapter)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from sapo.errors import ConfigurationError
@@ -61,6 +62,17 @@ def shard_of(weight: Any) -> Tensor:
         return shard[: max(0, min(len(shard), weight.ds_numel - _partition_start(weight)))]
     whole: Tensor = weight
     return whole
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, spread over the processes again where a forward pass of FSDP2 has left them gathered.
+
+    Not between a forward pass and its backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
 
 
 def whole_size(weight: Any) -> int:

@@ -132,7 +132,7 @@ class SAPOTrainer(Trainer):
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
         self.reference_scores = ReferenceScores(2 * args.replay_buffer_size)
-        if zero_stage(self.accelerator) and (args.bf16 or args.fp16):
+        if zero_stage(self.accelerator) in (1, 2) and (args.bf16 or args.fp16):
             # As DeepSpeed will when it takes over the policy; the copies must be like it.
             self.model.to(torch.bfloat16 if args.bf16 else torch.float16)
         self.twin: Twin | None = None

@@ -1,63 +1,11 @@
 """Laws of data parallelism: two real processes train to what one trains to on the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-
-# A buffer that holds the newest batch and is drawn empty: then the draws do not depend on the number of processes.
-FIXED_DRAWS = {"replay_replacement": False, "skip_identical": False}
-
-
-def run(folder, processes, *, lora=False, resume=None, **options):
-    batch = 4 // processes
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 2,
-        "replay_buffer_size": batch,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "segment_length": 4,
-        "max_length": 32,
-        "chosen_probe_size": 0,
-        "use_cpu": True,
-        "ddp_backend": "gloo" if processes > 1 else None,
-        "gradient_checkpointing": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "layout": "shared",
-    } | options
-    folder.mkdir(exist_ok=True)
-    asked = folder.parent / f"{folder.name}-{settings['max_steps']}.json"
-    asked.write_text(
-        json.dumps(
-            {
-                "options": settings,
-                "lora": lora,
-                "processes": processes,
-                "resume": resume,
-                "distributed_type": "MULTI_CPU" if processes > 1 else "NO",
-            }
-        )
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "tests.distributed.worker", str(asked)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / "end.safetensors")
-
+from tests.distributed.processes import FIXED_DRAWS, run
 
 VARIANTS = {
     "dpo": {"objective": "dpo", "reference_sync_steps": 2},

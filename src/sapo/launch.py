@@ -1,0 +1,107 @@
+"""`sapo train --accelerate_config NAME`: the same command again in one process a GPU, through accelerate's launcher."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sapo.errors import ConfigurationError, SapoError
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+"""The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
+
+FLAG = "--accelerate_config"
+_LAUNCHER_FLAGS = (
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
+    "--rdzv_backend",
+)
+"""Handed to accelerate; everything else belongs to the run."""
+
+
+def is_asked_for(arguments: Sequence[str]) -> bool:
+    """Whether these arguments ask for several processes, and this is not yet one of them."""
+    return any(argument.split("=")[0] == FLAG for argument in arguments) and "LOCAL_RANK" not in os.environ
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """What the launcher is told, and what is left for the run.
+
+    Raises:
+        ConfigurationError: a launcher's flag without a value.
+    """
+    launcher: dict[str, str] = {}
+    own: list[str] = []
+    rest = [part for argument in arguments for part in _split_equals(argument)]
+    while rest:
+        argument = rest.pop(0)
+        if argument not in (FLAG, *_LAUNCHER_FLAGS):
+            own.append(argument)
+        elif rest and not rest[0].startswith("--"):
+            launcher[argument] = rest.pop(0)
+        else:
+            raise ConfigurationError(f"{argument} needs a value.")
+    return launcher, own
+
+
+def config_file(name: str) -> Path:
+    """The file of a shipped configuration, or `name` itself if it is a file.
+
+    Raises:
+        ConfigurationError: neither, or DeepSpeed is asked for and not installed.
+    """
+    shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    file = shipped.get(name, Path(name))
+    if not file.is_file():
+        close = difflib.get_close_matches(name, shipped, n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(f"{FLAG} {name}: neither one of {', '.join(shipped)} nor a file{nearest}.")
+    if "DEEPSPEED" in file.read_text(encoding="utf-8") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigurationError(f'{FLAG} {name} needs DeepSpeed: pip install "sapo-llm[deepspeed]".')
+    return file
+
+
+def launch(command: str, arguments: Sequence[str]) -> None:
+    """Run `sapo COMMAND` in several processes.
+
+    Args:
+        command: such as "train".
+        arguments: of the command, with `--accelerate_config` and any flags of the launcher among them.
+
+    Raises:
+        ConfigurationError: no such configuration, or no GPU: accelerate would then run one process and say nothing.
+        SapoError: a process failed; it has said why.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launcher, own = split_arguments(arguments)
+    file = config_file(launcher.pop(FLAG))
+    if not torch.accelerator.is_available():
+        raise ConfigurationError(
+            f"{FLAG} needs a GPU and there is none here. Several processes on CPUs: torchrun --nproc_per_node N "
+            f"-m sapo.cli {command} ... --use_cpu --ddp_backend gloo."
+        )
+    machines = int(launcher.get("--num_machines", "1"))
+    launcher.setdefault("--num_processes", str(machines * torch.accelerator.device_count()))
+    flags = [part for pair in launcher.items() for part in pair]
+    parsed = launch_command_parser().parse_args(
+        ["--config_file", str(file), *flags, "--module", "sapo.cli", command, *own]
+    )
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise SapoError(f"process {rank} ended with status {failure.exitcode}; its own message is above.") from error
+
+
+def _split_equals(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name in (FLAG, *_LAUNCHER_FLAGS) else [argument]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +22,11 @@ from sapo.pairs import Pair, Written
 from sapo.replay_buffer import BufferEntry
 from sapo.segments import Segment
 
-FORMAT = 2
+FORMAT = 3
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"
+
+T = TypeVar("T")
 
 _LENGTH_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -141,6 +143,20 @@ def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Wr
     return pool
 
 
+def redistribute(parts: Sequence[Sequence[T]], processes: int, *, step: Callable[[T], int]) -> list[list[T]]:
+    """Deal the contents of several processes' buffers out to `processes` others: nothing is lost, nothing doubled.
+
+    The oldest first, in turn, so that each gets as many as the others (but one) and like ages.
+
+    Args:
+        parts: of each earlier process, oldest first.
+        processes: how many there are now.
+        step: at which optimizer step an entry was written.
+    """
+    everything = sorted((entry for part in parts for entry in part), key=step)
+    return [everything[place::processes] for place in range(processes)]
+
+
 def seal(folder: Path) -> None:
     """Write the manifest: the SHA-256 and size of every file below `folder`."""
     write_json(
@@ -171,14 +187,24 @@ def verify(folder: Path) -> None:
             )
 
 
-def compare_facts(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def compare_facts(
+    folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, free: Collection[str] = ()
+) -> None:
     """Refuse a checkpoint of a run with other options or other data.
+
+    Args:
+        folder: named in the error.
+        saved: facts of the checkpoint.
+        current: facts of this run.
+        free: names of facts that may differ.
 
     Raises:
         CheckpointError: naming each option with both values.
     """
     different = [
-        f"{name} was {saved.get(name)!r}, is {current[name]!r}" for name in current if saved.get(name) != current[name]
+        f"{name} was {saved.get(name)!r}, is {current[name]!r}"
+        for name in current
+        if saved.get(name) != current[name] and name not in free
     ]
     if different:
         raise CheckpointError(

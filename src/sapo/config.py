@@ -68,6 +68,11 @@ class SAPOConfig(TrainingArguments):
     chosen_drop_limit: float | None = _option(
         None, "Stop when the chosen log-probability has fallen by more than this many nats per response."
     )
+    max_bad_steps: int = _option(
+        10,
+        "Stop after so many optimizer steps in a row whose loss or gradient is not finite; such a step changes "
+        "nothing.",
+    )
     chosen_probe_size: int = _option(
         16,
         "Training examples whose chosen log-probability is followed from the start of the run; 0 for none.",
@@ -326,6 +331,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("dpop_weight", 0, _INF),
     ("chosen_drop_limit", 0, _INF),
     ("chosen_probe_size", 0, _INF),
+    ("max_bad_steps", 1, _INF),
     ("segment_length", 0, _INF),
     ("tail_margin", 0, _INF),
     ("num_generations", 1, _INF),

@@ -29,3 +29,7 @@ class ModelError(SapoError, ValueError):
 
 class CheckpointError(SapoError, RuntimeError):
     """A checkpoint that lacks a part, is damaged, or belongs to another configuration."""
+
+
+class TrainingError(SapoError, RuntimeError):
+    """A run that cannot go on: numbers that are not finite, or another process that failed."""

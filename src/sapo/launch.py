@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sapo.errors import ConfigurationError, SapoError
+from sapo.errors import ConfigurationError, TrainingError
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 """The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
@@ -76,7 +76,7 @@ def launch(command: str, arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigurationError: no such configuration, or no GPU: accelerate would then run one process and say nothing.
-        SapoError: a process failed; it has said why.
+        TrainingError: a process failed; it has said why.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -99,7 +99,9 @@ def launch(command: str, arguments: Sequence[str]) -> None:
         launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise SapoError(f"process {rank} ended with status {failure.exitcode}; its own message is above.") from error
+        raise TrainingError(
+            f"process {rank} ended with status {failure.exitcode}; its own message is above."
+        ) from error
 
 
 def _split_equals(argument: str) -> list[str]:

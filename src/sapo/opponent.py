@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
+from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.sharding import Twin, cut, gather_all, named_weights, shard_of
 
@@ -292,6 +293,29 @@ class ShardedCopy:
         """Write a model folder, with LoRA an adapter folder, on the first process."""
         cuts = policy_tensors(self._policy)
         save_whole(self._twin, {name: weight.to(cuts[name].dtype) for name, weight in self.whole().items()}, folder)
+
+
+def make_copies(
+    policy: nn.Module, args: SAPOConfig, twin: Twin | None
+) -> tuple[FrozenWeights | None, FrozenWeights | None]:
+    """Opponent and reference that a run asks for, equal to `policy` now; None where it needs none.
+
+    Args:
+        policy: with `twin`, wrapped and sharded; else before anything closes over its modules (a fused head does).
+        args: `pair_source`, `objective`, `reference` and `ema_decay` decide.
+        twin: of a sharded policy.
+    """
+    opponent: FrozenWeights | None = None
+    if args.pair_source == "self_play":
+        decay = args.ema_decay
+        opponent = make_opponent(policy, decay=decay) if twin is None else ShardedCopy(policy, twin, decay=decay)
+    if args.objective != "dpo" or args.reference == "none":
+        return opponent, None
+    if args.reference == "opponent":
+        return opponent, opponent
+    if twin is not None:
+        return opponent, ShardedCopy(policy, twin)
+    return opponent, make_reference(policy, may_be_base=args.reference == "initial")
 
 
 def make_opponent(policy: nn.Module, *, decay: float) -> FrozenWeights:

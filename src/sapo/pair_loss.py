@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,18 @@ from sapo.reference_scores import ReferenceLogps
 from sapo.scoring import PairScores
 
 
-def pair_loss(
-    scores: PairScores, reference: ReferenceLogps | None, args: SAPOConfig
-) -> tuple[Tensor, dict[str, float]]:
+class PairLoss(NamedTuple):
+    """What a batch of B pairs lost.
+
+    `loss` is a scalar with gradients; `losses` are its B terms in nats; `metrics` are means over the batch.
+    """
+
+    loss: Tensor
+    losses: list[float]
+    metrics: dict[str, float]
+
+
+def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOConfig) -> PairLoss:
     """Mean loss over the pairs, and the metrics of the batch as plain numbers.
 
     Args:
@@ -22,8 +33,8 @@ def pair_loss(
         args: objective, its form and its guards.
 
     Returns:
-        A scalar, and `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. Where the loss does
-        not look at what both responses share (`SAPOConfig.scores_shared`), neither do these.
+        The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. Where the
+        loss does not look at what both responses share (`SAPOConfig.scores_shared`), neither do these.
     """
     metrics: dict[str, Tensor] = {}
     nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
@@ -35,6 +46,7 @@ def pair_loss(
         )
         likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
         loss = likelihood + pair.losses.mean()
+        losses = nll + pair.losses
         metrics["nll_loss"] = likelihood
     else:
         zero = torch.zeros_like(scores.chosen_logps)
@@ -49,9 +61,11 @@ def pair_loss(
             rejected_lengths=scores.rejected_lengths,
             dpop_weight=args.dpop_weight,
         )
-        loss = pair.losses.mean()
+        losses = pair.losses
         if args.chosen_nll_weight:
-            loss = loss + args.chosen_nll_weight * nll.mean()
+            losses = losses + args.chosen_nll_weight * nll
+        loss = losses.mean()
+        if args.chosen_nll_weight:
             metrics["nll_loss"] = nll.mean()
     margins = pair.chosen_rewards - pair.rejected_rewards
     metrics |= {
@@ -64,5 +78,6 @@ def pair_loss(
         "logps/rejected": scores.rejected_logps.mean(),
     }
     # One transfer for all of them.
-    values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-    return loss, dict(zip(metrics, values, strict=True))
+    means = torch.stack([value.detach().float() for value in metrics.values()])
+    values = torch.cat([means, losses.detach().float()]).tolist()
+    return PairLoss(loss, values[len(metrics) :], dict(zip(metrics, values, strict=False)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sapo.config import SAPOConfig
 from sapo.data import Example, Turn
 from sapo.generation import Generator
 from sapo.replay_buffer import ReplayBuffer
@@ -119,6 +120,8 @@ class SelfPlay:
         batch_size: pairs drawn per micro-batch.
         process: index of this process.
         record: receives `self_play/*` and `replay/*` metrics.
+        any_process: whether something holds for any of the processes. To be given when the generator needs all of
+            them at once, as with sharded weights; by default each decides for itself.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class SelfPlay:
         batch_size: int,
         process: int = 0,
         record: Record = _ignore,
+        any_process: Callable[[bool], bool] = bool,
     ) -> None:
         self.buffer = buffer
         self.pool: dict[tuple[int, int], Written] = {}
@@ -142,6 +146,7 @@ class SelfPlay:
         self._batch_size = batch_size
         self._process = process
         self._record = record
+        self._any_process = any_process
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """Rewrite `examples`, store the new pairs, and draw a batch from everything stored."""
@@ -149,7 +154,7 @@ class SelfPlay:
         if settings.replay_max_age is not None:
             self.buffer.expire(step - settings.replay_max_age)
         # An empty buffer collects out of turn: a step always has pairs.
-        if self._due(step) or len(self.buffer) == 0:
+        if self._due(step) or self._any_process(len(self.buffer) == 0):
             self.write_ahead([Coming(examples, epoch, step, micro_batch)], step, due=True)
             written = self.pool.pop((step, micro_batch))
             self._store(written.pairs, written.step)
@@ -239,6 +244,28 @@ class SelfPlay:
             self._record("self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._end_ids))
             self._record("self_play/rejected_length", len(pair.rejected_ids))
             self._record("self_play/segment_length", len(pair.segment))
+
+
+def self_play(
+    generator: Generator,
+    args: SAPOConfig,
+    *,
+    end_ids: Collection[int],
+    record: Record = _ignore,
+    any_process: Callable[[bool], bool] = bool,
+) -> SelfPlay:
+    """`SelfPlay` with an empty buffer, as the options of a run ask for it; see there."""
+    return SelfPlay(
+        generator,
+        ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
+        SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
+        end_ids=end_ids,
+        seed=args.seed,
+        batch_size=args.per_device_train_batch_size,
+        process=args.process_index,
+        record=record,
+        any_process=any_process,
+    )
 
 
 class PairedData:

@@ -26,6 +26,16 @@ class BufferEntry(Generic[Item]):
     draws: int
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot(Generic[Item]):
+    """What `ReplayBuffer.undo` goes back to."""
+
+    items: list[Item]
+    steps: np.ndarray
+    draws: np.ndarray
+    first: int
+
+
 class ReplayBuffer(Generic[Item]):
     """First in, first out; at most `capacity` items.
 
@@ -127,6 +137,14 @@ class ReplayBuffer(Generic[Item]):
         return [
             BufferEntry(self._items[slot], int(self._steps[slot]), int(self._draws[slot])) for slot in self._order()
         ]
+
+    def snapshot(self) -> Snapshot[Item]:
+        """The contents as they are, for `undo`; costs a copy of references and counts, not of items."""
+        return Snapshot(list(self._items), self._steps.copy(), self._draws.copy(), self._first)
+
+    def undo(self, to: Snapshot[Item]) -> None:
+        """Take back every addition and draw since `to` was taken; it must not be used again."""
+        self._items, self._steps, self._draws, self._first = to.items, to.steps, to.draws, to.first
 
     def restore(self, entries: Iterable[BufferEntry[Item]]) -> None:
         """Replace the contents by `entries` (oldest first), counts and ages included.

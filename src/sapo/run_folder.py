@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from sapo import checkpoint as parts
+from sapo.bad_steps import Learnt, describe
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.opponent import POLICY_ADAPTER, FrozenWeights, save_adapter, save_sharded
-from sapo.pairs import SelfPlay
+from sapo.pairs import Pair, SelfPlay
 from sapo.replay_buffer import BufferEntry
-from sapo.sharding import whole_size
+from sapo.sharding import sharding_of, whole_size, zero_stage
 
 if TYPE_CHECKING:
     from sapo.trainer import SAPOTrainer
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "sapo_config.yaml"
 RECIPE_FILE = "recipe.yaml"
+TRACE_FILE = "trace-{process}.jsonl"
+BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
+_TRACE_BYTES = 16 * 2**20
+"""Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _STAGING = ".saving"
 _OLD = ".old"
 
@@ -70,6 +77,14 @@ _FACTS = [
     "world_size",
 ]
 """Options on which the weights depend; a run resumes only with the same. Its length may change."""
+
+_FREE_WITH_PROCESSES = [
+    "world_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "replay_buffer_size",
+]
+"""May change together with the number of processes, as long as the batch of an optimizer step stays the same."""
 
 
 class RunFolder:
@@ -129,7 +144,9 @@ class RunFolder:
             self.path / _STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
-        (self.path / METRICS_FILE).unlink(missing_ok=True)
+        for pattern in (METRICS_FILE, TRACE_FILE.format(process="*"), BAD_PAIRS_FILE.format(process="*")):
+            for file in self.path.glob(f"{pattern}*"):
+                file.unlink()
 
     def begin(self, step: int) -> None:
         """Write the resolved configuration, and drop metrics of steps that will be run again."""
@@ -138,10 +155,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         options = self._trainer.args.to_dict()
         _write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
-        metrics = self.path / METRICS_FILE
-        if metrics.exists():
-            kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            _write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+        for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                _write_atomically(file, "".join(f"{line}\n" for line in kept))
 
     def write_recipe_and_card(self, recipe: dict[str, Any], base_model: str) -> None:
         """Write recipe.yaml, which gives the same run again, and README.md, the model card."""
@@ -157,6 +174,22 @@ class RunFolder:
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
+    def append_trace(self, step: int, learnt: Sequence[Learnt]) -> None:
+        """Note which pairs a step learnt from: [row, turn, start of the segment, loss in nats] of each."""
+        file = self.path / TRACE_FILE.format(process=self._trainer.args.process_index)
+        pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in learnt]
+        if file.exists() and file.stat().st_size > _TRACE_BYTES:
+            file.replace(_aside(file))
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
+
+    def write_bad_pairs(self, learnt: Sequence[Learnt]) -> Path:
+        """Write pairs with their texts and losses, and tell where."""
+        file = self.path / BAD_PAIRS_FILE.format(process=self._trainer.args.process_index)
+        rows = describe(learnt, self._trainer.processing_class)
+        _write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
     # ---- Checkpoints ----
 
     def facts(self) -> dict[str, Any]:
@@ -165,9 +198,31 @@ class RunFolder:
         facts = {name: getattr(trainer.args, name) for name in _FACTS}
         facts["optim"] = str(trainer.args.optim)
         facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
+        facts["global_batch_size"] = (
+            trainer.args.world_size
+            * trainer.args.per_device_train_batch_size
+            * trainer.args.gradient_accumulation_steps
+        )
+        facts["sharding"] = sharding_of(trainer.accelerator)
         facts["dataset"] = trainer.eval_pairs.digest(trainer.train_dataset)
         facts["parameters"] = sum(map(whole_size, trainer.policy().parameters()))
         return facts
+
+    def check(self, folder: Path) -> None:
+        """Make sure that a checkpoint is whole and belongs to this run.
+
+        Raises:
+            CheckpointError: what is wrong with it.
+        """
+        parts.verify(folder)
+        saved, current = parts.read_state(folder)["facts"], self.facts()
+        same = saved.get("world_size") == current["world_size"]
+        parts.compare_facts(folder, saved, current, free=() if same else _FREE_WITH_PROCESSES)
+        if not same and zero_stage(self._trainer.accelerator):
+            raise CheckpointError(
+                f"{folder}: DeepSpeed's optimizer state is cut for {saved.get('world_size')} processes. Resume with as "
+                "many, or train with FSDP2, whose state can be cut anew."
+            )
 
     def save_atomically(self, save: Callable[[], None]) -> None:
         """Let Trainer write its checkpoint into a staging folder, seal it, and rename it to `checkpoint-N`."""
@@ -254,20 +309,48 @@ class RunFolder:
                 weights.restore(parts.read_tensors(folder, part))
             except ValueError as error:
                 raise CheckpointError(f"{folder / part}.safetensors: {error}.") from error
+        processes = state["facts"]["world_size"]
         if isinstance(trainer.source, SelfPlay):
-            tensors = parts.read_tensors(folder, f"replay_buffer_{process}")
-            trainer.source.buffer.restore(parts.entries_from_tensors(tensors))
-            scores = parts.read_tensors(folder, f"reference_scores_{process}")["logps"]
-            trainer.reference_scores.restore(trainer.source.buffer.items(), scores)
-            trainer.source.pool = parts.pool_from_tensors(parts.read_tensors(folder, f"pool_{process}"))
-        own = parts.read_json(folder, f"sapo_process_{process}.json")
-        trainer.averages["train"].restore(own["averages"])
-        trainer.loss_total, trainer.loss_count = own["loss_total"], own["loss_count"]
+            self._restore_play(folder, trainer.source, processes)
+        heirs = [process]
+        if processes != trainer.args.world_size:
+            # Metrics are summed over all processes: it does not matter which of them has them.
+            heirs = list(range(processes)) if process == 0 else []
+        self._restore_averages([parts.read_json(folder, f"sapo_process_{heir}.json") for heir in heirs])
         if trainer.probe is not None:
             trainer.probe.start = state["probe"]
         for digest in state["eval_pairs"]:
             entries = parts.entries_from_tensors(parts.read_tensors(folder, f"eval_pairs_{digest}"))
             trainer.eval_pairs.made[digest] = [entry.item for entry in entries]
+
+    def _restore_play(self, folder: Path, source: SelfPlay, processes: int) -> None:
+        """Buffer, scores and pairs written ahead of this process, from those of as many processes as there were."""
+        trainer = self._trainer
+        own = trainer.args.process_index
+        if processes == trainer.args.world_size:
+            stored = _stored(folder, own)
+            source.pool = parts.pool_from_tensors(parts.read_tensors(folder, f"pool_{own}"))
+        else:
+            # Pairs written ahead belong to batches cut otherwise; they are written again.
+            everyone = [_stored(folder, process) for process in range(processes)]
+            stored = parts.redistribute(everyone, trainer.args.world_size, step=lambda kept: kept[0].step)[own]
+        if len(stored) > source.buffer.capacity:
+            raise CheckpointError(
+                f"{folder}: its replay buffers hold {len(stored)} pairs for each process, and replay_buffer_size is "
+                f"{source.buffer.capacity}. With fewer processes, raise replay_buffer_size to match."
+            )
+        source.buffer.restore(entry for entry, _ in stored)
+        scores = torch.tensor([score for _, score in stored], dtype=torch.float64).reshape(len(stored), 2)
+        trainer.reference_scores.restore(source.buffer.items(), scores)
+
+    def _restore_averages(self, states: list[dict[str, Any]]) -> None:
+        trainer = self._trainer
+        trainer.averages["train"].drain()
+        trainer.loss_total, trainer.loss_count = 0.0, 0.0
+        for state in states:
+            trainer.averages["train"].absorb(state["averages"])
+            trainer.loss_total += state["loss_total"]
+            trainer.loss_count += state["loss_count"]
 
     def _frozen(self) -> dict[str, FrozenWeights]:
         trainer = self._trainer
@@ -317,6 +400,13 @@ class RunFolder:
                 file.replace(folder / file.name)
             staging.rmdir()
         trainer.accelerator.wait_for_everyone()
+
+
+def _stored(folder: Path, process: int) -> list[tuple[BufferEntry[Pair], list[float]]]:
+    """What a process had in its replay buffer, each with its scores under the reference."""
+    entries = parts.entries_from_tensors(parts.read_tensors(folder, f"replay_buffer_{process}"))
+    scores = parts.read_tensors(folder, f"reference_scores_{process}")["logps"].tolist()
+    return list(zip(entries, scores, strict=True))
 
 
 def model_card(base_model: str, recipe: str, steps: int) -> str:
@@ -380,6 +470,11 @@ def _write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+def _number(value: float) -> float | str:
+    """JSON has no number for what is not finite."""
+    return value if math.isfinite(value) else str(value)
 
 
 def _step_of(line: str) -> int:

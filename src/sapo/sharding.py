@@ -51,6 +51,14 @@ def zero_stage(accelerator: Accelerator) -> int:
     return int(accelerator.state.deepspeed_plugin.zero_stage)
 
 
+def sharding_of(accelerator: Accelerator) -> str:
+    """How the state of the optimizer is spread, on which a checkpoint's form depends: "none", "fsdp2", "zero3", ..."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    stage = zero_stage(accelerator)
+    return f"zero{stage}" if stage else "none"
+
+
 def shard_of(weight: Any) -> Tensor:
     """What this process holds of `weight`, sharing its memory; the weight itself where it is whole."""
     if isinstance(weight, DTensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
+from sapo.bad_steps import BadSteps
 from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
-from sapo.checkpoint import compare_facts, read_state, verify
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.data import (
     DataOptions,
@@ -31,7 +32,7 @@ from sapo.data import (
     is_prepared,
     prepare_dataset,
 )
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
@@ -39,16 +40,14 @@ from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
     ShardedCopy,
-    make_opponent,
-    make_reference,
+    make_copies,
     policy_tensors,
     squared_distance,
 )
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, SelfPlaySettings
+from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, self_play
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
-from sapo.replay_buffer import ReplayBuffer
 from sapo.run_folder import RunFolder
 from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
 from sapo.sharding import Twin, shards_weights, whole_size, zero_stage
@@ -158,6 +157,7 @@ class SAPOTrainer(Trainer):
             if self.train_dataset is not None
             else None
         )
+        self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
 
@@ -174,21 +174,7 @@ class SAPOTrainer(Trainer):
 
     def _make_copies(self) -> None:
         """Opponent and reference, equal to the policy now; before anything closes over the policy's modules."""
-        args, policy = self.args, self.policy()
-        if args.pair_source == "self_play":
-            self.opponent = (
-                ShardedCopy(policy, self.twin, decay=args.ema_decay)
-                if self.twin is not None
-                else make_opponent(policy, decay=args.ema_decay)
-            )
-        if args.objective != "dpo" or args.reference == "none":
-            return
-        if args.reference == "opponent":
-            self.reference = self.opponent
-        elif self.twin is not None:
-            self.reference = ShardedCopy(policy, self.twin)
-        else:
-            self.reference = make_reference(policy, may_be_base=args.reference == "initial")
+        self.opponent, self.reference = make_copies(self.policy(), self.args, self.twin)
 
     def _fuse_heads(self) -> None:
         """Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights."""
@@ -210,23 +196,12 @@ class SAPOTrainer(Trainer):
                 pad_token_id=self._pad_token_id,
                 batch_size=args.generation_batch_size,
             )
-        return SelfPlay(
+        return self_play(
             generator,
-            ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
-            SelfPlaySettings(
-                segment_length=args.segment_length,
-                tail_margin=args.tail_margin,
-                suffix=args.suffix,
-                num_generations=args.num_generations,
-                generation_interval=args.generation_interval,
-                skip_identical=args.skip_identical,
-                replay_max_age=args.replay_max_age,
-            ),
+            args,
             end_ids=self.end_ids,
-            seed=args.seed,
-            batch_size=args.per_device_train_batch_size,
-            process=args.process_index,
             record=self.averages["train"].add,
+            any_process=bool if self.twin is None else lambda holds: any(gather_object([holds])),
         )
 
     def _opponent_in_use(self) -> AbstractContextManager[nn.Module]:
@@ -278,6 +253,8 @@ class SAPOTrainer(Trainer):
         step = self.state.global_step
         self._micro_batch = self._micro_batch + 1 if step == self._micro_batch_of else 0
         self._micro_batch_of = step
+        if self._micro_batch == 0:
+            self.bad_steps.begin()
         started = time.perf_counter()
         if isinstance(self.source, SelfPlay):
             self.source.write_ahead(self._coming, step)
@@ -354,14 +331,19 @@ class SAPOTrainer(Trainer):
         reference = self._reference_logps(inputs["pairs"], batch, kept=model.training)
         self._reference_time += time.perf_counter() - started
         scores = score(model, batch, fused_lm_head=self._fused)
-        loss, metrics = pair_loss(scores, reference, self.args)
+        loss, losses, metrics = pair_loss(scores, reference, self.args)
         mode = "train" if model.training else "eval"
+        finite = math.isfinite(metrics["loss"])
         for name, value in metrics.items():
-            self.averages[mode].add(name, value, len(batch))
-        loss = loss * inputs["share"]
+            # One pair without a finite loss would leave none of these averages finite.
+            if finite or mode == "eval":
+                self.averages[mode].add(name, value, len(batch))
         if mode == "train":
-            self.loss_total += metrics["loss"] * inputs["share"]
-            self.loss_count += inputs["share"]
+            self.bad_steps.note(inputs["pairs"], losses)
+            if finite:
+                self.loss_total += metrics["loss"] * inputs["share"]
+                self.loss_count += inputs["share"]
+        loss = loss * inputs["share"]
         return (loss, {}) if return_outputs else loss
 
     _reference_time = 0.0
@@ -383,14 +365,36 @@ class SAPOTrainer(Trainer):
         logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
         return ReferenceLogps(*(part.to(self.args.device) for part in logps))
 
+    def before_optimizer_step(self) -> None:
+        """Keep a loss or gradient that is not finite from touching anything."""
+        bad = self.bad_steps.end(self.accelerator, self.model_wrapped)
+        self.averages["train"].add("bad_step_fraction", float(bad))
+        # Without gradients the optimizer does nothing. A scaler of float16 refrains by itself, and insists on them;
+        # so does DeepSpeed.
+        if bad and self.accelerator.scaler is None and not zero_stage(self.accelerator):
+            self.optimizer.zero_grad()
+
     def after_optimizer_step(self) -> None:
         """Let the opponent and the reference follow; `state.global_step` already counts this step.
 
         Once per optimizer step, not per micro-batch: accumulation must not speed up the moving average.
+
+        Raises:
+            TrainingError: `max_bad_steps` bad steps in a row.
         """
+        self.run_folder.append_trace(self.state.global_step, self.bad_steps.learnt)
+        if self.bad_steps.in_a_row >= self.args.max_bad_steps:
+            file = self.run_folder.write_bad_pairs(self.bad_steps.learnt)
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step "
+                f"{self.state.global_step}; weights, moving average and buffer are as before them, the pairs of the "
+                f"last one are in {file}. Lower the learning rate, leave these rows out, or resume in bfloat16 or "
+                "float32 if this is float16."
+            )
         if self.opponent is None:
             return
-        self.opponent.follow(policy_tensors(self.policy()), self.args.ema_decay)
+        if not self.bad_steps.bad:
+            self.opponent.follow(policy_tensors(self.policy()), self.args.ema_decay)
         due = self.state.global_step % self.args.reference_sync_steps == 0
         if self.args.reference == "opponent_copy" and self.reference is not None and due:
             self.reference.copy_from(self.opponent.tensors())
@@ -535,9 +539,7 @@ class SAPOTrainer(Trainer):
         if checkpoint is None:
             self.run_folder.start_afresh(overwrite=self.args.overwrite_output_dir)
         else:
-            verify(checkpoint)
-            state = read_state(checkpoint)
-            compare_facts(checkpoint, state["facts"], self.run_folder.facts())
+            self.run_folder.check(checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -31,7 +31,8 @@ class RunCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Start the clock of the optimizer."""
+        """Look at the gradients, and start the clock of the optimizer."""
+        self._trainer.before_optimizer_step()
         self._optimizer_started = time.perf_counter()
 
     def on_step_end(

@@ -29,7 +29,7 @@ def launcher_environment(strategy, processes):
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def start(folder, processes, *, strategy=None, resume=None, lora=False, script="worker", **options):
+def start(folder, processes, *, strategy=None, resume=None, lora=False, tied=False, **options):
     """A finished run: its `subprocess.CompletedProcess`."""
     strategy = strategy or ("ddp" if processes > 1 else "none")
     batch = 4 // processes
@@ -57,10 +57,10 @@ def start(folder, processes, *, strategy=None, resume=None, lora=False, script="
     } | options
     folder.mkdir(exist_ok=True)
     asked = folder.parent / f"{folder.name}-{settings['max_steps']}.json"
-    told = {"options": settings, "lora": lora, "processes": processes, "resume": resume}
+    told = {"options": settings, "lora": lora, "tied": tied, "processes": processes, "resume": resume}
     asked.write_text(json.dumps(told | {"distributed_type": DISTRIBUTED_TYPE[strategy], "strategy": strategy}))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", f"tests.distributed.{script}", str(asked)]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "tests.distributed.worker", str(asked)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     if strategy not in ("none", "ddp"):
         environment |= launcher_environment(strategy, processes)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.opponent import policy_tensors
 from sapo.sharding import gather_all, shard_of
 from tests.distributed import cpu_sharding
+from tests.distributed.collectives import Collectives
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -35,7 +38,7 @@ def build(asked):
         settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
         settings["zero_optimization"] |= {"overlap_comm": False, "stage3_param_persistence_threshold": 100}
     trainer = SAPOTrainer(
-        tiny_llama(),
+        tiny_llama(tie_word_embeddings=asked["tied"]),
         config,
         tiny_rows(paired=True),
         tiny_rows(4, seed=1) if asked["options"].get("eval_strategy") else None,
@@ -65,14 +68,74 @@ def weights(trainer):
     return {name: weight.detach().clone() for name, weight in named.items()}
 
 
+class WithoutCollectives(TrainerCallback):
+    """Checks that the moving average does not communicate, and that decoding gathers each weight once a call."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.updates = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.opponent is None:
+            return
+        follow, generate = self.trainer.opponent.follow, self.trainer.source._generator.generate
+
+        def silent(*given):
+            with Collectives() as seen:
+                follow(*given)
+            assert not seen.names, seen.names
+            self.updates += 1
+
+        def gathering_once(*given):
+            with Collectives() as seen:
+                written = generate(*given)
+            weights = 0 if self.trainer.twin is None else len(list(self.trainer.policy().parameters()))
+            assert len(seen.names) == weights, (weights, seen.names)
+            return written
+
+        self.trainer.opponent.follow = silent
+        self.trainer.source._generator.generate = gathering_once
+
+
+def check_folder(folder, expected, lora):
+    """An ordinary folder: transformers or peft loads it, and its weights are `expected`."""
+    # Else this process alone would load the model cut for all of them.
+    unset_hf_deepspeed_config()
+    if lora:
+        model = PeftModel.from_pretrained(tiny_llama(), folder)
+    else:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(told.values()), told
+        assert model.config.architectures == ["LlamaForCausalLM"]
+    loaded = policy_tensors(model)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+
+
 def main(file: str) -> None:
     asked = json.loads(Path(file).read_text())
     trainer = build(asked)
+    watch = WithoutCollectives(trainer)
+    trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=asked["resume"])
-    assert trainer._layout == asked["options"]["layout"]
+    steps = asked["options"]["max_steps"]
+    if asked["resume"] is None:
+        assert trainer._layout == asked["options"]["layout"]
+        assert watch.updates == (0 if trainer.opponent is None else steps)
+    elif asked["resume"].endswith(f"-{steps}"):
+        trainer._save_checkpoint(trainer.model, None)
+        checkpoint = Path(asked["options"]["output_dir"]) / f"checkpoint-{steps}"
+        if trainer.is_world_process_zero():
+            checkpoint.rename(checkpoint.with_name("resumed"))
     own = weights(trainer)
-    trainer.save_model(str(Path(asked["options"]["output_dir"]) / "models"))
+    models = Path(asked["options"]["output_dir"]) / "models"
+    trainer.save_model(str(models))
     if trainer.is_world_process_zero():
+        for part, folder in (("policy", models), ("opponent", models / "opponent")):
+            expected = {name.partition(".")[2]: own[name] for name in own if name.startswith(f"{part}.")}
+            assert folder.is_dir() == bool(expected)
+            if expected:
+                check_folder(folder, expected, asked["lora"])
         save_file(own, Path(asked["options"]["output_dir"]) / "end.safetensors")
 
 

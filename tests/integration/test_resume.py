@@ -198,7 +198,7 @@ def test_fresh_run_removes_what_a_kill_left(checkpoint, make_trainer):
     for name in ("checkpoint-2.old", "opponent.old", ".saving"):
         (checkpoint.parent / name).mkdir()
     make_trainer("whole", overwrite_output_dir=True).train()
-    assert {path.name for path in checkpoint.parent.iterdir()} <= {"metrics.jsonl", "sapo_config.yaml"}
+    assert {path.name for path in checkpoint.parent.iterdir()} <= {"metrics.jsonl", "sapo_config.yaml", "trace-0.jsonl"}
 
 
 def test_a_tied_weight_is_not_reported_missing(make_trainer, caplog):

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.checkpoint import entries_from_tensors, entries_to_tensors
+from sapo.checkpoint import entries_from_tensors, entries_to_tensors, redistribute
 from sapo.pairs import Pair
 from sapo.replay_buffer import BufferEntry
 from sapo.segments import Segment
@@ -18,3 +18,21 @@ pairs = st.builds(Pair, counts, counts, tokens, tokens, tokens, segments, segmen
 @given(st.lists(st.builds(BufferEntry, pairs, counts, counts), max_size=5))
 def test_a_replay_buffer_survives_a_checkpoint(entries):
     assert entries_from_tensors(entries_to_tensors(entries)) == entries
+
+
+ages = st.lists(st.integers(0, 9), max_size=8).map(sorted)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(ages, min_size=1, max_size=5), st.integers(1, 6))
+def test_redistribution_loses_nothing_doubles_nothing_and_deals_evenly(steps, processes):
+    parts = [
+        [BufferEntry((process, place), step, 3 * process + place) for place, step in enumerate(part)]
+        for process, part in enumerate(steps)
+    ]
+    dealt = redistribute(parts, processes, step=lambda entry: entry.step)
+    assert len(dealt) == processes
+    assert sorted((e for part in dealt for e in part), key=repr) == sorted((e for p in parts for e in p), key=repr)
+    sizes = [len(part) for part in dealt]
+    assert max(sizes) - min(sizes) <= 1
+    assert all([e.step for e in part] == sorted(e.step for e in part) for part in dealt)

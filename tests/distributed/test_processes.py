@@ -1,0 +1,124 @@
+"""Laws of several processes: they train to what one trains to on the same global batch, sharded or not."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.processes import FIXED_DRAWS, run
+
+SLOW = pytest.mark.slow
+
+VARIANTS = {
+    "dpo": {"objective": "dpo", "reference_sync_steps": 2},
+    "orpo-lora": {"objective": "orpo", "lora": True},
+    "paired": {"objective": "dpo", "pair_source": "paired"},
+    "passes": {"objective": "dpo", "pairs_per_forward": 1, "steps_per_generation": 2},
+    "orpo": {"objective": "orpo", "layout": "plain"},
+    "dpo-lora": {"objective": "dpo", "lora": True, "pairs_per_forward": 1},
+    "opponent": {"objective": "dpo", "reference": "opponent", "ema_decay": 0.9},
+    "tied": {"objective": "dpo", "tied": True},
+    "rare": {"objective": "dpo", "generation_interval": 2, "eval_strategy": "steps", "eval_steps": 2},
+}
+QUICK = {
+    "ddp": ["dpo", "orpo-lora", "paired", "passes"],
+    "zero2": ["dpo"],
+    "zero3": ["dpo", "dpo-lora"],
+    "fsdp2": ["passes", "orpo-lora"],
+}
+ALL = [
+    pytest.param(strategy, name, marks=[] if name in quick else [SLOW])
+    for strategy, quick in QUICK.items()
+    for name in VARIANTS
+]
+
+
+@functools.cache
+def one_process(name):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(Path(folder) / "one", 1, **FIXED_DRAWS | VARIANTS[name])
+
+
+@pytest.mark.parametrize(("strategy", "name"), ALL)
+def test_two_processes_train_to_the_weights_of_one(strategy, name, tmp_path):
+    one, two = one_process(name), run(tmp_path / "two", 2, strategy=strategy, **FIXED_DRAWS | VARIANTS[name])
+    assert one.keys() == two.keys()
+    for weight, expected in one.items():
+        # The gradients of the processes are averaged in another order than a sum over one batch: rounding only.
+        torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+
+
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"],
+)
+def test_two_processes_resume_bit_for_bit(strategy, lora, tmp_path):
+    options = {
+        "strategy": strategy,
+        "lora": lora,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    options |= {"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4, "max_steps": 3}
+    whole = run(tmp_path / "whole", 2, **options)
+    again = run(tmp_path / "again", 2, resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "earlier", "later"),
+    [
+        ("ddp", 2, 1),
+        pytest.param("ddp", 1, 2, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 2, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_inherits_every_pair(strategy, earlier, later, tmp_path):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 2,
+        "replay_buffer_size": 64,
+        "strategy": strategy,
+    }
+    options |= {"optim": "adamw_torch", "skip_identical": False}
+    before = run(tmp_path / "run", earlier, **options)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    # No step more: what was read is written as it is.
+    after = run(tmp_path / "again", later, resume=str(checkpoint), **options | {"save_steps": 1})
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    kept, dealt = (
+        [load_file(folder / f"replay_buffer_{process}.safetensors") for process in range(processes)]
+        for folder, processes in ((checkpoint, earlier), (tmp_path / "again" / "resumed", later))
+    )
+    assert sum(len(part["steps"]) for part in kept) == 16
+    for column in ("steps", "draws", "places", "chosen_ids", "rejected_ids"):
+        one, other = (sorted(row for part in parts for row in part[column].tolist()) for parts in (kept, dealt))
+        assert one == other, column
+
+
+def test_metrics_are_those_of_all_processes(tmp_path):
+    options = FIXED_DRAWS | {"logging_steps": 1}
+    for processes, name in ((1, "one"), (2, "two")):
+        run(tmp_path / name, processes, **options)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    compared = {
+        "loss",
+        "train_loss",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "self_play/rejected_length",
+    }
+    for ours, theirs in zip(two, one, strict=True):
+        for name in compared & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name

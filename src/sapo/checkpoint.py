@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from sapo.segments import Segment
 FORMAT = 3
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"
+REMOVING = ".removing-"
 
 T = TypeVar("T")
 
@@ -185,6 +187,23 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: its content has changed since it was saved. Resume from another checkpoint."
             )
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside `newest` beyond `limit`; never that one, nor `best`.
+
+    By the time at which they were sealed, not by their step: after a resume from an earlier step the two disagree.
+    """
+    if not limit:
+        return
+    spared = {newest, Path(best)} if best else {newest}
+    others = [file.parent for file in newest.parent.glob(f"checkpoint-*/{MANIFEST_FILE}")]
+    others = sorted(set(others) - spared, key=lambda folder: (folder / MANIFEST_FILE).stat().st_mtime_ns)
+    for folder in others[: max(0, len(others) + len(spared) - limit)]:
+        # Out of sight first: a kill must not leave half a checkpoint under its name.
+        gone = folder.with_name(f"{REMOVING}{folder.name}")
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def compare_facts(

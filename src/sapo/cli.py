@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}. Make room, then --resume_from_checkpoint true.\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
@@ -85,7 +91,7 @@ def train(arguments: Sequence[str]) -> None:
     config = run.config
     # Of several processes the first speaks.
     console = Console(quiet=config.process_index > 0)
-    if config.resume_from_checkpoint in (None, "false", "False"):
+    if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
         check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()
     check_model(run.model, config)

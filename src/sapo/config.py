@@ -174,6 +174,11 @@ class SAPOConfig(TrainingArguments):
     )
     log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
     num_pairs_to_print: int = _option(3, "Pairs in that table.")
+    resume_from_checkpoint: str | None = _option(
+        None,
+        'A checkpoint folder to continue from; "true" for the newest in output_dir; "auto" for that if there is one, '
+        "and from the start if not: for jobs that are restarted by themselves.",
+    )
     overwrite_output_dir: bool = _option(
         False,
         "Start afresh in an output folder that holds an earlier run: its checkpoints and results are deleted.",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from peft import PeftModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from sapo import checkpoint as parts
 from sapo.bad_steps import Learnt, describe
@@ -98,7 +101,7 @@ class RunFolder:
     # ---- Beginning ----
 
     def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to resume from: none, a path, or with `true` the newest in this folder.
+        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that or none.
 
         Raises:
             CheckpointError: it does not exist.
@@ -106,8 +109,10 @@ class RunFolder:
         if wanted in (None, False, "false", "False"):
             return None
         self._recover()
-        if wanted in (True, "true", "True"):
+        if wanted in (True, "true", "True", "auto"):
             newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+            if newest is None and wanted == "auto":
+                return None
             if newest is None:
                 raise CheckpointError(
                     f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
@@ -123,22 +128,27 @@ class RunFolder:
     def _recover(self) -> None:
         """Finish or undo what a crash while saving has left half done."""
         if self._trainer.is_world_process_zero():
-            shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+            for left in [self.path / _STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
+                shutil.rmtree(left, ignore_errors=True)
             for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
                 _settle(old.with_name(old.name.removesuffix(_OLD)))
         self._trainer.accelerator.wait_for_everyone()
 
-    def start_afresh(self, *, overwrite: bool) -> None:
+    def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
         """Make sure that an earlier run is neither mixed with this one nor lost.
+
+        Args:
+            overwrite: whether it may be replaced.
+            restarted: whether what a run leaves before its first checkpoint is of this very run.
 
         Raises:
             ConfigurationError: the folder is not empty and may not be overwritten.
         """
         if not self._trainer.is_world_process_zero():
             return
-        check_output_dir(self.path, overwrite=overwrite)
+        check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
         for old in [
-            *self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+            *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
             self.path / "opponent",
             self.path / f"opponent{_OLD}",
             self.path / _STAGING,
@@ -234,7 +244,8 @@ class RunFolder:
             if trainer.args.should_save:
                 shutil.rmtree(self.staging, ignore_errors=True)
             trainer.accelerator.wait_for_everyone()
-            save()
+            with _writing(self.path / name, self.staging):
+                save()
         finally:
             staging, self.staging = self.staging, None
             trainer.args.save_total_limit = limit
@@ -248,12 +259,7 @@ class RunFolder:
             parts.seal(written)
             _replace_folder(written, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=str(self.path),
-                save_total_limit=limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            parts.rotate(self.path / name, limit, trainer.state.best_model_checkpoint)
         trainer.accelerator.wait_for_everyone()
 
     def save_state(self, folder: Path) -> None:
@@ -386,10 +392,10 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
             opponent.mkdir(parents=True)
         trainer.accelerator.wait_for_everyone()
-        self.save_policy(staging)
-        sharded = trainer.twin is not None
-        if trainer.opponent is not None and (sharded or trainer.args.should_save):
-            trainer.opponent.save_pretrained(opponent)
+        with _writing(folder, staging):
+            self.save_policy(staging)
+            if trainer.opponent is not None and (trainer.twin is not None or trainer.args.should_save):
+                trainer.opponent.save_pretrained(opponent)
         if trainer.args.should_save:
             if trainer.opponent is not None:
                 trainer.processing_class.save_pretrained(opponent)
@@ -428,8 +434,13 @@ model itself; no preference data were used. The moving average lies in `opponent
 """
 
 
-def check_output_dir(path: Path, *, overwrite: bool) -> None:
+def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:
     """Refuse to start afresh over an earlier run.
+
+    Args:
+        path: of the run folder.
+        overwrite: whether anything may be replaced.
+        restarted: whether what a run leaves before its first checkpoint may be.
 
     Raises:
         ConfigurationError: `path` is not an empty folder, and may not be overwritten.
@@ -437,6 +448,9 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
     present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if restarted:
+        early = (METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial")
+        present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
     if present and not overwrite:
         raise ConfigurationError(
             f"output_dir={path} is not empty (it holds {present[0]}). Choose another, continue with "
@@ -470,6 +484,26 @@ def _write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+@contextmanager
+def _writing(target: Path, staging: Path) -> Iterator[None]:
+    """Tell of a full disk in one line, and leave nothing half written.
+
+    Raises:
+        CheckpointError: `target` cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch tells of a full disk by a RuntimeError, as of much else.
+        if isinstance(error, RuntimeError) and "writ" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} cannot be written ({' '.join(str(error).split())}); what was there is as it was. Make room, "
+            "then continue with --resume_from_checkpoint true."
+        ) from error
 
 
 def _number(value: float) -> float | str:

@@ -527,7 +527,7 @@ class SAPOTrainer(Trainer):
     # ---- Run folder, checkpoints, resume ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a path or `true` resumes.
+        """Train; a path or `true` resumes, `auto` does if there is a checkpoint.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, damaged, or of another configuration.
@@ -537,7 +537,9 @@ class SAPOTrainer(Trainer):
             raise ConfigurationError("train_dataset is missing: there is nothing to train on.")
         checkpoint = self.run_folder.find_checkpoint(resume_from_checkpoint)
         if checkpoint is None:
-            self.run_folder.start_afresh(overwrite=self.args.overwrite_output_dir)
+            self.run_folder.start_afresh(
+                overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
+            )
         else:
             self.run_folder.check(checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)

@@ -3,13 +3,14 @@
 import functools
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.processes import FIXED_DRAWS, run
+from tests.distributed.processes import FIXED_DRAWS, run, start
 
 SLOW = pytest.mark.slow
 
@@ -122,3 +123,26 @@ def test_metrics_are_those_of_all_processes(tmp_path):
     for ours, theirs in zip(two, one, strict=True):
         for name in compared & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+STRATEGIES = ["ddp", *(pytest.param(strategy, marks=SLOW) for strategy in ("zero2", "zero3", "fsdp2"))]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_failing_process_ends_all_soon_with_its_own_error(strategy, tmp_path):
+    began = time.monotonic()
+    done = start(tmp_path / "run", 2, strategy=strategy, fault={"kind": "error", "process": 1, "step": 2})
+    assert done.returncode != 0
+    assert "ModelError: this process cannot go on" in done.stderr
+    assert time.monotonic() - began < 90
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path):
+    options = {"strategy": strategy, "max_steps": 2, "logging_steps": 1, "optim": "adamw_torch"}
+    good = run(tmp_path / "good", 2, **options | {"max_steps": 1})
+    bad = run(tmp_path / "bad", 2, fault={"kind": "nan", "process": 1, "step": 2}, **options)
+    # The second step did nothing, to the opponent either.
+    assert all(torch.equal(bad[name], weight) for name, weight in good.items())
+    rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["bad_step_fraction"] for row in rows if "loss" in row] == [0, 1]

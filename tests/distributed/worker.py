@@ -13,11 +13,27 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sapo import SAPOConfig, SAPOTrainer
+from sapo.errors import ModelError
 from sapo.opponent import policy_tensors
 from sapo.sharding import gather_all, shard_of
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+
+class Faulty(SAPOTrainer):
+    """Fails in one process at one step, if asked to."""
+
+    fault = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        where = {"process": self.args.process_index, "step": self.state.global_step + 1}
+        if self.fault and model.training and {**self.fault, **where} == self.fault:
+            if self.fault["kind"] == "error":
+                raise ModelError("this process cannot go on")
+            return loss * float("nan")
+        return loss
 
 
 def build(asked):
@@ -37,7 +53,7 @@ def build(asked):
         settings = config.deepspeed_plugin.deepspeed_config
         settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
         settings["zero_optimization"] |= {"overlap_comm": False, "stage3_param_persistence_threshold": 100}
-    trainer = SAPOTrainer(
+    trainer = Faulty(
         tiny_llama(tie_word_embeddings=asked["tied"]),
         config,
         tiny_rows(paired=True),
@@ -45,6 +61,7 @@ def build(asked):
         processing_class=tiny_tokenizer(),
         peft_config=lora,
     )
+    trainer.fault = asked["fault"]
     # The fall-backs, to one process and to another strategy, are silent.
     state = trainer.accelerator.state
     assert state.num_processes == asked["processes"], state
@@ -121,7 +138,7 @@ def main(file: str) -> None:
     steps = asked["options"]["max_steps"]
     if asked["resume"] is None:
         assert trainer._layout == asked["options"]["layout"]
-        assert watch.updates == (0 if trainer.opponent is None else steps)
+        assert watch.updates == (0 if trainer.opponent is None else steps - bool(asked["fault"]))
     elif asked["resume"].endswith(f"-{steps}"):
         trainer._save_checkpoint(trainer.model, None)
         checkpoint = Path(asked["options"]["output_dir"]) / f"checkpoint-{steps}"

@@ -13,7 +13,9 @@ class MetricAverages:
         self._counts: dict[str, float] = {}
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
-        """Observe `value`, the mean of `count` observations."""
+        """Observe `value`, the mean of `count` observations; of none, nothing."""
+        if not count:
+            return
         self._sums[name] = self._sums.get(name, 0.0) + value * count
         self._counts[name] = self._counts.get(name, 0.0) + count
 

@@ -233,6 +233,10 @@ class SAPOTrainer(Trainer):
         A pool ends where the number of the step is a multiple of `steps_per_generation`, and where the epoch does:
         a resumed run comes upon the same pools.
         """
+        if self.state.global_step >= self.state.max_steps:
+            # A run that has ended and is resumed: Trainer would take one step more.
+            self.control.should_training_stop = True
+            return [], None
         if not self._ahead:
             step, pool = self.state.global_step, self.args.steps_per_generation
             steps = min(pool - step % pool, max(1, self.state.max_steps - step))

@@ -211,3 +211,12 @@ def test_a_tied_weight_is_not_reported_missing(make_trainer, caplog):
     with caplog.at_level("WARNING", logger="transformers.trainer"):
         tied("again").train(resume_from_checkpoint=str(tied("other").run_folder.path.parent / "whole" / "checkpoint-1"))
     assert not [record for record in caplog.records if "missing keys" in record.getMessage()]
+
+
+def test_a_run_that_has_ended_takes_no_step_more_when_it_is_resumed(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=4)
+    trainer.train()
+    again = make_trainer(save_strategy="steps", save_steps=2, max_steps=4)
+    assert again.train(resume_from_checkpoint="auto").global_step == 4
+    pairs = zip(again.policy().parameters(), trainer.policy().parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

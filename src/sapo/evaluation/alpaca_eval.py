@@ -45,7 +45,8 @@ OWN_PROMPT = (
         "user",
         "Instruction:\n<<<\n{instruction}\n>>>\n\nAnswer m:\n<<<\n{output_1}\n>>>\n\nAnswer M:\n<<<\n"
         "{output_2}\n>>>\n\nLook at whether each answer does what was asked, is correct, and is "
-        "helpful. Neither its length nor its place is a merit. Reply with m if answer m is better and with M if answer M is better, and with nothing else.",
+        "helpful. Neither its length nor its place is a merit. Reply with m if answer m is better and with M if "
+        "answer M is better, and with nothing else.",
     ),
 )
 _PLACE = re.compile(r"\{(instruction|output_1|output_2)\}")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from sapo.errors import ConfigurationError
 from sapo.evaluation.harness_data import (
     LeftTruncations,
+    TaskFacts,
     builtin_tasks,
     harness_quiet,
     load_all,
@@ -84,6 +89,7 @@ def settings(session: Session, suite: str) -> dict[str, Any]:
         "lm_eval": lm_eval.__version__,
         "tasks": {one.name: one.shots for one in _benchmarks(session, suite)},
         "limit": options.limit,
+        "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
         "apply_chat_template": options.apply_chat_template,
         "task_data": options.task_data,
@@ -103,7 +109,9 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
     everything = [leaf for one in benchmarks for leaf in leaves[one.name]]
     data = Path(session.options.task_data) if session.options.task_data else None
     manager = task_manager(known, everything, data, session.folder / TASKS_FOLDER)
-    identities = load_all(manager, everything)
+    facts = load_all(manager, everything)
+    for target in session.targets:
+        _require_room(session, target, facts)
     results = {}
     for target in session.targets:
         chat = _chat(session, target, suite)
@@ -111,7 +119,7 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
         runner = _Runner(session, target, manager, parts, chat)
         result = SuiteResult()
         for one in benchmarks:
-            records = [runner.record(leaf, one, identities[leaf]) for leaf in leaves[one.name]]
+            records = [runner.record(leaf, one, facts[leaf].identity) for leaf in leaves[one.name]]
             _add(result, one, records, session.options.seed)
         runner.close()
         _average(result, benchmarks)
@@ -130,6 +138,19 @@ def _benchmarks(session: Session, suite: str) -> list[Benchmark]:
     if unknown:
         raise ConfigurationError(f"--tasks {unknown[0]}: suite {suite} has {', '.join(names)}.")
     return [one for one in all_of_them if one.name in wanted]
+
+
+def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFacts]) -> None:
+    """The harness fails in the middle of a task whose responses alone would fill the model's context."""
+    config = AutoConfig.from_pretrained(target.base or target.path).get_text_config().to_dict()
+    positions = config.get("max_position_embeddings")
+    for task, known in facts.items():
+        asked = session.options.max_new_tokens or known.generates
+        if known.generates and positions is not None and asked >= positions:
+            raise ConfigurationError(
+                f"{target.path} has {positions} positions, and {task} generates up to {asked} tokens. Lower that: "
+                f"--max_new_tokens {positions // 2}."
+            )
 
 
 def _chat(session: Session, target: Target, suite: str) -> bool:
@@ -167,6 +188,7 @@ class _Runner:
             data=identity,
             shots=benchmark.shots,
             limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
             chat=self.chat,
             batch_size=options.batch_size,
             version=lm_eval.__version__,
@@ -194,12 +216,16 @@ class _Runner:
                 device=self._session.device,
                 limit=options.limit,
                 log_samples=True,
+                gen_kwargs={"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
                 apply_chat_template=self.chat,
                 task_manager=self._manager,
             )
         metrics = {name: value for name, value in found["results"][leaf].items() if isinstance(value, (int, float))}
         samples: dict[str, dict[str, Any]] = {name: {} for name in benchmark.metrics}
+        # What the model said, for comparison with another run of the harness.
+        responses = hashlib.sha256()
         for sample in found["samples"][leaf]:
+            responses.update(json.dumps(sample["resps"]).encode())
             for name in benchmark.metrics:
                 metric, _, filter_name = name.partition(",")
                 if sample["filter"] == filter_name:
@@ -208,6 +234,7 @@ class _Runner:
             "task": leaf,
             "metrics": metrics,
             "samples": samples,
+            "responses": responses.hexdigest(),
             "examples": int(found["n-samples"][leaf]["effective"]),
             "truncated": cut.count,
         }
@@ -295,6 +322,8 @@ def _notes(session: Session, runner: _Runner, suite: str) -> list[str]:
     notes = [f"Prompts {'went' if runner.chat else 'did not go'} through the chat template."]
     if session.options.limit is not None:
         notes.append(f"--limit {session.options.limit}: not comparable with published numbers.")
+    if session.options.max_new_tokens is not None:
+        notes.append(f"--max_new_tokens {session.options.max_new_tokens} in place of what the task asks for.")
     if runner.truncated:
         notes.append(
             f"{runner.truncated} batches held prompts longer than the context: the harness cut them on the left."

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NEEDED = {"ifeval": ("langdetect", "immutabledict", "nltk")}
 """Packages that a task imports only when it scores."""
+_HARNESS_TOKENS = 256
+"""What the harness generates at most where a task does not say."""
 
 
 def require_packages(tasks: Sequence[str]) -> None:
@@ -40,7 +43,8 @@ def require_packages(tasks: Sequence[str]) -> None:
         except LookupError:
             raise EvaluationError(
                 "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine: "
-                "python -m nltk.downloader punkt_tab, or unpack it as tokenizers/punkt_tab in a folder named by NLTK_DATA."
+                "python -m nltk.downloader punkt_tab, or unpack it as tokenizers/punkt_tab in a "
+                "folder named by NLTK_DATA."
             ) from None
 
 
@@ -138,11 +142,21 @@ def local_files(home: Path, split: str) -> dict[str, Path]:
     return found
 
 
-def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, str]:
-    """Read the data of every task, so that what is missing shows before a model is loaded.
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """What is known of a task before it is run.
 
-    Returns:
-        For each task what tells its data and its prompt from any other.
+    Attributes:
+        identity: tells its version and its data from any other.
+        generates: tokens that it may ask for; 0 where it only scores.
+    """
+
+    identity: str
+    generates: int
+
+
+def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]:
+    """Read the data of every task, so that what is missing shows before a model is loaded.
 
     Raises:
         DatasetError: the data of a task cannot be had.
@@ -150,7 +164,7 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, str]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    found = {}
+    found: dict[str, TaskFacts] = {}
     for task in tasks:
         try:
             with harness_quiet():
@@ -170,7 +184,9 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, str]:
             ) from error
         splits: dict[str, Any] = loaded.dataset or {}
         prints = [f"{name}:{rows._fingerprint}:{len(rows)}" for name, rows in sorted(splits.items())]
-        found[task] = f"{loaded.VERSION} {' '.join(prints)}"
+        asked = (loaded.config.generation_kwargs or {}).get("max_gen_toks", _HARNESS_TOKENS)
+        generates = int(asked) if loaded.OUTPUT_TYPE == "generate_until" else 0
+        found[task] = TaskFacts(f"{loaded.VERSION} {' '.join(prints)}", generates)
     return found
 
 

@@ -15,8 +15,8 @@ _RESAMPLES = 400
 
 DEPARTURES = (
     "length_adjusted_win_rate is not AlpacaEval's length-controlled win rate: it has no term for the difficulty of "
-    "each instruction and no weighted games of the baseline against itself (both need files of that project), and a ridge "
-    "in place of a cross-validated lasso. Compare it only with itself."
+    "each instruction and no weighted games of the baseline against itself (both need files of that project), and a "
+    "ridge in place of a cross-validated lasso. Compare it only with itself."
 )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.harness_data import (
-    LeftTruncations,
     TaskFacts,
     builtin_tasks,
-    harness_quiet,
     load_all,
     mmlu_subjects,
     require_packages,
@@ -25,7 +24,7 @@ from sapo.evaluation.harness_data import (
 )
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
-from sapo.evaluation.store import FinishedParts, part_key
+from sapo.evaluation.store import FinishedParts, part_key, write_atomically
 from sapo.evaluation.targets import Target
 from sapo.local_measures import Estimate, bootstrap_ratio
 from sapo.models import load_tokenizer
@@ -112,18 +111,20 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
     facts = load_all(manager, everything)
     for target in session.targets:
         _require_room(session, target, facts)
+    include = session.folder / TASKS_FOLDER if data is not None else None
     results = {}
     for target in session.targets:
-        chat = _chat(session, target, suite)
         parts = session.parts("lm_eval", f"{target.slug}.jsonl")
-        runner = _Runner(session, target, manager, parts, chat)
-        result = SuiteResult()
+        runner = _Runner(session, target, parts, _chat(session, target, suite), include)
+        keys = {leaf: runner.key(leaf, one, facts[leaf].identity) for one in benchmarks for leaf in leaves[one.name]}
+        parts = runner.run([(keys[leaf], leaf, one) for one in benchmarks for leaf in leaves[one.name]])
+        result, truncated = SuiteResult(), 0
         for one in benchmarks:
-            records = [runner.record(leaf, one, facts[leaf].identity) for leaf in leaves[one.name]]
+            records = [parts.get(keys[leaf]) or {} for leaf in leaves[one.name]]
+            truncated += sum(record["truncated"] for record in records)
             _add(result, one, records, session.options.seed)
-        runner.close()
         _average(result, benchmarks)
-        result.notes += _notes(session, runner, suite)
+        result.notes += _notes(session, suite, chat=runner.chat, truncated=truncated)
         results[target.name] = result
     return results
 
@@ -165,23 +166,23 @@ def _chat(session: Session, target: Target, suite: str) -> bool:
 
 
 class _Runner:
-    """Runs tasks on one model, which is loaded when the first of them is not there yet."""
+    """Runs tasks on one model, in a process of its own."""
 
-    def __init__(self, session: Session, target: Target, manager: Any, parts: FinishedParts, chat: bool) -> None:
+    def __init__(
+        self, session: Session, target: Target, parts: FinishedParts, chat: bool, include: Path | None
+    ) -> None:
         self._session = session
         self._target = target
-        self._manager = manager
         self._parts = parts
-        self._model: Any = None
+        self._include = include
         self.chat = chat
-        self.truncated = 0
 
-    def record(self, leaf: str, benchmark: Benchmark, identity: str) -> dict[str, Any]:
-        """The finished part of one task, run now if it is not there."""
+    def key(self, leaf: str, benchmark: Benchmark, identity: str) -> str:
+        """What the part of one task depends on."""
         import lm_eval
 
         options = self._session.options
-        key = part_key(
+        return part_key(
             suite="lm_eval",
             **self._session.identity(self._target),
             task=leaf,
@@ -193,79 +194,56 @@ class _Runner:
             batch_size=options.batch_size,
             version=lm_eval.__version__,
         )
-        record = self._parts.get(key)
-        if record is None:
-            self._session.say(f"{self._target.name}: {leaf}, {benchmark.shots} shots")
-            record = self._parts.add(key, self._run(leaf, benchmark))
-        self.truncated += record["truncated"]
-        return record
 
-    def _run(self, leaf: str, benchmark: Benchmark) -> dict[str, Any]:
-        import lm_eval
+    def run(self, tasks: Sequence[tuple[str, str, Benchmark]]) -> FinishedParts:
+        """Run those of (key, task, benchmark) that are not finished yet; give the file with all of them.
 
-        options, cut = self._session.options, LeftTruncations()
-        if self._model is None:
-            self._session.release()
-            self._model = self._load()
-        with harness_quiet(cut):
-            found: Any = lm_eval.simple_evaluate(
-                model=self._model,
-                tasks=[leaf],
-                num_fewshot=benchmark.shots,
-                batch_size=options.batch_size,
-                device=self._session.device,
-                limit=options.limit,
-                log_samples=True,
-                gen_kwargs={"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
-                apply_chat_template=self.chat,
-                task_manager=self._manager,
-            )
-        metrics = {name: value for name, value in found["results"][leaf].items() if isinstance(value, (int, float))}
-        samples: dict[str, dict[str, Any]] = {name: {} for name in benchmark.metrics}
-        # What the model said, for comparison with another run of the harness.
-        responses = hashlib.sha256()
-        for sample in found["samples"][leaf]:
-            responses.update(json.dumps(sample["resps"]).encode())
-            for name in benchmark.metrics:
-                metric, _, filter_name = name.partition(",")
-                if sample["filter"] == filter_name:
-                    samples[name][str(sample["doc_id"])] = _plain(sample[metric])
-        return {
-            "task": leaf,
-            "metrics": metrics,
-            "samples": samples,
-            "responses": responses.hexdigest(),
-            "examples": int(found["n-samples"][leaf]["effective"]),
-            "truncated": cut.count,
-        }
-
-    def _load(self) -> Any:
-        from lm_eval.models.huggingface import HFLM
-
-        session, target = self._session, self._target
-        session.say(f"Loading {target.path}")
-        with harness_quiet():
-            model: Any = HFLM(
-                pretrained=target.base or target.path,
-                peft=target.path if target.base else None,
-                device=session.device,
-                dtype=session.options.dtype,
-                batch_size=session.options.batch_size,
-            )
-        if session.template is not None:
-            model.tokenizer.chat_template = session.template
-        return model
-
-    def close(self) -> None:
-        """Free the model."""
-        self._model = None
+        Raises:
+            EvaluationError: the harness failed; finished tasks are kept.
+        """
+        missing = [task for task in tasks if task[0] not in self._parts]
+        if not missing:
+            return self._parts
         self._session.release()
+        self._session.say(f"{self._target.name}: {', '.join(leaf for _, leaf, _ in missing)}")
+        request = self._request(missing)
+        file = self._parts.file.with_suffix(".request.json")
+        write_atomically(file, json.dumps(request, indent=1) + "\n")
+        # A fixed module of this package, with this interpreter.
+        child = [sys.executable, "-m", "sapo.evaluation.harness_child", str(file)]
+        status = subprocess.run(child, check=False).returncode  # noqa: S603
+        parts = FinishedParts(self._parts.file)
+        left = [leaf for key, leaf, _ in missing if key not in parts]
+        if status or left:
+            raise EvaluationError(
+                f"lm-evaluation-harness ended with status {status} at {left[0] if left else 'its end'} of "
+                f"{self._target.path}, for the reason above. {len(missing) - len(left)} of {len(missing)} tasks "
+                f"are kept in {parts.file}; the same command continues from them."
+            )
+        file.unlink()
+        return parts
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [float(one) for one in value]
-    return float(value)
+    def _request(self, missing: Sequence[tuple[str, str, Benchmark]]) -> dict[str, Any]:
+        session, target = self._session, self._target
+        options = session.options
+        model_args = {"pretrained": target.base or target.path, "dtype": options.dtype}
+        if target.base is not None:
+            model_args["peft"] = target.path
+        return {
+            "model_args": model_args,
+            "device": session.device,
+            "batch_size": options.batch_size,
+            "limit": options.limit,
+            "gen_kwargs": {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
+            "chat": self.chat,
+            "chat_template": session.template,
+            "include_path": None if self._include is None else str(self._include),
+            "parts": str(self._parts.file),
+            "tasks": [
+                {"key": key, "task": leaf, "shots": benchmark.shots, "metrics": list(benchmark.metrics)}
+                for key, leaf, benchmark in missing
+            ],
+        }
 
 
 def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seed: int) -> None:
@@ -318,16 +296,14 @@ def _average(result: SuiteResult, benchmarks: Sequence[Benchmark]) -> None:
         result.measures["average"] = _mean([result.measures[one.main] for one in benchmarks])
 
 
-def _notes(session: Session, runner: _Runner, suite: str) -> list[str]:
-    notes = [f"Prompts {'went' if runner.chat else 'did not go'} through the chat template."]
+def _notes(session: Session, suite: str, *, chat: bool, truncated: int) -> list[str]:
+    notes = [f"Prompts {'went' if chat else 'did not go'} through the chat template."]
     if session.options.limit is not None:
         notes.append(f"--limit {session.options.limit}: not comparable with published numbers.")
     if session.options.max_new_tokens is not None:
         notes.append(f"--max_new_tokens {session.options.max_new_tokens} in place of what the task asks for.")
-    if runner.truncated:
-        notes.append(
-            f"{runner.truncated} batches held prompts longer than the context: the harness cut them on the left."
-        )
+    if truncated:
+        notes.append(f"{truncated} batches held prompts longer than the context: the harness cut them on the left.")
     if suite == "leaderboard" and session.options.tasks is not None:
         notes.append("Not all six tasks, so no average.")
     return notes

@@ -36,10 +36,10 @@ def require_packages(tasks: Sequence[str]) -> None:
     if missing:
         raise EvaluationError(f"{', '.join(missing)} not installed: pip install 'sapo-llm[evaluation]'.")
     if "ifeval" in tasks:
-        import nltk
+        from nltk.tokenize.punkt import PunktTokenizer
 
         try:
-            nltk.data.find("tokenizers/punkt_tab")
+            PunktTokenizer("english")
         except LookupError:
             raise EvaluationError(
                 "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine: "
@@ -190,33 +190,18 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]
     return found
 
 
-class LeftTruncations(logging.Handler):
-    """Counts prompts that the harness cut to fit the model: it only logs them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Count one message."""
-        self.count += "runcation applied" in record.getMessage()
-
-
 @contextmanager
-def harness_quiet(*handlers: logging.Handler) -> Iterator[None]:
-    """Leave the terminal to this program; `handlers` still hear the harness's warnings."""
-    import sys
-
+def harness_quiet() -> Iterator[None]:
+    """Leave the terminal to this program."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "eval_logger")]
     before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
         logger.propagate = False
-        logger.handlers = list(handlers) or [logging.NullHandler()]
+        logger.handlers = [logging.NullHandler()]
     try:
         yield
     finally:
-        sys.stdout.flush()
         for logger, level, propagate, own in before:
             logger.setLevel(level)
             logger.propagate = propagate

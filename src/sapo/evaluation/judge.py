@@ -112,11 +112,15 @@ class JudgeTally:
 
 
 class _BudgetSpent(Exception):  # noqa: N818 - never leaves this module
-    pass
+    """No further request may be sent."""
+
+
+class _Stopped(Exception):  # noqa: N818 - never leaves this module
+    """Given up since another question failed; the failure is that one's."""
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
-    pass
+    """The judge will never answer this question."""
 
 
 class Judge:
@@ -235,7 +239,7 @@ class Judge:
                             found[key] = done.result()
                         elif isinstance(error, _Refused):
                             self.tally.refused[request.label] = str(error)
-                        elif failure is None or isinstance(failure, _BudgetSpent):
+                        elif not isinstance(error, _Stopped) and (failure is None or isinstance(failure, _BudgetSpent)):
                             failure = error
                             self._stop.set()
             except KeyboardInterrupt:
@@ -251,7 +255,7 @@ class Judge:
         reason = ""
         for attempt in range(self.options.retries + 1):
             if attempt and self._stop.is_set():
-                break
+                raise _Stopped
             self._wait_for_turn()
             self._count(repeated=attempt > 0)
             try:

@@ -81,8 +81,9 @@ def test_budget_of_nothing_asks_nothing(tmp_path):
 
 def test_wrong_key_costs_one_call_and_never_shows_the_key(tmp_path):
     with serving(rate, lambda number, body: 401) as server:
+        asked = judge(server, tmp_path)
         with pytest.raises(EvaluationError, match="OPENAI_API_KEY") as caught:
-            judge(server, tmp_path).ask(requests(5))
+            asked.ask(requests(5))
     assert len(server.requests) == 1
     assert KEY not in str(caught.value)
     assert KEY[-4:] not in str(caught.value)
@@ -91,8 +92,9 @@ def test_wrong_key_costs_one_call_and_never_shows_the_key(tmp_path):
 
 def test_unknown_model_is_one_line(tmp_path):
     with serving(rate, lambda number, body: 404) as server:
+        asked = judge(server, tmp_path)
         with pytest.raises(EvaluationError, match="--judge_model") as caught:
-            judge(server, tmp_path).ask(requests(5))
+            asked.ask(requests(5))
     assert len(server.requests) == 1
     assert "\n" not in str(caught.value)
 
@@ -101,7 +103,7 @@ def test_unreachable_judge_is_one_line_and_earlier_verdicts_stay(tmp_path):
     with serving(rate) as server:
         judge(server, tmp_path).ask(requests(3))
     gone = judge(server, tmp_path, retries=1)
-    with pytest.raises(EvaluationError, match="did not answer in 2 attempts.*3 verdicts are kept") as caught:
+    with pytest.raises(EvaluationError, match=r"did not answer in 2 attempts.*3 verdicts are kept") as caught:
         gone.ask(requests(5))
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness for real, on a small pretrained model: needs the extra `evaluation`, NLTK's data, and test data."""
+"""lm-evaluation-harness for real, on a small pretrained model: needs the extra `evaluation`, NLTK's and test data."""
 
 import hashlib
 import importlib.util
@@ -19,9 +19,7 @@ MODEL = DATA / "stories260k_llama" / "hf"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (extra evaluation)"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="no lm_eval (extra evaluation)"),
 ]
 
 

@@ -246,6 +246,18 @@ def test_budget_leaves_a_note_and_the_next_command_completes(evaluate, model, mt
     assert len(server.requests) == 12
 
 
+def test_budget_is_of_the_command_and_not_of_each_model(evaluate, model, mt_bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    other = save_model(tmp_path / "other", seed=1)
+    with serving(with_reference_better) as server:
+        out = evaluate(
+            *(model, other, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 6),
+            *("--judge_model", "gpt-x", "--judge_base_url", server.url, "--max_judge_calls", 15),
+        )
+    assert len(server.requests) == 15
+    assert "other: 9 verdicts are missing" in out
+
+
 @pytest.fixture
 def instructions(tmp_path):
     rows = [
@@ -302,6 +314,14 @@ def test_published_prompt_form_and_one_order(evaluate, model, instructions, tmp_
 
 
 # ---- What is wrong is said in one line ----
+
+
+def test_results_of_another_kind_are_not_overwritten(evaluate, model, held_out, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 4)
+    one_line(evaluate(*command, expect=2), "is not a file of results")
+    assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
 
 def one_line(error, *parts):

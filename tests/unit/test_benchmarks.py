@@ -225,3 +225,11 @@ def test_change_is_paired_over_common_examples():
     after = SuiteResult({"score": Estimate.exact(1.0, 2)}, {"score": {"1": 1.0, "2": 2.0, "3": 7.0}})
     assert changes(after, before)["score"].value == 1.0
     assert changes(after, before)["score"].count == 2
+
+
+def test_change_of_a_ratio_weighs_examples_and_needs_the_same_tokens():
+    before = SuiteResult({}, {"nll": {"1": 10.0, "2": 2.0}}, {"nll": {"1": 9.0, "2": 1.0}})
+    after = SuiteResult({}, {"nll": {"1": 1.0, "2": 2.0}}, {"nll": {"1": 9.0, "2": 1.0}})
+    assert changes(after, before)["nll"].value == pytest.approx(-0.9)
+    other = SuiteResult({}, after.items, {"nll": {"1": 8.0, "2": 1.0}})
+    assert changes(other, before) == {}

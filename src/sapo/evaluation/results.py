@@ -31,11 +31,13 @@ class SuiteResult:
         measures: estimates by name, in the order of the table.
         items: for measures that are means over examples: the value of each example by its name, so that two models
             can be compared on the same examples.
+        weights: for measures that are a sum over a sum: the denominator of each example, the same for every model.
         notes: what a reader has to know: what was left out, what was cut, where a number departs from the published.
     """
 
     measures: dict[str, Estimate] = field(default_factory=dict)
     items: dict[str, dict[str, float]] = field(default_factory=dict)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -46,7 +48,14 @@ def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
     found = {}
     for name, values in after.items.items():
         common = sorted(values.keys() & before.items.get(name, {}).keys())
-        change = paired_change([values[key] for key in common], [before.items[name][key] for key in common])
+        weights = after.weights.get(name)
+        if weights is not None and weights != before.weights.get(name):
+            continue  # cut into other tokens: not comparable
+        change = paired_change(
+            [values[key] for key in common],
+            [before.items[name][key] for key in common],
+            weights=None if weights is None else [weights[key] for key in common],
+        )
         if change is not None:
             found[name] = change
     return found
@@ -122,9 +131,13 @@ def show(console: Console, suite: str, targets: Sequence[Target], results: Mappi
                 row.append(_cell(changes(results[target.name], results[before]).get(name), signed=True))
         table.add_row(Text(name), *row)
     console.print(table)
+    common = [note for note in results[targets[0].name].notes if all(note in one.notes for one in results.values())]
+    for note in common:
+        console.print(Text(note), soft_wrap=True)
     for target in targets:
         for note in results[target.name].notes:
-            console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
+            if note not in common:
+                console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
 
 
 def _start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> str | None:

@@ -83,6 +83,19 @@ class ChosenProbe:
             indices = sorted(rng.sample(range(len(self._dataset)), self._size))
             self.start = {"indices": [float(i) for i in indices], "logps": self._now(indices)}
 
+    def restore(self, start: dict[str, list[float]] | None) -> None:
+        """Continue from the `start` of a checkpoint.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if start is not None:
+            indices, logps = list(start["indices"]), [float(value) for value in start["logps"]]
+            known = range(len(self._dataset))
+            if len(indices) != len(logps) or not indices or not all(index in known for index in indices):
+                raise ValueError("the examples to follow are not of this data set")
+        self.start = start
+
     def change(self) -> float | None:
         """Mean change since the start in nats a response; None where nothing is followed."""
         if self.start is None:

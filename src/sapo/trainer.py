@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
+from sapo import library_state, run_state
 from sapo.bad_steps import BadSteps
 from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
@@ -32,7 +33,7 @@ from sapo.data import (
     is_prepared,
     prepare_dataset,
 )
-from sapo.errors import ConfigurationError, TrainingError
+from sapo.errors import CheckpointError, ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
@@ -545,25 +546,40 @@ class SAPOTrainer(Trainer):
                 overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
             )
         else:
-            self.run_folder.check(checkpoint)
+            run_state.check(self, checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied weight is saved once, under its other name: it is not missing."""
         tied = set(self.policy().all_tied_weights_keys)  # type: ignore[arg-type]
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        different = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if different:
+            raise CheckpointError(
+                f"the checkpoint's weights are not this model's: {len(different)} names differ, such as {different[0]}."
+            )
         super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with library_state.reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with library_state.reading(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._ahead, self._coming = [], []
         if isinstance(self.source, SelfPlay):
             self.source.pool.clear()
         self.reference_scores.clear()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        with nullcontext() if folder is None else library_state.reading(folder):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.twin is not None and self.opponent is None and self.reference is None:
             self._make_copies()
-        if resume_from_checkpoint is not None:
-            self.run_folder.restore(Path(resume_from_checkpoint))
+        if folder is not None:
+            run_state.restore(self, folder)
         self._tokens_since = time.perf_counter()
         return prepared
 
@@ -576,7 +592,7 @@ class SAPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.run_folder.save_state(Path(output_dir))
+        run_state.save(self, Path(output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""

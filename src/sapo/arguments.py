@@ -14,7 +14,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str], program: str) -> RunArguments:
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(brief(error)) from error
     return RunArguments(*parsed)
 
 
@@ -91,7 +91,7 @@ def _recipe(file: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {file}: cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"--config {file}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigurationError(f"--config {file}: not valid YAML ({brief(error)}).") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {file}: a recipe is a list of `option: value` lines.")
     for name, value in content.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sapo._version import __version__
-from sapo.errors import ConfigurationError, SapoError
+from sapo.errors import ConfigurationError, SapoError, brief
 from sapo.launch import is_asked_for, launch
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SapoError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{type(error).__name__}: {brief(error, 2000)}\n")
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ import trl
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 
 Objective = Literal["dpo", "orpo"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
@@ -200,9 +201,13 @@ class SAPOConfig(TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
-            raise ConfigurationError(" ".join(str(error).split())) from error
+            raise ConfigurationError(brief(error)) from error
 
     def _check(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigurationError(f"{option.name}={value}: must be a finite number.")
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(

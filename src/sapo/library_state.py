@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sapo.errors import CheckpointError
+from sapo.errors import CheckpointError, brief
 
 INDEX_FILE = ".metadata"
 """Of a distributed FSDP2 checkpoint."""
@@ -76,10 +76,9 @@ def reading(folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())
-        said = said if len(said) <= 300 else said[:297] + "..."
         raise CheckpointError(
-            f"{folder}: a part of it cannot be used ({type(error).__name__}: {said}). Resume from another checkpoint."
+            f"{folder}: a part of it cannot be used ({type(error).__name__}: {brief(error)}). Resume from another "
+            "checkpoint."
         ) from error
     finally:
         if earlier is None:

@@ -13,7 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, ModelError
+from sapo.errors import ConfigurationError, ModelError, brief
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _OPTIMIZER_BYTES = {"sgd": 0, "rmsprop": 4, "adafactor": 1}
@@ -171,9 +171,7 @@ def _check_folder(name: str) -> None:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 200 else reason[:197] + "..."
     return (
-        f"{name}: the {what} cannot be loaded ({reason}). Give a complete local folder, or the id of a model on the "
-        "hub that this machine can reach."
+        f"{name}: the {what} cannot be loaded ({brief(error, 200)}). Give a complete local folder, or the id of a model "
+        "on the hub that this machine can reach."
     )

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from sapo import checkpoint as parts
 from sapo.bad_steps import Learnt, describe
-from sapo.errors import CheckpointError, ConfigurationError
+from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.opponent import POLICY_ADAPTER, save_adapter, save_sharded
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def _writing(target: Path, staging: Path) -> Iterator[None]:
             raise
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
-            f"{target} cannot be written ({' '.join(str(error).split())}); what was there is as it was. Make room, "
+            f"{target} cannot be written ({brief(error)}); what was there is as it was. Make room, "
             "then continue with --resume_from_checkpoint true."
         ) from error
 

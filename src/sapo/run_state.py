@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import get_peft_model_state_dict
 
 from sapo import checkpoint as parts
 from sapo import library_state
 from sapo.errors import CheckpointError
-from sapo.opponent import FrozenWeights
+from sapo.opponent import POLICY_ADAPTER, FrozenWeights
 from sapo.pairs import Pair, SelfPlay
 from sapo.replay_buffer import BufferEntry
 from sapo.sharding import sharding_of, whole_size, zero_stage
@@ -103,6 +104,23 @@ def check(trainer: SAPOTrainer, folder: Path) -> None:
                 "as many, or train with FSDP2, whose state can be cut anew."
             )
         library_state.inspect(folder)
+        if trainer.is_adapter():
+            _check_adapter(trainer.policy(), folder)
+
+
+def _check_adapter(policy: Any, folder: Path) -> None:
+    """Peft fills in what an adapter lacks, and says nothing."""
+    own = set(get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER))
+    different = sorted(own ^ set(parts.read_tensors(folder, "adapter_model")))
+    if different:
+        raise other_weights(different)
+
+
+def other_weights(names: Sequence[str]) -> CheckpointError:
+    """The error of a checkpoint whose weights have other names than the model's."""
+    return CheckpointError(
+        f"the checkpoint's weights are not this model's: {len(names)} names differ, such as {names[0]}."
+    )
 
 
 def save(trainer: SAPOTrainer, folder: Path) -> None:

@@ -33,7 +33,7 @@ from sapo.data import (
     is_prepared,
     prepare_dataset,
 )
-from sapo.errors import CheckpointError, ConfigurationError, TrainingError
+from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.metrics import MetricAverages
@@ -555,9 +555,7 @@ class SAPOTrainer(Trainer):
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         different = [*load_result.missing_keys, *load_result.unexpected_keys]
         if different:
-            raise CheckpointError(
-                f"the checkpoint's weights are not this model's: {len(different)} names differ, such as {different[0]}."
-            )
+            raise run_state.other_weights(different)
         super()._issue_warnings_after_load(load_result)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -202,6 +202,12 @@ class SAPOConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise ConfigurationError(brief(error)) from error
+        # Only now a mapping, where it came as JSON.
+        if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
+            raise ConfigurationError(
+                "model_init_kwargs holds a token, which would be written into the run folder. Leave it out, and log in "
+                "with `hf auth login` or set HF_TOKEN."
+            )
 
     def _check(self) -> None:
         for option in fields(self):

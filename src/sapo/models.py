@@ -14,6 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.policy import model_keyword_arguments
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _OPTIMIZER_BYTES = {"sgd": 0, "rmsprop": 4, "adafactor": 1}
@@ -44,7 +45,7 @@ def load_config(model_args: ModelConfig) -> Any:
 def _load(what: str, kind: Any, name: str, revision: str) -> Any:
     _check_folder(name)
     try:
-        return kind.from_pretrained(name, revision=revision)
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load(what, name, error)) from error
 
@@ -85,6 +86,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **model_keyword_arguments(args),
     }
     quantization = get_quantization_config(model_args)
     if quantization is not None:
@@ -93,7 +95,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
         options["device_map"] = None
     try:
         model = create_model_from_path(name, AutoModelForCausalLM, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
     return model, get_peft_config(model_args)
 
@@ -172,6 +174,6 @@ def _check_folder(name: str) -> None:
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     return (
-        f"{name}: the {what} cannot be loaded ({brief(error, 200)}). Give a complete local folder, or the id of a model "
-        "on the hub that this machine can reach."
+        f"{name}: the {what} cannot be loaded ({brief(error, 200)}). Give a complete local folder, or the id of a "
+        "model on the hub that this machine can reach."
     )

@@ -96,8 +96,10 @@ class SAPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **model_keyword_arguments(args))
+            given = model_keyword_arguments(args)
+            trusted = given["trust_remote_code"]
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
+            model = create_model_from_path(model, **given)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)

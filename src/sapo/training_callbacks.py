@@ -8,6 +8,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
@@ -79,7 +81,12 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Ask for a checkpoint and the end."""
-        if self.received is not None:
+        """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
+        told = self.received is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(told), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            told = bool(flag)
+        if told:
             control.should_save = True
             control.should_training_stop = True

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sapo.checkpoint import verify
 from sapo.cli import main
 from sapo.errors import ConfigurationError
 from sapo.launch import CONFIGS, config_file, split_arguments
@@ -88,6 +92,21 @@ def test_a_failing_process_is_named_and_its_message_shown(command, tmp_path):
     assert started.returncode == 2
     assert "max_length=1" in told
     assert "TrainingError: process" in told
+
+
+def test_a_stop_signal_ends_all_processes_at_the_same_step_with_a_checkpoint(command, tmp_path):
+    folder = tmp_path / "run"
+    started = begin(2, [*command, str(folder), "--accelerate_config", "multi_gpu", "--max_steps", "100000"])
+    until = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists():
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    shown, told = started.communicate(timeout=120)
+    assert started.returncode == 0, told[-8000:]
+    step = int(re.search(r"Stopped after step (\d+) of 100000", shown)[1])
+    verify(folder / f"checkpoint-{step}")
 
 
 def test_a_shipped_configuration_is_found_by_name_and_a_misspelt_one_gets_the_nearest():

@@ -32,6 +32,9 @@ class ScoredRows:
             pad or end token (departure 4). None with shared prefixes.
         targets: `[R, L]` the token that each position is to predict; `IGNORE` where it is not scored.
         owners: `[R, L]` the sum that each scored position adds to, in `[0, sums)`.
+        places: `[M]` the scored positions of the flattened rows: found here, since an accelerator would have to be
+            waited for.
+        lengths: `[sums]` scored positions of each sum.
         sums: number of sums.
         tokens: tokens that are not padding.
         position_ids: `[R, L]`; None where they are 0, 1, 2, ... in each row.
@@ -42,6 +45,8 @@ class ScoredRows:
     attention_mask: Tensor | None
     targets: Tensor
     owners: Tensor
+    places: Tensor
+    lengths: Tensor
     sums: int
     tokens: int
     position_ids: Tensor | None = None
@@ -116,6 +121,7 @@ def collate_pairs(
         attention_mask,
         targets,
         owners,
+        *_scored(targets, owners, sums),
         sums,
         int(attention_mask.sum()),
         pairs=count,
@@ -150,7 +156,14 @@ def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], 
         [_Scored(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
     )
     owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
-    return ScoredRows(input_ids, attention_mask, targets, owners, len(rows), int(attention_mask.sum()))
+    scored, tokens = _scored(targets, owners, len(rows)), int(attention_mask.sum())
+    return ScoredRows(input_ids, attention_mask, targets, owners, *scored, len(rows), tokens)
+
+
+def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]:
+    """`places` and `lengths` of `ScoredRows`."""
+    places = (targets != IGNORE).flatten().nonzero()[:, 0]
+    return places, torch.bincount(owners.flatten()[places], minlength=sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +230,15 @@ def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBa
         positions += [*range(len(chosen.ids)), *range(visible, visible + len(branch))]
         targets += chosen.targets + rejected.targets[visible:]
         owners += [2 * count + place] * visible + [place] * (len(chosen.ids) - visible) + [count + place] * len(branch)
+    label, owner = torch.tensor([targets]), torch.tensor([owners])
+    places, lengths = _scored(label, owner, _PARTS * count)
     return PairBatch(
         input_ids=torch.tensor([ids]),
         attention_mask=None,
-        targets=torch.tensor([targets]),
-        owners=torch.tensor([owners]),
+        targets=label,
+        owners=owner,
+        places=places,
+        lengths=lengths,
         sums=_PARTS * count,
         tokens=len(ids),
         position_ids=torch.tensor([positions]),

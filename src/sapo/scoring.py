@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapo.batches import PairBatch, ScoredRows, collate_pairs
 from sapo.errors import ModelError
-from sapo.objectives import IGNORE, token_logps
+from sapo.objectives import token_logps
 from sapo.pairs import Pair
 from sapo.segments import Segment
 from sapo.shared_prefix import attention_arguments, use_shared_attention, why_not_shared
@@ -67,7 +67,7 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
     Returns:
         `[sums]` in float32 at least, and `[sums]` whole numbers.
     """
-    places = (rows.targets != IGNORE).flatten().nonzero()[:, 0]
+    places = rows.places
     targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
     inputs = _inputs(model, rows)
     if fused_lm_head:
@@ -83,7 +83,7 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             )
         logps = token_logps(logits[0], targets)
     sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device).index_add(0, owners, logps)
-    return sums, torch.bincount(owners, minlength=rows.sums)
+    return sums, rows.lengths
 
 
 @contextmanager

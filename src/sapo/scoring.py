@@ -69,12 +69,12 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
     """
     places = rows.places
     targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
-    inputs = _inputs(model, rows)
+    inputs = model_inputs(model, rows)
     if fused_lm_head:
         output = model(**inputs, shift_labels=rows.targets, fused_lm_head=True)
         logps = output.log_probs.flatten()[places]
     else:
-        with _head_at(model, places):
+        with head_at(model, places):
             logits = model(**inputs, use_cache=False).logits
         if logits.shape[:2] != (1, len(places)):
             raise ModelError(
@@ -98,7 +98,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         model.train(training)
 
 
-def _inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
+def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
+    """Keyword arguments with which `model` computes `rows`, without their scores."""
     inputs: dict[str, Any] = {"input_ids": rows.input_ids}
     if rows.prefixes is None:
         return {**inputs, "attention_mask": rows.attention_mask}
@@ -108,7 +109,7 @@ def _inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
 
 
 @contextmanager
-def _head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     """Let the head see the hidden states at `places` of the flattened rows only, as one row `[1, M, H]`."""
     head = extract_model_from_parallel(model).get_output_embeddings()
 

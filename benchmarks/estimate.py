@@ -5,7 +5,7 @@
 Each setting trains for a few steps in a process of its own. Measured memory is the peak of the resident set above what
 it was before the model was built, after a first small run has loaded everything else; large blocks are given back to
 the system as soon as they are freed (`MALLOC_MMAP_THRESHOLD_`), so that the peak is of what is in use. Measured seconds
-are the median of a step's wall time, one thread; the estimate's come from a profile of the same machine.
+are the median of a step's processor time, one thread; the estimate's come from a profile of the same machine.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class Watch(TrainerCallback):
         self.began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(time.process_time() - self.began)
 
 
 def model_config(size: str) -> LlamaConfig:
@@ -92,6 +92,8 @@ def config(folder: str, options: dict[str, Any]) -> SAPOConfig:
         "segment_length": SEGMENT,
         "max_length": PROMPT + RESPONSE,
         "max_prompt_length": PROMPT,
+        # The segment at the response's start, as the estimate of memory has it.
+        "tail_margin": RESPONSE - SEGMENT,
         "chosen_probe_size": 0,
         "gradient_checkpointing": False,
         "use_cpu": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,13 +44,19 @@ class _Parser(TrlParser):
         raise ConfigurationError(message[:1].lower() + message[1:] + ".")
 
 
-def parse(arguments: Sequence[str], program: str) -> RunArguments:
+def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:
     """Parse flags and, with `--config`, a recipe underneath them.
+
+    Args:
+        arguments: of the command.
+        program: its name, for the help.
+        defaults: take the place of options' own, under the recipe.
 
     Raises:
         ConfigurationError: an unknown option (with the nearest), a value of the wrong type, options that clash.
     """
     parser = _Parser([DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig], prog=program, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     arguments = [part for argument in arguments for part in _split_equals(argument)]
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:

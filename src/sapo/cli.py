@@ -24,6 +24,9 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
+  sapo estimate --config recipe.yaml --gpu h200        memory and seconds of a step, before any weights are read
+      --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
+      --model_config FILE                              a config.json, where the model is not at hand
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
@@ -66,6 +69,11 @@ def _dispatch(given: list[str]) -> int:
             train(rest)
         case ["data", "check", *rest]:
             data_check(rest)
+        case ["estimate", *rest]:
+            from sapo.estimate.command import run_estimate
+
+            _quiet()
+            run_estimate(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 

@@ -55,11 +55,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
     return launcher, own
 
 
-def config_file(name: str) -> Path:
+def shipped_or_file(name: str) -> Path:
     """The file of a shipped configuration, or `name` itself if it is a file.
 
     Raises:
-        ConfigurationError: neither, or DeepSpeed is asked for and not installed.
+        ConfigurationError: neither.
     """
     shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
     file = shipped.get(name, Path(name))
@@ -67,6 +67,16 @@ def config_file(name: str) -> Path:
         close = difflib.get_close_matches(name, shipped, n=1)
         nearest = f"; nearest: {close[0]}" if close else ""
         raise ConfigurationError(f"{FLAG} {name}: neither one of {', '.join(shipped)} nor a file{nearest}.")
+    return file
+
+
+def config_file(name: str) -> Path:
+    """`shipped_or_file`, if it can be run here.
+
+    Raises:
+        ConfigurationError: no such file, or DeepSpeed is asked for and not installed.
+    """
+    file = shipped_or_file(name)
     if "DEEPSPEED" in file.read_text(encoding="utf-8") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigurationError(f'{FLAG} {name} needs DeepSpeed: pip install "sapo-llm[deepspeed]".')
     return file

@@ -268,7 +268,9 @@ class SAPOTrainer(Trainer):
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
-        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
+        # Weights gathered in each pass ask all processes for equally many; the published likelihood counts padding.
+        equal = self.twin is not None or self.args.nll_positions == "all"
+        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
         self._reference_time = 0.0

@@ -28,6 +28,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
       --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
       --model_config FILE                              a config.json, where the model is not at hand
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
+  sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -74,6 +75,10 @@ def _dispatch(given: list[str]) -> int:
 
             _quiet()
             run_estimate(rest)
+        case ["evaluate", *rest]:
+            from sapo.evaluation.command import run_evaluate
+
+            run_evaluate(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 

@@ -40,3 +40,7 @@ class CheckpointError(SapoError, RuntimeError):
 
 class TrainingError(SapoError, RuntimeError):
     """A run that cannot go on: numbers that are not finite, or another process that failed."""
+
+
+class EvaluationError(SapoError, RuntimeError):
+    """An evaluation that cannot go on: a missing package or file, a judge that does not answer, answers of no use."""

@@ -25,6 +25,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
+  sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -66,6 +67,10 @@ def _dispatch(given: list[str]) -> int:
             train(rest)
         case ["data", "check", *rest]:
             data_check(rest)
+        case ["report", *rest]:
+            from sapo.report.command import report
+
+            report(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 

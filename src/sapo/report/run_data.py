@@ -34,8 +34,9 @@ class Option:
 
     @property
     def differs(self) -> bool:
-        """Whether the run used another value than the default."""
-        return bool(self.value != self.default)
+        """Whether the run used another value than the default; what was left unset may have become no or none."""
+        unset = self.default in (None, "none") and self.value in (None, False, "", [])
+        return bool(self.value != self.default) and not unset
 
 
 @dataclass(frozen=True, slots=True)

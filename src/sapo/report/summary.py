@@ -115,16 +115,18 @@ def _where_from(run: RunData) -> str:
 
 
 def figures(run: RunData) -> list[Figure]:
-    """The numbers that matter most, at the last log."""
+    """The numbers that matter most: means over the last tenth of the log lines, and over the first beside them."""
     if not run.train:
         return []
     last = run.train[-1]
     found = [Figure("step", f"{max(last['step'], run.end.get('step', 0)):,}", _of(run.facts.get("max_steps")))]
     for name, label, spell in _FIGURES:
-        if isinstance(last.get(name), (int, float)):
-            change = change_of(run, name)
-            note = f"from {spell(change.first)}" if change is not None else ""
-            found.append(Figure(label, spell(last[name]), note))
+        change = change_of(run, name)
+        if change is not None:
+            found.append(Figure(label, spell(change.last), f"from {spell(change.first)}"))
+    likelihood = run.series("self_play/chosen_logp_change")
+    if likelihood:
+        found.append(Figure("chosen likelihood", f"{likelihood[-1]:+.3g} nats", "since the start"))
     return found
 
 
@@ -158,15 +160,10 @@ def _percent(value: float) -> str:
     return f"{value:.0%}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3g} nats"
-
-
 _FIGURES: list[tuple[str, str, Any]] = [
     ("loss", "loss", number_text),
     ("rewards/accuracies", "chosen preferred", _percent),
     ("rewards/margins", "margin", number_text),
-    ("self_play/chosen_logp_change", "chosen likelihood", _signed),
     ("self_play/identical_fraction", "identical pairs", _percent),
 ]
 

@@ -68,8 +68,8 @@ class ChartBoard {
   draw() { for (const chart of this.charts) chart.draw(); }
 
   zoom(from, to) {
-    const least = Math.max(this.least, Math.min(from, to));
-    const most = Math.min(this.most, Math.max(from, to));
+    const least = Math.max(this.least, Math.round(Math.min(from, to)));
+    const most = Math.min(this.most, Math.round(Math.max(from, to)));
     if (most - least < 1) return;
     [this.from, this.to] = [least, most];
     this.zoomed = least > this.least || most < this.most;
@@ -83,8 +83,9 @@ class ChartBoard {
   }
 }
 
+// Few points, as of evaluations, are shown as they are.
 function smooth(values, weight) {
-  if (!weight) return values;
+  if (!weight || values.length < 40) return values;
   let sum = 0, norm = 0;
   return values.map((value) => {
     if (value === null) return null;
@@ -144,7 +145,8 @@ class Chart {
     if (low > high) [low, high] = [0, 1];
     if (this.spec.unit === "share") [low, high] = [Math.min(0, low), Math.max(high * 1.05, 0.05)];
     if (this.spec.unit === "share" && high > 0.6) high = 1;
-    if (high === low) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
+    // Smoothing leaves a constant constant but for rounding.
+    if (high - low <= 1e-9 * Math.max(Math.abs(high), Math.abs(low))) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
     if (this.spec.unit !== "share") { const pad = (high - low) * 0.06; low -= pad; high += pad; }
     const ticksY = niceTicks(low, high, 4);
     const labels = ticksY.map((tick) => numberText(tick, this.spec.unit));
@@ -172,9 +174,9 @@ class Chart {
     const inside = s("g", { "clip-path": `url(#${this.clip})` });
     this.series.forEach((line, index) => {
       if (line.low) inside.append(s("path", { class: `band ${line.tone}`, d: this.area(line) }));
-      if (smoothing > 0) inside.append(s("path", { class: `line raw ${line.tone}`, d: this.path(line.steps, line.mean) }));
+      if (this.smoothed[index] !== line.mean) inside.append(s("path", { class: `line raw ${line.tone}`, d: this.path(line.steps, line.mean) }));
       inside.append(s("path", { class: `line ${line.tone} dash${line.dash}`, d: this.path(line.steps, this.smoothed[index]) }));
-      if (line.dots && !smoothing) {
+      if (line.dots && this.smoothed[index] === line.mean) {
         line.steps.forEach((step, place) => {
           if (line.mean[place] === null || step < from || step > to) return;
           inside.append(s("circle", { class: `dot ${line.tone}`, cx: this.x(step), cy: this.y(line.mean[place]), r: 2.2 }));

@@ -35,8 +35,9 @@ function differences(one, other) {
   return only;
 }
 
-// A text as spans, those pieces marked that the other text lacks; neighbours share one mark.
-function marked(list, only, tag) {
+// A text as spans, those pieces marked that the other text lacks; neighbours, and the space between them, share one mark.
+function marked(list, own, tag) {
+  const only = own.map((lacking, place) => lacking || (/^\s+$/.test(list[place]) && Boolean(own[place - 1] && own[place + 1])));
   const nodes = [];
   let from = 0;
   for (let to = 1; to <= list.length; to++) {
@@ -145,12 +146,13 @@ class PairBrowser {
     this.shown = this.matching();
     const total = this.pairs.length;
     this.count.textContent = this.shown.length === total ? `${total} pairs` : `${this.shown.length} of ${total} pairs`;
+    const end = (text) => (text.length > 88 ? `…${text.slice(-88)}` : text);
     const from = (text) => text.replace(/\s+/g, " ").trim();
     this.list.replaceChildren(...this.shown.map((pair) => h("li", {
       role: "option", id: `pair-${pair.index}`, "data-index": pair.index, "aria-selected": "false",
     },
     h("span", { class: "pair-line" }, h("b", {}, `step ${wholeText(pair.s)}`), h("span", { class: "pair-margin" }, pair.i ? "identical" : pair.m === undefined ? "" : `margin ${numberText(pair.m)}`)),
-    h("span", { class: "pair-prompt" }, from(pair.prompt).slice(-90)),
+    h("span", { class: "pair-prompt" }, end(from(pair.prompt))),
     h("span", { class: "pair-snippet" }, from(pair.rejected[1]).slice(0, 90) || "(nothing written)"))));
     const still = this.shown.some((pair) => pair.index === this.chosen);
     if (still) this.show(this.chosen, false);

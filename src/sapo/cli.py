@@ -23,6 +23,7 @@ USAGE = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
+      --quiet                                          show nothing but warnings and errors
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
@@ -92,10 +93,11 @@ def train(arguments: Sequence[str]) -> None:
     from sapo.trainer import SAPOTrainer
     from sapo.training_callbacks import StopOnSignal
 
-    run = parse(arguments, "sapo train")
+    quiet = "--quiet" in arguments
+    run = parse([argument for argument in arguments if argument != "--quiet"], "sapo train")
     config = run.config
     # Of several processes the first speaks.
-    console = Console(quiet=config.process_index > 0)
+    console = Console(quiet=quiet or config.process_index > 0)
     if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
         check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()

@@ -23,12 +23,14 @@ USAGE = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
+      --quiet                                          show nothing but warnings and errors
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
   sapo estimate --config recipe.yaml --gpu h200        memory and seconds of a step, before any weights are read
       --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
       --model_config FILE                              a config.json, where the model is not at hand
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
+  sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -79,6 +81,10 @@ def _dispatch(given: list[str]) -> int:
             from sapo.evaluation.command import run_evaluate
 
             run_evaluate(rest)
+        case ["report", *rest]:
+            from sapo.report.command import report
+
+            report(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 
@@ -100,10 +106,11 @@ def train(arguments: Sequence[str]) -> None:
     from sapo.trainer import SAPOTrainer
     from sapo.training_callbacks import StopOnSignal
 
-    run = parse(arguments, "sapo train")
+    quiet = "--quiet" in arguments
+    run = parse([argument for argument in arguments if argument != "--quiet"], "sapo train")
     config = run.config
     # Of several processes the first speaks.
-    console = Console(quiet=config.process_index > 0)
+    console = Console(quiet=quiet or config.process_index > 0)
     if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
         check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()

@@ -23,6 +23,9 @@ HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.2
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
 """Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
 
+LEAST_REPORT_PAIRS = 12
+"""Pairs that the report keeps of the start and the end of a run."""
+
 
 def _option(default: Any, text: str) -> Any:
     """A dataclass field with its help text; argparse reads `%` as a format, so it is doubled."""
@@ -175,6 +178,16 @@ class SAPOConfig(TrainingArguments):
     )
     log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
     num_pairs_to_print: int = _option(3, "Pairs in that table.")
+    report_steps: int = _option(
+        100,
+        "Refresh report.html every so many optimizer steps (less often where that would take a fiftieth of the time); "
+        "0: write it at the end of the run only.",
+    )
+    report_pairs: int = _option(
+        200,
+        "Pairs kept in pairs.jsonl for the report, at most: a few prompts followed through the run, and a few pairs "
+        "learnt from, at evenly spaced steps; 0 for none.",
+    )
     resume_from_checkpoint: str | None = _option(
         None,
         'A checkpoint folder to continue from; "true" for the newest in output_dir; "auto" for that if there is one, '
@@ -227,6 +240,11 @@ class SAPOConfig(TrainingArguments):
             if value is not None and not low <= value <= high:
                 reach = f"{low} or more" if high == _INF else f"between {low} and {high}"
                 raise ConfigurationError(f"{name}={value}: must be {reach}.")
+        if 0 < self.report_pairs < LEAST_REPORT_PAIRS:
+            raise ConfigurationError(
+                f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
+                "a run have as many."
+            )
         if self.segment_length == 0:
             raise ConfigurationError("segment_length=0: must be positive, or none for the whole response.")
         if self.beta == 0 and self.objective == "dpo":
@@ -366,5 +384,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("max_prompt_length", 1, _INF),
     ("log_pairs_steps", 0, _INF),
     ("num_pairs_to_print", 1, _INF),
+    ("report_steps", 0, _INF),
+    ("report_pairs", 0, _INF),
 ]
 """Inclusive range of each number; `None` always passes where the field allows it."""

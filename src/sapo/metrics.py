@@ -1,8 +1,11 @@
-"""Averages of metrics between two log lines, exact across a resume."""
+"""Averages of metrics between two log lines, exact across a resume, and what a process holds of the machine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import psutil
+import torch
 
 
 class MetricAverages:
@@ -38,3 +41,11 @@ class MetricAverages:
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from `state()`."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+def memory_use() -> dict[str, float]:
+    """Memory of this process now and, with CUDA, the most that its tensors have held on the device, in GB."""
+    used = {"memory/process_gb": psutil.Process().memory_info().rss / 1e9}
+    if torch.cuda.is_available():
+        used["memory/device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return used

@@ -29,6 +29,10 @@ CONFIG_FILE = "sapo_config.yaml"
 RECIPE_FILE = "recipe.yaml"
 TRACE_FILE = "trace-{process}.jsonl"
 BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
+PAIRS_FILE = "pairs.jsonl"
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+REPORT_FILES = (PAIRS_FILE, RUN_FILE, REPORT_FILE)
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _STAGING = ".saving"
@@ -99,7 +103,8 @@ class RunFolder:
             self.path / _STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
-        for pattern in (METRICS_FILE, TRACE_FILE.format(process="*"), BAD_PAIRS_FILE.format(process="*")):
+        per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
+        for pattern in (METRICS_FILE, *REPORT_FILES, *per_process):
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
 
@@ -250,7 +255,8 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
     present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     if restarted:
-        early = (METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial")
+        early = [METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial"]
+        early += [*REPORT_FILES, *(f".{name}.partial" for name in REPORT_FILES)]
         present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
     if present and not overwrite:
         raise ConfigurationError(

@@ -36,7 +36,7 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
-from sapo.metrics import MetricAverages
+from sapo.metrics import MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
@@ -49,8 +49,9 @@ from sapo.pair_loss import pair_loss
 from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, self_play
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
+from sapo.report.recorder import RunRecorder
 from sapo.run_folder import RunFolder
-from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
+from sapo.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
 from sapo.sharding import Twin, shards_weights, whole_size, zero_stage
 from sapo.training_callbacks import RunCallback
 
@@ -163,6 +164,7 @@ class SAPOTrainer(Trainer):
         self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
+        self.add_callback(RunRecorder(self))
 
     # ---- Construction ----
 
@@ -374,6 +376,13 @@ class SAPOTrainer(Trainer):
         logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
         return ReferenceLogps(*(part.to(self.args.device) for part in logps))
 
+    def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceLogps | None]:
+        """Of the policy and the reference, in one pass without gradients; all processes take part."""
+        batch = self._collate(pairs).to(self.args.device)
+        with self.compute_loss_context_manager(), frozen(self.model) as model:
+            reference = self._reference_logps(pairs, batch, kept=False)
+            return score(model, batch, fused_lm_head=self._fused), reference
+
     def before_optimizer_step(self) -> None:
         """Keep a loss or gradient that is not finite from touching anything."""
         bad = self.bad_steps.end(self.accelerator, self.model_wrapped)
@@ -437,6 +446,7 @@ class SAPOTrainer(Trainer):
             tokens = sum(gather_object([self._tokens]))
             logs["tokens_per_second"] = tokens / max(now - self._tokens_since, 1e-9)
             self._tokens, self._tokens_since = 0, now
+            logs.update(memory_use())
             self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
         super().log(logs, start_time)
         if self.stop_reason is not None and not self.control.should_training_stop:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
+
+import torch
+
+TOTALS = frozenset({"tokens", "time/cpu"})
+"""Logged as sums since the last log line, over all processes; everything else as averages."""
+
+SPENT = frozenset({*TOTALS, "time/step"})
+"""What a run has cost: logged for its last steps too, though no log line was due."""
 
 
 class MetricAverages:
@@ -20,8 +30,8 @@ class MetricAverages:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def drain(self) -> dict[str, float]:
-        """The averages, and start anew."""
-        averages = {name: total / self._counts[name] for name, total in self._sums.items()}
+        """The averages (of `TOTALS` the sums), and start anew."""
+        averages = {name: total if name in TOTALS else total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return averages
 
@@ -38,3 +48,13 @@ class MetricAverages:
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from `state()`."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory that this process has held so far, in MB: resident, and on its accelerator if it has one."""
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+    if torch.cuda.is_available():
+        peak["memory/device_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return peak

@@ -29,7 +29,7 @@ VARIANTS = {
 
 def metrics(trainer, after):
     rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "tokens_per_second")
+    timed = ("time/", "memory/", "tokens_per_second")
     return [
         {k: v for k, v in row.items() if not k.startswith(timed) and "second" not in k and "runtime" not in k}
         for row in rows

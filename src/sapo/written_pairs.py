@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from sapo.pairs import Pair, SelfPlay
 
 _FACTS = b"sapo_facts"
 _REPORT = b"sapo_report"
+_SPENT = b"sapo_spent"
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _PARTIAL = ".partial"
 
@@ -41,6 +43,8 @@ class PairsReport:
         ended: share of rejected responses that end with an end token.
         chosen_length: mean tokens of a chosen response.
         rejected_length: mean tokens of a rejected response.
+        wall_seconds: it took to write them, over all processes.
+        cpu_seconds: likewise.
     """
 
     written: int
@@ -48,6 +52,8 @@ class PairsReport:
     ended: float
     chosen_length: float
     rejected_length: float
+    wall_seconds: float
+    cpu_seconds: float
 
     def line(self) -> str:
         """In one line of plain text."""
@@ -114,8 +120,11 @@ class PairWriter:
             else:
                 first = number * self.rows_a_part
                 rows = range(first, min(first + self.rows_a_part, len(dataset)))
+                began = time.perf_counter(), time.process_time()
                 examples = collate_examples([dataset[row] for row in rows])["examples"]
-                _write(part, _table(source.rewrite(examples, epoch=epoch)), {_FACTS: _json(self.facts)})
+                table = _table(source.rewrite(examples, epoch=epoch))
+                spent = {"wall": time.perf_counter() - began[0], "cpu": time.process_time() - began[1]}
+                _write(part, table, {_FACTS: _json(self.facts), _SPENT: _json(spent)})
             each()
         self.wait()
 
@@ -137,7 +146,8 @@ class PairWriter:
         if self.process == 0:
             names = [self._folder / f"part-{number:05d}.parquet" for number in range(self._parts(dataset))]
             whole = pyarrow.concat_tables([pyarrow.parquet.read_table(name) for name in names])
-            report, kept = self._count(whole, skip_identical=skip_identical)
+            spent = [json.loads(self._metadata(name)[_SPENT]) for name in names]
+            report, kept = self._count(whole, spent, skip_identical=skip_identical)
             if not kept:
                 raise DatasetError(
                     f"{self.file.name}: the model wrote the chosen response itself in all of {report.written} rows; "
@@ -153,7 +163,9 @@ class PairWriter:
             shutil.rmtree(self._folder)
         self.wait()
 
-    def _count(self, table: pyarrow.Table, *, skip_identical: bool) -> tuple[PairsReport, list[int]]:
+    def _count(
+        self, table: pyarrow.Table, spent: Sequence[dict[str, float]], *, skip_identical: bool
+    ) -> tuple[PairsReport, list[int]]:
         chosen, rejected = table["chosen_ids"].to_pylist(), table["rejected_ids"].to_pylist()
         different = [place for place, pair in enumerate(zip(chosen, rejected, strict=True)) if pair[0] != pair[1]]
         count = len(chosen)
@@ -163,6 +175,8 @@ class PairWriter:
             ended=sum(bool(ids) and ids[-1] in self.end_ids for ids in rejected) / count,
             chosen_length=sum(map(len, chosen)) / count,
             rejected_length=sum(map(len, rejected)) / count,
+            wall_seconds=sum(part["wall"] for part in spent),
+            cpu_seconds=sum(part["cpu"] for part in spent),
         )
         return report, different if skip_identical else list(range(count))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sapo.errors import ConfigurationError
+from sapo.iterations import DONE_FILE
 from sapo.run_folder import CONFIG_FILE, METRICS_FILE, RECIPE_FILE
 
 _OF_ONE_START = frozenset(
@@ -38,7 +39,8 @@ class Cost:
 
     Attributes:
         steps: optimizer steps.
-        wall_seconds: from the first step to the last; with a resume, without the time in between.
+        wall_seconds: from the first step to the last, without the time between a stop and a resume; of an iteration,
+            with the time to write its pairs.
         cpu_seconds: of all processes and threads.
         tokens: learnt from, without padding; of self-play the rejected responses are among them.
         generate_seconds: of `wall_seconds`, for segments, the opponent's text and the replay buffer.
@@ -64,12 +66,14 @@ class RunRecord:
         folder: where it lies.
         settings: every option of the run, and model and data where the run has ended.
         rows: lines of its metrics, oldest first.
+        written: of an iteration, what its pairs were and what it took to write them before the first step.
     """
 
     name: str
     folder: Path
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
+    written: dict[str, float] = field(default_factory=dict)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Step and value wherever the metric was logged as a number."""
@@ -97,14 +101,17 @@ class RunRecord:
             parts = [line[metric] * weight for line, weight in zip(lines, weights, strict=True) if metric in line]
             return sum(parts) if parts else None
 
+        def with_writing(trained: float | None, kind: str) -> float | None:
+            return None if trained is None else trained + self.written.get(f"{kind}_seconds", 0.0)
+
         once = [1.0] * len(lines)
         tokens = total("tokens", once)
         return Cost(
             steps=max((row["step"] for row in self.rows), default=0),
-            wall_seconds=total("time/step", steps),
-            cpu_seconds=total("time/cpu", once),
+            wall_seconds=with_writing(total("time/step", steps), "wall"),
+            cpu_seconds=with_writing(total("time/cpu", once), "cpu"),
             tokens=None if tokens is None else round(tokens),
-            generate_seconds=total("time/generate", [step * accumulation for step in steps]),
+            generate_seconds=with_writing(total("time/generate", [step * accumulation for step in steps]), "wall"),
             peak_mb=_most(self.curve("memory/peak_mb")),
             device_peak_mb=_most(self.curve("memory/device_peak_mb")),
         )
@@ -163,7 +170,9 @@ def _read(folder: Path, name: str) -> RunRecord:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{metrics}, line {number}: not a line of metrics ({error}).") from error
         rows.append(row)
-    return RunRecord(name, folder, settings, rows)
+    iteration = folder / DONE_FILE
+    written = json.loads(iteration.read_text(encoding="utf-8"))["pairs"] if iteration.is_file() else {}
+    return RunRecord(name, folder, settings, rows, written)
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -118,8 +118,8 @@ class Cell:
         if method.preset == "no-buffer":
             options["replay_buffer_size"] = str(task.BATCH)
         if method.iterations > 1:
-            # As published: what the opponent writes may be longer than the data.
-            options["max_new_tokens"] = str(task.ROOM)
+            # As published: plain sampling, and what the opponent writes may be longer than the data.
+            options |= {"max_new_tokens": str(task.ROOM), "temperature": "1", "top_k": "0", "top_p": "1"}
         flags = [part for name, value in options.items() for part in (f"--{name}", value)]
         return ["train", "--config", str(method.recipe()), *flags]
 

@@ -1,6 +1,6 @@
 """Methods and ablations of the study: a shipped preset each, and the flags by which it may be tuned.
 
-Every method has four trials, on the validation split of one base with one seed; all of them are listed in the table.
+Every method has equally many trials, on the validation split of one base with one seed; the table lists all of them.
 """
 
 from dataclasses import dataclass
@@ -44,19 +44,20 @@ def grid(**options: tuple[str, ...]) -> tuple[dict[str, str], ...]:
     return tuple(trials)
 
 
-def methods(rates: tuple[str, str, str, str]) -> dict[str, Method]:
+def methods(rates: tuple[str, ...], weights: tuple[str, ...], betas: tuple[str, ...]) -> dict[str, Method]:
     """The methods that are compared.
 
     Args:
-        rates: four learning rates, rising: SFT takes all of them; pure DPO takes them a tenth as high; what has a
-            likelihood term takes the middle two with two strengths of its own.
+        rates: learning rates, rising: SFT takes all of them, pure DPO takes them a tenth as high.
+        weights: of the likelihood term, each with the middle two rates.
+        betas: of ORPO's odds-ratio term, likewise.
     """
     lower = tuple(f"{float(rate) / 10:g}" for rate in rates)
-    middle = rates[1:3]
-    guarded = grid(learning_rate=middle, chosen_nll_weight=("1", "3"))
+    middle = rates[len(rates) // 2 - 1 : len(rates) // 2 + 1]
+    guarded = grid(learning_rate=middle, chosen_nll_weight=weights)
     return {
         CONTINUED_SFT: Method("continued-sft", grid(learning_rate=rates)),
-        "SAPO-ORPO": Method("sapo-orpo", grid(learning_rate=middle, beta=("0.1", "0.5"))),
+        "SAPO-ORPO": Method("sapo-orpo", grid(learning_rate=middle, beta=betas)),
         "SAPO-DPO": Method("sapo-dpo", grid(learning_rate=lower)),
         CENTRE: Method("sapo-dpo-guarded", guarded),
         "SPIN": Method("spin", grid(learning_rate=lower), iterations=3),
@@ -71,16 +72,18 @@ def _one_change(preset: str, *flags: tuple[str, str]) -> Method:
 
 ABLATIONS = {
     CENTRE: _one_change("sapo-dpo-guarded"),
-    "no likelihood term": _one_change("sapo-dpo-guarded", ("chosen_nll_weight", "0")),
-    "on-policy (no EMA)": _one_change("on-policy"),
-    "frozen opponent": _one_change("sapo-dpo-guarded", ("ema_decay", "1")),
-    "no buffer": _one_change("no-buffer"),
-    "no segment": _one_change("no-segment"),
     "no segment, frozen opponent": _one_change("no-segment-frozen-opponent"),
-    "frozen reference": _one_change("frozen-reference"),
-    "opponent as reference": _one_change("opponent-reference"),
+    "no segment": _one_change("no-segment"),
+    "frozen opponent": _one_change("sapo-dpo-guarded", ("ema_decay", "1")),
+    "on-policy (no EMA)": _one_change("on-policy"),
+    "no likelihood term": _one_change("sapo-dpo-guarded", ("chosen_nll_weight", "0")),
+    "identical pairs kept": _one_change("sapo-dpo-guarded", ("skip_identical", "false")),
     "suffix dropped": _one_change("suffix-drop"),
+    "no buffer": _one_change("no-buffer"),
+    "frozen reference": _one_change("frozen-reference"),
     "suffix masked": _one_change("suffix-mask"),
+    "opponent as reference": _one_change("opponent-reference"),
     "opponent at T = 1": _one_change("sapo-dpo-guarded", ("temperature", "1")),
     "beta 0.01": _one_change("sapo-dpo-guarded", ("beta", "0.01")),
 }
+"""The four of segment and opponent first: together they tell fresh negatives from segments."""

@@ -4,8 +4,9 @@
     python benchmarks/quality/study.py text --data FOLDER --minutes 30
     python benchmarks/quality/study.py toy --table                   the tables of what is done
 
-In this order: the trials of each method on the validation split, the chosen ones on the test split (all bases, all
-seeds), the ablations. The test split is read when a cell's settings are fixed, and a cell measures it once.
+In this order: the trials of each method on the validation split; the chosen ones on the test split with five seeds,
+each on one of the bases; the ablations likewise; both again with seeds and bases paired otherwise. The test split is
+read when a cell's settings are fixed, and a cell measures it once.
 """
 
 import argparse
@@ -31,7 +32,7 @@ class Study:
     def __init__(self, task, work: Path, minutes: float, bases: int) -> None:
         self.task, self.work = task, work / task.NAME
         self.until = time.monotonic() + 60 * minutes
-        self.methods = methods(task.RATES)
+        self.methods = methods(task.RATES, task.WEIGHTS, task.BETAS)
         self.bases = task.bases(self.work, bases)
         self.train_file = task.train_file(self.work)
         self._splits: dict[str, dict] = {}
@@ -90,15 +91,15 @@ class Study:
         ratio = json.loads((self.work / "chosen.json").read_text())["compute_ratio"]
         return round(self.task.STEPS * ratio) if method.equal_compute else self.task.STEPS
 
-    def matrix(self, stage: str, arms: dict[str, Method], bases: list[str], chosen: dict) -> bool:
-        """All arms on all bases and seeds, seed by seed, so that what is done is balanced."""
-        for seed in SEEDS:
-            for base in bases:
-                for name, method in arms.items():
-                    options = chosen[method.like or name] | dict(method.flags)
-                    cell = self.cell(stage, base, name, method, options, seed, self._steps(method))
-                    if self.run(cell) is None:
-                        return False
+    def matrix(self, stage: str, arms: dict[str, Method], chosen: dict, turn: int) -> bool:
+        """All arms with all seeds, each seed on one of the bases: another one in each turn."""
+        names = list(self.bases)
+        for name, method in arms.items():
+            for seed in SEEDS:
+                options = chosen[method.like or name] | dict(method.flags)
+                base = names[(seed - 1 + turn) % len(names)]
+                if self.run(self.cell(stage, base, name, method, options, seed, self._steps(method))) is None:
+                    return False
         return True
 
     def untrained(self) -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--data", type=Path, help="folder of the data that the task text reads")
     parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
-    parser.add_argument("--bases", type=int, default=2, help="bases of the comparison; ablations take the first")
+    parser.add_argument("--bases", type=int, default=2, help="bases that the seeds are spread over")
     parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
     options = parser.parse_args()
     # So small a model is several times slower when two threads share its matrices.
@@ -132,11 +133,9 @@ def main() -> None:
         study = Study(task, options.work, options.minutes, options.bases)
         study.untrained()
         chosen = study.tune()
-        finished = (
-            chosen is not None
-            and study.matrix("compare", study.methods, list(study.bases), chosen)
-            and study.matrix("ablations", ABLATIONS, list(study.bases)[:1], chosen)
-        )
+        stages = [("compare", study.methods), ("ablations", ABLATIONS)]
+        turns = [(*stage, turn) for turn in range(len(study.bases)) for stage in stages]
+        finished = chosen is not None and all(study.matrix(stage, arms, chosen, turn) for stage, arms, turn in turns)
         sys.stdout.write("All cells are done.\n" if finished else "The time is over; the same command goes on.\n")
     text = tables(options.work / task.NAME, task)
     (options.work / task.NAME / "tables.md").write_text(text)

@@ -59,13 +59,16 @@ class Cell:
             status = main(self._command())
         if status != 0:
             raise SystemExit(f"{self.folder}: sapo train ended with status {status}; see log.txt")
+        runs = read_runs([self.folder / "run"])
+        if sum(run.cost().steps for run in runs) < self.steps // self.method.iterations * self.method.iterations:
+            # A signal ends a run with a checkpoint and without an error.
+            raise SystemExit(f"{self.folder}: stopped before its last step; the same command goes on.")
         policies = self._policies()
         settings = {"temperatures": self.task.TEMPERATURES, "room": self.task.ROOM}
         last = policies[max(policies)]
         curve = []
         for step, folder in sorted(policies.items()) if validation else ():
             curve.append({"step": step, **measure(folder, **validation, **settings)})
-        runs = read_runs([self.folder / "run"])
         costs = [run.cost() for run in runs]
         found = {
             "options": self.options,

@@ -32,7 +32,8 @@ class Study:
     def __init__(self, task, work: Path, minutes: float, bases: int) -> None:
         self.task, self.work = task, work / task.NAME
         self.until = time.monotonic() + 60 * minutes
-        self.methods = methods(task.RATES, task.WEIGHTS, task.BETAS)
+        tuned = methods(task.RATES, task.WEIGHTS, task.BETAS)
+        self.methods = {name: method for name, method in tuned.items() if name not in task.LEFT_OUT}
         self.bases = task.bases(self.work, bases)
         self.train_file = task.train_file(self.work)
         self._splits: dict[str, dict] = {}

@@ -226,17 +226,20 @@ def _table(pairs: Sequence[Pair]) -> pyarrow.Table:
 
 
 def _texts(table: pyarrow.Table, tokenizer: Any, texts: PromptTexts) -> dict[str, list[Any]]:
-    def decoded(column: str, *, skip_special_tokens: bool) -> list[str]:
-        ids = table[column].to_pylist()
-        text: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
-        return text
+    def replies_after(column: str) -> list[str]:
+        # In their place: decoded alone, many tokenizers would leave out the space that a reply begins with.
+        wholes = [[*prompt, *reply] for prompt, reply in zip(prompt_ids, table[column].to_pylist(), strict=True)]
+        texts: list[str] = tokenizer.batch_decode(wholes, skip_special_tokens=True)
+        return [text[len(before) :] for text, before in zip(texts, befores, strict=True)]
 
-    replies = {name: decoded(f"{name}_ids", skip_special_tokens=True) for name in ("chosen", "rejected")}
+    prompt_ids = table["prompt_ids"].to_pylist()
+    befores = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
+    replies = {name: replies_after(f"{name}_ids") for name in ("chosen", "rejected")}
     places = zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True)
     prompts = [texts.prompt(row, turn) for row, turn in places]
     if any(prompt is None for prompt in prompts):
         # Text and conversations do not fit into one column: the prompts as the model sees them.
-        return {"prompt": decoded("prompt_ids", skip_special_tokens=False), **replies}
+        return {"prompt": tokenizer.batch_decode(prompt_ids, skip_special_tokens=False), **replies}
     if texts.plain:
         return {"prompt": prompts, **replies}
     turns = {name: [[{"role": "assistant", "content": text}] for text in reply] for name, reply in replies.items()}

@@ -203,7 +203,7 @@ def test_written_pairs_are_a_preference_data_set(model, data, tmp_path, tokenize
     given = tiny_rows(12)
     assert [row["prompt"] for row in rows] == [given[row["row"]]["prompt"] for row in rows]
     for row in rows:
-        assert row["chosen"].split() == given[row["row"]]["chosen"].split()
+        assert row["chosen"] == given[row["row"]]["chosen"]
         assert row["chosen"] != row["rejected"]
         ids = tokenizer(row["rejected"])["input_ids"]
         assert ids == [token for token in row["rejected_ids"] if token not in tokenizer.all_special_ids]

@@ -136,7 +136,7 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
             value = getattr(part, field.name)
             value = value.value if isinstance(value, Enum) else value
             default = default.value if isinstance(default, Enum) else default
-            if value != default and value is not None:
+            if value != default:
                 plain = [dataclasses.asdict(v) for v in value] if field.name == "datasets" else value
                 recipe[field.name] = plain
     return recipe

@@ -111,10 +111,14 @@ def collate_pairs(
             raise ValueError("all_positions counts padding, and the shared layout has none")
         return _packed(pairs, suffix, score_shared)
     rows = [_Scored(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
-    rows += [_Scored(p.prompt_ids, p.rejected_ids, _first(p, score_shared), _stop(p, suffix)) for p in pairs]
+    count, places = len(pairs), list(range(len(pairs)))
+    for place, pair in enumerate(pairs):
+        if not pair.alone:
+            rows.append(_Scored(pair.prompt_ids, pair.rejected_ids, _first(pair, score_shared), _stop(pair, suffix)))
+            places.append(count + place)
     input_ids, attention_mask, targets = _padded(rows, pad_token_id)
-    owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
-    sums, count, positions = _PARTS * len(pairs), len(pairs), 0
+    owners = torch.tensor(places)[:, None].expand_as(targets).contiguous()
+    sums, positions = _PARTS * count, 0
     if all_positions:
         others = targets[:count, :-1] == IGNORE
         owners[:count, :-1][others] = sums

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sapo.data import Example, collate_examples, dataset_digest
-from sapo.pairs import Pair, PairSource, SelfPlay, paired
+from sapo.pairs import Pair, PairSource, SelfPlay
 from sapo.segments import derive_seed
 
 
@@ -46,7 +46,7 @@ class EvaluationPairs:
         if isinstance(self._source, SelfPlay):
             # Epoch -1: no epoch of the training has these seeds.
             return self._source.rewrite(examples, epoch=-1)[:: self._num_generations]
-        return [paired(example) for example in examples]
+        return self._source.pairs(examples, epoch=-1, step=0, micro_batch=0)
 
     def digest(self, dataset: Any) -> str:
         """The content of a prepared data set as a hash, computed once."""

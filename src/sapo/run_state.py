@@ -34,6 +34,7 @@ _FACTS = [
     "suffix",
     "assistant_turns",
     "num_generations",
+    "max_new_tokens",
     "generation_interval",
     "steps_per_generation",
     "temperature",

@@ -36,7 +36,7 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
-from sapo.metrics import MetricAverages, memory_use
+from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
@@ -46,7 +46,7 @@ from sapo.opponent import (
     squared_distance,
 )
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, self_play
+from sapo.pairs import Coming, Pair, PairedData, PairSource, Responses, SelfPlay, self_play
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.report.recorder import RunRecorder
@@ -192,7 +192,7 @@ class SAPOTrainer(Trainer):
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
         if args.pair_source != "self_play":
-            return PairedData()
+            return PairedData() if args.pair_source == "paired" else Responses(seed=args.seed)
         if generator is None:
             generator = TransformersGenerator(
                 self._opponent_in_use,
@@ -276,7 +276,8 @@ class SAPOTrainer(Trainer):
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
         self._reference_time = 0.0
-        self._tokens += sum(batch.tokens for _, batch in passes)
+        tokens = sum(batch.tokens for _, batch in passes)
+        self._tokens += tokens
         loss = torch.zeros((), device=self.args.device)
         for number, (part, batch) in enumerate(passes, start=1):
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
@@ -284,6 +285,7 @@ class SAPOTrainer(Trainer):
                     model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
                 )
         averages = self.averages["train"]
+        averages.add("tokens", tokens)
         averages.add("time/generate", generated - started)
         averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
         averages.add("time/reference", self._reference_time)
@@ -437,6 +439,8 @@ class SAPOTrainer(Trainer):
             whole = MetricAverages()
             whole.add("train_loss", self.loss_total / max(self.loss_count, 1), self.loss_count)
             logs.update(self._drained(whole))
+            rest = self._drained(self.averages["train"])
+            logs.update({name: rest[name] for name in sorted(SPENT & rest.keys())})
         elif "loss" in logs:
             logs.update(self._drained(self.averages["train"]))
             if self.opponent is not None:

@@ -270,8 +270,10 @@ class SAPOTrainer(Trainer):
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
-        # Weights gathered in each pass ask all processes for equally many; the published likelihood counts padding.
-        equal = self.twin is not None or self.args.nll_positions == "all"
+        # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
+        # counts padding.
+        together = self.twin is not None or zero_stage(self.accelerator) > 0
+        equal = together or self.args.nll_positions == "all"
         parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()

@@ -36,6 +36,7 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.local_measures.during_training import LocalSignals
 from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
@@ -108,7 +109,7 @@ class SAPOTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout_in_model(policy)
         self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
-        self._pad_token_id = padding_token_id(processing_class, self.end_ids)
+        self.pad_token_id = padding_token_id(processing_class, self.end_ids)
         self._options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
         super().__init__(
@@ -161,6 +162,8 @@ class SAPOTrainer(Trainer):
             if self.train_dataset is not None
             else None
         )
+        evaluated = each_dataset(self.eval_dataset)
+        self.local_signals = LocalSignals(self, evaluated[0]) if args.eval_local and evaluated else None
         self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
@@ -198,7 +201,7 @@ class SAPOTrainer(Trainer):
                 self._opponent_in_use,
                 Sampling(args.temperature, args.top_k, args.top_p),
                 end_ids=self.end_ids,
-                pad_token_id=self._pad_token_id,
+                pad_token_id=self.pad_token_id,
                 batch_size=args.generation_batch_size,
             )
         return self_play(
@@ -325,7 +328,7 @@ class SAPOTrainer(Trainer):
     def _collate(self, pairs: Sequence[Pair]) -> PairBatch:
         return collate_pairs(
             pairs,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.pad_token_id,
             suffix=self.args.suffix,
             layout=self._resolved_layout(),
             score_shared=self.args.scores_shared,
@@ -505,7 +508,7 @@ class SAPOTrainer(Trainer):
             turns = [example.turns[-1] for example in examples[first : first + size]]
             batch = collate_responses(
                 [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
-                pad_token_id=self._pad_token_id,
+                pad_token_id=self.pad_token_id,
             )
             with self.compute_loss_context_manager(), frozen(self.model) as model:
                 logps += summed_logps(model, batch.to(self.args.device), fused_lm_head=self._fused)[0].tolist()
@@ -523,6 +526,8 @@ class SAPOTrainer(Trainer):
         with _random_state_restored():
             if not isinstance(dataset, Mapping):
                 self._current_eval = self.eval_pairs.of(dataset)
+            if self.local_signals is not None and self.local_signals.rows is dataset:
+                self.local_signals.observe()
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -599,6 +604,8 @@ class SAPOTrainer(Trainer):
         if folder is not None:
             run_state.restore(self, folder)
         self._tokens_since = time.perf_counter()
+        if self.local_signals is not None:
+            self.local_signals.begin()
         return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

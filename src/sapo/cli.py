@@ -27,6 +27,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
+  sapo chat MODEL|RUN                                  talk to a model; of a run to start, opponent and policy
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -72,6 +73,11 @@ def _dispatch(given: list[str]) -> int:
             from sapo.report.command import report
 
             report(rest)
+        case ["chat", *rest]:
+            from sapo.chat.command import chat
+
+            _quiet()
+            chat(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 

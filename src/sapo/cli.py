@@ -92,6 +92,7 @@ def train(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from sapo.arguments import as_recipe, parse
+    from sapo.hub.card import write_card
     from sapo.inputs import load_inputs
     from sapo.models import check_model, load_policy
     from sapo.run_folder import check_output_dir
@@ -133,7 +134,11 @@ def train(arguments: Sequence[str]) -> None:
         finally:
             progress.close()
         trainer.save_model()
-        trainer.run_folder.write_recipe_and_card(as_recipe(run), str(run.model.model_name_or_path))
+        trainer.run_folder.write_recipe(as_recipe(run))
+        if config.push_to_hub:
+            trainer.push_to_hub()
+        elif trainer.is_world_process_zero():
+            write_card(trainer.run_folder.path, str(config.output_dir))
     _closing_screen(console, trainer, progress, stopped=stop.received is not None)
 
 

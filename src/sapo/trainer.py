@@ -35,6 +35,7 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.hub.publish import Publishes
 from sapo.metrics import MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
@@ -59,7 +60,7 @@ logger = logging.get_logger(__name__)
 _IDENTICAL_WARNING = 0.9
 
 
-class SAPOTrainer(Trainer):
+class SAPOTrainer(Publishes, Trainer):
     """Self-Augmented Preference Optimization on top of `transformers.Trainer`.
 
     Args:

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-distributed test-faults check bench clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +28,14 @@ demo: install
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Every strategy with every variant, in two processes and more; about half an hour. Their quick form is in `make test`.
+test-distributed: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "slow or not slow"
+
+# 120 kills, 2,000 steps twice, 12,000 rows, 1,000 checkpoints, 750 recipes; about half an hour.
+test-faults: $(VENV)/.installed-test
+	SAPO_FAULT_TRIALS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks

@@ -38,7 +38,7 @@ def logged(step, steps):
         "time/policy": 0.4,
         "time/optimizer": 0.05,
         "tokens_per_second": 5000.0 + 200 * wave,
-        "memory/process_gb": 1.5,
+        "memory/process_mb": 1500.0,
         "bad_step_fraction": 0.0,
     }
 

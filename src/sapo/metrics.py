@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 
 import psutil
 import torch
+
+TOTALS = frozenset({"tokens", "time/cpu"})
+"""Logged as sums since the last log line, over all processes; everything else as averages."""
+
+SPENT = frozenset({*TOTALS, "time/step"})
+"""What a run has cost: logged for its last steps too, though no log line was due."""
 
 
 class MetricAverages:
@@ -23,8 +31,8 @@ class MetricAverages:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def drain(self) -> dict[str, float]:
-        """The averages, and start anew."""
-        averages = {name: total / self._counts[name] for name, total in self._sums.items()}
+        """The averages (of `TOTALS` the sums), and start anew."""
+        averages = {name: total if name in TOTALS else total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return averages
 
@@ -44,8 +52,13 @@ class MetricAverages:
 
 
 def memory_use() -> dict[str, float]:
-    """Memory of this process now and, with CUDA, the most that its tensors have held on the device, in GB."""
-    used = {"memory/process_gb": psutil.Process().memory_info().rss / 1e9}
+    """Memory of this process in MB: resident now, the most so far, and the most on its accelerator if it has one."""
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = {
+        "memory/process_mb": psutil.Process().memory_info().rss / 1e6,
+        "memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
+    }
     if torch.cuda.is_available():
-        used["memory/device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        used["memory/device_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     return used

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
+from sapo import library_state, run_state
 from sapo.bad_steps import BadSteps
 from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
@@ -36,7 +37,7 @@ from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.hub.publish import Publishes
-from sapo.metrics import MetricAverages, memory_use
+from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
@@ -46,7 +47,7 @@ from sapo.opponent import (
     squared_distance,
 )
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, self_play
+from sapo.pairs import Coming, Pair, PairedData, PairSource, Responses, SelfPlay, self_play
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.report.recorder import RunRecorder
@@ -97,8 +98,10 @@ class SAPOTrainer(Publishes, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **model_keyword_arguments(args))
+            given = model_keyword_arguments(args)
+            trusted = given["trust_remote_code"]
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
+            model = create_model_from_path(model, **given)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
@@ -190,7 +193,7 @@ class SAPOTrainer(Publishes, Trainer):
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
         if args.pair_source != "self_play":
-            return PairedData()
+            return PairedData() if args.pair_source == "paired" else Responses(seed=args.seed)
         if generator is None:
             generator = TransformersGenerator(
                 self._opponent_in_use,
@@ -268,11 +271,14 @@ class SAPOTrainer(Publishes, Trainer):
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
-        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
+        # Weights gathered in each pass ask all processes for equally many; the published likelihood counts padding.
+        equal = self.twin is not None or self.args.nll_positions == "all"
+        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
         self._reference_time = 0.0
-        self._tokens += sum(batch.tokens for _, batch in passes)
+        tokens = sum(batch.tokens for _, batch in passes)
+        self._tokens += tokens
         loss = torch.zeros((), device=self.args.device)
         for number, (part, batch) in enumerate(passes, start=1):
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
@@ -280,6 +286,7 @@ class SAPOTrainer(Publishes, Trainer):
                     model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
                 )
         averages = self.averages["train"]
+        averages.add("tokens", tokens)
         averages.add("time/generate", generated - started)
         averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
         averages.add("time/reference", self._reference_time)
@@ -433,6 +440,8 @@ class SAPOTrainer(Publishes, Trainer):
             whole = MetricAverages()
             whole.add("train_loss", self.loss_total / max(self.loss_count, 1), self.loss_count)
             logs.update(self._drained(whole))
+            rest = self._drained(self.averages["train"])
+            logs.update({name: rest[name] for name in sorted(SPENT & rest.keys())})
         elif "loss" in logs:
             logs.update(self._drained(self.averages["train"]))
             if self.opponent is not None:
@@ -556,25 +565,38 @@ class SAPOTrainer(Publishes, Trainer):
                 overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
             )
         else:
-            self.run_folder.check(checkpoint)
+            run_state.check(self, checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied weight is saved once, under its other name: it is not missing."""
         tied = set(self.policy().all_tied_weights_keys)  # type: ignore[arg-type]
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        different = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if different:
+            raise run_state.other_weights(different)
         super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with library_state.reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with library_state.reading(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._ahead, self._coming = [], []
         if isinstance(self.source, SelfPlay):
             self.source.pool.clear()
         self.reference_scores.clear()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        with nullcontext() if folder is None else library_state.reading(folder):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.twin is not None and self.opponent is None and self.reference is None:
             self._make_copies()
-        if resume_from_checkpoint is not None:
-            self.run_folder.restore(Path(resume_from_checkpoint))
+        if folder is not None:
+            run_state.restore(self, folder)
         self._tokens_since = time.perf_counter()
         return prepared
 
@@ -587,7 +609,7 @@ class SAPOTrainer(Publishes, Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.run_folder.save_state(Path(output_dir))
+        run_state.save(self, Path(output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""

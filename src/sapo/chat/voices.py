@@ -145,7 +145,8 @@ def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[
         raise TokenizerError(
             "this model's tokenizer has no chat template. Add --plain to send what you type as it is, turn by turn."
         )
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    rendered: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return rendered
 
 
 def reply(

@@ -114,9 +114,9 @@ CHARTS = [
     Chart("Throughput", "tokens/s", "Tokens of the pairs learnt from, without padding.", {"tokens_per_second": "all"}),
     Chart(
         "Memory",
-        "GB",
+        "MB",
         "Of the first process; on the device the most since the start.",
-        {"memory/process_gb": "process", "memory/device_peak_gb": "device, peak"},
+        {"memory/process_mb": "process", "memory/device_peak_mb": "device, peak"},
     ),
     Chart(
         "Steps that changed nothing",

@@ -1,0 +1,88 @@
+"""Responses of a loaded model through the package's own generator, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import nn
+
+from sapo.errors import ConfigurationError, EvaluationError, TokenizerError
+from sapo.evaluation.targets import LoadedModel
+from sapo.generation import Sampling, TransformersGenerator
+
+
+@contextmanager
+def in_use(loaded: LoadedModel) -> Iterator[nn.Module]:
+    """The context that a generator asks for."""
+    yield loaded.model
+
+
+def generator_of(loaded: LoadedModel, sampling: Sampling, batch_size: int) -> TransformersGenerator:
+    """The package's own generator on a loaded model."""
+    return TransformersGenerator(
+        lambda: in_use(loaded),
+        sampling,
+        end_ids=loaded.end_ids,
+        pad_token_id=loaded.pad_token_id,
+        batch_size=batch_size,
+    )
+
+
+def require_chat_template(loaded: LoadedModel, name: str) -> None:
+    """Refuse a model that does not know how a conversation is written.
+
+    Raises:
+        TokenizerError: it has no chat template.
+    """
+    if not loaded.tokenizer.chat_template:
+        raise TokenizerError(
+            f"{name}: has no chat template, which a chat benchmark needs. Give one with --chat_template FILE.jinja."
+        )
+
+
+def chat_ids(loaded: LoadedModel, messages: Sequence[dict[str, str]]) -> list[int]:
+    """A conversation as the prompt of the next reply.
+
+    Raises:
+        EvaluationError: the template refuses the conversation.
+    """
+    try:
+        text: str = loaded.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"the chat template refuses a conversation ({' '.join(str(error).split())}). Use another template."
+        ) from error
+    return list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
+    """Plain text as a prompt, with what the tokenizer puts before it (and nothing after)."""
+    whole = list(loaded.tokenizer(text)["input_ids"])
+    bare = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    places = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
+    return whole[: next(places, 0) + len(bare)]
+
+
+def room(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Tokens that a response may have: fewer than asked for where the model's positions end, 0 without room."""
+    if max_new_tokens < 1:
+        raise ConfigurationError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")
+    if loaded.positions is None:
+        return max_new_tokens
+    return max(0, min(max_new_tokens, loaded.positions - len(prompt)))
+
+
+def text_of(loaded: LoadedModel, tokens: Sequence[int]) -> str:
+    """A response as text, its end token and other special tokens left out."""
+    decoded: Any = loaded.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return str(decoded)
+
+
+def why_ended(loaded: LoadedModel, tokens: Sequence[int], budget: int) -> str:
+    """Why a response ended: "stop" at an end token, "length" at the budget, "no_room" where the prompt left none."""
+    if budget == 0:
+        return "no_room"
+    return "stop" if tokens and tokens[-1] in loaded.end_ids else "length"

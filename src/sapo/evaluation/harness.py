@@ -1,0 +1,309 @@
+"""Open LLM Leaderboard (v1) and IFEval through lm-evaluation-harness, a task at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from sapo.errors import ConfigurationError, EvaluationError
+from sapo.evaluation.harness_data import (
+    TaskFacts,
+    builtin_tasks,
+    load_all,
+    mmlu_subjects,
+    require_packages,
+    task_manager,
+)
+from sapo.evaluation.results import SuiteResult
+from sapo.evaluation.session import Session
+from sapo.evaluation.store import FinishedParts, part_key, write_atomically
+from sapo.evaluation.targets import Target
+from sapo.local_measures import Estimate, bootstrap_ratio
+from sapo.models import load_tokenizer
+
+TASKS_FOLDER = "lm_eval_tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One column of the leaderboard.
+
+    Attributes:
+        name: of the task or group in the harness.
+        shots: examples before each question, as published.
+        metrics: names in the harness, and how the table calls them.
+        main: the one that goes into the average.
+    """
+
+    name: str
+    shots: int
+    metrics: Mapping[str, str]
+    main: str
+
+
+LEADERBOARD = (
+    Benchmark("arc_challenge", 25, {"acc_norm,none": "arc_challenge"}, "arc_challenge"),
+    Benchmark("hellaswag", 10, {"acc_norm,none": "hellaswag"}, "hellaswag"),
+    Benchmark("mmlu", 5, {"acc,none": "mmlu"}, "mmlu"),
+    Benchmark("truthfulqa_mc2", 0, {"acc,none": "truthfulqa_mc2"}, "truthfulqa_mc2"),
+    Benchmark("winogrande", 5, {"acc,none": "winogrande"}, "winogrande"),
+    Benchmark(
+        "gsm8k",
+        5,
+        {"exact_match,strict-match": "gsm8k", "exact_match,flexible-extract": "gsm8k (flexible)"},
+        "gsm8k",
+    ),
+)
+"""Tasks, shots and metrics of the Open LLM Leaderboard v1, as in section 4.1 of the paper."""
+
+IFEVAL = (
+    Benchmark(
+        "ifeval",
+        0,
+        {
+            "prompt_level_strict_acc,none": "prompt strict",
+            "inst_level_strict_acc,none": "instruction strict",
+            "prompt_level_loose_acc,none": "prompt loose",
+            "inst_level_loose_acc,none": "instruction loose",
+        },
+        "prompt strict",
+    ),
+)
+
+
+def settings(session: Session, suite: str) -> dict[str, Any]:
+    """What the numbers depend on, besides the model."""
+    import lm_eval
+
+    options = session.options
+    return {
+        "lm_eval": lm_eval.__version__,
+        "tasks": {one.name: one.shots for one in _benchmarks(session, suite)},
+        "limit": options.limit,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "apply_chat_template": options.apply_chat_template,
+        "task_data": options.task_data,
+    }
+
+
+def run(session: Session, suite: str) -> dict[str, SuiteResult]:
+    """Run every task of the suite on every model; finished tasks are not run again.
+
+    Raises:
+        EvaluationError, DatasetError: a package or data is missing; known before a model is loaded.
+    """
+    benchmarks = _benchmarks(session, suite)
+    require_packages([one.name for one in benchmarks])
+    known = builtin_tasks()
+    leaves = {one.name: mmlu_subjects(known) if one.name == "mmlu" else [one.name] for one in benchmarks}
+    everything = [leaf for one in benchmarks for leaf in leaves[one.name]]
+    data = Path(session.options.task_data) if session.options.task_data else None
+    manager = task_manager(known, everything, data, session.folder / TASKS_FOLDER)
+    facts = load_all(manager, everything)
+    for target in session.targets:
+        _require_room(session, target, facts)
+    include = session.folder / TASKS_FOLDER if data is not None else None
+    results = {}
+    for target in session.targets:
+        parts = session.parts("lm_eval", f"{target.slug}.jsonl")
+        runner = _Runner(session, target, parts, _chat(session, target, suite), include)
+        keys = {leaf: runner.key(leaf, one, facts[leaf].identity) for one in benchmarks for leaf in leaves[one.name]}
+        parts = runner.run([(keys[leaf], leaf, one) for one in benchmarks for leaf in leaves[one.name]])
+        result, truncated = SuiteResult(), 0
+        for one in benchmarks:
+            records = [parts.get(keys[leaf]) or {} for leaf in leaves[one.name]]
+            truncated += sum(record["truncated"] for record in records)
+            _add(result, one, records, session.options.seed)
+        _average(result, benchmarks)
+        result.notes += _notes(session, suite, chat=runner.chat, truncated=truncated)
+        results[target.name] = result
+    return results
+
+
+def _benchmarks(session: Session, suite: str) -> list[Benchmark]:
+    all_of_them = LEADERBOARD if suite == "leaderboard" else IFEVAL
+    wanted = session.options.tasks
+    if wanted is None:
+        return list(all_of_them)
+    names = [one.name for one in all_of_them]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ConfigurationError(f"--tasks {unknown[0]}: suite {suite} has {', '.join(names)}.")
+    return [one for one in all_of_them if one.name in wanted]
+
+
+def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFacts]) -> None:
+    """The harness fails in the middle of a task whose responses alone would fill the model's context."""
+    config = AutoConfig.from_pretrained(target.base or target.path).get_text_config().to_dict()
+    positions = config.get("max_position_embeddings")
+    for task, known in facts.items():
+        asked = session.options.max_new_tokens or known.generates
+        if known.generates and positions is not None and asked >= positions:
+            raise ConfigurationError(
+                f"{target.path} has {positions} positions, and {task} generates up to {asked} tokens. Lower that: "
+                f"--max_new_tokens {positions // 2}."
+            )
+
+
+def _chat(session: Session, target: Target, suite: str) -> bool:
+    """Whether prompts go through the chat template: for the leaderboard not, as published; for IFEval if it has one."""
+    choice = session.options.apply_chat_template
+    if choice != "auto":
+        return choice == "true"
+    if suite == "leaderboard":
+        return False
+    tokenizer = load_tokenizer(target.base or target.path)
+    return bool(session.template or tokenizer.chat_template)
+
+
+class _Runner:
+    """Runs tasks on one model, in a process of its own."""
+
+    def __init__(
+        self, session: Session, target: Target, parts: FinishedParts, chat: bool, include: Path | None
+    ) -> None:
+        self._session = session
+        self._target = target
+        self._parts = parts
+        self._include = include
+        self.chat = chat
+
+    def key(self, leaf: str, benchmark: Benchmark, identity: str) -> str:
+        """What the part of one task depends on."""
+        import lm_eval
+
+        options = self._session.options
+        return part_key(
+            suite="lm_eval",
+            **self._session.identity(self._target),
+            task=leaf,
+            data=identity,
+            shots=benchmark.shots,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
+            chat=self.chat,
+            batch_size=options.batch_size,
+            version=lm_eval.__version__,
+        )
+
+    def run(self, tasks: Sequence[tuple[str, str, Benchmark]]) -> FinishedParts:
+        """Run those of (key, task, benchmark) that are not finished yet; give the file with all of them.
+
+        Raises:
+            EvaluationError: the harness failed; finished tasks are kept.
+        """
+        missing = [task for task in tasks if task[0] not in self._parts]
+        if not missing:
+            return self._parts
+        self._session.release()
+        self._session.say(f"{self._target.name}: {', '.join(leaf for _, leaf, _ in missing)}")
+        request = self._request(missing)
+        file = self._parts.file.with_suffix(".request.json")
+        write_atomically(file, json.dumps(request, indent=1) + "\n")
+        # A fixed module of this package, with this interpreter.
+        child = [sys.executable, "-m", "sapo.evaluation.harness_child", str(file)]
+        status = subprocess.run(child, check=False).returncode  # noqa: S603
+        parts = FinishedParts(self._parts.file)
+        left = [leaf for key, leaf, _ in missing if key not in parts]
+        if status or left:
+            raise EvaluationError(
+                f"lm-evaluation-harness ended with status {status} at {left[0] if left else 'its end'} of "
+                f"{self._target.path}, for the reason above. {len(missing) - len(left)} of {len(missing)} tasks "
+                f"are kept in {parts.file}; the same command continues from them."
+            )
+        file.unlink()
+        return parts
+
+    def _request(self, missing: Sequence[tuple[str, str, Benchmark]]) -> dict[str, Any]:
+        session, target = self._session, self._target
+        options = session.options
+        model_args = {"pretrained": target.base or target.path, "dtype": options.dtype}
+        if target.base is not None:
+            model_args["peft"] = target.path
+        return {
+            "model_args": model_args,
+            "device": session.device,
+            "batch_size": options.batch_size,
+            "limit": options.limit,
+            "gen_kwargs": {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
+            "chat": self.chat,
+            "chat_template": session.template,
+            "include_path": None if self._include is None else str(self._include),
+            "parts": str(self._parts.file),
+            "tasks": [
+                {"key": key, "task": leaf, "shots": benchmark.shots, "metrics": list(benchmark.metrics)}
+                for key, leaf, benchmark in missing
+            ],
+        }
+
+
+def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seed: int) -> None:
+    for metric, name in benchmark.metrics.items():
+        items: dict[str, float] = {}
+        found = []
+        for record in records:
+            own = record["samples"][metric]
+            several = any(isinstance(value, list) for value in own.values())
+            found.append(_of_instructions(own, seed) if several else _of_task(record, metric))
+            if not several:
+                items |= {f"{record['task']}/{doc}": value for doc, value in own.items()}
+        result.measures[name] = found[0] if len(found) == 1 else _mean(found)
+        if items:
+            result.items[name] = items
+
+
+def _of_task(record: Mapping[str, Any], metric: str) -> Estimate:
+    """The harness's own number and standard error."""
+    base, _, filter_name = metric.partition(",")
+    value = float(record["metrics"][metric])
+    error = record["metrics"].get(f"{base}_stderr,{filter_name}")
+    stderr = float(error) if error is not None and math.isfinite(error) else None
+    low, high = (None, None) if stderr is None else (value - 1.96 * stderr, value + 1.96 * stderr)
+    return Estimate(value, stderr, low, high, record["examples"])
+
+
+def _of_instructions(samples: Mapping[str, Sequence[float]], seed: int) -> Estimate:
+    """Share of instructions followed; the harness gives no standard error, so prompts are resampled."""
+    estimate = bootstrap_ratio(
+        [sum(values) for values in samples.values()], [len(values) for values in samples.values()], seed=seed
+    )
+    return estimate or Estimate.exact(0.0, 0)
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of independent numbers, each counting alike."""
+    count = len(estimates)
+    value = sum(one.value for one in estimates) / count
+    errors = [one.stderr for one in estimates]
+    if any(error is None for error in errors):
+        return Estimate(value, None, None, None, sum(one.count for one in estimates))
+    stderr = math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / count
+    examples = sum(one.count for one in estimates)
+    return Estimate(value, stderr, value - 1.96 * stderr, value + 1.96 * stderr, examples)
+
+
+def _average(result: SuiteResult, benchmarks: Sequence[Benchmark]) -> None:
+    if len(benchmarks) == len(LEADERBOARD):
+        result.measures["average"] = _mean([result.measures[one.main] for one in benchmarks])
+
+
+def _notes(session: Session, suite: str, *, chat: bool, truncated: int) -> list[str]:
+    notes = [f"Prompts {'went' if chat else 'did not go'} through the chat template."]
+    if session.options.limit is not None:
+        notes.append(f"--limit {session.options.limit}: not comparable with published numbers.")
+    if session.options.max_new_tokens is not None:
+        notes.append(f"--max_new_tokens {session.options.max_new_tokens} in place of what the task asks for.")
+    if truncated:
+        notes.append(f"{truncated} batches held prompts longer than the context: the harness cut them on the left.")
+    if suite == "leaderboard" and session.options.tasks is not None:
+        notes.append("Not all six tasks, so no average.")
+    return notes

@@ -1,0 +1,110 @@
+"""Runs lm-evaluation-harness in a process of its own: `python -m sapo.evaluation.harness_child REQUEST.json`.
+
+IFEval draws from Python's random state when it scores, and what is imported or loaded before moves that state. A fresh
+process that goes the way of the harness's command line gives the command line's numbers. Keep imports here few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sapo.evaluation.store import FinishedParts
+
+
+class LeftTruncations(logging.Handler):
+    """Counts prompts that the harness cut to fit the model: it only logs them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count one message."""
+        self.count += "runcation applied" in record.getMessage()
+
+
+def main(request_file: str) -> None:
+    """Run the tasks of a request, keeping each as it finishes.
+
+    The request has `model_args`, `device`, `batch_size`, `limit`, `gen_kwargs`, `chat`, `chat_template`,
+    `include_path`, `parts` (a file for `FinishedParts`) and `tasks`: each with `key`, `task`, `shots`, `metrics`.
+    """
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    parts = FinishedParts(Path(request["parts"]))
+    from lm_eval.tasks import TaskManager
+
+    cut = LeftTruncations()
+    for name in ("lm_eval", "lm-eval"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.handlers, logger.propagate = [cut], False
+    manager = TaskManager(include_path=request["include_path"])
+    model: Any = "hf"
+    if len(request["tasks"]) > 1 or request["chat_template"] is not None:
+        # Loaded once for all. None of the tasks that come several at a time draws anything.
+        model = _load(request)
+    for task in request["tasks"]:
+        cut.count = 0
+        record = _run(request, task, model, manager)
+        parts.add(task["key"], {**record, "truncated": cut.count})
+
+
+def _load(request: Mapping[str, Any]) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    model: Any = HFLM(**request["model_args"], device=request["device"], batch_size=request["batch_size"])
+    if request["chat_template"] is not None:
+        model.tokenizer.chat_template = request["chat_template"]
+    return model
+
+
+def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manager: Any) -> dict[str, Any]:
+    import lm_eval
+
+    name = task["task"]
+    found: Any = lm_eval.simple_evaluate(
+        model=model,
+        model_args=request["model_args"] if model == "hf" else None,
+        tasks=[name],
+        num_fewshot=task["shots"],
+        batch_size=request["batch_size"],
+        device=request["device"],
+        limit=request["limit"],
+        gen_kwargs=request["gen_kwargs"],
+        apply_chat_template=request["chat"],
+        task_manager=manager,
+        log_samples=True,
+    )
+    samples: dict[str, dict[str, Any]] = {metric: {} for metric in task["metrics"]}
+    # What the model said, for comparison with another run of the harness.
+    responses = hashlib.sha256()
+    for sample in found["samples"][name]:
+        responses.update(json.dumps(sample["resps"]).encode())
+        for metric in task["metrics"]:
+            base, _, filter_name = metric.partition(",")
+            if sample["filter"] == filter_name:
+                samples[metric][str(sample["doc_id"])] = _plain(sample[base])
+    metrics = found["results"][name]
+    return {
+        "task": name,
+        "metrics": {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))},
+        "samples": samples,
+        "responses": responses.hexdigest(),
+        "examples": int(found["n-samples"][name]["effective"]),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [float(one) for one in value]
+    return float(value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,63 @@
+"""What both judged benchmarks do: make the judge, say what it will cost, tell what it left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sapo.errors import ConfigurationError
+from sapo.evaluation.judge import Judge, JudgeOptions, JudgeRequest
+from sapo.evaluation.session import Session
+
+
+def require_judge(session: Session) -> JudgeOptions:
+    """The judge that was named.
+
+    Raises:
+        ConfigurationError: none was.
+    """
+    if session.options.judge is None:
+        raise ConfigurationError(
+            "this suite needs a judge: --judge_model NAME, with --judge_base_url URL for an endpoint other than "
+            "OpenAI's, and its key in the environment."
+        )
+    return session.options.judge
+
+
+def make_judge(session: Session) -> Judge:
+    """The judge, with the verdicts it has given before."""
+    options = require_judge(session)
+    return Judge(options, session.parts("judge", f"{file_name(options.model)}.jsonl"), session.say)
+
+
+def file_name(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "judge"
+
+
+def ask(session: Session, judge: Judge, requests: Sequence[JudgeRequest]) -> dict[str, dict[str, Any]]:
+    """Say what it will cost at most, then ask."""
+    for line in judge.estimate(requests):
+        session.say(line)
+    return judge.ask(requests)
+
+
+def judge_notes(judge: Judge) -> list[str]:
+    """What a reader has to know of the verdicts."""
+    notes, tally = [], judge.tally
+    if tally.left:
+        notes.append(
+            f"{tally.left} verdicts are missing, for max_judge_calls={judge.options.max_calls} is spent: incomplete. "
+            "The same command with a larger budget completes them."
+        )
+    if tally.refused:
+        label, reason = next(iter(tally.refused.items()))
+        notes.append(f"The judge refuses {len(tally.refused)} questions for good, such as {label}: {reason}")
+    return notes
+
+
+def judge_settings(session: Session) -> dict[str, Any]:
+    """Which judge, for results.json; never its key."""
+    options = require_judge(session)
+    return {"judge_model": options.model, "judge_base_url": options.base_url}

@@ -1,0 +1,69 @@
+"""A win rate as it would be if both answers were equally long: a logistic regression. Pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sapo.local_measures.intervals import Estimate
+
+_RIDGE = 0.01
+"""Keeps the two coefficients finite when one side wins always."""
+_RESAMPLES = 400
+
+DEPARTURES = (
+    "length_adjusted_win_rate is not AlpacaEval's length-controlled win rate: it has no term for the difficulty of "
+    "each instruction and no weighted games of the baseline against itself (both need files of that project), and a "
+    "ridge in place of a cross-validated lasso. Compare it only with itself."
+)
+
+
+def length_adjusted_win_rate(
+    preferences: Sequence[float], lengths: Sequence[int], baseline_lengths: Sequence[int], *, seed: int = 0
+) -> Estimate | None:
+    """Fit logit P(model preferred) = a + b tanh(difference of lengths / its standard deviation); give sigmoid(a).
+
+    After Dubois et al. 2024 (arXiv 2404.04475), section 3, with the departures that `DEPARTURES` states.
+
+    Args:
+        preferences: probability that the model's answer is preferred, one an instruction, in [0, 1].
+        lengths: characters of the model's answers.
+        baseline_lengths: characters of the baseline's answers.
+        seed: of the bootstrap over instructions.
+
+    Returns:
+        None with fewer than 10 instructions.
+    """
+    wins = np.asarray(preferences, dtype=float)
+    if len(wins) < 10:
+        return None
+    difference = np.subtract(lengths, baseline_lengths).astype(float)
+    spread = difference.std(ddof=1)
+    feature = np.tanh(difference / spread) if spread else np.zeros_like(difference)
+    value = _at_equal_length(wins, feature)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(len(wins), size=len(wins)) for _ in range(_RESAMPLES)]
+    values = np.array([_at_equal_length(wins[places], feature[places]) for places in drawn])
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Estimate(value, float(values.std(ddof=1)), float(low), float(high), len(wins))
+
+
+def _at_equal_length(wins: NDArray[np.float64], feature: NDArray[np.float64]) -> float:
+    design = np.stack([np.ones_like(feature), feature], 1)
+    coefficients = np.zeros(2)
+    for _ in range(50):
+        predicted = _sigmoid(design @ coefficients)
+        gradient = design.T @ (predicted - wins) + _RIDGE * coefficients
+        curvature = (design * (predicted * (1 - predicted))[:, None]).T @ design + _RIDGE * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        # A full Newton step may overshoot where all predictions are near 0 or 1.
+        coefficients -= step * min(1.0, 4.0 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    return float(_sigmoid(coefficients[:1])[0])
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0, -x))

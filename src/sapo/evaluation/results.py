@@ -1,0 +1,132 @@
+"""What came out: one JSON, one table, with standard errors, models side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sapo._version import __version__
+from sapo.evaluation.store import write_atomically
+from sapo.evaluation.targets import Target
+from sapo.local_measures import Estimate, paired_change
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+@dataclass
+class SuiteResult:
+    """One model on one suite.
+
+    Attributes:
+        measures: estimates by name, in the order of the table.
+        items: for measures that are means over examples: the value of each example by its name, so that two models
+            can be compared on the same examples.
+        notes: what a reader has to know: what was left out, what was cut, where a number departs from the published.
+    """
+
+    measures: dict[str, Estimate] = field(default_factory=dict)
+    items: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
+    """Change of each measure from `before` to `after` on the examples that both have; paired, so what is hard for both
+    cancels.
+    """
+    found = {}
+    for name, values in after.items.items():
+        common = sorted(values.keys() & before.items.get(name, {}).keys())
+        change = paired_change([values[key] for key in common], [before.items[name][key] for key in common])
+        if change is not None:
+            found[name] = change
+    return found
+
+
+def as_json(
+    suite: str,
+    settings: Mapping[str, Any],
+    targets: Sequence[Target],
+    fingerprints: Mapping[str, str],
+    results: Mapping[str, SuiteResult],
+) -> dict[str, Any]:
+    """Everything about one suite, for results.json."""
+    before = _start(targets, results)
+    return {
+        "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "sapo": __version__,
+        "settings": dict(settings),
+        "models": {
+            target.name: {
+                "path": target.path,
+                "role": target.role,
+                "base": target.base,
+                "fingerprint": fingerprints[target.name],
+                "measures": {name: one.as_dict() for name, one in results[target.name].measures.items()},
+                "change_from_start": {
+                    name: one.as_dict() for name, one in changes(results[target.name], results[before]).items()
+                }
+                if before is not None and before != target.name
+                else {},
+                "notes": results[target.name].notes,
+            }
+            for target in targets
+        },
+    }
+
+
+def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
+    """Put one suite's results into results.json; those of other suites there stay."""
+    file = folder / RESULTS_FILE
+    whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
+    if file.exists():
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    whole["suites"][suite] = found
+    write_atomically(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    return file
+
+
+def show(console: Console, suite: str, targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> None:
+    """Print the table: value ± standard error, one column a model; beside the start, the paired change from it."""
+    before = _start(targets, results)
+    names = list(dict.fromkeys(name for target in targets for name in results[target.name].measures))
+    table = Table(title=Text(f"{suite} (value ± standard error)"))
+    table.add_column("measure")
+    compared = [
+        t for t in targets if before is not None and t.name != before and changes(results[t.name], results[before])
+    ]
+    for target in targets:
+        table.add_column(Text(target.name), justify="right")
+        if target in compared:
+            table.add_column(Text("change from start"), justify="right")
+    for name in names:
+        row: list[str] = []
+        for target in targets:
+            row.append(_cell(results[target.name].measures.get(name)))
+            if target in compared and before is not None:
+                row.append(_cell(changes(results[target.name], results[before]).get(name), signed=True))
+        table.add_row(Text(name), *row)
+    console.print(table)
+    for target in targets:
+        for note in results[target.name].notes:
+            console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
+
+
+def _start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> str | None:
+    return next((target.name for target in targets if target.role == "start" and target.name in results), None)
+
+
+def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
+    if estimate is None:
+        return ""
+    digits = 1 if abs(estimate.value) >= 100 else 2 if abs(estimate.value) >= 10 else 4
+    value = f"{estimate.value:{'+' if signed else ''}.{digits}f}"
+    return value if estimate.stderr is None else f"{value} ± {estimate.stderr:.{digits}f}"

@@ -1,0 +1,128 @@
+"""What the suites of one command share: options, models (one in memory at a time), finished parts, the terminal."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sapo.errors import ConfigurationError, EvaluationError
+from sapo.evaluation.judge import JudgeOptions
+from sapo.evaluation.store import FinishedParts
+from sapo.evaluation.targets import LoadedModel, Target, fingerprint, load_target
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `sapo evaluate`; `sapo evaluate --help` says what each means."""
+
+    models: list[str]
+    suite: str
+    start: str | None = None
+    output_dir: str = "evaluation"
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 8
+    chat_template: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    max_length: int = 2048
+    tasks: list[str] | None = None
+    task_data: str | None = None
+    apply_chat_template: str = "auto"
+    mt_bench_dir: str | None = None
+    alpaca_eval_data: str | None = None
+    judge_prompt: str | None = None
+    judge_orders: str = "both"
+    judge: JudgeOptions | None = None
+
+
+class Session:
+    """One command's work.
+
+    Args:
+        options: of the command.
+        targets: the models, the start first.
+        say: takes lines for the user.
+    """
+
+    def __init__(self, options: EvaluateOptions, targets: list[Target], say: Callable[[str], None]) -> None:
+        self.options = options
+        self.targets = targets
+        self.say = say
+        self.folder = Path(options.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigurationError(f"output_dir={self.folder} is a file. Name a folder.")
+        self.fingerprints = {target.name: fingerprint(target) for target in targets}
+        self.template = _template(options.chat_template)
+        self._loaded: tuple[str, LoadedModel] | None = None
+
+    @property
+    def device(self) -> str:
+        """Where models run."""
+        if self.options.device != "auto":
+            return self.options.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def parts(self, *names: str) -> FinishedParts:
+        """The finished parts in a file of the output folder."""
+        return FinishedParts(self.folder.joinpath(*names))
+
+    def load(self, target: Target) -> LoadedModel:
+        """A model, loaded at its first use; the one before it leaves the memory."""
+        if self._loaded is None or self._loaded[0] != target.name:
+            self.release()
+            self.say(f"Loading {target.path}")
+            loaded = load_target(target, device=self.device, dtype=self.options.dtype, chat_template=self.template)
+            self._loaded = (target.name, loaded)
+        return self._loaded[1]
+
+    def release(self) -> None:
+        """Free the model in memory."""
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def identity(self, target: Target) -> dict[str, str]:
+        """What every part made with this model depends on."""
+        dtype, template = self.options.dtype, self.template or ""
+        return {"model": self.fingerprints[target.name], "dtype": dtype, "chat_template": template}
+
+
+def _template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--chat_template {file}: cannot be read ({error}).") from error
+
+
+def chunks(size: int, total: int) -> list[range]:
+    """Ranges of at most `size` that cover `total`."""
+    return [range(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def require_some_answers(name: str, answers: list[str], file: Path) -> str | None:
+    """A note about empty answers, None if there are none.
+
+    Raises:
+        EvaluationError: there is nothing but empty answers.
+    """
+    empty = sum(not answer.strip() for answer in answers)
+    if answers and empty == len(answers):
+        raise EvaluationError(
+            f"{name}: all {empty} answers are empty, so there is nothing to judge; they are kept in {file}. Look at "
+            "the chat template and the end token of the model."
+        )
+    return f"{empty} of {len(answers)} answers are empty; they count as they are." if empty else None

@@ -1,0 +1,231 @@
+"""What is evaluated: model folders, hub ids, adapters, and the policy and the opponent of a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sapo.data import end_token_ids
+from sapo.errors import EvaluationError, ModelError, TokenizerError
+from sapo.models import load_tokenizer
+from sapo.policy import padding_token_id
+
+ADAPTER_FILE = "adapter_config.json"
+RUN_FILES = ("recipe.yaml", "sapo_config.yaml")
+_WHOLE_FILE = 64 * 2**20
+_ENDS = 2**20
+"""Of a larger weights file the first and the last mebibyte are hashed, and its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model to evaluate.
+
+    Attributes:
+        name: what tables call it; unlike every other of the same command.
+        path: folder or hub id of the model or adapter.
+        role: "model", or in a run "policy", "opponent" or "start".
+        base: folder or hub id of the model under an adapter.
+        run: the run folder it belongs to.
+    """
+
+    name: str
+    path: str
+    role: str = "model"
+    base: str | None = None
+    run: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-.") or "model"
+        return f"{readable}-{hashlib.sha256(self.path.encode()).hexdigest()[:6]}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to generate and to score.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: with the chat template to use, if there is one.
+        end_ids: tokens that end a response.
+        pad_token_id: fills rows.
+        positions: tokens that prompt and response may have together; None if the configuration does not say.
+    """
+
+    model: Any
+    tokenizer: Any
+    end_ids: frozenset[int]
+    pad_token_id: int
+    positions: int | None
+
+
+def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Target]:
+    """Expand run folders into policy, opponent and the model that the run started from.
+
+    Args:
+        models: folders or hub ids.
+        start: the model before training, to compare with; not needed where a run names one that is on this machine.
+
+    Raises:
+        ModelError: a folder that is no model.
+    """
+    targets: list[Target] = []
+    for name in models:
+        folder = Path(name)
+        if not folder.is_dir():
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise ModelError(f"{name}: no such model or run folder.")
+            targets.append(Target(name, name))
+        elif any((folder / file).is_file() for file in RUN_FILES):
+            targets += _of_run(folder, start)
+        else:
+            targets.append(_of_folder(folder, folder.name))
+    if start is not None and not any(target.role == "start" for target in targets):
+        targets.insert(0, _start(start))
+    return _with_unlike_names(targets)
+
+
+def _of_run(folder: Path, start: str | None) -> list[Target]:
+    name = folder.resolve().name
+    found = [_of_folder(folder, f"{name} policy", "policy", folder)]
+    if (folder / "opponent").is_dir():
+        found.append(_of_folder(folder / "opponent", f"{name} opponent", "opponent", folder))
+    began = start or run_option(folder, "model_name_or_path")
+    if began is not None and (start is not None or Path(began).is_dir()):
+        found.insert(0, _start(began))
+    return found
+
+
+def run_option(folder: Path, option: str) -> str | None:
+    """An option of the run's recipe.yaml, None if it was not given."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return None
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise EvaluationError(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
+    value = recipe.get(option) if isinstance(recipe, dict) else None
+    return None if value is None else str(value)
+
+
+def _start(path: str) -> Target:
+    folder = Path(path)
+    return _of_folder(folder, "start", "start") if folder.is_dir() else Target("start", path, "start")
+
+
+def _of_folder(folder: Path, name: str, role: str = "model", run: Path | None = None) -> Target:
+    home = None if run is None else str(run)
+    adapter = folder / ADAPTER_FILE
+    if (folder / "config.json").is_file():
+        return Target(name, str(folder), role, None, home)
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{adapter}: does not name the model that the adapter belongs to.")
+        return Target(name, str(folder), role, str(base), home)
+    what = "the run has not saved its policy yet; give one of its checkpoint-N folders" if run else "no model"
+    raise ModelError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}: {what}.")
+
+
+def _with_unlike_names(targets: list[Target]) -> list[Target]:
+    unlike: list[Target] = []
+    for target in targets:
+        if any(other.path == target.path for other in unlike):
+            continue
+        name, count = target.name, 2
+        while any(other.name == name for other in unlike):
+            name, count = f"{target.name} ({count})", count + 1
+        unlike.append(Target(name, target.path, target.role, target.base, target.run))
+    return unlike
+
+
+def fingerprint(target: Target, revision: str = "main") -> str:
+    """What tells this model from any other: for a folder its files, for a hub id the commit.
+
+    Raises:
+        ModelError: the hub does not know it, and it is not in the cache.
+    """
+    digest = hashlib.sha256()
+    for path in (target.base, target.path):
+        if path is None:
+            continue
+        folder = Path(path)
+        if not folder.is_dir():
+            digest.update(f"{path}@{_commit(path, revision)}".encode())
+            continue
+        kinds = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*.model")
+        for file in sorted(file for kind in kinds for file in folder.glob(kind)):
+            if file.name in ("trainer_state.json",):
+                continue
+            digest.update(file.name.encode())
+            _feed(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _WHOLE_FILE:
+            digest.update(stream.read())
+            return
+        digest.update(stream.read(_ENDS))
+        stream.seek(-_ENDS, 2)
+        digest.update(stream.read())
+
+
+def _commit(name: str, revision: str) -> str:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{name}: no such folder here, and the hub did not give it ({reason}). Check the name, or give a folder."
+        ) from error
+    return str(config._commit_hash or revision)
+
+
+def load_target(
+    target: Target, *, device: str, dtype: str, chat_template: str | None = None, revision: str = "main"
+) -> LoadedModel:
+    """Load a model with its tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    name = target.base or target.path
+    tokenizer = load_tokenizer(
+        target.path if (Path(target.path) / "tokenizer_config.json").is_file() else name, revision
+    )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        if target.base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, target.path)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{target.path}: the model cannot be loaded ({reason}).") from error
+    model = model.to(torch.device(device)).eval()
+    try:
+        end_ids = end_token_ids(tokenizer, model.generation_config.eos_token_id)
+    except TokenizerError as error:
+        raise TokenizerError(f"{target.path}: {error}") from error
+    config = model.config.get_text_config().to_dict()
+    positions = config.get("max_position_embeddings")
+    return LoadedModel(model, tokenizer, end_ids, padding_token_id(tokenizer, end_ids), positions)

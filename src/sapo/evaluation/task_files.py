@@ -1,0 +1,199 @@
+"""Tasks of one's own: a YAML file that names JSONL files of prompts and how a response is verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo.data import load_rows
+from sapo.errors import ConfigurationError, DatasetError
+from sapo.evaluation.generate import chat_ids, generator_of, plain_ids, require_chat_template, room, text_of, why_ended
+from sapo.evaluation.results import SuiteResult
+from sapo.evaluation.session import Session, chunks
+from sapo.evaluation.store import part_key
+from sapo.evaluation.targets import LoadedModel, Target
+from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
+from sapo.generation import Sampling
+from sapo.local_measures import bootstrap_ratio
+from sapo.segments import derive_seed
+
+_FIELDS = {
+    "name",
+    "data",
+    "verifier",
+    "pattern",
+    "tolerance",
+    "ignore_case",
+    "max_new_tokens",
+    "temperature",
+    "stop",
+    "chat",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a file.
+
+    Attributes:
+        name: of the measure.
+        file: of its rows.
+        rows: each with `prompt` or `messages`, and what the verifier wants (`answer`, `pattern`).
+        verify: response and row to a score in [0, 1].
+        max_new_tokens: of a response.
+        temperature: of its sampling; 0 for the likeliest tokens.
+        stop: texts at the first of which a response is cut before it is verified.
+        chat: whether prompts go through the chat template; None: if the model has one.
+    """
+
+    name: str
+    file: Path
+    rows: list[Mapping[str, Any]]
+    verify: Verifier
+    max_new_tokens: int
+    temperature: float
+    stop: tuple[str, ...]
+    chat: bool | None
+
+
+def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
+    """Read a task file and its rows, and make the verifiers.
+
+    Args:
+        file: YAML: `tasks`, a list of tasks; a single task may stand alone.
+        limit: rows of each task, the first; None for all.
+
+    Raises:
+        ConfigurationError: what is wrong with the file.
+        DatasetError: what is wrong with its rows.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--suite {file}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--suite {file}: not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--suite {file}: a task file has `tasks:` with a list of tasks.")
+    listed = content.get("tasks", [content])
+    if not isinstance(listed, list) or not all(isinstance(task, dict) for task in listed) or not listed:
+        raise ConfigurationError(f"--suite {file}: tasks must be a list of tasks, each with name, data and verifier.")
+    tasks = [_task(task, file, limit) for task in listed]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"--suite {file}: two tasks have the same name.")
+    return tasks
+
+
+def _task(task: Mapping[str, Any], file: Path, limit: int | None) -> Task:
+    where = f"{file}, task {task.get('name', '(without name)')}"
+    unknown = sorted(map(str, task.keys() - _FIELDS))
+    if unknown:
+        raise ConfigurationError(f"{where}: unknown option {unknown[0]}; there are {', '.join(sorted(_FIELDS))}.")
+    for needed in ("name", "data"):
+        if not task.get(needed):
+            raise ConfigurationError(f"{where}: {needed} is missing.")
+    data = file.parent / str(task["data"])
+    rows: list[Any] = [dict(row) for row in load_rows(data)][:limit]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
+            raise DatasetError(f'{data}, row {number}: needs "prompt" (text) or "messages" (a list).')
+        lacking = missing_field(task, row)
+        if lacking:
+            raise DatasetError(f'{data}, row {number}: has no "{lacking}", which the verifier of {task["name"]} needs.')
+    stop = task.get("stop", [])
+    return Task(
+        name=str(task["name"]),
+        file=data,
+        rows=rows,
+        verify=make_verifier(task, where, file.parent),
+        max_new_tokens=int(task.get("max_new_tokens", 256)),
+        temperature=float(task.get("temperature", 0.0)),
+        stop=tuple([stop] if isinstance(stop, str) else stop),
+        chat=None if task.get("chat", "auto") == "auto" else bool(task["chat"]),
+    )
+
+
+def settings(session: Session) -> dict[str, Any]:
+    """What the numbers depend on, besides the model and the file."""
+    return {"file": session.options.suite, "limit": session.options.limit, "seed": session.options.seed}
+
+
+def run(session: Session, tasks: list[Task]) -> dict[str, SuiteResult]:
+    """Generate and verify every row of every task with every model.
+
+    Raises:
+        TokenizerError: a task asks for a chat template and a model has none.
+        DatasetError: a verifier does not accept a row; responses are kept.
+    """
+    results = {}
+    for target in session.targets:
+        result = SuiteResult()
+        for task in tasks:
+            _run_task(session, target, task, result)
+        results[target.name] = result
+    return results
+
+
+def _run_task(session: Session, target: Target, task: Task, result: SuiteResult) -> None:
+    parts = session.parts("tasks", f"{target.slug}.jsonl")
+    keys = [
+        part_key(
+            suite="task",
+            **session.identity(target),
+            prompt=row.get("messages") or row["prompt"],
+            row=number,
+            max_new_tokens=task.max_new_tokens,
+            temperature=task.temperature,
+            chat=task.chat,
+            seed=session.options.seed,
+        )
+        for number, row in enumerate(task.rows)
+    ]
+    size = 4 * session.options.batch_size
+    for span in chunks(size, len(keys)):
+        missing = [place for place in span if keys[place] not in parts]
+        if not missing:
+            continue
+        loaded = session.load(target)
+        prompts = [_prompt(loaded, target, task, task.rows[place]) for place in missing]
+        budgets = [room(loaded, prompt, task.max_new_tokens) for prompt in prompts]
+        generator = generator_of(loaded, Sampling(task.temperature, 0, 1.0), session.options.batch_size)
+        seeds = [derive_seed(session.options.seed, "task", place) for place in missing]
+        for place, tokens, budget in zip(missing, generator.generate(prompts, budgets, seeds), budgets, strict=True):
+            finish = why_ended(loaded, tokens, budget)
+            parts.add(
+                keys[place],
+                {"task": task.name, "row": place, "response": text_of(loaded, tokens), "finish": finish},
+            )
+        session.say(f"{target.name}, {task.name}: {span.stop} of {len(keys)} rows")
+    records = [parts.get(key) or {} for key in keys]
+    scores = {
+        str(place): task.verify(_cut(record["response"], task.stop), task.rows[place])
+        for place, record in enumerate(records)
+    }
+    estimate = bootstrap_ratio(list(scores.values()), seed=session.options.seed)
+    if estimate is not None:
+        result.measures[task.name] = estimate
+    result.items[task.name] = scores
+    for finish, meaning in (("length", "reached max_new_tokens"), ("no_room", "had no room after the prompt")):
+        count = sum(record["finish"] == finish for record in records)
+        if count:
+            result.notes.append(f"{task.name}: {count} of {len(records)} responses {meaning}.")
+
+
+def _prompt(loaded: LoadedModel, target: Target, task: Task, row: Mapping[str, Any]) -> list[int]:
+    chat = bool(loaded.tokenizer.chat_template) if task.chat is None else task.chat
+    if "messages" in row or chat:
+        require_chat_template(loaded, target.path)
+        return chat_ids(loaded, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
+    return plain_ids(loaded, row["prompt"])
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text

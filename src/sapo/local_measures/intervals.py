@@ -1,0 +1,116 @@
+"""How sure a number is: bootstrap over examples. Pure functions of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+HALVES = 40
+"""Random halves for statistics of a whole corpus, which a bootstrap with its repeated responses would bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its uncertainty.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error; None where there is no way to tell.
+        low: lower end of the 95 % interval.
+        high: upper end of it.
+        count: examples that it rests on.
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Estimate:
+        """From `as_dict()`."""
+        return cls(**stored)
+
+    @classmethod
+    def exact(cls, value: float, count: int) -> Estimate:
+        """A number that is what it is, such as a mean length of the data."""
+        return cls(float(value), None, None, None, count)
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate | None:
+    """Sum over sum, with a percentile bootstrap over examples; without denominators, a mean.
+
+    Args:
+        numerators: one an example.
+        denominators: one an example, such as its number of tokens.
+        seed: of the resampling.
+        resamples: how many.
+
+    Returns:
+        None without examples, or when the denominators sum to 0.
+    """
+    above = np.asarray(numerators, dtype=float)
+    below = np.ones_like(above) if denominators is None else np.asarray(denominators, dtype=float)
+    if not len(above) or not below.sum():
+        return None
+    value = float(above.sum() / below.sum())
+    if len(above) == 1:
+        return Estimate(value, None, None, None, 1)
+    drawn = np.random.default_rng(seed).multinomial(len(above), np.full(len(above), 1 / len(above)), size=resamples)
+    totals = drawn @ below
+    ratios = (drawn @ above)[totals != 0] / totals[totals != 0]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Estimate(value, float(ratios.std(ddof=1)), float(low), float(high), len(above))
+
+
+def paired_change(after: Sequence[float], before: Sequence[float], *, seed: int = 0) -> Estimate | None:
+    """Mean of after - before over the same examples: what is common to both cancels."""
+    return bootstrap_ratio(np.subtract(after, before).tolist(), seed=seed)
+
+
+def over_halves(
+    size: int, statistic: Callable[[list[int], list[int]], float | None], *, seed: int = 0, halves: int = HALVES
+) -> Estimate | None:
+    """A statistic of two halves of the examples, averaged over random ways to halve them.
+
+    The spread over halves estimates the standard error on all examples (delete-half jackknife, Shao and Wu 1989), and
+    no response occurs twice, which would change how varied a corpus looks.
+
+    Args:
+        size: number of examples.
+        statistic: of the places in the first and in the second half.
+        seed: of the halving.
+        halves: how many times.
+
+    Returns:
+        None with fewer than 4 examples, or where the statistic is not defined.
+    """
+    if size < 4:
+        return None
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(halves):
+        order = rng.permutation(size)
+        value = statistic(sorted(order[: size // 2].tolist()), sorted(order[size // 2 :].tolist()))
+        if value is not None and math.isfinite(value):
+            values.append(value)
+    if len(values) < 2:
+        return None
+    value, error = float(np.mean(values)), float(np.std(values, ddof=1))
+    return Estimate(value, error, value - 1.96 * error, value + 1.96 * error, size)

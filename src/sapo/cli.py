@@ -35,6 +35,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
   sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
+  sapo chat MODEL|RUN                                  talk to a model; of a run to start, opponent and policy
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -98,6 +99,11 @@ def _dispatch(given: list[str]) -> int:
             from sapo.report.command import report
 
             report(rest)
+        case ["chat", *rest]:
+            from sapo.chat.command import chat
+
+            _quiet()
+            chat(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 
@@ -144,6 +150,7 @@ def _train(
 ) -> bool:
     """One run, or the iteration of the one that `recipe` gives again; whether it came to its end."""
     from sapo.arguments import as_recipe
+    from sapo.hub.card import write_card
     from sapo.terminal.progress import TerminalProgress
     from sapo.trainer import SAPOTrainer
     from sapo.training_callbacks import StopOnSignal
@@ -169,7 +176,11 @@ def _train(
         finally:
             progress.close()
         trainer.save_model()
-        trainer.run_folder.write_recipe_and_card(as_recipe(run), str(run.model.model_name_or_path))
+        trainer.run_folder.write_recipe(as_recipe(run))
+        if config.push_to_hub:
+            trainer.push_to_hub()
+        elif trainer.is_world_process_zero():
+            write_card(trainer.run_folder.path, str(config.output_dir))
     stopped = stop.received is not None
     _closing_screen(console, trainer, progress, stopped=stopped, recipe=recipe)
     return not (stopped or trainer.stop_reason)

@@ -55,6 +55,8 @@ class SAPOConfig(TrainingArguments):
     )
     remove_unused_columns: bool | None = _option(False, "Must stay false: the prepared data has columns of its own.")
 
+    hub_strategy: str = _option("end", "Must stay end: the run is pushed when it has ended, its checkpoints are not.")
+
     # Objective
     objective: Objective = _option(
         "dpo",
@@ -210,6 +212,9 @@ class SAPOConfig(TrainingArguments):
     )
     log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
     num_pairs_to_print: int = _option(3, "Pairs in that table.")
+    push_opponent_to_hub: bool = _option(
+        False, "With push_to_hub: push the opponent too, into the folder opponent/ of the same repository."
+    )
     report_steps: int = _option(
         100,
         "Refresh report.html every so many optimizer steps (less often where that would take a fiftieth of the time); "
@@ -289,6 +294,14 @@ class SAPOConfig(TrainingArguments):
         self._check_device()
         if self.eval_local and self.eval_strategy == "no":
             raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
+        if self.hub_strategy != "end":
+            raise ConfigurationError(
+                f"hub_strategy={self.hub_strategy}: a run is pushed when it has ended. Leave the option out."
+            )
+        if self.push_opponent_to_hub and self.pair_source == "paired":
+            raise ConfigurationError(
+                "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
+            )
         if self.remove_unused_columns:
             raise ConfigurationError("remove_unused_columns=true: must stay false here. Leave the option out.")
 

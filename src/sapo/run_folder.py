@@ -120,13 +120,10 @@ class RunFolder:
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
                 _write_atomically(file, "".join(f"{line}\n" for line in kept))
 
-    def write_recipe_and_card(self, recipe: dict[str, Any], base_model: str) -> None:
-        """Write recipe.yaml, which gives the same run again, and README.md, the model card."""
-        if not self._trainer.is_world_process_zero():
-            return
-        text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
-        _write_atomically(self.path / RECIPE_FILE, text)
-        _write_atomically(self.path / "README.md", model_card(base_model, text, self._trainer.state.global_step))
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Write recipe.yaml, which gives the same run again."""
+        if self._trainer.is_world_process_zero():
+            _write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
     def append_metrics(self, line: str) -> None:
         """Add one line to metrics.jsonl."""
@@ -219,25 +216,6 @@ class RunFolder:
                 file.replace(folder / file.name)
             staging.rmdir()
         trainer.accelerator.wait_for_everyone()
-
-
-def model_card(base_model: str, recipe: str, steps: int) -> str:
-    """A model card in the hub's format: what was trained, from what, with which options."""
-    front = yaml.safe_dump({"library_name": "transformers", "base_model": base_model, "tags": ["sapo"]})
-    return f"""---
-{front}---
-
-# Trained with SAPO
-
-`{base_model}` after {steps} steps of Self-Augmented Preference Optimization
-([arXiv 2405.20830](https://arxiv.org/abs/2405.20830)): the rejected responses were written by a moving average of the
-model itself; no preference data were used. The moving average lies in `opponent/`.
-
-## Options that differ from the defaults
-
-```yaml
-{recipe}```
-"""
 
 
 def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:

@@ -36,6 +36,7 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.hub.publish import Publishes
 from sapo.local_measures.during_training import LocalSignals
 from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
@@ -61,7 +62,7 @@ logger = logging.get_logger(__name__)
 _IDENTICAL_WARNING = 0.9
 
 
-class SAPOTrainer(Trainer):
+class SAPOTrainer(Publishes, Trainer):
     """Self-Augmented Preference Optimization on top of `transformers.Trainer`.
 
     Args:

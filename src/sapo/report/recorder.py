@@ -30,6 +30,7 @@ from sapo.pair_loss import pair_loss
 from sapo.pairs import Pair, SelfPlay, paired
 from sapo.reference_scores import ReferenceLogps
 from sapo.report.page import write_report
+from sapo.report.tracking import log_pairs
 from sapo.run_folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.scoring import PairScores
 from sapo.segments import derive_seed
@@ -64,8 +65,6 @@ class RunRecorder(TrainerCallback):
         self._steps: set[int] = set()
         self._followed: list[int] = []
         self._refreshed, self._took = 0.0, 0.0
-        self.newest: list[dict[str, Any]] = []
-        """The rows of the last snapshot."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -127,8 +126,8 @@ class RunRecorder(TrainerCallback):
             for pair, scores in scored:
                 row = {"step": step, "kind": kind, **texts_of(pair, trainer.processing_class), **scores}
                 rows.append(row | (self._history(pair, step) if kind == "learnt" else {}))
-        self.newest = rows
         if trainer.is_world_process_zero():
+            log_pairs(trainer.args.report_to, rows, step)
             with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -119,7 +119,7 @@ def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> d
         (b for name, b in _OPTIMIZER_BYTES.items() if name in optimizer), 2 if "8bit" in optimizer else 8
     )
     copies["optimizer"] = parameters * per_parameter
-    if args.pair_source == "self_play":
+    if args.pair_source == "self_play" and args.num_iterations is None:
         copies["opponent"] = parameters * size
         if size == 2 and 0.5 < args.ema_decay < 1:
             copies["opponent's float32 master"] = parameters * 4

@@ -45,9 +45,9 @@ def test_trackio_holds_curves_and_pairs_of_a_run(make_trainer, tmp_path, monkeyp
 from sapo import SAPOConfig, SAPOTrainer
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
-args = SAPOConfig(output_dir={str(tmp_path / "run")!r}, report_to="trackio", project="mine", run_name="one", max_steps=4,
-    logging_steps=1, per_device_train_batch_size=2, segment_length=4, max_length=32, use_cpu=True, save_strategy="no",
-    gradient_checkpointing=False, disable_tqdm=True, report_pairs=20)
+args = SAPOConfig(output_dir={str(tmp_path / "run")!r}, report_to="trackio", project="mine", run_name="one",
+    max_steps=4, logging_steps=1, per_device_train_batch_size=2, segment_length=4, max_length=32, use_cpu=True,
+    save_strategy="no", gradient_checkpointing=False, disable_tqdm=True, report_pairs=20)
 SAPOTrainer(tiny_llama(), args, tiny_rows(), processing_class=tiny_tokenizer()).train()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)

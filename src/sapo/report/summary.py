@@ -108,8 +108,10 @@ def _where_from(run: RunData) -> str:
     margin = change_of(run, "rewards/margins")
     if chosen is None or rejected is None or margin is None:
         return ""
+    moves_too = any(one.name == "reference" and one.value in ("opponent", "opponent_copy") for one in run.options)
+    since = " The reference follows the opponent, so rewards begin anew with each copy of it." if moves_too else ""
     if margin.by <= 0:
-        return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)})."
+        return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
     moves = f"chosen {chosen.by:+.2g}, rejected {rejected.by:+.2g}"
     if chosen.by >= 0 and rejected.by <= 0:
         how = "the chosen responses rose and the rejected ones sank"
@@ -117,7 +119,7 @@ def _where_from(run: RunData) -> str:
         how = "both rose, the chosen responses more"
     else:
         how = "both sank, the rejected responses more"
-    return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves})."
+    return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
 
 
 def figures(run: RunData) -> list[Figure]:

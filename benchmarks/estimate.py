@@ -2,31 +2,25 @@
 
     python benchmarks/estimate.py
 
-Each setting trains for a few steps in a process of its own. Measured memory is the peak of the resident set above what
+Each setting trains for a few steps in a fork of its own. Measured memory is the peak of the resident set above what
 it was before the model was built, after a first small run has loaded everything else; large blocks are given back to
-the system as soon as they are freed (`MALLOC_MMAP_THRESHOLD_`), so that the peak is of what is in use. Measured seconds
+the system as soon as they are freed, so that the peak is of what is in use. Measured seconds
 are the median of a step's processor time, one thread; the estimate's come from a profile of the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import torch
+from measuring import forget_peak, in_forks, peak_resident, resident
 from peft import LoraConfig
-from step import peak_resident
 from step import tokenizer as word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import ModelConfig
@@ -119,8 +113,8 @@ def train(options: dict[str, Any]) -> tuple[float, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         args = config(folder, options)
         data = datasets.Dataset.from_list(rows)
-        before = psutil.Process().memory_info().rss
-        Path("/proc/self/clear_refs").write_text("5")
+        before = resident()
+        forget_peak()
         torch.manual_seed(0)
         model = LlamaForCausalLM(model_config(size)).to(getattr(torch, options.get("dtype", "float32")))
         trainer = SAPOTrainer(
@@ -151,27 +145,24 @@ def estimated(options: dict[str, Any]) -> tuple[int, float]:
 
 
 def measured(options: dict[str, Any]) -> tuple[int, float]:
-    """Bytes and seconds, of a process of its own."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", json.dumps(options)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    seconds, before, peak = json.loads(done.stdout.splitlines()[-1])
+    """Bytes and seconds, of a fork."""
+
+    def both(number: int) -> tuple[float, int, int]:
+        warm = {key: value for key, value in options.items() if key in ("objective", "lora", "reference")}
+        train({**warm, "size": "warm"})
+        return train(options)
+
+    seconds, before, peak = in_forks(both)[0]
     return peak - before, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    if options.measure:
-        asked = json.loads(options.measure)
-        train({**{k: v for k, v in asked.items() if k in ("objective", "lora", "reference")}, "size": "warm"})
-        print(json.dumps(train(asked)))
-        return
     print(f"{'':42}{'estimate MB':>12}{'measured MB':>12}{'ratio':>7}{'estimate s':>12}{'measured s':>12}{'ratio':>7}")
     for name in options.settings:
         (memory, seconds), (peak, took) = estimated(SETTINGS[name]), measured(SETTINGS[name])

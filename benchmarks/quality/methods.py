@@ -71,7 +71,6 @@ def _one_change(preset: str, *flags: tuple[str, str]) -> Method:
 
 
 ABLATIONS = {
-    CENTRE: _one_change("sapo-dpo-guarded"),
     "no segment, frozen opponent": _one_change("no-segment-frozen-opponent"),
     "no segment": _one_change("no-segment"),
     "frozen opponent": _one_change("sapo-dpo-guarded", ("ema_decay", "1")),
@@ -86,4 +85,5 @@ ABLATIONS = {
     "opponent at T = 1": _one_change("sapo-dpo-guarded", ("temperature", "1")),
     "beta 0.01": _one_change("sapo-dpo-guarded", ("beta", "0.01")),
 }
-"""The four of segment and opponent first: together they tell fresh negatives from segments."""
+"""Each is compared with the cells of `CENTRE` in the comparison, on the same bases with the same seeds. Segment and
+opponent come first: together they tell fresh negatives from segments."""

@@ -49,8 +49,9 @@ def _trials(work: Path, task) -> str:
 
 
 def _versus(folder: Path, baseline: str, task, of: str) -> str | None:
-    results = read(folder, "test")
-    if baseline not in results:
+    centre = {baseline: read(folder.parent / "compare", "test").get(baseline, {})}
+    results = centre | read(folder, "test")
+    if not centre[baseline] or len(results) == 1:
         return None
     lines = [f"### {folder.name}: means with 95 % intervals, and paired differences to {of}", ""]
     lines += [f"| arm | cells | CPU s | {' | '.join(task.SHOWN)} |", "| --- " * (len(task.SHOWN) + 3) + "|"]

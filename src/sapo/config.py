@@ -194,6 +194,17 @@ class SAPOConfig(TrainingArguments):
         "Compute log-probabilities with trl's fused head, which never holds all logits. Unset: on CUDA. Slower on CPU.",
     )
 
+    # Local measures at evaluations
+    eval_local: bool = _option(
+        False,
+        "At evaluations also sample from the policy on some of the rows and log eval_local/...: likelihood, ends, "
+        "lengths, repetition, variety, distance to the data, self-play gap.",
+    )
+    eval_local_size: int = _option(32, "Rows of the evaluation set that eval_local samples.")
+    eval_local_share: float = _option(
+        0.05, "Share of the run's time that eval_local may take; what does not fit waits for a later evaluation."
+    )
+
     # The run
     disable_dropout: bool = _option(True, "Set every dropout of the model to 0, as trl's DPO does.")
     model_init_kwargs: dict | str | None = _option(
@@ -281,6 +292,8 @@ class SAPOConfig(TrainingArguments):
         self._check_objective()
         self._check_iterations()
         self._check_device()
+        if self.eval_local and self.eval_strategy == "no":
+            raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
         if self.hub_strategy != "end":
             raise ConfigurationError(
                 f"hub_strategy={self.hub_strategy}: a run is pushed when it has ended. Leave the option out."
@@ -449,6 +462,8 @@ _RANGES: list[tuple[str, float, float]] = [
     ("temperature", 0, _INF),
     ("top_k", 0, _INF),
     ("top_p", 0, 1),
+    ("eval_local_size", 1, _INF),
+    ("eval_local_share", 0, 1),
     ("ema_decay", 0, 1),
     ("reference_sync_steps", 1, _INF),
     ("replay_buffer_size", 1, _INF),

@@ -91,6 +91,10 @@ def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy
         args: of the run.
         strategy: ZeRO changes the type of the weights.
     """
+    if args.num_iterations is not None:
+        # An iteration trains on pairs that were written before: the opponent is not there any more.
+        args = copy.copy(args)
+        args.pair_source = "paired"
     dtype = weight_type(config, model_args)
     if strategy.name in ("zero2", "zero3") and args.bf16:
         dtype = torch.bfloat16

@@ -258,6 +258,8 @@ def _entries(trainer: SAPOTrainer, tensors: Mapping[str, torch.Tensor]) -> list[
     Raises:
         ValueError: it cannot.
     """
+    if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
+        raise ValueError("pairs are kept as whole numbers")
     vocabulary = int(trainer.policy().config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
     for field in ("prompt_ids", "chosen_ids", "rejected_ids"):
         tokens = tensors[field]

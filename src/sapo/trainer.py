@@ -37,6 +37,7 @@ from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.hub.publish import Publishes
+from sapo.local_measures.during_training import LocalSignals
 from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
@@ -109,7 +110,7 @@ class SAPOTrainer(Publishes, Trainer):
         if args.disable_dropout:
             disable_dropout_in_model(policy)
         self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
-        self._pad_token_id = padding_token_id(processing_class, self.end_ids)
+        self.pad_token_id = padding_token_id(processing_class, self.end_ids)
         self._options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
         super().__init__(
@@ -162,6 +163,8 @@ class SAPOTrainer(Publishes, Trainer):
             if self.train_dataset is not None
             else None
         )
+        evaluated = each_dataset(self.eval_dataset)
+        self.local_signals = LocalSignals(self, evaluated[0]) if args.eval_local and evaluated else None
         self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
@@ -199,7 +202,7 @@ class SAPOTrainer(Publishes, Trainer):
                 self._opponent_in_use,
                 Sampling(args.temperature, args.top_k, args.top_p),
                 end_ids=self.end_ids,
-                pad_token_id=self._pad_token_id,
+                pad_token_id=self.pad_token_id,
                 batch_size=args.generation_batch_size,
             )
         return self_play(
@@ -271,8 +274,10 @@ class SAPOTrainer(Publishes, Trainer):
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
-        # Weights gathered in each pass ask all processes for equally many; the published likelihood counts padding.
-        equal = self.twin is not None or self.args.nll_positions == "all"
+        # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
+        # counts padding.
+        together = self.twin is not None or zero_stage(self.accelerator) > 0
+        equal = together or self.args.nll_positions == "all"
         parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
@@ -324,7 +329,7 @@ class SAPOTrainer(Publishes, Trainer):
     def _collate(self, pairs: Sequence[Pair]) -> PairBatch:
         return collate_pairs(
             pairs,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.pad_token_id,
             suffix=self.args.suffix,
             layout=self._resolved_layout(),
             score_shared=self.args.scores_shared,
@@ -504,7 +509,7 @@ class SAPOTrainer(Publishes, Trainer):
             turns = [example.turns[-1] for example in examples[first : first + size]]
             batch = collate_responses(
                 [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
-                pad_token_id=self._pad_token_id,
+                pad_token_id=self.pad_token_id,
             )
             with self.compute_loss_context_manager(), frozen(self.model) as model:
                 logps += summed_logps(model, batch.to(self.args.device), fused_lm_head=self._fused)[0].tolist()
@@ -522,6 +527,8 @@ class SAPOTrainer(Publishes, Trainer):
         with _random_state_restored():
             if not isinstance(dataset, Mapping):
                 self._current_eval = self.eval_pairs.of(dataset)
+            if self.local_signals is not None and self.local_signals.rows is dataset:
+                self.local_signals.observe()
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -598,6 +605,8 @@ class SAPOTrainer(Publishes, Trainer):
         if folder is not None:
             run_state.restore(self, folder)
         self._tokens_since = time.perf_counter()
+        if self.local_signals is not None:
+            self.local_signals.begin()
         return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

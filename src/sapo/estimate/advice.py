@@ -70,7 +70,7 @@ def changes_that_fit(
             break
         new = change(plan)
         found = estimate(config, new.model_args, new.args, device, new.strategy, lengths)
-        if found.needed < 0.99 * last.needed:
+        if found.memory.most < 0.99 * last.memory.most:
             plan, last = new, found
             changes.append(Change(flag, price, found))
     return changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -150,17 +152,17 @@ class Judge:
                 f"no key for the judge: set the environment variable {options.key_env}, or name an endpoint that needs "
                 "none with --judge_base_url."
             )
-        self._client = self._connect()
+        if importlib.util.find_spec("openai") is None:
+            raise EvaluationError("judging needs the package openai: pip install 'sapo-llm[judge]'.")
+        self._client: openai.OpenAI
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._next_start = 0.0
         self._stop = threading.Event()
 
     def _connect(self) -> openai.OpenAI:
-        try:
-            import openai
-        except ImportError as error:
-            raise EvaluationError("judging needs the package openai: pip install 'sapo-llm[judge]'.") from error
+        import openai
+
         # Servers of one's own ask for no key, but the client does.
         return openai.OpenAI(
             api_key=self._key or "none", base_url=self.options.base_url, max_retries=0, timeout=self.options.timeout
@@ -202,16 +204,15 @@ class Judge:
         self.tally.reused += len(found)
         pending = [(key, request) for key, request in wanted.items() if key not in found]
         self._stop.clear()
-        try:
-            if pending and self.tally.answered == 0:
-                key, request = pending.pop(0)
-                try:
-                    found[key] = self._answer(key, request)
-                except _Refused as error:
-                    raise EvaluationError(f"{self._where()} refuses the first question: {error}") from error
-            self._ask_many(pending, found)
-        except _BudgetSpent:
-            pass
+        if pending:
+            with self._connect() as self._client, suppress(_BudgetSpent):
+                if self.tally.answered == 0:
+                    key, request = pending.pop(0)
+                    try:
+                        found[key] = self._answer(key, request)
+                    except _Refused as error:
+                        raise EvaluationError(f"{self._where()} refuses the first question: {error}") from error
+                self._ask_many(pending, found)
         self.tally.left += sum(key not in found for key in wanted) - len(
             {request.label for key, request in wanted.items() if key not in found} & self.tally.refused.keys()
         )

@@ -60,7 +60,7 @@ def bootstrap_ratio(
         numerators: one an example.
         denominators: one an example, such as its number of tokens.
         seed: of the resampling.
-        resamples: how many.
+        resamples: how many; with 0 no error is estimated.
 
     Returns:
         None without examples, or when the denominators sum to 0.
@@ -70,8 +70,8 @@ def bootstrap_ratio(
     if not len(above) or not below.sum():
         return None
     value = float(above.sum() / below.sum())
-    if len(above) == 1:
-        return Estimate(value, None, None, None, 1)
+    if len(above) == 1 or not resamples:
+        return Estimate(value, None, None, None, len(above))
     drawn = np.random.default_rng(seed).multinomial(len(above), np.full(len(above), 1 / len(above)), size=resamples)
     totals = drawn @ below
     ratios = (drawn @ above)[totals != 0] / totals[totals != 0]

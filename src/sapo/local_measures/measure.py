@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from sapo.batches import collate_responses
 from sapo.data import Turn
 from sapo.errors import ConfigurationError
 from sapo.generation import Generator
-from sapo.local_measures.intervals import Estimate, bootstrap_ratio, over_halves
+from sapo.local_measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
 from sapo.local_measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
 from sapo.scoring import frozen, summed_logps
 from sapo.segments import derive_seed
@@ -163,6 +164,8 @@ def summarize(
     *,
     max_new_tokens: int,
     seed: int = 0,
+    resamples: int = RESAMPLES,
+    halves: int = HALVES,
 ) -> dict[str, Estimate]:
     """All numbers of the local suite by name; what is not defined (no example long enough) is left out.
 
@@ -172,63 +175,66 @@ def summarize(
         end_ids: tokens that end a response.
         max_new_tokens: budget of the samples, so that the data is counted as ended by the same measure.
         seed: of the resampling.
+        resamples: of each bootstrap; 0 for values without errors.
+        halves: ways to halve the rows for statistics of a corpus.
     """
     found: dict[str, Estimate | None] = {}
+    bootstrap = partial(bootstrap_ratio, seed=seed, resamples=resamples)
 
     def mean(name: str, values: Sequence[float | None]) -> None:
-        found[name] = bootstrap_ratio([value for value in values if value is not None], seed=seed)
+        found[name] = bootstrap([value for value in values if value is not None])
 
     own = [one.own for one in measured]
     bare = [_without_end(tokens, end_ids) for tokens in own]
     bare_data = [_without_end(tokens, end_ids) for tokens in responses]
-    found["nll"] = bootstrap_ratio(
-        [-one.data_logp for one in measured], [one.data_tokens for one in measured], seed=seed
-    )
+    found["nll"] = bootstrap([-one.data_logp for one in measured], [one.data_tokens for one in measured])
     mean("ended", [float(bool(tokens) and tokens[-1] in end_ids) for tokens in own])
     mean("ended_data", [float(len(t) <= max_new_tokens and t[-1] in end_ids) for t in responses])
     mean("length", [float(len(tokens)) for tokens in own])
     mean("length_data", [float(len(tokens)) for tokens in responses])
-    found["length_ratio"] = bootstrap_ratio([len(t) for t in own], [len(t) for t in responses], seed=seed)
+    found["length_ratio"] = bootstrap([len(t) for t in own], [len(t) for t in responses])
     mean("seq_rep_4", [seq_rep(tokens) for tokens in bare])
     mean("seq_rep_4_data", [seq_rep(tokens) for tokens in bare_data])
     mean("loops", [float(ends_in_loop(tokens)) for tokens in bare])
-    found |= _corpus(bare, bare_data, seed)
-    found |= _gap("own", measured, [one.own_logp for one in measured], [len(one.own) for one in measured], seed)
+    found |= _corpus(bare, bare_data, partial(over_halves, len(own), seed=seed, halves=halves))
+    found |= _gap("own", measured, [one.own_logp for one in measured], [len(one.own) for one in measured], bootstrap)
     faced = [one for one in measured if one.opponent_logp is not None]
     others = [one.opponent_logp or 0.0 for one in faced]
-    found |= _gap("opponent", faced, others, [one.opponent_tokens or 0 for one in faced], seed)
+    found |= _gap("opponent", faced, others, [one.opponent_tokens or 0 for one in faced], bootstrap)
     return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
-def _corpus(own: Sequence[Sequence[int]], data: Sequence[Sequence[int]], seed: int) -> dict[str, Estimate | None]:
+def _corpus(
+    own: Sequence[Sequence[int]], data: Sequence[Sequence[int]], halved: Callable[..., Estimate | None]
+) -> dict[str, Estimate | None]:
     """Variety and distance, on halves of the rows so that model and data are seen through samples of one size."""
     found: dict[str, Estimate | None] = {}
     for n in (1, 2, 3):
         # As many n-grams of either, for variety falls with the amount of text.
         most = min(sum(max(0, len(tokens) - n + 1) for tokens in corpus) for corpus in (own, data)) // 3
         for name, corpus in ((f"distinct_{n}", own), (f"distinct_{n}_data", data)):
-            found[name] = over_halves(
-                len(own),
-                lambda half, _, corpus=corpus, n=n, most=most: distinct(  # type: ignore[misc]
+            found[name] = halved(
+                lambda half, _, corpus=corpus, n=n, most=most: distinct(
                     [corpus[place] for place in half], n, most=most
                 ),
-                seed=seed,
             )
     for n in (1, 2):
         for name, corpus in ((f"ngram_distance_{n}", own), (f"ngram_distance_{n}_data", data)):
-            found[name] = over_halves(
-                len(own),
-                lambda half, rest, corpus=corpus, n=n: jensen_shannon(  # type: ignore[misc]
+            found[name] = halved(
+                lambda half, rest, corpus=corpus, n=n: jensen_shannon(
                     ngram_counts([corpus[place] for place in half], n),
                     ngram_counts([data[place] for place in rest], n),
                 ),
-                seed=seed,
             )
     return found
 
 
 def _gap(
-    name: str, measured: Sequence[Measured], logps: Sequence[float], lengths: Sequence[int], seed: int
+    name: str,
+    measured: Sequence[Measured],
+    logps: Sequence[float],
+    lengths: Sequence[int],
+    bootstrap: Callable[..., Estimate | None],
 ) -> dict[str, Estimate | None]:
     """How often, and by how much, the data's response is preferred to another; equal ones count half."""
     summed = [one.data_logp - logp for one, logp in zip(measured, logps, strict=True)]
@@ -238,9 +244,9 @@ def _gap(
         if length
     ]
     return {
-        f"prefers_data_to_{name}": bootstrap_ratio([_wins(value) for value in summed], seed=seed),
-        f"prefers_data_to_{name}_per_token": bootstrap_ratio([_wins(value) for value in each], seed=seed),
-        f"gap_to_{name}": bootstrap_ratio(each, seed=seed),
+        f"prefers_data_to_{name}": bootstrap([_wins(value) for value in summed]),
+        f"prefers_data_to_{name}_per_token": bootstrap([_wins(value) for value in each]),
+        f"gap_to_{name}": bootstrap(each),
     }
 
 

@@ -1,0 +1,356 @@
+import json
+import math
+
+import pytest
+import yaml
+
+from sapo.cli import main
+from sapo.evaluation import local
+from sapo.generation import TransformersGenerator
+from tests.judge_server import KEY, serving
+from tests.tiny import WORDS, tiny_llama, tiny_rows, tiny_tokenizer
+
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+def save_model(folder, *, seed=0, template=TEMPLATE, **overrides):
+    model, tokenizer = tiny_llama(seed=seed, **overrides), tiny_tokenizer()
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(10, seed=3)))
+    return file
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    def run(*arguments, output_dir="out", expect=0):
+        flags = ["--device", "cpu", "--batch_size", "2", "--output_dir", str(tmp_path / output_dir)]
+        status = main(["evaluate", *map(str, arguments), *flags])
+        said = capsys.readouterr()
+        assert status == expect, said.err
+        return said.err if expect else said.out
+
+    return run
+
+
+def results(tmp_path, suite, output_dir="out"):
+    return json.loads((tmp_path / output_dir / "results.json").read_text())["suites"][suite]["models"]
+
+
+# ---- local ----
+
+
+def test_local_suite_gives_every_measure_with_its_error(evaluate, model, held_out, tmp_path):
+    out = evaluate(model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 16)
+    measures = results(tmp_path, "local")["model"]["measures"]
+    names = {
+        "nll",
+        "ended",
+        "length_ratio",
+        "seq_rep_4",
+        "loops",
+        "distinct_2",
+        "ngram_distance_1",
+        "prefers_data_to_own",
+    }
+    assert names <= measures.keys()
+    assert all(measures[name]["stderr"] is not None for name in names)
+    # An untrained model knows nothing of 63 tokens.
+    assert measures["nll"]["value"] == pytest.approx(math.log(63), abs=0.3)
+    assert "±" in out
+
+
+def test_interrupted_evaluation_continues_and_gives_the_same(evaluate, model, held_out, tmp_path, monkeypatch):
+    command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
+    evaluate(*command, output_dir="whole")
+    calls = []
+    generate = TransformersGenerator.generate
+
+    def counted(self, contexts, *rest):
+        calls.append(len(contexts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, contexts, *rest)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counted)
+    evaluate(*command, expect=130)
+    evaluate(*command)
+    assert calls == [8, 2, 2]
+    assert results(tmp_path, "local") == results(tmp_path, "local", "whole")
+    evaluate(*command)
+    assert len(calls) == 3
+
+
+def test_run_folder_shows_policy_and_opponent_beside_the_start(make_trainer, evaluate, model, held_out, tmp_path):
+    trainer = make_trainer("run", max_steps=3, model=tiny_llama())
+    trainer.train()
+    trainer.save_model()
+    trainer.run_folder.write_recipe_and_card({"model_name_or_path": str(model)}, str(model))
+    out = evaluate(tmp_path / "run", "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
+    found = results(tmp_path, "local")
+    assert list(found) == ["start", "run policy", "run opponent"]
+    assert found["run policy"]["measures"]["nll"]["value"] != found["start"]["measures"]["nll"]["value"]
+    assert "prefers_data_to_opponent" in found["run policy"]["measures"]
+    assert "prefers_data_to_opponent" not in found["run opponent"]["measures"]
+    assert "ended" in found["run policy"]["change_from_start"]
+    assert "change" in out
+
+
+def test_other_weights_are_another_part(evaluate, model, held_out, tmp_path):
+    command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
+    evaluate(*command)
+    before = results(tmp_path, "local")["model"]["measures"]["nll"]["value"]
+    save_model(model, seed=1)
+    evaluate(*command)
+    assert results(tmp_path, "local")["model"]["measures"]["nll"]["value"] != before
+
+
+def test_held_out_rows_are_spread_over_the_file(evaluate, model, held_out, tmp_path):
+    evaluate(model, "--suite", "local", "--dataset_name", held_out, "--limit", 5, "--max_new_tokens", 4)
+    lines = next((tmp_path / "out" / "local").glob("*.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["measured"]["row"] for line in lines] == [0, 2, 4, 6, 8]
+    assert local.ROWS == 200
+
+
+# ---- Task files ----
+
+
+def test_task_file_verifies_what_the_model_says(evaluate, model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
+    (tmp_path / "verify_words.py").write_text(
+        "def any_word(response, row):\n    return bool(response) and 'w' in response\n"
+    )
+    tasks = [
+        {"name": "words", "data": "rows.jsonl", "verifier": "verify_words:any_word", "max_new_tokens": 4},
+        {"name": "never", "data": "rows.jsonl", "verifier": "regex", "pattern": "zebra", "max_new_tokens": 4},
+    ]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    evaluate(model, "--suite", tmp_path / "mine.yaml")
+    measures = results(tmp_path, "mine")["model"]["measures"]
+    assert measures["words"]["value"] == 1
+    assert measures["never"]["value"] == 0
+    lines = next((tmp_path / "out" / "tasks").glob("*.jsonl")).read_text().splitlines()
+    # Both tasks ask the same of the model.
+    assert len(lines) == 2
+
+
+# ---- Judged ----
+
+
+@pytest.fixture
+def mt_bench(tmp_path):
+    folder = tmp_path / "mt_bench"
+    folder.mkdir()
+    categories = ["writing", "math", "coding", "roleplay"]
+    questions = [
+        {"question_id": 81 + n, "category": categories[n % 4], "turns": [f"w{n} w1", f"w{n + 1}"]} for n in range(6)
+    ]
+    references = [
+        {"question_id": q["question_id"], "choices": [{"turns": ["w5", "w6"]}]}
+        for q in questions
+        if q["category"] in ("math", "coding")
+    ]
+    plain = {"system_prompt": "Rate.", "prompt_template": "Q {question} A {answer}"}
+    two = {"system_prompt": "Rate.", "prompt_template": "Q {question_1} A {answer_1} Q {question_2} A {answer_2}"}
+    with_reference = {"system_prompt": "Rate.", "prompt_template": "Q {question} R {ref_answer_1} A {answer}"}
+    two_with = {
+        "system_prompt": "Rate.",
+        "prompt_template": "R {ref_answer_1} {ref_answer_2} Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
+    }
+    prompts = [
+        {"name": "single-v1", **plain},
+        {"name": "single-v1-multi-turn", **two},
+        {"name": "single-math-v1", **with_reference},
+        {"name": "single-math-v1-multi-turn", **two_with},
+    ]
+    for name, rows in (
+        ("question.jsonl", questions),
+        ("judge_prompts.jsonl", prompts),
+        ("reference_answer_gpt-4.jsonl", references),
+    ):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def with_reference_better(body):
+    text = body["messages"][-1]["content"]
+    return "Rating: [[9]]" if "R w5" in text else "Rating: [[4]]"
+
+
+def test_mt_bench_grades_two_turns_with_references_through_every_fault(
+    evaluate, model, mt_bench, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    faults = [None, 500, "broken", "cut"]
+    with serving(with_reference_better, lambda n, body: faults[n] if n < len(faults) else None) as server:
+        command = (model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 6)
+        judge = ("--judge_model", "gpt-x", "--judge_base_url", server.url)
+        out = evaluate(*command, *judge)
+        evaluate(*command, *judge)
+    assert "12 calls (0 of 12 verdicts are there already)" in out
+    assert set(server.answered.values()) == {1}
+    assert len(server.requests) == 12 + len(faults) - 1
+    measures = results(tmp_path, "mt_bench")["model"]["measures"]
+    assert measures["math"]["value"] == measures["coding"]["value"] == 9
+    assert measures["writing"]["value"] == 4
+    assert measures["score"]["value"] == pytest.approx((3 * 9 + 3 * 4) / 6)
+    assert measures["turn 1"]["count"] == 6
+    (answers,) = (tmp_path / "out" / "mt_bench" / "model_answer").glob("*.jsonl")
+    answer = json.loads(answers.read_text().splitlines()[0])
+    assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= answer.keys()
+    assert len(answer["choices"][0]["turns"]) == 2
+    (verdicts,) = (tmp_path / "out" / "mt_bench" / "model_judgment").glob("*.jsonl")
+    lines = [json.loads(line) for line in verdicts.read_text().splitlines()]
+    assert {(line["question_id"], line["turn"]) for line in lines} == {(q, t) for q in range(81, 87) for t in (1, 2)}
+    everything = "".join(file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert KEY not in everything + out
+
+
+def test_unparsable_verdicts_are_counted_and_not_guessed(evaluate, model, mt_bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def reply(body):
+        return "I would rather not." if "R w5" in body["messages"][-1]["content"] else "[[7]]"
+
+    with serving(reply) as server:
+        out = evaluate(
+            *(model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 6),
+            *("--judge_model", "gpt-x", "--judge_base_url", server.url),
+        )
+    measures = results(tmp_path, "mt_bench")["model"]["measures"]
+    assert measures["score"]["value"] == 7
+    assert measures["score"]["count"] == 3
+    assert "6 of 12 verdicts state no rating" in out
+
+
+def test_budget_leaves_a_note_and_the_next_command_completes(evaluate, model, mt_bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(with_reference_better) as server:
+        command = (model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 6)
+        judge = ("--judge_model", "gpt-x", "--judge_base_url", server.url)
+        assert "7 verdicts are missing" in evaluate(*command, *judge, "--max_judge_calls", 5)
+        assert len(server.requests) == 5
+        assert "verdicts are missing" not in evaluate(*command, *judge)
+    assert len(server.requests) == 12
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    rows = [
+        {"instruction": f"w{n} w{n + 1}", "output": " ".join(WORDS[: 3 + n % 4]), "generator": "base", "dataset": "own"}
+        for n in range(12)
+    ]
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def first_is_better(body):
+    """A judge that always likes the first answer: all position, no judgement."""
+    return "m", {"m": math.log(0.9), "M": math.log(0.1)}
+
+
+def test_position_swap_cancels_a_judge_that_looks_at_positions_alone(
+    evaluate, model, instructions, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(first_is_better) as server:
+        out = evaluate(
+            *(model, "--suite", "alpaca_eval", "--alpaca_eval_data", instructions, "--max_new_tokens", 6),
+            *("--judge_model", "gpt-x", "--judge_base_url", server.url),
+        )
+    assert len(server.requests) == 24
+    assert {request["top_logprobs"] for request in server.requests} == {5}
+    measures = results(tmp_path, "alpaca_eval")["model"]["measures"]
+    assert measures["win_rate"]["value"] == pytest.approx(0.5)
+    assert measures["length_adjusted_win_rate"]["value"] == pytest.approx(0.5)
+    assert "length_controlled_win_rate" not in measures
+    assert "is not AlpacaEval's length-controlled win rate" in " ".join(out.split())
+    (annotations,) = (tmp_path / "out" / "alpaca_eval" / "annotations").glob("*.json")
+    assert {row["preference"] for row in json.loads(annotations.read_text())} == {1.5}
+
+
+def test_published_prompt_form_and_one_order(evaluate, model, instructions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(
+        "<|im_start|>system\nRank.\n<|im_end|>\n<|im_start|>user\n"
+        '{"instruction": "{instruction}", "m": "{output_1}", "M": "{output_2}"}\n<|im_end|>\n'
+    )
+    with serving(first_is_better) as server:
+        evaluate(
+            *(model, "--suite", "alpaca_eval", "--alpaca_eval_data", instructions, "--max_new_tokens", 6),
+            *("--judge_model", "gpt-x", "--judge_base_url", server.url),
+            *("--judge_prompt", prompt, "--judge_orders", "one"),
+        )
+    assert len(server.requests) == 12
+    assert server.requests[0]["messages"][0] == {"role": "system", "content": "Rank."}
+    wins = results(tmp_path, "alpaca_eval")["model"]["measures"]["win_rate"]
+    assert 0.1 <= wins["value"] <= 0.9
+
+
+# ---- What is wrong is said in one line ----
+
+
+def one_line(error, *parts):
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+
+
+def test_unknown_suite(evaluate, model):
+    one_line(evaluate(model, "--suite", "leaderbord", expect=2), "leaderboard, ifeval, mt_bench")
+
+
+def test_no_held_out_rows(evaluate, model):
+    one_line(evaluate(model, "--suite", "local", expect=2), "--dataset_name")
+
+
+def test_no_such_model(evaluate, held_out, tmp_path):
+    one_line(evaluate(tmp_path / "none", "--suite", "local", "--dataset_name", held_out, expect=2), "no such model")
+
+
+def test_no_judge(evaluate, model, mt_bench):
+    one_line(evaluate(model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, expect=2), "--judge_model")
+
+
+def test_model_without_chat_template(evaluate, mt_bench, tmp_path):
+    bare = save_model(tmp_path / "bare", template=None)
+    url = ("--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")
+    error = evaluate(bare, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, *url, expect=2)
+    one_line(error, "no chat template", "--chat_template FILE.jinja")
+
+
+def test_unreachable_judge_keeps_the_answers(evaluate, model, mt_bench, tmp_path):
+    url = ("--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1", "--judge_retries", 0)
+    command = (model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 4)
+    one_line(evaluate(*command, *url, expect=2), "did not answer", "same command continues")
+    (answers,) = (tmp_path / "out" / "mt_bench" / "model_answer").glob("*.jsonl")
+    assert len(answers.read_text().splitlines()) == 6
+
+
+def test_nothing_but_empty_answers_are_not_judged(evaluate, mt_bench, tmp_path, monkeypatch):
+    silent = save_model(tmp_path / "silent")
+    ended = lambda self, contexts, budgets, seeds: [[1] for _ in contexts]  # noqa: E731
+    monkeypatch.setattr(TransformersGenerator, "generate", ended)
+    with serving(with_reference_better) as server:
+        error = evaluate(
+            *(silent, "--suite", "mt_bench", "--mt_bench_dir", mt_bench),
+            *("--judge_model", "j", "--judge_base_url", server.url),
+            expect=2,
+        )
+    one_line(error, "all 12 answers are empty", "kept in")
+    assert server.requests == []

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sapo._version import __version__
 from sapo.data import collate_examples
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Pair, SelfPlay, paired
+from sapo.pairs import Pair, PairedData, SelfPlay, paired
 from sapo.reference_scores import ReferenceLogps
 from sapo.report.page import write_report
 from sapo.report.tracking import log_pairs
@@ -71,7 +71,8 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """Note what runs; drop pairs of steps that will be run again; keep the followed prompts as they start."""
         trainer = self._trainer
-        self._steps = snapshot_steps(state.max_steps, trainer.args.report_pairs)
+        has_pairs = isinstance(trainer.source, (SelfPlay, PairedData))
+        self._steps = snapshot_steps(state.max_steps, trainer.args.report_pairs if has_pairs else 0)
         count = len(trainer.train_dataset)
         rng = random.Random(derive_seed(trainer.args.seed, "followed"))
         self._followed = sorted(rng.sample(range(count), min(FOLLOWED, count)))

@@ -49,6 +49,9 @@ class Change:
         return self.last - self.first
 
 
+_OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "sft": "SFT on the good responses"}
+
+
 def change_of(run: RunData, name: str) -> Change | None:
     """How a metric changed over a run; None where it was logged less than twice."""
     values = run.series(name)
@@ -68,8 +71,8 @@ def _what_ran(run: RunData) -> str:
     facts = run.facts
     step = run.train[-1]["step"] if run.train else 0
     step = max(step, run.end.get("step", 0))
-    objective = {"dpo": "DPO", "orpo": "ORPO"}.get(options.get("objective", ""), "an unknown objective")
-    pairs = "rows that hold both responses" if options.get("pair_source") == "paired" else "self-play"
+    objective = _OBJECTIVES.get(options.get("objective", ""), "an unknown objective")
+    pairs = {"self_play": " on pairs from self-play", "paired": " on rows that hold both responses"}
     subject = f"{facts['model']} ({size_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
     part = ""
     if facts.get("adapter"):
@@ -84,15 +87,18 @@ def _what_ran(run: RunData) -> str:
     rows = f" on {facts['training_rows']:,} training rows" if "training_rows" in facts else ""
     runtime = run.end.get("train_runtime")
     took = f", in {duration_text(runtime)} since its last start" if runtime else ""
-    return f"{subject} {state}{part}{rows}, with {objective} on pairs from {pairs}{took}."
+    return f"{subject} {state}{part}{rows}, with {objective}{pairs.get(options.get('pair_source', ''), '')}{took}."
 
 
 def _what_changed(run: RunData) -> str:
     loss, right = change_of(run, "loss"), change_of(run, "rewards/accuracies")
-    if loss is None or right is None:
+    if loss is None:
         return "Too little is logged yet to say what changed."
+    went = f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}"
+    if right is None:
+        return f"{went}."
     return (
-        f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}; the policy preferred the chosen "
+        f"{went}; the policy preferred the chosen "
         f"response in {right.first:.0%} of pairs at first and in {right.last:.0%} at the end."
     )
 
@@ -102,8 +108,10 @@ def _where_from(run: RunData) -> str:
     margin = change_of(run, "rewards/margins")
     if chosen is None or rejected is None or margin is None:
         return ""
+    moves_too = any(one.name == "reference" and one.value in ("opponent", "opponent_copy") for one in run.options)
+    since = " The reference follows the opponent, so rewards begin anew with each copy of it." if moves_too else ""
     if margin.by <= 0:
-        return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)})."
+        return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
     moves = f"chosen {chosen.by:+.2g}, rejected {rejected.by:+.2g}"
     if chosen.by >= 0 and rejected.by <= 0:
         how = "the chosen responses rose and the rejected ones sank"
@@ -111,7 +119,7 @@ def _where_from(run: RunData) -> str:
         how = "both rose, the chosen responses more"
     else:
         how = "both sank, the rejected responses more"
-    return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves})."
+    return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
 
 
 def figures(run: RunData) -> list[Figure]:

@@ -160,9 +160,6 @@ def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, 
     lasting = sum(parts.values())
     twin, gathered = twin_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
     learning = passes.learning
-    several = args.gradient_accumulation_steps > 1 or (
-        args.pairs_per_forward is not None and args.pairs_per_forward < args.per_device_train_batch_size
-    )
     beside = gradients - learning.most["gradients"]
     phases = {"learning": lasting + gathered + learning.bytes + beside}
     phases["optimizer"] = lasting + gradients + optimizer_scratch(roles.trained, args, strategy, on_gpu=on_gpu)
@@ -172,7 +169,9 @@ def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, 
         "logits and working space": learning.most["logits"] + learning.most["working"],
     }
     if passes.reference is not None:
-        phases["reference"] = lasting + twin + passes.reference.bytes + (gradients if several else 0)
+        # It scores a micro-batch before the policy learns from it; only earlier micro-batches have left gradients.
+        earlier = gradients if args.gradient_accumulation_steps > 1 else 0
+        phases["reference"] = lasting + twin + passes.reference.bytes + earlier
     if passes.prefill is not None:
         phases["generation"] = lasting + twin + max(passes.prefill.bytes, passes.cache)
         passing["keys and values of generation"] = passes.cache
@@ -240,7 +239,8 @@ def _communication(
         scattered = number if strategy.name == "zero3" else 1
         hidden = (2 * number * everything + scattered * trained) * width
         steps = max(args.steps_per_generation, args.generation_interval)
-        calls = (number if passes.reference is not None else 0) + (1 / steps if passes.prefill is not None else 0)
+        calls = args.gradient_accumulation_steps if passes.reference is not None else 0
+        calls += 1 / steps if passes.prefill is not None else 0
         shown = calls * everything * width
     else:
         hidden, shown = 2 * trained * (width if strategy.name == "zero2" else 4), 0.0

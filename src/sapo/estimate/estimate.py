@@ -62,7 +62,6 @@ class Estimate:
 
     memory: Memory
     seconds: dict[str, float]
-    tokens: int
     layout: str
     why_plain: str | None
     parameters: int
@@ -132,11 +131,9 @@ def estimate(
     seconds = _seconds(timed, roles, args, device, strategy, common, pairs, memory)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
     needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
-    each = args.per_device_train_batch_size * args.gradient_accumulation_steps * strategy.processes
     return Estimate(
         memory=memory,
         seconds=seconds,
-        tokens=each * (2 * (common.prompt + common.response)),
         layout=passes.layout,
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),

@@ -52,7 +52,11 @@ bench: install
 	$(BIN)/python benchmarks/step.py paired --batch 4 --steps 2; \
 	$(BIN)/python benchmarks/step.py lora --steps 2; \
 	$(BIN)/python benchmarks/generation.py; \
-	$(BIN)/python benchmarks/bookkeeping.py
+	$(BIN)/python benchmarks/bookkeeping.py; \
+	$(BIN)/python benchmarks/padding.py; \
+	$(BIN)/python benchmarks/growth.py --svg docs/growth.svg; \
+	$(BIN)/python benchmarks/estimate.py; \
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -137,18 +137,17 @@ class ReplayTrainer(SAPOTrainer):
 
     expected_loss = 0.0
     differences: Differences
-    _loss = 0.0
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self._loss = 0.0
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.differences.losses.append(abs(self._loss - self.expected_loss))
-        return loss
+    def training_step(self, *args, **kwargs):
+        # A micro-batch may take several passes; each one's loss is its share of the whole.
+        self._lost = 0.0
+        done = super().training_step(*args, **kwargs)
+        self.differences.losses.append(abs(self._lost - self.expected_loss))
+        return done
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # Of one pass; a micro-batch may take several.
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._loss += loss.item()
+        self._lost += loss.item()
         return loss
 
     def compare_weights(self, recorded: dict) -> None:

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test test-distributed test-faults check bench clean
+.PHONY: install demo test test-distributed test-faults check bench docs clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,10 +38,18 @@ test-faults: $(VENV)/.installed-test
 	SAPO_FAULT_TRIALS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
+# The site, into site/; `.venv/bin/mkdocs serve` shows it while it is written.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # CPU time and peak memory against the published way, against trl, and with each part switched off; about an hour.
 bench: install

@@ -107,7 +107,7 @@ def _load(target: str, name: str, revision: str, device: str | None) -> tuple[An
     if config.is_file():
         base, adapter = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"], "policy"
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto", trust_remote_code=False)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, target, adapter_name=adapter)
     except (OSError, ValueError, KeyError) as error:
@@ -120,7 +120,7 @@ def _load(target: str, name: str, revision: str, device: str | None) -> tuple[An
 def _tokenizer(target: str, revision: str) -> Any:
     # An adapter's folder holds a tokenizer and no configuration of a model.
     try:
-        return AutoTokenizer.from_pretrained(target, revision=revision)
+        return AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerError(
             f"{target}: no tokenizer that can be read ({' '.join(str(error).split())[:200]})."

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench quality clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,11 @@ bench: install
 	$(BIN)/python benchmarks/step.py lora --steps 2; \
 	$(BIN)/python benchmarks/generation.py; \
 	$(BIN)/python benchmarks/bookkeeping.py
+
+# Methods times seeds on the built-in tasks (docs/comparisons.md); about half an hour of CPU, resumable.
+quality: install
+	export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000; \
+	$(BIN)/python benchmarks/quality/study.py toy --minutes 60
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

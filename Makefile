@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-distributed test-faults check bench quality docs clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,11 +29,27 @@ demo: install
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Every strategy with every variant, in two processes and more; about half an hour. Their quick form is in `make test`.
+test-distributed: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "slow or not slow"
+
+# 120 kills, 2,000 steps twice, 12,000 rows, 1,000 checkpoints, 750 recipes; about half an hour.
+test-faults: $(VENV)/.installed-test
+	SAPO_FAULT_TRIALS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
+# The site, into site/; `.venv/bin/mkdocs serve` shows it while it is written.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # CPU time and peak memory against the published way, against trl, and with each part switched off; about an hour.
 bench: install
@@ -44,7 +60,16 @@ bench: install
 	$(BIN)/python benchmarks/step.py paired --batch 4 --steps 2; \
 	$(BIN)/python benchmarks/step.py lora --steps 2; \
 	$(BIN)/python benchmarks/generation.py; \
-	$(BIN)/python benchmarks/bookkeeping.py
+	$(BIN)/python benchmarks/bookkeeping.py; \
+	$(BIN)/python benchmarks/padding.py; \
+	$(BIN)/python benchmarks/growth.py --svg docs/growth.svg; \
+	$(BIN)/python benchmarks/estimate.py; \
+	$(BIN)/python benchmarks/gpu.py
+
+# Methods times seeds on the built-in tasks (docs/comparisons.md); about half an hour of CPU, resumable.
+quality: install
+	export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000; \
+	$(BIN)/python benchmarks/quality/study.py toy --minutes 60
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -31,6 +31,7 @@ def make_trainer(tokenizer, tmp_path):
             "gradient_checkpointing": False,
             "disable_tqdm": True,
             "report_to": "none",
+            "report_pairs": 0,
         } | options
         adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear") if lora else None
         return trainer(

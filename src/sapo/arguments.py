@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 
 
 @dataclasses.dataclass
@@ -44,13 +44,19 @@ class _Parser(TrlParser):
         raise ConfigurationError(message[:1].lower() + message[1:] + ".")
 
 
-def parse(arguments: Sequence[str], program: str) -> RunArguments:
+def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:
     """Parse flags and, with `--config`, a recipe underneath them.
+
+    Args:
+        arguments: of the command.
+        program: its name, for the help.
+        defaults: take the place of options' own, under the recipe.
 
     Raises:
         ConfigurationError: an unknown option (with the nearest), a value of the wrong type, options that clash.
     """
     parser = _Parser([DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig], prog=program, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     arguments = [part for argument in arguments for part in _split_equals(argument)]
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
@@ -71,7 +77,7 @@ def parse(arguments: Sequence[str], program: str) -> RunArguments:
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(brief(error)) from error
     return RunArguments(*parsed)
 
 
@@ -91,7 +97,7 @@ def _recipe(file: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {file}: cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"--config {file}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigurationError(f"--config {file}: not valid YAML ({brief(error)}).") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {file}: a recipe is a list of `option: value` lines.")
     for name, value in content.items():
@@ -130,7 +136,7 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
             value = getattr(part, field.name)
             value = value.value if isinstance(value, Enum) else value
             default = default.value if isinstance(default, Enum) else default
-            if value != default and value is not None:
+            if value != default:
                 plain = [dataclasses.asdict(v) for v in value] if field.name == "datasets" else value
                 recipe[field.name] = plain
     return recipe

@@ -22,6 +22,10 @@ _PARTS = 3
 """Sums a pair: what only the chosen response has, what only the rejected one has, what they share."""
 
 
+MOST_PADDING = 0.15
+"""Share of padding that a pass of several pairs in the plain layout has at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
     """Model inputs, and which predictions add up to which log-probability.
@@ -32,6 +36,9 @@ class ScoredRows:
             pad or end token (departure 4). None with shared prefixes.
         targets: `[R, L]` the token that each position is to predict; `IGNORE` where it is not scored.
         owners: `[R, L]` the sum that each scored position adds to, in `[0, sums)`.
+        places: `[M]` the scored positions of the flattened rows: found here, since an accelerator would have to be
+            waited for.
+        lengths: `[sums]` scored positions of each sum.
         sums: number of sums.
         tokens: tokens that are not padding.
         position_ids: `[R, L]`; None where they are 0, 1, 2, ... in each row.
@@ -42,6 +49,8 @@ class ScoredRows:
     attention_mask: Tensor | None
     targets: Tensor
     owners: Tensor
+    places: Tensor
+    lengths: Tensor
     sums: int
     tokens: int
     position_ids: Tensor | None = None
@@ -102,10 +111,14 @@ def collate_pairs(
             raise ValueError("all_positions counts padding, and the shared layout has none")
         return _packed(pairs, suffix, score_shared)
     rows = [_Scored(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
-    rows += [_Scored(p.prompt_ids, p.rejected_ids, _first(p, score_shared), _stop(p, suffix)) for p in pairs]
+    count, places = len(pairs), list(range(len(pairs)))
+    for place, pair in enumerate(pairs):
+        if not pair.alone:
+            rows.append(_Scored(pair.prompt_ids, pair.rejected_ids, _first(pair, score_shared), _stop(pair, suffix)))
+            places.append(count + place)
     input_ids, attention_mask, targets = _padded(rows, pad_token_id)
-    owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
-    sums, count, positions = _PARTS * len(pairs), len(pairs), 0
+    owners = torch.tensor(places)[:, None].expand_as(targets).contiguous()
+    sums, positions = _PARTS * count, 0
     if all_positions:
         others = targets[:count, :-1] == IGNORE
         owners[:count, :-1][others] = sums
@@ -116,6 +129,7 @@ def collate_pairs(
         attention_mask,
         targets,
         owners,
+        *_scored(targets, owners, sums),
         sums,
         int(attention_mask.sum()),
         pairs=count,
@@ -123,24 +137,56 @@ def collate_pairs(
     )
 
 
-def split_pairs(pairs: Sequence[Pair], most: int | None, *, layout: Layout) -> list[list[Pair]]:
-    """Divide the pairs of a micro-batch into as few passes of at most `most` pairs as there can be.
+def split_pairs(
+    pairs: Sequence[Pair], most: int | None, *, layout: Layout, equal_passes: bool = False
+) -> list[list[Pair]]:
+    """Divide the pairs of a micro-batch into passes of at most `most` pairs; which pairs they are does not change.
 
-    The number of passes depends on the number of pairs alone, so that all processes take the same. In the plain layout
-    pairs of like length go together, for little padding; in the shared layout, which has none, passes get alike numbers
-    of tokens, for the least memory.
+    In the plain layout pairs of like length go together, and a pass ends where one more pair would make its padding
+    more than `MOST_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
+    least memory.
+
+    Args:
+        pairs: at least one.
+        most: pairs of a pass; None for all.
+        layout: of each pass.
+        equal_passes: let the number of passes depend on the number of pairs alone, so that all processes take the same:
+            those that gather weights in each pass must.
     """
-    if most is None or most >= len(pairs):
+    if (most is None or most >= len(pairs)) and (layout == "shared" or equal_passes):
         return [list(pairs)]
-    passes = -(-len(pairs) // most)
-    longest_first = sorted(pairs, key=lambda p: -len(p.prompt_ids) - max(len(p.chosen_ids), len(p.rejected_ids)))
+    most = most or len(pairs)
+    longest_first = sorted(pairs, key=lambda p: -max(_lengths(p)))
     if layout == "plain":
-        return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
+        if equal_passes:
+            return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
+        return _alike(longest_first, most)
+    passes = -(-len(pairs) // most)
     # Dealt forwards and backwards in turn, so that who gets the longer of one round gets the shorter of the next.
     parts: list[list[Pair]] = [[] for _ in range(passes)]
     for place, pair in enumerate(longest_first):
         turn, seat = divmod(place, passes)
         parts[seat if turn % 2 == 0 else passes - 1 - seat].append(pair)
+    return parts
+
+
+def padding_share(pairs: Sequence[Pair]) -> float:
+    """Share of the plain layout of `pairs` that is padding."""
+    lengths = [length for pair in pairs for length in _lengths(pair)]
+    return 1 - sum(lengths) / (len(lengths) * max(lengths))
+
+
+def _lengths(pair: Pair) -> tuple[int, int]:
+    return len(pair.prompt_ids) + len(pair.chosen_ids), len(pair.prompt_ids) + len(pair.rejected_ids)
+
+
+def _alike(longest_first: Sequence[Pair], most: int) -> list[list[Pair]]:
+    parts: list[list[Pair]] = []
+    for pair in longest_first:
+        if parts and len(parts[-1]) < most and padding_share([*parts[-1], pair]) <= MOST_PADDING:
+            parts[-1].append(pair)
+        else:
+            parts.append([pair])
     return parts
 
 
@@ -150,7 +196,14 @@ def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], 
         [_Scored(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
     )
     owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
-    return ScoredRows(input_ids, attention_mask, targets, owners, len(rows), int(attention_mask.sum()))
+    scored, tokens = _scored(targets, owners, len(rows)), int(attention_mask.sum())
+    return ScoredRows(input_ids, attention_mask, targets, owners, *scored, len(rows), tokens)
+
+
+def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]:
+    """`places` and `lengths` of `ScoredRows`."""
+    places = (targets != IGNORE).flatten().nonzero()[:, 0]
+    return places, torch.bincount(owners.flatten()[places], minlength=sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +270,15 @@ def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBa
         positions += [*range(len(chosen.ids)), *range(visible, visible + len(branch))]
         targets += chosen.targets + rejected.targets[visible:]
         owners += [2 * count + place] * visible + [place] * (len(chosen.ids) - visible) + [count + place] * len(branch)
+    label, owner = torch.tensor([targets]), torch.tensor([owners])
+    places, lengths = _scored(label, owner, _PARTS * count)
     return PairBatch(
         input_ids=torch.tensor([ids]),
         attention_mask=None,
-        targets=torch.tensor([targets]),
-        owners=torch.tensor([owners]),
+        targets=label,
+        owners=owner,
+        places=places,
+        lengths=lengths,
         sums=_PARTS * count,
         tokens=len(ids),
         position_ids=torch.tensor([positions]),

@@ -23,10 +23,13 @@ from sapo.pairs import Pair, Written
 from sapo.replay_buffer import BufferEntry
 from sapo.segments import Segment
 
-FORMAT = 3
+FORMAT = 4
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"
 REMOVING = ".removing-"
+
+_READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
+"""Of files that a library may take up on its own."""
 
 T = TypeVar("T")
 
@@ -76,8 +79,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             f"{folder}: not a complete checkpoint of this trainer ({name} is missing). "
             "Name a checkpoint-N folder of the run."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / name}: damaged ({error}). Resume from another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / name}: damaged (no object). Resume from another checkpoint.")
     return content
 
 
@@ -172,11 +177,16 @@ def verify(folder: Path) -> None:
     """Compare `folder` with its manifest.
 
     Raises:
-        CheckpointError: no manifest, a file missing, cut short or changed.
+        CheckpointError: no manifest, a file missing, cut short or changed, outside the folder, or not its own.
     """
     manifest = read_json(folder, MANIFEST_FILE)
-    for name, (size, digest) in manifest.items():
+    for name, noted in manifest.items():
         file = folder / name
+        if not (isinstance(noted, list) and len(noted) == 2):
+            raise CheckpointError(f"{folder / MANIFEST_FILE}: damaged. Resume from another checkpoint.")
+        size, digest = noted
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder}: {name} lies outside this folder. Do not use this checkpoint.")
         if not file.is_file():
             raise CheckpointError(f"{folder}: lacks {name}. Resume from another checkpoint.")
         if file.stat().st_size != size:
@@ -187,6 +197,9 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: its content has changed since it was saved. Resume from another checkpoint."
             )
+    for file in _files(folder):
+        if str(file.relative_to(folder)) not in manifest and file.name.endswith(_READ_BY_LIBRARIES):
+            raise CheckpointError(f"{file}: was not there when the checkpoint was saved. Move it elsewhere.")
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:

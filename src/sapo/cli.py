@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sapo._version import __version__
-from sapo.errors import ConfigurationError, SapoError
+from sapo.errors import ConfigurationError, SapoError, brief
 from sapo.launch import is_asked_for, launch
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sapo.arguments import RunArguments
+    from sapo.inputs import Inputs
     from sapo.terminal.progress import TerminalProgress
     from sapo.trainer import SAPOTrainer
 
@@ -23,9 +26,17 @@ USAGE = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
+      --quiet                                          show nothing but warnings and errors
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
+  sapo estimate --config recipe.yaml --gpu h200        memory and seconds of a step, before any weights are read
+      --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
+      --model_config FILE                              a config.json, where the model is not at hand
+  sapo generate --output_file FILE [--flag value ...]  a model's pairs for a data set, as a preference data set
+  sapo compare RUN RUN ... [--json FILE]               runs side by side: settings, curves, time, memory
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
   sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
+  sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
+  sapo chat MODEL|RUN                                  talk to a model; of a run to start, opponent and policy
   sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
   sapo --version
 
@@ -37,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    # It tells everybody without a GPU, at every start, that there is none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     given = [argument for argument in given if argument != "--debug"]
     try:
         return _dispatch(given)
     except SapoError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{type(error).__name__}: {brief(error, 2000)}\n")
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -65,12 +78,35 @@ def _dispatch(given: list[str]) -> int:
             launch("train", rest)
         case ["train", *rest]:
             train(rest)
+        case ["generate", *rest]:
+            from sapo.generate import run_generate
+
+            _quiet()
+            run_generate(rest)
+        case ["compare", *rest]:
+            from sapo.compare import run_compare
+
+            run_compare(rest)
         case ["data", "check", *rest]:
             data_check(rest)
+        case ["estimate", *rest]:
+            from sapo.estimate.command import run_estimate
+
+            _quiet()
+            run_estimate(rest)
         case ["evaluate", *rest]:
             from sapo.evaluation.command import run_evaluate
 
             run_evaluate(rest)
+        case ["report", *rest]:
+            from sapo.report.command import report
+
+            report(rest)
+        case ["chat", *rest]:
+            from sapo.chat.command import chat
+
+            _quiet()
+            chat(rest)
         case ["demo", *rest]:
             from sapo.demo.run import run_demo
 
@@ -84,18 +120,23 @@ def train(arguments: Sequence[str]) -> None:
     """`sapo train`."""
     from rich.console import Console
 
-    from sapo.arguments import as_recipe, parse
+    from sapo.arguments import parse
     from sapo.inputs import load_inputs
+    from sapo.iterations import iterations
     from sapo.models import check_model, load_policy
     from sapo.run_folder import check_output_dir
-    from sapo.terminal.progress import TerminalProgress
-    from sapo.trainer import SAPOTrainer
-    from sapo.training_callbacks import StopOnSignal
 
-    run = parse(arguments, "sapo train")
+    quiet = "--quiet" in arguments
+    run = parse([argument for argument in arguments if argument != "--quiet"], "sapo train")
     config = run.config
     # Of several processes the first speaks.
-    console = Console(quiet=config.process_index > 0)
+    console = Console(quiet=quiet or config.process_index > 0)
+    if config.num_iterations is not None:
+        _quiet()
+        for iteration in iterations(run, console):
+            if not _train(iteration.run, iteration.inputs, *iteration.policy(), console, recipe=iteration.recipe):
+                return
+        return
     if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
         check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
     _quiet()
@@ -104,7 +145,20 @@ def train(arguments: Sequence[str]) -> None:
     for report in [*inputs.train_reports, *inputs.eval_reports]:
         for line in report.lines():
             console.print(line, markup=False, highlight=False)
-    model, peft_config = load_policy(run.model, config)
+    _train(run, inputs, *load_policy(run.model, config), console)
+
+
+def _train(
+    run: RunArguments, inputs: Inputs, model: Any, peft_config: Any, console: Console, *, recipe: Path | None = None
+) -> bool:
+    """One run, or the iteration of the one that `recipe` gives again; whether it came to its end."""
+    from sapo.arguments import as_recipe
+    from sapo.hub.card import write_card
+    from sapo.terminal.progress import TerminalProgress
+    from sapo.trainer import SAPOTrainer
+    from sapo.training_callbacks import StopOnSignal
+
+    config = run.config
     config.disable_tqdm = True
     with StopOnSignal() as stop:
         trainer = SAPOTrainer(
@@ -125,8 +179,14 @@ def train(arguments: Sequence[str]) -> None:
         finally:
             progress.close()
         trainer.save_model()
-        trainer.run_folder.write_recipe_and_card(as_recipe(run), str(run.model.model_name_or_path))
-    _closing_screen(console, trainer, progress, stopped=stop.received is not None)
+        trainer.run_folder.write_recipe(as_recipe(run))
+        if config.push_to_hub:
+            trainer.push_to_hub()
+        elif trainer.is_world_process_zero():
+            write_card(trainer.run_folder.path, str(config.output_dir))
+    stopped = stop.received is not None
+    _closing_screen(console, trainer, progress, stopped=stopped, recipe=recipe)
+    return not (stopped or trainer.stop_reason)
 
 
 def data_check(arguments: Sequence[str]) -> None:
@@ -175,7 +235,9 @@ def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None
     trainer.add_callback(progress)
 
 
-def _closing_screen(console: Console, trainer: SAPOTrainer, progress: TerminalProgress, *, stopped: bool) -> None:
+def _closing_screen(
+    console: Console, trainer: SAPOTrainer, progress: TerminalProgress, *, stopped: bool, recipe: Path | None
+) -> None:
     """What happened, where it lies, what to run next."""
     state, folder, last = trainer.state, trainer.args.output_dir, progress.last
     head = "Stopped" if stopped or trainer.stop_reason else "Done"
@@ -183,10 +245,13 @@ def _closing_screen(console: Console, trainer: SAPOTrainer, progress: TerminalPr
     if trainer.stop_reason:
         lines.append(trainer.stop_reason)
     if "loss" in last:
-        lines.append(
-            f"At the last log: loss {last['loss']:.4g}, the policy prefers the chosen response in "
-            f"{last['rewards/accuracies']:.0%} of pairs, margin {last['rewards/margins']:.3g}."
-        )
+        line = f"At the last log: loss {last['loss']:.4g}"
+        if "rewards/accuracies" in last:
+            line += (
+                f", the policy prefers the chosen response in {last['rewards/accuracies']:.0%} of pairs, margin "
+                f"{last['rewards/margins']:.3g}"
+            )
+        lines.append(f"{line}.")
     change = last.get("self_play/chosen_logp_change")
     if change is not None:
         fell = " The chosen responses became less likely: see chosen_nll_weight." if change < 0 else ""
@@ -195,9 +260,10 @@ def _closing_screen(console: Console, trainer: SAPOTrainer, progress: TerminalPr
     if trainer.opponent is not None:
         lines.append(f"Opponent (the moving average): {folder}/opponent")
     lines.append("")
-    if stopped or state.global_step < state.max_steps:
-        lines.append(f"Continue:  sapo train --config {folder}/recipe.yaml --resume_from_checkpoint true")
-    else:
+    if stopped or trainer.stop_reason or state.global_step < state.max_steps:
+        again = recipe or f"{folder}/recipe.yaml"
+        lines.append(f"Continue:  sapo train --config {again} --resume_from_checkpoint true")
+    elif recipe is None:
         longer = 2 * state.max_steps
         lines.append(
             f"Longer:    sapo train --config {folder}/recipe.yaml --resume_from_checkpoint true --max_steps {longer}"

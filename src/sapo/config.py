@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,10 @@ import trl
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 
-Objective = Literal["dpo", "orpo"]
+Objective = Literal["dpo", "orpo", "sft"]
+PairSourceName = Literal["self_play", "paired", "responses"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23")
@@ -21,6 +23,9 @@ HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.2
 
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
 """Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
+
+LEAST_REPORT_PAIRS = 12
+"""Pairs that the report keeps of the start and the end of a run."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -50,8 +55,14 @@ class SAPOConfig(TrainingArguments):
     )
     remove_unused_columns: bool | None = _option(False, "Must stay false: the prepared data has columns of its own.")
 
+    hub_strategy: str = _option("end", "Must stay end: the run is pushed when it has ended, its checkpoints are not.")
+
     # Objective
-    objective: Objective = _option("dpo", 'Loss on the pairs: "dpo" (with a reference) or "orpo" (without).')
+    objective: Objective = _option(
+        "dpo",
+        'Loss on the pairs: "dpo" (with a reference) or "orpo" (without); "sft" is the likelihood of the chosen '
+        "responses alone, with neither opponent nor pairs.",
+    )
     loss_type: Literal["sigmoid", "hinge", "ipo"] = _option(
         "sigmoid", "Form of the DPO loss; ipo divides log-ratios by the response length, as trl does."
     )
@@ -83,8 +94,19 @@ class SAPOConfig(TrainingArguments):
     )
 
     # Self-play
-    pair_source: Literal["self_play", "paired"] = _option(
-        "self_play", 'Where pairs come from: the opponent, or the data\'s own chosen and rejected ("paired").'
+    pair_source: PairSourceName = _option(
+        "self_play",
+        'Where pairs come from: the opponent, or the data\'s own chosen and rejected ("paired"). Objective sft has '
+        'none and sets "responses".',
+    )
+    num_iterations: int | None = _option(
+        None,
+        "Play in rounds, as SPIN does: the opponent, frozen, writes the pairs of the whole data set, the policy trains "
+        "on them for num_train_epochs, and becomes the next round's opponent and reference. Each has a folder of its "
+        "own, iteration-N. Unset: one run in which the opponent follows.",
+    )
+    mix_previous_iteration: bool = _option(
+        False, "With num_iterations: from iteration 1 on, train on the pairs of the iteration before too."
     )
     segment_length: float | None = _option(
         256, "Tokens to rewrite; between 0 and 1 a fraction of the response; none for the whole response."
@@ -95,6 +117,11 @@ class SAPOConfig(TrainingArguments):
     suffix: Literal["keep", "drop", "mask"] = _option(
         "keep",
         "What follows the rewritten segment: kept, dropped, or present and not scored in the rejected response.",
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        "Most tokens that the opponent writes when it rewrites whole responses (segment_length none). Unset: as many "
+        "as the response has, as in SAPO, so that no rejected response is longer than the chosen one.",
     )
     assistant_turns: Literal["last", "random", "all"] = _option(
         "last", "Which replies of a conversation are learnt from; random draws one anew in each epoch."
@@ -185,6 +212,19 @@ class SAPOConfig(TrainingArguments):
     )
     log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
     num_pairs_to_print: int = _option(3, "Pairs in that table.")
+    push_opponent_to_hub: bool = _option(
+        False, "With push_to_hub: push the opponent too, into the folder opponent/ of the same repository."
+    )
+    report_steps: int = _option(
+        100,
+        "Refresh report.html every so many optimizer steps (less often where that would take a fiftieth of the time); "
+        "0: write it at the end of the run only.",
+    )
+    report_pairs: int = _option(
+        200,
+        "Pairs kept in pairs.jsonl for the report, at most: a few prompts followed through the run, and a few pairs "
+        "learnt from, at evenly spaced steps; 0 for none.",
+    )
     resume_from_checkpoint: str | None = _option(
         None,
         'A checkpoint folder to continue from; "true" for the newest in output_dir; "auto" for that if there is one, '
@@ -211,9 +251,19 @@ class SAPOConfig(TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
-            raise ConfigurationError(" ".join(str(error).split())) from error
+            raise ConfigurationError(brief(error)) from error
+        # Only now a mapping, where it came as JSON.
+        if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
+            raise ConfigurationError(
+                "model_init_kwargs holds a token, which would be written into the run folder. Leave it out, and log in "
+                "with `hf auth login` or set HF_TOKEN."
+            )
 
     def _check(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigurationError(f"{option.name}={value}: must be a finite number.")
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
@@ -221,21 +271,37 @@ class SAPOConfig(TrainingArguments):
                     "or none for the whole response."
                 )
             self.segment_length = int(self.segment_length)
+        if self.objective == "sft" and self.pair_source == "self_play":
+            self.pair_source = "responses"
         self.reference = self.reference or self._default_reference()
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 reach = f"{low} or more" if high == _INF else f"between {low} and {high}"
                 raise ConfigurationError(f"{name}={value}: must be {reach}.")
+        if 0 < self.report_pairs < LEAST_REPORT_PAIRS:
+            raise ConfigurationError(
+                f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
+                "a run have as many."
+            )
         if self.segment_length == 0:
             raise ConfigurationError("segment_length=0: must be positive, or none for the whole response.")
         if self.beta == 0 and self.objective == "dpo":
             raise ConfigurationError("beta=0 with objective=dpo: the loss is constant. Raise beta.")
         self._check_lengths()
         self._check_objective()
+        self._check_iterations()
         self._check_device()
         if self.eval_local and self.eval_strategy == "no":
             raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
+        if self.hub_strategy != "end":
+            raise ConfigurationError(
+                f"hub_strategy={self.hub_strategy}: a run is pushed when it has ended. Leave the option out."
+            )
+        if self.push_opponent_to_hub and self.pair_source == "paired":
+            raise ConfigurationError(
+                "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
+            )
         if self.remove_unused_columns:
             raise ConfigurationError("remove_unused_columns=true: must stay false here. Leave the option out.")
 
@@ -255,11 +321,13 @@ class SAPOConfig(TrainingArguments):
     @property
     def scores_shared(self) -> bool:
         """Whether the loss looks at the beginning that both responses share; in a plain DPO margin it cancels."""
-        return bool(self.objective == "orpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
+        return bool(self.objective != "dpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
 
     def _default_reference(self) -> Reference:
-        if self.objective == "orpo":
+        if self.objective != "dpo":
             return "none"
+        if self.num_iterations is not None:
+            return "initial"
         return "opponent_copy" if self.pair_source == "self_play" else "initial"
 
     def _check_lengths(self) -> None:
@@ -281,20 +349,25 @@ class SAPOConfig(TrainingArguments):
             )
 
     def _check_objective(self) -> None:
-        if self.objective == "orpo":
+        if (self.objective == "sft") != (self.pair_source == "responses"):
+            raise ConfigurationError(
+                f"pair_source={self.pair_source} with objective={self.objective}: sft learns from responses alone, dpo "
+                "and orpo from pairs. Leave pair_source out, or set objective."
+            )
+        if self.objective != "dpo":
             for name in ("chosen_nll_weight", "dpop_weight"):
                 if getattr(self, name):
                     raise ConfigurationError(
-                        f"{name}={getattr(self, name)} with objective=orpo: ORPO has a likelihood term and no "
-                        f"reference. Set {name} to 0, or objective to dpo."
+                        f"{name}={getattr(self, name)} with objective={self.objective}: it has a likelihood term and "
+                        f"no reference. Set {name} to 0, or objective to dpo."
                     )
             if self.reference != "none":
                 raise ConfigurationError(
-                    f"reference={self.reference} with objective=orpo: ORPO uses none. Leave the option out."
+                    f"reference={self.reference} with objective={self.objective}: it uses none. Leave the option out."
                 )
             if self.loss_type != "sigmoid":
                 raise ConfigurationError(
-                    f"loss_type={self.loss_type} with objective=orpo: it is a form of the DPO loss. "
+                    f"loss_type={self.loss_type} with objective={self.objective}: it is a form of the DPO loss. "
                     "Leave the option out, or set objective to dpo."
                 )
             if self.nll_positions == "all" and self.layout == "shared":
@@ -302,9 +375,10 @@ class SAPOConfig(TrainingArguments):
                     "nll_positions=all with layout=shared: the published term averages over padding, and this layout "
                     "has none. Set layout to plain."
                 )
-        elif self.nll_positions != "response":
+        if self.objective != "orpo" and self.nll_positions != "response":
             raise ConfigurationError(
-                f"nll_positions={self.nll_positions} with objective=dpo: it concerns ORPO's likelihood term only."
+                f"nll_positions={self.nll_positions} with objective={self.objective}: it concerns ORPO's likelihood "
+                "term only."
             )
         if self.objective == "dpo" and self.reference == "none" and self.dpop_weight:
             raise ConfigurationError(
@@ -318,6 +392,32 @@ class SAPOConfig(TrainingArguments):
         if self.chosen_drop_limit is not None and self.chosen_probe_size == 0:
             raise ConfigurationError(
                 "chosen_drop_limit needs examples to follow, and chosen_probe_size=0. Raise chosen_probe_size."
+            )
+
+    def _check_iterations(self) -> None:
+        if self.max_new_tokens is not None and self.segment_length is not None:
+            raise ConfigurationError(
+                f"max_new_tokens={self.max_new_tokens} with segment_length={self.segment_length}: a segment takes its "
+                "own number of tokens. Set segment_length to none, or leave max_new_tokens out."
+            )
+        if self.num_iterations is None:
+            if self.mix_previous_iteration:
+                raise ConfigurationError("mix_previous_iteration needs iterations. Set num_iterations.")
+            return
+        if self.pair_source != "self_play":
+            raise ConfigurationError(
+                f"num_iterations={self.num_iterations} with pair_source={self.pair_source}: iterations write pairs of "
+                "their own. Leave one of the two out."
+            )
+        if self.ema_decay != 1:
+            raise ConfigurationError(
+                f"num_iterations={self.num_iterations} with ema_decay={self.ema_decay}: within an iteration the "
+                "opponent is frozen. Set ema_decay to 1, or leave num_iterations out."
+            )
+        if self.reference not in ("initial", "none"):
+            raise ConfigurationError(
+                f"reference={self.reference} with num_iterations={self.num_iterations}: the reference is renewed with "
+                "the opponent, at the start of an iteration. Leave the option out."
             )
 
     def _check_device(self) -> None:
@@ -352,6 +452,8 @@ _RANGES: list[tuple[str, float, float]] = [
     ("max_bad_steps", 1, _INF),
     ("segment_length", 0, _INF),
     ("tail_margin", 0, _INF),
+    ("max_new_tokens", 1, _INF),
+    ("num_iterations", 1, _INF),
     ("num_generations", 1, _INF),
     ("generation_interval", 1, _INF),
     ("steps_per_generation", 1, _INF),
@@ -370,5 +472,7 @@ _RANGES: list[tuple[str, float, float]] = [
     ("max_prompt_length", 1, _INF),
     ("log_pairs_steps", 0, _INF),
     ("num_pairs_to_print", 1, _INF),
+    ("report_steps", 0, _INF),
+    ("report_pairs", 0, _INF),
 ]
 """Inclusive range of each number; `None` always passes where the field allows it."""

@@ -7,6 +7,13 @@ The command line prints that line and exits with status 2; anything else is a bu
 from __future__ import annotations
 
 
+def brief(said: object, most: int = 300) -> str:
+    """What an error or a file says, to be quoted in a message: one line of at most `most` printable characters."""
+    text = " ".join(str(said).split())
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class SapoError(Exception):
     """Base of all errors that this package raises on purpose."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sapo.data import Example, collate_examples, dataset_digest
-from sapo.pairs import Pair, PairSource, SelfPlay, paired
+from sapo.pairs import Pair, PairSource, SelfPlay
 from sapo.segments import derive_seed
 
 
@@ -37,16 +37,17 @@ class EvaluationPairs:
             made: list[Pair] = []
             for first in range(0, len(dataset), self._batch_size):
                 rows = [dataset[index] for index in range(first, min(first + self._batch_size, len(dataset)))]
-                made += self._make(collate_examples(rows)["examples"])
+                made += self.make(collate_examples(rows)["examples"])
             self.made[digest] = made
         first_turns = (turns[0] for turns in dataset["turn"])
         return dict(zip(zip(dataset["row"], first_turns, strict=True), self.made[digest], strict=True))
 
-    def _make(self, examples: Sequence[Example]) -> list[Pair]:
+    def make(self, examples: Sequence[Example]) -> list[Pair]:
+        """One pair an example, as the opponent writes it now; nothing is stored."""
         if isinstance(self._source, SelfPlay):
             # Epoch -1: no epoch of the training has these seeds.
             return self._source.rewrite(examples, epoch=-1)[:: self._num_generations]
-        return [paired(example) for example in examples]
+        return self._source.pairs(examples, epoch=-1, step=0, micro_batch=0)
 
     def digest(self, dataset: Any) -> str:
         """The content of a prepared data set as a hash, computed once."""
@@ -82,6 +83,19 @@ class ChosenProbe:
             rng = random.Random(derive_seed(self._seed, "probe"))
             indices = sorted(rng.sample(range(len(self._dataset)), self._size))
             self.start = {"indices": [float(i) for i in indices], "logps": self._now(indices)}
+
+    def restore(self, start: dict[str, list[float]] | None) -> None:
+        """Continue from the `start` of a checkpoint.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if start is not None:
+            indices, logps = list(start["indices"]), [float(value) for value in start["logps"]]
+            known = range(len(self._dataset))
+            if len(indices) != len(logps) or not indices or not all(index in known for index in indices):
+                raise ValueError("the examples to follow are not of this data set")
+        self.start = start
 
     def change(self) -> float | None:
         """Mean change since the start in nats a response; None where nothing is followed."""

@@ -21,6 +21,7 @@ from sapo.data import (
     prepare_mixture,
     split_rows,
 )
+from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import ConfigurationError, DatasetError
 from sapo.models import generation_end_ids, load_config, load_tokenizer
 
@@ -67,6 +68,16 @@ def load_inputs(run: RunArguments) -> Inputs:
         return Inputs(tokenizer, train, aside, train_reports, [])
     evaluation, eval_reports = prepare_mixture([_evaluation_rows(run)], tokenizer, options, end_ids=end_ids)
     return Inputs(tokenizer, train, evaluation, train_reports, eval_reports)
+
+
+def load_texts(run: RunArguments, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
+    """Read the prompts of the training and, if there are any, the evaluation rows of `inputs` as text."""
+    chat = bool(inputs.tokenizer.chat_template)
+    train = prompt_texts(_training_rows(run), chat=chat)
+    if inputs.eval is None:
+        return train, None
+    # Without a report of their own, rows to evaluate on were put aside from the others.
+    return train, prompt_texts([_evaluation_rows(run)], chat=chat) if inputs.eval_reports else train
 
 
 def _training_rows(run: RunArguments) -> list[Member]:

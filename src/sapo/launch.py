@@ -5,8 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from sapo.errors import ConfigurationError, TrainingError
 
@@ -50,11 +55,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
     return launcher, own
 
 
-def config_file(name: str) -> Path:
+def shipped_or_file(name: str) -> Path:
     """The file of a shipped configuration, or `name` itself if it is a file.
 
     Raises:
-        ConfigurationError: neither, or DeepSpeed is asked for and not installed.
+        ConfigurationError: neither.
     """
     shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
     file = shipped.get(name, Path(name))
@@ -62,6 +67,16 @@ def config_file(name: str) -> Path:
         close = difflib.get_close_matches(name, shipped, n=1)
         nearest = f"; nearest: {close[0]}" if close else ""
         raise ConfigurationError(f"{FLAG} {name}: neither one of {', '.join(shipped)} nor a file{nearest}.")
+    return file
+
+
+def config_file(name: str) -> Path:
+    """`shipped_or_file`, if it can be run here.
+
+    Raises:
+        ConfigurationError: no such file, or DeepSpeed is asked for and not installed.
+    """
+    file = shipped_or_file(name)
     if "DEEPSPEED" in file.read_text(encoding="utf-8") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigurationError(f'{FLAG} {name} needs DeepSpeed: pip install "sapo-llm[deepspeed]".')
     return file
@@ -95,13 +110,33 @@ def launch(command: str, arguments: Sequence[str]) -> None:
     parsed = launch_command_parser().parse_args(
         ["--config_file", str(file), *flags, "--module", "sapo.cli", command, *own]
     )
+    # The launcher would give its processes half a minute and then kill them: too short to save a large model.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     try:
-        launch_command(parsed)
+        with _stop_signals_passed_on():
+            launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise TrainingError(
             f"process {rank} ended with status {failure.exitcode}; its own message is above."
         ) from error
+
+
+@contextmanager
+def _stop_signals_passed_on() -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the processes, which end after their current step, with a checkpoint."""
+    own = psutil.Process()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in own.children():
+            process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _split_equals(argument: str) -> list[str]:

@@ -1,8 +1,19 @@
-"""Averages of metrics between two log lines, exact across a resume."""
+"""Averages of metrics between two log lines, exact across a resume, and what a process holds of the machine."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
+
+import psutil
+import torch
+
+TOTALS = frozenset({"tokens", "time/cpu"})
+"""Logged as sums since the last log line, over all processes; everything else as averages."""
+
+SPENT = frozenset({*TOTALS, "time/step"})
+"""What a run has cost: logged for its last steps too, though no log line was due."""
 
 
 class MetricAverages:
@@ -20,14 +31,20 @@ class MetricAverages:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def drain(self) -> dict[str, float]:
-        """The averages, and start anew."""
-        averages = {name: total / self._counts[name] for name, total in self._sums.items()}
+        """The averages (of `TOTALS` the sums), and start anew."""
+        averages = {name: total if name in TOTALS else total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return averages
 
     def absorb(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Count in what another process observed, given as its `state()`."""
+        """Count in what another process observed, given as its `state()`.
+
+        Raises:
+            ValueError: a sum of no observations.
+        """
         for name, total in state["sums"].items():
+            if not state["counts"][name] > 0:
+                raise ValueError(f"{name} was averaged over nothing")
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0.0) + state["counts"][name]
 
@@ -38,3 +55,16 @@ class MetricAverages:
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Continue from `state()`."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+def memory_use() -> dict[str, float]:
+    """Memory of this process in MB: resident now, the most so far, and the most on its accelerator if it has one."""
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = {
+        "memory/process_mb": psutil.Process().memory_info().rss / 1e6,
+        "memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
+    }
+    if torch.cuda.is_available():
+        used["memory/device_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return used

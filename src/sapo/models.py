@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, ModelError
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_OPTIMIZER_BYTES = {"sgd": 0, "rmsprop": 4, "adafactor": 1}
-"""Bytes of state a trained parameter; Adam and everything else: 8, its 8-bit forms: 2."""
+from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.footprint import Strategy, build_roles, model_memory
+from sapo.policy import model_keyword_arguments
 
 
 def load_tokenizer(name: str, revision: str = "main") -> Any:
@@ -44,7 +42,7 @@ def load_config(model_args: ModelConfig) -> Any:
 def _load(what: str, kind: Any, name: str, revision: str) -> Any:
     _check_folder(name)
     try:
-        return kind.from_pretrained(name, revision=revision)
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load(what, name, error)) from error
 
@@ -85,6 +83,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **model_keyword_arguments(args),
     }
     quantization = get_quantization_config(model_args)
     if quantization is not None:
@@ -93,60 +92,45 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
         options["device_map"] = None
     try:
         model = create_model_from_path(name, AutoModelForCausalLM, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(_cannot_load("model", name, error)) from error
     return model, get_peft_config(model_args)
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state by part; activations come on top."""
-    with init_empty_weights():
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    dtype = model_args.dtype if model_args.dtype in _BYTES else str(config.dtype or "float32").removeprefix("torch.")
-    size = _BYTES.get(dtype, 4)
-    if model_args.load_in_4bit:
-        size_of_base = parameters // 2
-    elif model_args.load_in_8bit:
-        size_of_base = parameters
-    else:
-        size_of_base = parameters * size
-    if model_args.use_peft:
-        # Adapters of the usual ranks are below 2 % of the base; policy, opponent, reference, gradients, Adam.
-        return {"model": size_of_base, "adapters": parameters * 4 * 7 // 50}
-    copies = {"policy": size_of_base, "gradients": parameters * size}
-    optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
-    per_parameter = next(
-        (b for name, b in _OPTIMIZER_BYTES.items() if name in optimizer), 2 if "8bit" in optimizer else 8
-    )
-    copies["optimizer"] = parameters * per_parameter
-    if args.pair_source == "self_play":
-        copies["opponent"] = parameters * size
-        if size == 2 and 0.5 < args.ema_decay < 1:
-            copies["opponent's float32 master"] = parameters * 4
-    if args.objective == "dpo" and args.reference in ("initial", "opponent_copy"):
-        copies["reference"] = parameters * size
-    return copies
-
-
 def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
-    """Compare the estimate with the memory of the device.
+    """Compare what the models, gradients and optimizer take with the memory of the device; activations come on top.
 
     Raises:
         ConfigurationError: it does not fit; names the parts and what makes them smaller.
     """
-    parts = estimate_memory(config, model_args, args)
+    strategy = _strategy(args)
+    parts = model_memory(build_roles(config, model_args, args, strategy), args, strategy)
     needed = sum(parts.values())
     if torch.cuda.is_available() and not args.use_cpu:
-        available, where = torch.cuda.mem_get_info()[0] * torch.cuda.device_count(), "on the GPUs"
+        available, where = torch.cuda.mem_get_info()[0], "on the GPU"
     else:
-        available, where = psutil.virtual_memory().available, "in memory"
+        # All processes of this machine share its memory.
+        available, where = psutil.virtual_memory().available // max(1, args.world_size), "in memory"
     if needed > available:
         listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
         raise ConfigurationError(
             f"{model_args.model_name_or_path} needs about {_gigabytes(needed)} ({listed}) before activations, and "
             f"{_gigabytes(available)} are free {where}. Use --use_peft, --dtype bfloat16, --reference opponent, a "
-            "smaller model, or --skip_memory_check."
+            "smaller model, more GPUs with --accelerate_config zero3, or --skip_memory_check; sapo estimate tells what "
+            "each saves."
         )
+
+
+def _strategy(args: SAPOConfig) -> Strategy:
+    """How this run is divided over processes, as accelerate's launcher has told it by environment variables."""
+    if args.world_size < 2:
+        return Strategy()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return Strategy("fsdp2", args.world_size)
+    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
+    if stage == 3:
+        return Strategy("zero3", args.world_size)
+    return Strategy("zero2" if stage == 2 else "multi_gpu", args.world_size)
 
 
 def _gigabytes(size: float) -> str:
@@ -171,9 +155,7 @@ def _check_folder(name: str) -> None:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 200 else reason[:197] + "..."
     return (
-        f"{name}: the {what} cannot be loaded ({reason}). Give a complete local folder, or the id of a model on the "
-        "hub that this machine can reach."
+        f"{name}: the {what} cannot be loaded ({brief(error, 200)}). Give a complete local folder, or the id of a "
+        "model on the hub that this machine can reach."
     )

@@ -38,6 +38,9 @@ def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOCo
     """
     metrics: dict[str, Tensor] = {}
     nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
+    if args.objective == "sft":
+        loss = nll.mean()
+        return _with_values(loss, nll, {"loss": loss, "nll_loss": loss, "logps/chosen": scores.chosen_logps.mean()})
     if args.objective == "orpo":
         pair = orpo_loss(
             scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
@@ -77,6 +80,10 @@ def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOCo
         "logps/chosen": scores.chosen_logps.mean(),
         "logps/rejected": scores.rejected_logps.mean(),
     }
+    return _with_values(loss, losses, metrics)
+
+
+def _with_values(loss: Tensor, losses: Tensor, metrics: dict[str, Tensor]) -> PairLoss:
     # One transfer for all of them.
     means = torch.stack([value.detach().float() for value in metrics.values()])
     values = torch.cat([means, losses.detach().float()]).tolist()

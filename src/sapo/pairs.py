@@ -53,6 +53,11 @@ class Pair:
         chosen, rejected = self.segment, self.rewritten
         return self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is a chosen response and nothing beside it (`Responses`)."""
+        return len(self.segment) == 0 and len(self.rewritten) == 0
+
 
 class PairSource(Protocol):
     """Turns the dataloader's examples into the pairs that the policy learns from now."""
@@ -76,6 +81,8 @@ class SelfPlaySettings:
     num_generations: int = 1
     generation_interval: int = 1
     skip_identical: bool = True
+    max_new_tokens: int | None = None
+    max_length: int | None = None
     replay_max_age: int | None = None
 
 
@@ -191,16 +198,22 @@ class SelfPlay:
         drafts = list(chosen)
         written = self._generator.generate(
             [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
-            [len(d.segment) for d in drafts],
+            [self._budget(d) for d in drafts],
             [d.seed for d in drafts],
         )
         return [self._pair(draft, replacement) for draft, replacement in zip(drafts, written, strict=True)]
 
+    def _budget(self, draft: _Draft) -> int:
+        """Most tokens that may replace the segment."""
+        most = self._settings.max_new_tokens
+        if most is None:
+            return len(draft.segment)
+        if self._settings.max_length is None:
+            return most
+        return min(most, self._settings.max_length - len(draft.turn.prompt_ids))
+
     def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
-        turns = example.turns
-        turn = turns[0]
-        if len(turns) > 1:
-            turn = random.Random(derive_seed(self._seed, "turn", epoch, example.row)).choice(turns)
+        turn = drawn_turn(example, seed=self._seed, epoch=epoch)
         drafts = []
         for draw in range(self._settings.num_generations):
             what = (epoch, example.row, turn.index, draw)
@@ -214,7 +227,7 @@ class SelfPlay:
         return drafts
 
     def _pair(self, draft: _Draft, written: Sequence[int]) -> Pair:
-        replacement = cut_at_end(written[: len(draft.segment)], self._end_ids)
+        replacement = cut_at_end(written[: self._budget(draft)], self._end_ids)
         rejected = splice(
             draft.turn.response_ids,
             draft.segment,
@@ -266,6 +279,31 @@ def self_play(
         record=record,
         any_process=any_process,
     )
+
+
+def drawn_turn(example: Example, *, seed: int, epoch: int) -> Turn:
+    """The reply of an example that is learnt from in this epoch: the only one, or one drawn anew in each."""
+    turns = example.turns
+    if len(turns) == 1:
+        return turns[0]
+    return random.Random(derive_seed(seed, "turn", epoch, example.row)).choice(turns)
+
+
+class Responses:
+    """Good responses with nothing beside them: SFT on the same trainer, for comparison at equal steps."""
+
+    def __init__(self, *, seed: int) -> None:
+        self._seed = seed
+
+    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
+        """One pair an example, of which only the chosen response counts."""
+        return [response_alone(example, drawn_turn(example, seed=self._seed, epoch=epoch)) for example in examples]
+
+
+def response_alone(example: Example, turn: Turn) -> Pair:
+    """A response as a pair in which nothing is rewritten; see `Pair.alone`."""
+    end = Segment(len(turn.response_ids), len(turn.response_ids))
+    return Pair(example.row, turn.index, turn.prompt_ids, turn.response_ids, turn.response_ids, end, end)
 
 
 class PairedData:

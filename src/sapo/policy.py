@@ -12,7 +12,7 @@ from sapo.errors import ConfigurationError, TokenizerError
 
 
 def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
-    """What `from_pretrained` is given for a model named by a string.
+    """What `from_pretrained` is given for a model named by a string; code of the model's own is not run.
 
     Raises:
         ConfigurationError: `model_init_kwargs` is not a mapping.
@@ -20,7 +20,7 @@ def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
     given = args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ConfigurationError(f"model_init_kwargs={given}: give a mapping, on the command line as JSON.")
-    return given
+    return {"trust_remote_code": False, **given}
 
 
 def with_adapter(

@@ -11,7 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -19,11 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from sapo import checkpoint as parts
 from sapo.bad_steps import Learnt, describe
-from sapo.errors import CheckpointError, ConfigurationError
-from sapo.opponent import POLICY_ADAPTER, FrozenWeights, save_adapter, save_sharded
-from sapo.pairs import Pair, SelfPlay
-from sapo.replay_buffer import BufferEntry
-from sapo.sharding import sharding_of, whole_size, zero_stage
+from sapo.errors import CheckpointError, ConfigurationError, brief
+from sapo.opponent import POLICY_ADAPTER, save_adapter, save_sharded
 
 if TYPE_CHECKING:
     from sapo.trainer import SAPOTrainer
@@ -33,61 +29,14 @@ CONFIG_FILE = "sapo_config.yaml"
 RECIPE_FILE = "recipe.yaml"
 TRACE_FILE = "trace-{process}.jsonl"
 BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
+PAIRS_FILE = "pairs.jsonl"
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+REPORT_FILES = (PAIRS_FILE, RUN_FILE, REPORT_FILE)
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _STAGING = ".saving"
 _OLD = ".old"
-
-_FACTS = [
-    "objective",
-    "loss_type",
-    "beta",
-    "chosen_nll_weight",
-    "dpop_weight",
-    "nll_positions",
-    "pair_source",
-    "segment_length",
-    "tail_margin",
-    "suffix",
-    "assistant_turns",
-    "num_generations",
-    "generation_interval",
-    "steps_per_generation",
-    "temperature",
-    "top_k",
-    "top_p",
-    "skip_identical",
-    "ema_decay",
-    "reference",
-    "reference_sync_steps",
-    "replay_buffer_size",
-    "replay_draw",
-    "replay_replacement",
-    "replay_max_age",
-    "max_length",
-    "max_prompt_length",
-    "truncation_mode",
-    "overlong",
-    "disable_dropout",
-    "seed",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "fp16",
-    "world_size",
-]
-"""Options on which the weights depend; a run resumes only with the same. Its length may change."""
-
-_FREE_WITH_PROCESSES = [
-    "world_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "replay_buffer_size",
-]
-"""May change together with the number of processes, as long as the batch of an optimizer step stays the same."""
 
 
 class RunFolder:
@@ -154,7 +103,8 @@ class RunFolder:
             self.path / _STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
-        for pattern in (METRICS_FILE, TRACE_FILE.format(process="*"), BAD_PAIRS_FILE.format(process="*")):
+        per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
+        for pattern in (METRICS_FILE, *REPORT_FILES, *per_process):
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
 
@@ -170,13 +120,10 @@ class RunFolder:
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
                 _write_atomically(file, "".join(f"{line}\n" for line in kept))
 
-    def write_recipe_and_card(self, recipe: dict[str, Any], base_model: str) -> None:
-        """Write recipe.yaml, which gives the same run again, and README.md, the model card."""
-        if not self._trainer.is_world_process_zero():
-            return
-        text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
-        _write_atomically(self.path / RECIPE_FILE, text)
-        _write_atomically(self.path / "README.md", model_card(base_model, text, self._trainer.state.global_step))
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Write recipe.yaml, which gives the same run again."""
+        if self._trainer.is_world_process_zero():
+            _write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
     def append_metrics(self, line: str) -> None:
         """Add one line to metrics.jsonl."""
@@ -201,38 +148,6 @@ class RunFolder:
         return file
 
     # ---- Checkpoints ----
-
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: options, data, model."""
-        trainer = self._trainer
-        facts = {name: getattr(trainer.args, name) for name in _FACTS}
-        facts["optim"] = str(trainer.args.optim)
-        facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
-        facts["global_batch_size"] = (
-            trainer.args.world_size
-            * trainer.args.per_device_train_batch_size
-            * trainer.args.gradient_accumulation_steps
-        )
-        facts["sharding"] = sharding_of(trainer.accelerator)
-        facts["dataset"] = trainer.eval_pairs.digest(trainer.train_dataset)
-        facts["parameters"] = sum(map(whole_size, trainer.policy().parameters()))
-        return facts
-
-    def check(self, folder: Path) -> None:
-        """Make sure that a checkpoint is whole and belongs to this run.
-
-        Raises:
-            CheckpointError: what is wrong with it.
-        """
-        parts.verify(folder)
-        saved, current = parts.read_state(folder)["facts"], self.facts()
-        same = saved.get("world_size") == current["world_size"]
-        parts.compare_facts(folder, saved, current, free=() if same else _FREE_WITH_PROCESSES)
-        if not same and zero_stage(self._trainer.accelerator):
-            raise CheckpointError(
-                f"{folder}: DeepSpeed's optimizer state is cut for {saved.get('world_size')} processes. Resume with as "
-                "many, or train with FSDP2, whose state can be cut anew."
-            )
 
     def save_atomically(self, save: Callable[[], None]) -> None:
         """Let Trainer write its checkpoint into a staging folder, seal it, and rename it to `checkpoint-N`."""
@@ -261,111 +176,6 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
             parts.rotate(self.path / name, limit, trainer.state.best_model_checkpoint)
         trainer.accelerator.wait_for_everyone()
-
-    def save_state(self, folder: Path) -> None:
-        """Add to a checkpoint what Trainer does not know."""
-        trainer = self._trainer
-        folder.mkdir(parents=True, exist_ok=True)
-        process = trainer.args.process_index
-        if isinstance(trainer.source, SelfPlay):
-            entries = trainer.source.buffer.entries()
-            parts.write_tensors(folder, f"replay_buffer_{process}", parts.entries_to_tensors(entries))
-            scores = trainer.reference_scores.state(trainer.source.buffer.items())
-            parts.write_tensors(folder, f"reference_scores_{process}", {"logps": scores})
-            parts.write_tensors(folder, f"pool_{process}", parts.pool_to_tensors(trainer.source.pool))
-        parts.write_json(
-            folder,
-            f"sapo_process_{process}.json",
-            {
-                "averages": trainer.averages["train"].state(),
-                "loss_total": trainer.loss_total,
-                "loss_count": trainer.loss_count,
-            },
-        )
-        whole = {part: weights.whole() for part, weights in self._frozen().items()}
-        if not trainer.args.should_save:
-            return
-        for part, tensors in whole.items():
-            parts.write_tensors(folder, part, tensors)
-        for digest, pairs in trainer.eval_pairs.made.items():
-            entries = [BufferEntry(pair, 0, 0) for pair in pairs]
-            parts.write_tensors(folder, f"eval_pairs_{digest}", parts.entries_to_tensors(entries))
-        parts.write_json(
-            folder,
-            parts.STATE_FILE,
-            {
-                "format": parts.FORMAT,
-                "facts": self.facts(),
-                "probe": trainer.probe.start if trainer.probe is not None else None,
-                "eval_pairs": sorted(trainer.eval_pairs.made),
-            },
-        )
-
-    def restore(self, folder: Path) -> None:
-        """Take over from a verified checkpoint what Trainer does not know.
-
-        Raises:
-            CheckpointError: a part is missing, damaged or of other shapes.
-        """
-        trainer = self._trainer
-        state = parts.read_state(folder)
-        process = trainer.args.process_index
-        for part, weights in self._frozen().items():
-            try:
-                weights.restore(parts.read_tensors(folder, part))
-            except ValueError as error:
-                raise CheckpointError(f"{folder / part}.safetensors: {error}.") from error
-        processes = state["facts"]["world_size"]
-        if isinstance(trainer.source, SelfPlay):
-            self._restore_play(folder, trainer.source, processes)
-        heirs = [process]
-        if processes != trainer.args.world_size:
-            # Metrics are summed over all processes: it does not matter which of them has them.
-            heirs = list(range(processes)) if process == 0 else []
-        self._restore_averages([parts.read_json(folder, f"sapo_process_{heir}.json") for heir in heirs])
-        if trainer.probe is not None:
-            trainer.probe.start = state["probe"]
-        for digest in state["eval_pairs"]:
-            entries = parts.entries_from_tensors(parts.read_tensors(folder, f"eval_pairs_{digest}"))
-            trainer.eval_pairs.made[digest] = [entry.item for entry in entries]
-
-    def _restore_play(self, folder: Path, source: SelfPlay, processes: int) -> None:
-        """Buffer, scores and pairs written ahead of this process, from those of as many processes as there were."""
-        trainer = self._trainer
-        own = trainer.args.process_index
-        if processes == trainer.args.world_size:
-            stored = _stored(folder, own)
-            source.pool = parts.pool_from_tensors(parts.read_tensors(folder, f"pool_{own}"))
-        else:
-            # Pairs written ahead belong to batches cut otherwise; they are written again.
-            everyone = [_stored(folder, process) for process in range(processes)]
-            stored = parts.redistribute(everyone, trainer.args.world_size, step=lambda kept: kept[0].step)[own]
-        if len(stored) > source.buffer.capacity:
-            raise CheckpointError(
-                f"{folder}: its replay buffers hold {len(stored)} pairs for each process, and replay_buffer_size is "
-                f"{source.buffer.capacity}. With fewer processes, raise replay_buffer_size to match."
-            )
-        source.buffer.restore(entry for entry, _ in stored)
-        scores = torch.tensor([score for _, score in stored], dtype=torch.float64).reshape(len(stored), 2)
-        trainer.reference_scores.restore(source.buffer.items(), scores)
-
-    def _restore_averages(self, states: list[dict[str, Any]]) -> None:
-        trainer = self._trainer
-        trainer.averages["train"].drain()
-        trainer.loss_total, trainer.loss_count = 0.0, 0.0
-        for state in states:
-            trainer.averages["train"].absorb(state["averages"])
-            trainer.loss_total += state["loss_total"]
-            trainer.loss_count += state["loss_count"]
-
-    def _frozen(self) -> dict[str, FrozenWeights]:
-        trainer = self._trainer
-        frozen = {}
-        if trainer.opponent is not None:
-            frozen["opponent"] = trainer.opponent
-        if trainer.reference is not None and trainer.reference is not trainer.opponent:
-            frozen["reference"] = trainer.reference
-        return {part: weights for part, weights in frozen.items() if weights.tensors()}
 
     # ---- Models ----
 
@@ -408,32 +218,6 @@ class RunFolder:
         trainer.accelerator.wait_for_everyone()
 
 
-def _stored(folder: Path, process: int) -> list[tuple[BufferEntry[Pair], list[float]]]:
-    """What a process had in its replay buffer, each with its scores under the reference."""
-    entries = parts.entries_from_tensors(parts.read_tensors(folder, f"replay_buffer_{process}"))
-    scores = parts.read_tensors(folder, f"reference_scores_{process}")["logps"].tolist()
-    return list(zip(entries, scores, strict=True))
-
-
-def model_card(base_model: str, recipe: str, steps: int) -> str:
-    """A model card in the hub's format: what was trained, from what, with which options."""
-    front = yaml.safe_dump({"library_name": "transformers", "base_model": base_model, "tags": ["sapo"]})
-    return f"""---
-{front}---
-
-# Trained with SAPO
-
-`{base_model}` after {steps} steps of Self-Augmented Preference Optimization
-([arXiv 2405.20830](https://arxiv.org/abs/2405.20830)): the rejected responses were written by a moving average of the
-model itself; no preference data were used. The moving average lies in `opponent/`.
-
-## Options that differ from the defaults
-
-```yaml
-{recipe}```
-"""
-
-
 def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:
     """Refuse to start afresh over an earlier run.
 
@@ -449,7 +233,8 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
     present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     if restarted:
-        early = (METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial")
+        early = [METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial"]
+        early += [*REPORT_FILES, *(f".{name}.partial" for name in REPORT_FILES)]
         present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
     if present and not overwrite:
         raise ConfigurationError(
@@ -501,7 +286,7 @@ def _writing(target: Path, staging: Path) -> Iterator[None]:
             raise
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
-            f"{target} cannot be written ({' '.join(str(error).split())}); what was there is as it was. Make room, "
+            f"{target} cannot be written ({brief(error)}); what was there is as it was. Make room, "
             "then continue with --resume_from_checkpoint true."
         ) from error
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapo.batches import PairBatch, ScoredRows, collate_pairs
 from sapo.errors import ModelError
-from sapo.objectives import IGNORE, token_logps
+from sapo.objectives import token_logps
 from sapo.pairs import Pair
 from sapo.segments import Segment
 from sapo.shared_prefix import attention_arguments, use_shared_attention, why_not_shared
@@ -67,14 +67,14 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
     Returns:
         `[sums]` in float32 at least, and `[sums]` whole numbers.
     """
-    places = (rows.targets != IGNORE).flatten().nonzero()[:, 0]
+    places = rows.places
     targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
-    inputs = _inputs(model, rows)
+    inputs = model_inputs(model, rows)
     if fused_lm_head:
         output = model(**inputs, shift_labels=rows.targets, fused_lm_head=True)
         logps = output.log_probs.flatten()[places]
     else:
-        with _head_at(model, places):
+        with head_at(model, places):
             logits = model(**inputs, use_cache=False).logits
         if logits.shape[:2] != (1, len(places)):
             raise ModelError(
@@ -83,7 +83,7 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             )
         logps = token_logps(logits[0], targets)
     sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device).index_add(0, owners, logps)
-    return sums, torch.bincount(owners, minlength=rows.sums)
+    return sums, rows.lengths
 
 
 @contextmanager
@@ -98,7 +98,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         model.train(training)
 
 
-def _inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
+def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
+    """Keyword arguments with which `model` computes `rows`, without their scores."""
     inputs: dict[str, Any] = {"input_ids": rows.input_ids}
     if rows.prefixes is None:
         return {**inputs, "attention_mask": rows.attention_mask}
@@ -108,7 +109,7 @@ def _inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
 
 
 @contextmanager
-def _head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     """Let the head see the hidden states at `places` of the flattened rows only, as one row `[1, M, H]`."""
     head = extract_model_from_parallel(model).get_output_embeddings()
 

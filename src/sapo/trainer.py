@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
+from sapo import library_state, run_state
 from sapo.bad_steps import BadSteps
 from sapo.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
@@ -35,31 +36,30 @@ from sapo.data import (
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.hub.publish import Publishes
 from sapo.local_measures.during_training import LocalSignals
-from sapo.metrics import MetricAverages
 from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
     ShardedCopy,
     make_copies,
     policy_tensors,
-    squared_distance,
 )
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Coming, Pair, PairedData, PairSource, SelfPlay, self_play
+from sapo.pairs import Coming, Pair, PairedData, PairSource, Responses, SelfPlay, self_play
 from sapo.policy import model_keyword_arguments, padding_token_id, with_adapter
 from sapo.reference_scores import ReferenceLogps, ReferenceScores
+from sapo.report.recorder import RunRecorder
 from sapo.run_folder import RunFolder
-from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
+from sapo.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
 from sapo.sharding import Twin, shards_weights, whole_size, zero_stage
 from sapo.training_callbacks import RunCallback
+from sapo.training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
 
-_IDENTICAL_WARNING = 0.9
 
-
-class SAPOTrainer(Trainer):
+class SAPOTrainer(Publishes, Trainer):
     """Self-Augmented Preference Optimization on top of `transformers.Trainer`.
 
     Args:
@@ -96,8 +96,10 @@ class SAPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **model_keyword_arguments(args))
+            given = model_keyword_arguments(args)
+            trusted = given["trust_remote_code"]
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
+            model = create_model_from_path(model, **given)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
@@ -120,14 +122,11 @@ class SAPOTrainer(Trainer):
         )
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.averages = {"train": MetricAverages(), "eval": MetricAverages()}
-        self.loss_total, self.loss_count = 0.0, 0.0
-        self.stop_reason: str | None = None
+        self.training_log = TrainingLog(self)
+        self.averages = self.training_log.averages
         self.last_pairs: list[Pair] = []
-        self._tokens, self._tokens_since = 0, time.perf_counter()
         self._micro_batch, self._micro_batch_of = 0, -1
         self._flops_per_token = 6.0 * sum(map(whole_size, policy.parameters()))
-        self._identical_warned = False
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
@@ -163,6 +162,7 @@ class SAPOTrainer(Trainer):
         self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
+        self.add_callback(RunRecorder(self))
 
     # ---- Construction ----
 
@@ -190,7 +190,7 @@ class SAPOTrainer(Trainer):
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
         if args.pair_source != "self_play":
-            return PairedData()
+            return PairedData() if args.pair_source == "paired" else Responses(seed=args.seed)
         if generator is None:
             generator = TransformersGenerator(
                 self._opponent_in_use,
@@ -268,21 +268,31 @@ class SAPOTrainer(Trainer):
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
-        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout)
+        # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
+        # counts padding.
+        together = self.twin is not None or zero_stage(self.accelerator) > 0
+        equal = together or self.args.nll_positions == "all"
+        parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
-        self._reference_time = 0.0
-        self._tokens += sum(batch.tokens for _, batch in passes)
+        # The reference first: it needs its memory while the policy keeps no activations yet.
+        references = self._reference_logps(passes, kept=True)
+        scored = time.perf_counter()
+        self.training_log.note_tokens(sum(batch.tokens for _, batch in passes))
         loss = torch.zeros((), device=self.args.device)
         for number, (part, batch) in enumerate(passes, start=1):
+            given = {
+                "batch": batch,
+                "pairs": part,
+                "share": len(part) / len(pairs),
+                "reference": references[number - 1],
+            }
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
-                loss += super().training_step(
-                    model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
-                )
+                loss += super().training_step(model, given, num_items_in_batch)
         averages = self.averages["train"]
         averages.add("time/generate", generated - started)
-        averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
-        averages.add("time/reference", self._reference_time)
+        averages.add("time/reference", scored - generated)
+        averages.add("time/policy", time.perf_counter() - scored)
         return loss
 
     @contextmanager
@@ -333,12 +343,8 @@ class SAPOTrainer(Trainer):
     ) -> Any:
         """Mean loss of a laid-out batch times its share of the micro-batch; its metrics go to the averages."""
         batch: PairBatch = inputs["batch"]
-        # The reference first: it needs its memory while the policy keeps no activations yet.
-        started = time.perf_counter()
-        reference = self._reference_logps(inputs["pairs"], batch, kept=model.training)
-        self._reference_time += time.perf_counter() - started
         scores = score(model, batch, fused_lm_head=self._fused)
-        loss, losses, metrics = pair_loss(scores, reference, self.args)
+        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args)
         mode = "train" if model.training else "eval"
         finite = math.isfinite(metrics["loss"])
         for name, value in metrics.items():
@@ -348,29 +354,38 @@ class SAPOTrainer(Trainer):
         if mode == "train":
             self.bad_steps.note(inputs["pairs"], losses)
             if finite:
-                self.loss_total += metrics["loss"] * inputs["share"]
-                self.loss_count += inputs["share"]
+                self.training_log.note_loss(metrics["loss"], inputs["share"])
         loss = loss * inputs["share"]
         return (loss, {}) if return_outputs else loss
 
-    _reference_time = 0.0
-
-    def _reference_logps(self, pairs: Sequence[Pair], batch: PairBatch, *, kept: bool) -> ReferenceLogps | None:
+    def _reference_logps(
+        self, passes: Sequence[tuple[Sequence[Pair], PairBatch]], *, kept: bool
+    ) -> list[ReferenceLogps | None]:
+        """What the reference thinks of the pairs of each pass; a sharded one is gathered once for all of them."""
         if self.reference is None:
-            return None
+            return [None] * len(passes)
+        with self.compute_loss_context_manager(), self.reference.using() as model, frozen(model):
+            return [self._scored_by(model, pairs, batch, kept=kept) for pairs, batch in passes]
 
+    def _scored_by(
+        self, reference: nn.Module, pairs: Sequence[Pair], batch: PairBatch, *, kept: bool
+    ) -> ReferenceLogps:
         def form(missing: list[Pair]) -> ReferenceLogps:
             own = batch if len(missing) == len(pairs) else self._collate(missing).to(self.args.device)
-            with self.reference.using() as model, frozen(model):  # type: ignore[union-attr]
-                scores = score(model, own, fused_lm_head=self._fused)
+            scores = score(reference, own, fused_lm_head=self._fused)
             return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
 
-        # A sharded reference gathers its weights: all processes must run it equally often.
-        moving = self.reference is self.opponent or self.twin is not None
+        moving = self.reference is self.opponent
         if moving or not (kept and isinstance(self.source, SelfPlay)):
             return form(list(pairs))
-        logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
-        return ReferenceLogps(*(part.to(self.args.device) for part in logps))
+        return self.reference_scores.of(pairs, form, self.source.buffer.items).to(self.args.device)
+
+    def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceLogps | None]:
+        """Of the policy and the reference, in one pass without gradients; all processes take part."""
+        batch = self._collate(pairs).to(self.args.device)
+        (reference,) = self._reference_logps([(pairs, batch)], kept=False)
+        with self.compute_loss_context_manager(), frozen(self.model) as model:
+            return score(model, batch, fused_lm_head=self._fused), reference
 
     def before_optimizer_step(self) -> None:
         """Keep a loss or gradient that is not finite from touching anything."""
@@ -417,67 +432,18 @@ class SAPOTrainer(Trainer):
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this trainer's averages to what Trainer logs."""
-        if any(name.startswith("eval_") for name in logs):
-            for name, value in self._drained(self.averages["eval"]).items():
-                logs[f"eval_{name}"] = value
-        elif "train_loss" in logs:
-            # Trainer counts only the steps since a resume.
-            whole = MetricAverages()
-            whole.add("train_loss", self.loss_total / max(self.loss_count, 1), self.loss_count)
-            logs.update(self._drained(whole))
-        elif "loss" in logs:
-            logs.update(self._drained(self.averages["train"]))
-            if self.opponent is not None:
-                logs["opponent/distance"] = self._opponent_distance(self.opponent)
-            logs.update(self._follow_chosen())
-            now = time.perf_counter()
-            tokens = sum(gather_object([self._tokens]))
-            logs["tokens_per_second"] = tokens / max(now - self._tokens_since, 1e-9)
-            self._tokens, self._tokens_since = 0, now
-            self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
+        """Add this trainer's metrics to what Trainer logs."""
+        self.training_log.add_to(logs)
         super().log(logs, start_time)
         if self.stop_reason is not None and not self.control.should_training_stop:
             logger.warning(self.stop_reason)
             self.control.should_save = True
             self.control.should_training_stop = True
 
-    def _opponent_distance(self, opponent: FrozenWeights) -> float:
-        """Norm of policy - opponent over the norm of the policy: how far the opponent is behind."""
-        squares = squared_distance(opponent.tensors(), policy_tensors(self.policy()))
-        if self.twin is not None:
-            squares = self.accelerator.reduce(squares, "sum")
-        difference, norm = squares.tolist()
-        return float((difference / max(norm, 1e-30)) ** 0.5)
-
-    @staticmethod
-    def _drained(own: MetricAverages) -> dict[str, float]:
-        """Averages over all processes; every one of them logs at the same steps."""
-        everyone = MetricAverages()
-        for state in gather_object([own.state()]):
-            everyone.absorb(state)
-        own.drain()
-        return everyone.drain()
-
-    def _warn_of_identical(self, share: float) -> None:
-        if share >= _IDENTICAL_WARNING and not self._identical_warned:
-            self._identical_warned = True
-            logger.warning(
-                f"{share:.0%} of the regenerated segments equal the original; such pairs carry no signal. The policy "
-                "has caught up with the data: stop, raise the temperature, or lengthen the segments."
-            )
-
-    def _follow_chosen(self) -> dict[str, float]:
-        change = self.probe.change() if self.probe is not None else None
-        if change is None:
-            return {}
-        limit = self.args.chosen_drop_limit
-        if limit is not None and change < -limit and self.stop_reason is None:
-            self.stop_reason = (
-                f"Stopped at step {self.state.global_step}: the chosen log-probability has fallen by {-change:.2f} "
-                f"nats per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
-            )
-        return {"self_play/chosen_logp_change": change}
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run ended before its time; None if it did not, or a signal ended it."""
+        return self.training_log.stop_reason
 
     def _chosen_logps(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability in nats of the last response of each example under the policy."""
@@ -530,7 +496,9 @@ class SAPOTrainer(Trainer):
         pairs = [self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]]
         batch = self._collate(pairs).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, {"batch": batch, "pairs": pairs, "share": 1.0})
+            (reference,) = self._reference_logps([(pairs, batch)], kept=False)
+            given = {"batch": batch, "pairs": pairs, "share": 1.0, "reference": reference}
+            loss = self.compute_loss(model, given)
         return loss.detach(), None, None
 
     # ---- Run folder, checkpoints, resume ----
@@ -550,26 +518,39 @@ class SAPOTrainer(Trainer):
                 overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
             )
         else:
-            self.run_folder.check(checkpoint)
+            run_state.check(self, checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied weight is saved once, under its other name: it is not missing."""
         tied = set(self.policy().all_tied_weights_keys)  # type: ignore[arg-type]
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        different = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if different:
+            raise run_state.other_weights(different)
         super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with library_state.reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with library_state.reading(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._ahead, self._coming = [], []
         if isinstance(self.source, SelfPlay):
             self.source.pool.clear()
         self.reference_scores.clear()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        with nullcontext() if folder is None else library_state.reading(folder):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.twin is not None and self.opponent is None and self.reference is None:
             self._make_copies()
-        if resume_from_checkpoint is not None:
-            self.run_folder.restore(Path(resume_from_checkpoint))
-        self._tokens_since = time.perf_counter()
+        if folder is not None:
+            run_state.restore(self, folder)
+        self.training_log.begin()
         if self.local_signals is not None:
             self.local_signals.begin()
         return prepared
@@ -583,7 +564,7 @@ class SAPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.run_folder.save_state(Path(output_dir))
+        run_state.save(self, Path(output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""

@@ -8,6 +8,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer: SAPOTrainer) -> None:
         self._trainer = trainer
         self._optimizer_started = 0.0
+        self._step_began = (0.0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -27,6 +30,7 @@ class RunCallback(TrainerCallback):
         """Fix what is measured against the start of the run."""
         self._trainer.fix_measures()
         self._trainer.run_folder.begin(state.global_step)
+        self._step_began = (time.perf_counter(), time.process_time())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -40,7 +44,11 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """The moving average, before a checkpoint of this step is written."""
         self._trainer.after_optimizer_step()
-        self._trainer.averages["train"].add("time/optimizer", time.perf_counter() - self._optimizer_started)
+        averages, (wall, cpu) = self._trainer.averages["train"], self._step_began
+        self._step_began = (time.perf_counter(), time.process_time())
+        averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
+        averages.add("time/step", self._step_began[0] - wall)
+        averages.add("time/cpu", self._step_began[1] - cpu)
 
     def on_log(
         self,
@@ -79,7 +87,12 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Ask for a checkpoint and the end."""
-        if self.received is not None:
+        """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
+        told = self.received is not None
+        if args.world_size > 1:
+            flag = torch.tensor(float(told), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            told = bool(flag)
+        if told:
             control.should_save = True
             control.should_training_stop = True

@@ -1,6 +1,7 @@
 """What we take from trl, and that our DPO loss is its."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo import dpo_loss
 from sapo.batches import collate_pairs
+from sapo.cli import main
 from sapo.data import DataOptions, collate_examples, end_token_ids, prepare_dataset
 from sapo.pairs import paired
 from sapo.scoring import score
@@ -106,3 +108,29 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     trainer.policy().load_state_dict(tiny_llama(0).state_dict())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
+def test_trl_reads_written_pairs(tokenizer, tmp_path):
+    model, file = tmp_path / "model", tmp_path / "pairs.parquet"
+    tiny_llama().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(6)))
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "40"]
+    more = ["--segment_length", "none", "--max_new_tokens", "30", "--use_cpu", "--output_file", str(file)]
+    assert main(["generate", *flags, *more]) == 0
+    written = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "theirs"), max_length=64, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        disable_tqdm=True, report_to="none", max_steps=1,
+    )  # fmt: skip
+    theirs = trl.DPOTrainer(
+        tiny_llama(), ref_model=tiny_llama(), args=args, train_dataset=written, processing_class=tokenizer
+    )
+    for row, own in zip(theirs.train_dataset, written, strict=True):
+        assert row["prompt_ids"] == own["prompt_ids"]
+        assert row["chosen_ids"] == own["chosen_ids"]
+        # Text has no special tokens, so neither the end that a response may lack.
+        plain = [token for token in own["rejected_ids"] if token not in tokenizer.all_special_ids]
+        assert row["rejected_ids"][: len(plain)] == plain
+    theirs.train()

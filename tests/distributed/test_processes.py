@@ -53,6 +53,19 @@ def test_two_processes_train_to_the_weights_of_one(strategy, name, tmp_path):
         torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
 
 
+@SLOW
+@pytest.mark.parametrize("name", ["dpo", "orpo-lora", "paired", "tied"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_both_layouts_train_several_processes_to_the_same_weights(strategy, name, tmp_path):
+    shared, plain = (
+        run(tmp_path / layout, 2, strategy=strategy, **FIXED_DRAWS | VARIANTS[name] | {"layout": layout})
+        for layout in ("shared", "plain")
+    )
+    assert shared.keys() == plain.keys()
+    for weight, expected in plain.items():
+        torch.testing.assert_close(shared[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+
+
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize(
     "strategy",

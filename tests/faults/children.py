@@ -9,6 +9,7 @@ import traceback
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import PrinterCallback
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import SapoError
@@ -38,9 +39,11 @@ def build(folder, *, lora=False, **options):
         "report_to": "none",
     } | options
     adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear") if lora else None
-    return SAPOTrainer(
+    trainer = SAPOTrainer(
         tiny_llama(), SAPOConfig(**settings), tiny_rows(), processing_class=tiny_tokenizer(), peft_config=adapter
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def weights(trainer):

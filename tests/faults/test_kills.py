@@ -16,7 +16,7 @@ from sapo.checkpoint import MANIFEST_FILE, rotate, seal, verify
 from tests.faults.children import build, ended, start, train
 from tests.faults.trials import trials
 
-TIMES = ("time/", "tokens_per_second", "train_runtime", "_per_second", "flos")
+TIMES = ("time/", "memory/", "tokens_per_second", "train_runtime", "_per_second", "flos")
 
 
 def metrics(folder):

@@ -138,9 +138,16 @@ class ReplayTrainer(SAPOTrainer):
     expected_loss = 0.0
     differences: Differences
 
+    def training_step(self, *args, **kwargs):
+        # A micro-batch may take several passes; each one's loss is its share of the whole.
+        self._lost = 0.0
+        done = super().training_step(*args, **kwargs)
+        self.differences.losses.append(abs(self._lost - self.expected_loss))
+        return done
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.differences.losses.append(abs(loss.item() - self.expected_loss))
+        self._lost += loss.item()
         return loss
 
     def compare_weights(self, recorded: dict) -> None:
@@ -169,6 +176,7 @@ def replay(trace: dict, model_folder: Path) -> Differences:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder:
         args = SAPOConfig(
+            report_pairs=0,
             output_dir=folder,
             objective=objective,
             loss_type=hyper.get("loss_type", "sigmoid"),

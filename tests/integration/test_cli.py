@@ -231,3 +231,10 @@ def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_pa
     assert "Stopped after step" in shown
     assert "Traceback" not in shown
     assert [path for path in Path(out).glob("checkpoint-*") if (path / "sapo_manifest.json").is_file()]
+
+
+def test_a_quiet_run_says_nothing_and_writes_everything(model, data, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(command(model, data, out, "--quiet")) == 0
+    assert capfd.readouterr().out == ""
+    assert {"model.safetensors", "report.html", "pairs.jsonl"} <= {file.name for file in out.iterdir()}

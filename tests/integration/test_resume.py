@@ -29,7 +29,7 @@ VARIANTS = {
 
 def metrics(trainer, after):
     rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "tokens_per_second")
+    timed = ("time/", "tokens_per_second", "memory/")
     return [
         {k: v for k, v in row.items() if not k.startswith(timed) and "second" not in k and "runtime" not in k}
         for row in rows
@@ -198,7 +198,13 @@ def test_fresh_run_removes_what_a_kill_left(checkpoint, make_trainer):
     for name in ("checkpoint-2.old", "opponent.old", ".saving"):
         (checkpoint.parent / name).mkdir()
     make_trainer("whole", overwrite_output_dir=True).train()
-    assert {path.name for path in checkpoint.parent.iterdir()} <= {"metrics.jsonl", "sapo_config.yaml", "trace-0.jsonl"}
+    assert {path.name for path in checkpoint.parent.iterdir()} <= {
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+        "sapo_config.yaml",
+        "trace-0.jsonl",
+    }
 
 
 def test_a_tied_weight_is_not_reported_missing(make_trainer, caplog):

@@ -1,15 +1,21 @@
 """Laws of `sapo.batches`: every token once, scores on responses only, padding known by length."""
 
+import os
+import random
+from pathlib import Path
+
 import pytest
 import torch
+from benchmarks.padding import real_pairs, share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.batches import collate_pairs, collate_responses, split_pairs
+from sapo.batches import MOST_PADDING, collate_pairs, collate_responses, padding_share, split_pairs
 from sapo.pairs import Pair
 from sapo.segments import Segment
 
 IGNORE = -100
+DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 laws = settings(derandomize=True, deadline=None)
 # Few values, the pad id among them: it occurs in prompts and responses.
 tokens = st.lists(st.integers(0, 4), min_size=1, max_size=12)
@@ -179,10 +185,35 @@ def test_a_packed_row_has_no_padding_and_each_prefix_once(pairs):
 @laws
 @given(pair_lists, st.integers(1, 6), st.sampled_from(["plain", "shared"]))
 def test_passes_hold_every_pair_once_and_their_number_depends_on_nothing_but_numbers(pairs, most, layout):
-    parts = split_pairs(pairs, most, layout=layout)
+    parts = split_pairs(pairs, most, layout=layout, equal_passes=True)
     assert len(parts) == -(-len(pairs) // most)
     assert all(1 <= len(part) <= most for part in parts)
     assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+
+
+@laws
+@given(pair_lists, st.none() | st.integers(1, 6))
+def test_plain_passes_of_several_pairs_hold_little_padding_and_every_pair_once(pairs, most):
+    parts = split_pairs(pairs, most, layout="plain")
+    assert all(1 <= len(part) <= (most or len(pairs)) for part in parts)
+    assert all(len(part) == 1 or padding_share(part) <= MOST_PADDING for part in parts)
+    assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+    for part in parts:
+        batch = collate_pairs(part, pad_token_id=0)
+        assert padding_share(part) == pytest.approx(1 - batch.tokens / batch.input_ids.numel())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
+@pytest.mark.parametrize("name", ["gsm8k", "gpteacher_roleplay", "oasst_sample"])
+def test_padding_of_real_lengths_stays_below_the_bound(name):
+    rng = random.Random(0)
+    pairs = real_pairs(DATA, name, rng, count=400)
+    batches = [rng.sample(pairs, 8) for _ in range(100)]
+    assert share(batches) > MOST_PADDING
+    cut = [part for batch in batches for part in split_pairs(batch, None, layout="plain")]
+    assert share(cut) < MOST_PADDING
+    packed = [collate_pairs(batch, pad_token_id=0, layout="shared") for batch in batches[:3]]
+    assert all(batch.tokens == batch.input_ids.numel() for batch in packed)
 
 
 def test_the_published_positions_need_padding():

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,11 @@ import yaml
 
 from sapo.arguments import as_recipe, parse
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+OF_TRL = FOLDER / "trl-sft.yaml"
+PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
+RECIPES = [file for file in sorted(FOLDER.glob("*.yaml")) if file != OF_TRL] + PRESETS
+NEIGHBOUR = re.compile(r"^# Differs from (\S+) in: (.+)$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +25,52 @@ def test_every_recipe_loads(recipe, tmp_path):
     assert run.config.output_dir == str(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, OF_TRL], ids=lambda file: file.stem)
 def test_every_recipe_line_is_commented(recipe):
     assert all("#" in line for line in recipe.read_text().splitlines())
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda file: file.stem)
+def test_every_preset_differs_from_its_neighbour_in_the_named_line_only(preset):
+    text = preset.read_text()
+    found = NEIGHBOUR.search(text)
+    if found is None:
+        assert preset.stem == "sapo-dpo"
+        return
+    neighbour = (FOLDER / "presets" / found[1]).read_text()
+    lines, others = ([line for line in content.splitlines() if line[0] != "#"] for content in (text, neighbour))
+    changed = set(lines) - set(others)
+    assert {line.split(":")[0] for line in changed} == {found[2]}
+    assert len(changed) == 1
+    assert {line.split(":")[0] for line in set(others) - set(lines)} <= {found[2]}
+
+
+def test_presets_cover_every_method_and_ablation():
+    configs = [parse(["--config", str(preset), "--report_to", "none"], "sapo train").config for preset in PRESETS]
+    names = (
+        "objective", "suffix", "pair_source", "reference", "ema_decay", "segment_length", "num_iterations",
+        "chosen_nll_weight", "replay_buffer_size",
+    )  # fmt: skip
+    values = {name: {getattr(config, name) for config in configs} for name in names}
+    assert values["objective"] == {"dpo", "orpo", "sft"}
+    assert values["suffix"] == {"keep", "drop", "mask"}
+    assert values["pair_source"] == {"self_play", "paired", "responses"}
+    assert values["reference"] == {"initial", "opponent", "opponent_copy", "none"}
+    assert values["ema_decay"] == {0, 0.5, 1}
+    assert None in values["segment_length"]
+    assert 3 in values["num_iterations"]
+    assert {0, 1} <= values["chosen_nll_weight"]
+    assert {4, 2000} <= values["replay_buffer_size"]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # trl's own default
+def test_the_recipe_for_trl_loads_there():
+    from trl.scripts.sft import make_parser
+
+    _, args = make_parser().parse_args_and_config(
+        ["--config", str(OF_TRL), "--dataset_name", "rows", "--output_dir", "run", "--report_to", "none"]
+    )[:2]
+    assert args.assistant_only_loss
 
 
 @pytest.mark.parametrize("model", ["llama3-8b", "mistral-7b"])
@@ -67,3 +115,10 @@ def test_the_saved_recipe_gives_the_same_run(tmp_path):
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_recipe(run)))
     again = parse(["--config", str(tmp_path / "again.yaml"), "--report_to", "none"], "sapo train")
     assert again.config.to_dict() == run.config.to_dict()
+
+
+def test_the_saved_recipe_keeps_a_segment_of_the_whole_response(tmp_path):
+    run = parse(["--output_dir", str(tmp_path), "--segment_length", "none", "--report_to", "none"], "sapo train")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_recipe(run)))
+    again = parse(["--config", str(tmp_path / "again.yaml"), "--report_to", "none"], "sapo train")
+    assert again.config.segment_length is None

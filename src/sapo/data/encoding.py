@@ -14,12 +14,12 @@ from jinja2 import TemplateError
 
 from sapo.data.examples import DataReport, Turn
 from sapo.data.formats import Conversation, Message, PlainText
-from sapo.errors import DatasetError, TokenizerError
+from sapo.errors import DatasetError, TokenizerError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError)
+_TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,15 @@ class Encoder:
         self._blank: dict[int, bool] = {}
         self._start = self._start_ids()
 
-    def plain(self, text: PlainText, row: int) -> Draft:
-        """A row without roles, as one draft."""
+    def plain(self, text: PlainText, row: int, where: str) -> Draft:
+        """A row without roles, as one draft.
+
+        Raises:
+            DatasetError: it holds what is no text.
+        """
         replies = [text.completion, *([] if text.rejected is None else [text.rejected])]
-        return Draft(row, 0, text.prompt, tuple(text.prompt + reply for reply in replies), plain=True)
+        wholes = tuple(_sound(text.prompt + reply, where) for reply in replies)
+        return Draft(row, 0, text.prompt, wholes, plain=True)
 
     def render(
         self, talk: Conversation, row: int, chosen_turns: Literal["last", "random", "all"], where: str
@@ -177,11 +182,11 @@ class Encoder:
                 list(messages), tools=talk.tools, add_generation_prompt=opening, tokenize=False
             )
         except _TEMPLATE_FAULTS as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = brief(error).rstrip(".")
             raise DatasetError(
                 f"{where}: the chat template refuses it ({reason}). Mend the row, or use another template."
             ) from error
-        return text
+        return _sound(text, where)
 
     def _rewritten(self, row: int, prompt: list[int], whole: list[int]) -> TokenizerError:
         pairs = enumerate(zip(prompt, whole, strict=False))
@@ -214,3 +219,13 @@ class Encoder:
             verbose=False,  # lengths are looked after here, not by the tokenizer's own limit
         )["input_ids"]
         return encoded
+
+
+def _sound(text: str, where: str) -> str:
+    """The text, if a tokenizer can read it: JSON may hold halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DatasetError(f"{where}: holds {half}, half of a character. Write the text anew.") from error
+    return text

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from sapo.errors import DatasetError
+from sapo.errors import DatasetError, brief
 
 Message: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[str, Any]
@@ -273,8 +273,8 @@ def _message(item: object, name: str, where: str) -> Message:
             fields["content"] = fields.pop("value")
     role = fields.get("role")
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        found = "no role" if role is None else f"the unknown role {json.dumps(role, default=str)}"
+    if not isinstance(role, str) or role not in ROLES:
+        found = "no role" if role is None else f"the unknown role {brief(json.dumps(role, default=str), 60)}"
         raise DatasetError(
             f"{where}: {name} has {found}; known are {_names(ROLES)}, and ShareGPT's {_names(SHAREGPT_ROLES)}."
         )
@@ -331,7 +331,7 @@ def _wrong_end(column: str, role: str, where: str) -> DatasetError:
 
 
 def _names(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
+    return brief(", ".join(sorted(names)) or "nothing")
 
 
 def _kind(value: object) -> str:

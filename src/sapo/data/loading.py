@@ -17,7 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from sapo.errors import DatasetError
+from sapo.errors import DatasetError, brief
 
 Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]"
 
@@ -348,5 +348,4 @@ def _kind(value: object) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 300 else text[:297] + "...").rstrip(".") or type(error).__name__
+    return brief(error).rstrip(".") or type(error).__name__

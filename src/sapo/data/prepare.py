@@ -66,7 +66,7 @@ def prepare_dataset(
             if isinstance(parsed, Dropped):
                 report.drop(parsed.reason)
             elif isinstance(parsed, PlainText):
-                drafts.append(encoder.plain(parsed, number))
+                drafts.append(encoder.plain(parsed, number, where))
             elif found := encoder.render(parsed, number, options.assistant_turns, where):
                 drafts += found
             else:

@@ -26,14 +26,19 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 Response = tuple[list[int], list[int], int]
 
 
-def build(folder: Path = MODEL_FOLDER) -> None:
-    """Train tokenizer and model and write them to `folder`, which is replaced when they are complete."""
+def build(folder: Path = MODEL_FOLDER, *, seed: int = 0) -> None:
+    """Train tokenizer and model and write them to `folder`, which is replaced when they are complete.
+
+    Args:
+        folder: of the model.
+        seed: 0 gives the shipped model; others differ in initial weights, pretraining rows and order.
+    """
     tokenizer = build_tokenizer()
-    clean = make_rows(15_000, seed=1, exclude={prompt_of(row) for row in TRAIN_ROWS})
+    clean = make_rows(15_000, seed=1 + 100 * seed, exclude={prompt_of(row) for row in TRAIN_ROWS})
     seen = {prompt_of(row) for row in [*TRAIN_ROWS, *clean]}
-    rng = random.Random(5)
-    mixed = [corrupt(row, rng) for row in make_rows(8_000, seed=2, exclude=seen)]
-    torch.manual_seed(0)
+    rng = random.Random(5 + 100 * seed)
+    mixed = [corrupt(row, rng) for row in make_rows(8_000, seed=2 + 100 * seed, exclude=seen)]
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -49,9 +54,9 @@ def build(folder: Path = MODEL_FOLDER) -> None:
             bos_token_id=None,
         )
     )
-    fit(model, _encode(clean, tokenizer), steps=1500, learning_rate=5e-3, seed=1)
-    fit(model, _encode(mixed, tokenizer), steps=750, learning_rate=1e-3, seed=2)
-    fit(model, _encode(TRAIN_ROWS, tokenizer), steps=8, learning_rate=1e-3, seed=3, warmup=1)
+    fit(model, _encode(clean, tokenizer), steps=1500, learning_rate=5e-3, seed=1 + 100 * seed)
+    fit(model, _encode(mixed, tokenizer), steps=750, learning_rate=1e-3, seed=2 + 100 * seed)
+    fit(model, _encode(TRAIN_ROWS, tokenizer), steps=8, learning_rate=1e-3, seed=3 + 100 * seed, warmup=1)
     report = score(model, tokenizer, heldout_rows(1000))
     sys.stdout.write(f"{report.accuracy:.3f} right on 1,000 held-out rows: {report.by_task}\n")
     partial = folder.with_name(f".{folder.name}.partial")

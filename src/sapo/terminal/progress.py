@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -32,7 +34,10 @@ _SHOWN = {
 
 
 class TerminalProgress(TrainerCallback):
-    """Progress on a terminal as a bar, elsewhere as one line per log."""
+    """Progress as a bar on a terminal, elsewhere (a file, a pipe, a dumb terminal) as one plain line per log.
+
+    A quiet console shows neither. Colours follow the environment variable NO_COLOR, as rich reads it.
+    """
 
     def __init__(self, console: Console, trainer: SAPOTrainer, *, log_pairs_steps: int, pairs: int) -> None:
         self._console = console
@@ -41,13 +46,15 @@ class TerminalProgress(TrainerCallback):
         self._pairs = pairs
         self._bar: Progress | None = None
         self._task: Any = None
+        self._began, self._first_step = 0.0, 0
         self.last: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Open the bar."""
-        if self._console.is_terminal:
+        self._began, self._first_step = time.perf_counter(), state.global_step
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.quiet:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -91,9 +98,17 @@ class TerminalProgress(TrainerCallback):
                 f"{name} {logs[name]:.3g}" for name in ("eval_loss", "eval_rewards/accuracies") if name in logs
             )
         if self._bar is not None and "loss" in logs:
-            self._bar.update(self._task, description=shown)
+            self._bar.update(self._task, description=f"{self._pace(state)[0]}  {shown}")
         elif shown:
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {shown}", highlight=False)
+            pace = "".join(f"  {part}" for part in self._pace(state)) if "loss" in logs else ""
+            line = f"step {state.global_step}/{state.max_steps}  {shown}{pace}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _pace(self, state: TrainerState) -> tuple[str, str]:
+        """Time a step and time left, of this start of the run."""
+        each = (time.perf_counter() - self._began) / max(1, state.global_step - self._first_step)
+        left = timedelta(seconds=round(each * (state.max_steps - state.global_step)))
+        return f"{each:.3g} s/step", f"left {left}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

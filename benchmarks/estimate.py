@@ -1,0 +1,178 @@
+"""The estimate of memory and seconds against real training, on this machine.
+
+    python benchmarks/estimate.py
+
+Each setting trains for a few steps in a fork of its own. Measured memory is the peak of the resident set above what
+it was before the model was built, after a first small run has loaded everything else; large blocks are given back to
+the system as soon as they are freed, so that the peak is of what is in use. Measured seconds
+are the median of a step's processor time, one thread; the estimate's come from a profile of the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import datasets
+import torch
+from measuring import forget_peak, in_forks, peak_resident, resident
+from peft import LoraConfig
+from step import tokenizer as word_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from trl import ModelConfig
+
+from sapo import SAPOConfig, SAPOTrainer
+from sapo.estimate.devices import measure
+from sapo.estimate.estimate import estimate
+from sapo.estimate.passes import Lengths
+from sapo.footprint import Strategy
+
+PROMPT, RESPONSE, SEGMENT, BATCH, STEPS = 128, 256, 64, 4, 3
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DPO, three models": {},
+    "DPO, reference opponent": {"reference": "opponent"},
+    "DPO, one pair a pass": {"pairs_per_forward": 1},
+    "DPO, checkpointing": {"gradient_checkpointing": True},
+    "DPO, checkpointing, one pair a pass": {"gradient_checkpointing": True, "pairs_per_forward": 1},
+    "DPO, plain layout": {"layout": "plain"},
+    "DPO, RMSprop": {"optim": "rmsprop"},
+    "ORPO": {"objective": "orpo"},
+    "ORPO, vocabulary 32768": {"objective": "orpo", "size": "32k"},
+    "DPO, 40 million weights": {"size": "40M", "pairs_per_forward": 2},
+    "LoRA": {"lora": True},
+    "LoRA, checkpointing": {"lora": True, "gradient_checkpointing": True},
+    "LoRA, reference initial, one pair a pass": {"lora": True, "reference": "initial", "pairs_per_forward": 1},
+    "bfloat16 weights": {"dtype": "bfloat16", "ema_decay": 0.9},
+}
+SIZES = {
+    "8k": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6},
+    "32k": {"vocab_size": 32768, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
+    "40M": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 10},
+    "warm": {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+}
+
+
+class Watch(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self.began)
+
+
+def model_config(size: str) -> LlamaConfig:
+    return LlamaConfig(
+        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        **SIZES[size],
+    )  # fmt: skip
+
+
+def config(folder: str, options: dict[str, Any]) -> SAPOConfig:
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "segment_length": SEGMENT,
+        "max_length": PROMPT + RESPONSE,
+        "max_prompt_length": PROMPT,
+        # The segment at the response's start, as the estimate of memory has it.
+        "tail_margin": RESPONSE - SEGMENT,
+        "chosen_probe_size": 0,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    own = {key: value for key, value in options.items() if key not in ("lora", "size", "dtype")}
+    return SAPOConfig(**(settings | own))
+
+
+def train(options: dict[str, Any]) -> tuple[float, int, int]:
+    """Median seconds of a step, resident bytes before the model, resident bytes at the peak."""
+    size, watch = options.get("size", "8k"), Watch()
+    vocabulary = int(SIZES[size]["vocab_size"])
+    encode = word_tokenizer(_Vocabulary("32k" if vocabulary == 32768 else "8k"))
+    words = [f"w{3 + place % 4000}" for place in range(PROMPT)]
+    answer = [f"w{4000 + place}" for place in range(RESPONSE - 1)]
+    rows = [{"prompt": " ".join(words), "completion": " " + " ".join(answer)}] * (BATCH * STEPS)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        args = config(folder, options)
+        data = datasets.Dataset.from_list(rows)
+        before = resident()
+        forget_peak()
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(model_config(size)).to(getattr(torch, options.get("dtype", "float32")))
+        trainer = SAPOTrainer(
+            model, args, data, processing_class=encode, peft_config=adapter if options.get("lora") else None,
+            callbacks=[watch],
+        )  # fmt: skip
+        del model
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return statistics.median(watch.seconds[1:]), before, peak_resident()
+
+
+class _Vocabulary:
+    """As much of a `step.Setting` as its tokenizer reads."""
+
+    def __init__(self, size: str) -> None:
+        self.size = size
+
+
+def estimated(options: dict[str, Any]) -> tuple[int, float]:
+    """Bytes and seconds."""
+    lora = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"} if options.get("lora") else {}
+    model_args = ModelConfig(dtype=options.get("dtype", "float32"), **lora)
+    with tempfile.TemporaryDirectory() as folder:
+        args = config(folder, options)
+        given = (model_config(options.get("size", "8k")), model_args, args, measure(), Strategy())
+        found = estimate(*given, Lengths(PROMPT, 0, SEGMENT, RESPONSE - SEGMENT))
+    return found.memory.most, sum(found.seconds.values())
+
+
+def measured(options: dict[str, Any]) -> tuple[int, float]:
+    """Bytes and seconds, of a fork."""
+
+    def both(number: int) -> tuple[float, int, int]:
+        warm = {key: value for key, value in options.items() if key in ("objective", "lora", "reference")}
+        train({**warm, "size": "warm"})
+        return train(options)
+
+    seconds, before, peak = in_forks(both)[0]
+    return peak - before, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    print(f"{'':42}{'estimate MB':>12}{'measured MB':>12}{'ratio':>7}{'estimate s':>12}{'measured s':>12}{'ratio':>7}")
+    for name in options.settings:
+        (memory, seconds), (peak, took) = estimated(SETTINGS[name]), measured(SETTINGS[name])
+        print(
+            f"{name:42}{memory / 1e6:12.0f}{peak / 1e6:12.0f}{memory / peak:7.2f}{seconds:12.2f}{took:12.2f}"
+            f"{seconds / took:7.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

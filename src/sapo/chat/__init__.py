@@ -1,0 +1,1 @@
+"""Talk to a model, or to what a run started from, its opponent and its policy side by side."""

@@ -1,0 +1,146 @@
+"""What to change when a run does not fit: flags in the order in which they cost least, each tried."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trl import ModelConfig
+
+from sapo.config import SAPOConfig
+from sapo.estimate.devices import Device
+from sapo.estimate.estimate import Estimate, estimate
+from sapo.estimate.passes import Lengths
+from sapo.footprint import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A flag, and the estimate with it and all flags before it.
+
+    `price` is what it costs beside memory.
+    """
+
+    flag: str
+    price: str
+    result: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    model_args: ModelConfig
+    args: SAPOConfig
+    strategy: Strategy
+
+    def with_args(self, **options: Any) -> _Plan:
+        return _Plan(self.model_args, _changed(self.args, options), self.strategy)
+
+    def with_model(self, **options: Any) -> _Plan:
+        return _Plan(_changed(self.model_args, options), self.args, self.strategy)
+
+
+def changes_that_fit(
+    config: Any,
+    model_args: ModelConfig,
+    args: SAPOConfig,
+    device: Device,
+    strategy: Strategy,
+    lengths: Lengths,
+    before: Estimate,
+) -> list[Change]:
+    """Flags that bring the memory under that of the device, one on top of the other; those that save nothing are left.
+
+    Args:
+        config: see `estimate`; the four that follow too.
+        model_args: as they are.
+        args: as they are.
+        device: has too little memory.
+        strategy: as it is.
+        lengths: of the longest pair.
+        before: the estimate without any change.
+
+    Returns:
+        As many changes as it takes; the last one's result may still be too large, when nothing more is known.
+    """
+    plan, last, changes = _Plan(model_args, args, strategy), before, []
+    for flag, price, change in _candidates(plan):
+        if last.needed <= device.memory:
+            break
+        new = change(plan)
+        found = estimate(config, new.model_args, new.args, device, new.strategy, lengths)
+        if found.memory.most < 0.99 * last.memory.most:
+            plan, last = new, found
+            changes.append(Change(flag, price, found))
+    return changes
+
+
+_Candidate = tuple[str, str, Callable[[_Plan], _Plan]]
+
+
+def _candidates(start: _Plan) -> Iterator[_Candidate]:
+    args, model_args, strategy = start.args, start.model_args, start.strategy
+    if not args.gradient_checkpointing:
+        yield (
+            "--gradient_checkpointing true",
+            "activations are computed twice",
+            lambda plan: plan.with_args(gradient_checkpointing=True),
+        )
+    if args.per_device_train_batch_size > 1 and (args.pairs_per_forward or 2) > 1:
+        yield (
+            "--pairs_per_forward 1",
+            "nothing but a little time",
+            lambda plan: plan.with_args(pairs_per_forward=1),
+        )
+    rows = args.generation_batch_size or 16
+    if args.pair_source == "self_play" and rows > 8:
+        yield (
+            "--generation_batch_size 8",
+            "a slower opponent",
+            lambda plan: plan.with_args(generation_batch_size=8),
+        )
+    if model_args.dtype == "float32" and args.bf16:
+        yield (
+            "--dtype bfloat16",
+            "weights and their steps are rounded to bfloat16",
+            lambda plan: plan.with_model(dtype="bfloat16"),
+        )
+    if strategy.processes > 1 and not strategy.shards_weights:
+        yield (
+            "--accelerate_config zero3",
+            "weights travel between the GPUs",
+            lambda plan: _Plan(plan.model_args, plan.args, Strategy("zero3", strategy.processes)),
+        )
+    if not model_args.use_peft:
+        if args.objective == "dpo" and args.reference in ("initial", "opponent_copy") and args.pair_source != "paired":
+            yield (
+                "--reference opponent",
+                "another method: the reference moves with the opponent",
+                lambda plan: plan.with_args(reference="opponent"),
+            )
+        if "8bit" not in str(args.optim):
+            yield (
+                "--optim adamw_bnb_8bit",
+                'states in 8 bits; needs the extra "quantization"',
+                lambda plan: plan.with_args(optim="adamw_bnb_8bit"),
+            )
+        yield (
+            "--use_peft --lora_target_modules all-linear",
+            "an adapter learns, not the model; raise the learning rate",
+            lambda plan: plan.with_model(use_peft=True, lora_target_modules="all-linear"),
+        )
+    if not (model_args.load_in_4bit or strategy.shards_weights):
+        yield (
+            "--load_in_4bit",
+            'the base model is rounded to 4 bits; needs the extra "quantization"',
+            lambda plan: plan.with_model(load_in_4bit=True),
+        )
+
+
+def _changed(options: Any, changes: dict[str, Any]) -> Any:
+    """A copy; the options have been checked as they were, and these changes clash with none."""
+    changed = copy.copy(options)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed

@@ -1,0 +1,244 @@
+"""From traces and a device to memory and seconds by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trl import ModelConfig
+
+from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
+from sapo.estimate.devices import Device
+from sapo.estimate.passes import Lengths, Passes, trace_passes
+from sapo.estimate.tracing import Trace
+from sapo.footprint import (
+    Roles,
+    Strategy,
+    build_roles,
+    gathered_memory,
+    model_memory,
+    optimizer_scratch,
+    twin_memory,
+)
+
+RESERVED = 1e9
+"""Bytes of a GPU that its driver and libraries are assumed to take."""
+
+FRAGMENTED = 0.05
+"""Share of the memory in use that the allocator is assumed to leave unused between blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        lasting: of models and optimizer from step to step, by part.
+        passing: of what comes and goes, each at its largest, by part.
+        phases: everything together at the worst time of each phase.
+    """
+
+    lasting: dict[str, int]
+    passing: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def most(self) -> int:
+        """Bytes at the worst time."""
+        return max(self.phases.values())
+
+    @property
+    def worst(self) -> str:
+        """The phase of that time."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one optimizer step on one of the devices, all of them at work.
+
+    `seconds` is by part; `needed` includes what driver and allocator take of a GPU.
+    """
+
+    memory: Memory
+    seconds: dict[str, float]
+    layout: str
+    why_plain: str | None
+    parameters: int
+    trained: int
+    needed: float
+
+
+def longest(args: SAPOConfig, prompt: int | None = None, response: int | None = None) -> Lengths:
+    """The longest pair that a run can meet: a prompt of `max_prompt_length`, a segment at the response's start."""
+    prompt = min(prompt or int(args.max_prompt_length or 1), args.max_length - 1)
+    response = min(response or args.max_length - prompt, args.max_length - prompt)
+    wanted = args.segment_length
+    if wanted is None:
+        segment = response
+    elif wanted < 1:
+        segment = max(1, int(wanted * response))
+    else:
+        segment = min(int(wanted), response)
+    return Lengths(prompt, 0, segment, response - segment)
+
+
+def usual(longest: Lengths, args: SAPOConfig) -> Lengths:
+    """The same lengths with the segment where it lies on average."""
+    before = max(0, longest.response - args.tail_margin - longest.segment) // 2
+    return Lengths(longest.prompt, before, longest.segment, longest.after - before)
+
+
+def estimate(
+    config: Any,
+    model_args: ModelConfig,
+    args: SAPOConfig,
+    device: Device,
+    strategy: Strategy,
+    lengths: Lengths,
+) -> Estimate:
+    """Memory and seconds of an optimizer step.
+
+    Args:
+        config: of the model.
+        model_args: type of the weights, adapter, quantization, attention.
+        args: of the run.
+        device: what it runs on, `strategy.processes` of them.
+        strategy: how the run is divided over them.
+        lengths: of every pair, for the memory; seconds are those of `usual(lengths)`.
+    """
+    roles = build_roles(config, model_args, args, strategy)
+    fused = args.fused_lm_head if args.fused_lm_head is not None else device.overlaps and HAS_FUSED_LM_HEAD
+    pairs = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
+    rows = _rows(args)
+
+    def traced(lengths: Lengths) -> Passes:
+        return trace_passes(
+            roles,
+            args,
+            strategy,
+            lengths,
+            pairs=pairs,
+            rows=min(rows, args.generation_batch_size or rows),
+            fused_lm_head=bool(fused),
+            attention=model_args.attn_implementation,
+        )
+
+    passes = traced(lengths)
+    memory = _memory(passes, roles, args, strategy, on_gpu=device.overlaps)
+    common = usual(lengths, args)
+    timed = passes if common == lengths else traced(common)
+    seconds = _seconds(timed, roles, args, device, strategy, common, pairs, memory)
+    weights = {id(weight): weight for weight in roles.policy.parameters()}
+    needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
+    return Estimate(
+        memory=memory,
+        seconds=seconds,
+        layout=passes.layout,
+        why_plain=passes.why_plain,
+        parameters=sum(weight.numel() for weight in weights.values()),
+        trained=sum(weight.numel() for weight in roles.trained),
+        needed=needed,
+    )
+
+
+def _rows(args: SAPOConfig) -> int:
+    """Rows written in one pool; 0 without self-play."""
+    if args.pair_source != "self_play":
+        return 0
+    micro = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = max(1, args.steps_per_generation // args.generation_interval)
+    return int(micro * steps * args.num_generations)
+
+
+def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> Memory:
+    parts = model_memory(roles, args, strategy)
+    gradients = parts.pop("gradients", 0)
+    lasting = sum(parts.values())
+    twin, gathered = twin_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
+    learning = passes.learning
+    beside = gradients - learning.most["gradients"]
+    phases = {"learning": lasting + gathered + learning.bytes + beside}
+    phases["optimizer"] = lasting + gradients + optimizer_scratch(roles.trained, args, strategy, on_gpu=on_gpu)
+    passing = {
+        "gradients": gradients,
+        "activations": learning.most["activations"],
+        "logits and working space": learning.most["logits"] + learning.most["working"],
+    }
+    if passes.reference is not None:
+        # It scores a micro-batch before the policy learns from it; only earlier micro-batches have left gradients.
+        earlier = gradients if args.gradient_accumulation_steps > 1 else 0
+        phases["reference"] = lasting + twin + passes.reference.bytes + earlier
+    if passes.prefill is not None:
+        phases["generation"] = lasting + twin + max(passes.prefill.bytes, passes.cache)
+        passing["keys and values of generation"] = passes.cache
+    if gathered:
+        passing["weights gathered to learn"] = gathered
+    if twin and ("reference" in phases or "generation" in phases):
+        passing["weights gathered for opponent and reference"] = twin
+    return Memory(parts, passing, phases)
+
+
+def _seconds(
+    passes: Passes,
+    roles: Roles,
+    args: SAPOConfig,
+    device: Device,
+    strategy: Strategy,
+    lengths: Lengths,
+    pairs: int,
+    memory: Memory,
+) -> dict[str, float]:
+    number = args.per_device_train_batch_size * args.gradient_accumulation_steps / pairs
+    seconds = {}
+    if passes.prefill is not None and passes.token is not None:
+        rows = _rows(args)
+        calls = -(-rows // (args.generation_batch_size or rows))
+        steps = max(args.steps_per_generation, args.generation_interval)
+        one = trace_seconds(passes.prefill, device) + lengths.segment * trace_seconds(passes.token, device)
+        seconds["generation"] = calls * one / steps
+    if passes.reference is not None:
+        seconds["reference"] = number * trace_seconds(passes.reference, device)
+    seconds["policy, forward and backward"] = number * trace_seconds(passes.learning, device)
+    states = memory.lasting.get("optimizer", 0)
+    trained = sum(weight.numel() * weight.element_size() for weight in roles.trained)
+    trained //= strategy.processes if strategy.shards_gradients else 1
+    followed = sum(size for name, size in memory.lasting.items() if name.startswith("opponent"))
+    # Weights, gradients and states are read and the first and last written; the average reads itself and the policy.
+    seconds["optimizer and moving average"] = (3 * trained + 2 * states + 3 * followed) / device.bandwidth
+    if strategy.processes > 1:
+        seconds["communication"] = _communication(
+            passes, roles, args, device, strategy, number, seconds["policy, forward and backward"]
+        )
+    return seconds
+
+
+def trace_seconds(trace: Trace, device: Device) -> float:
+    """Each operation takes what its arithmetic or its traffic with memory takes, whichever is more, and its start."""
+    computing = sum(
+        max(work.flops / (device.half_rate if work.width == 2 else device.float_rate), work.moved / device.bandwidth)
+        for work in trace.work
+    )
+    starting = len(trace.work) * device.launch
+    return max(computing, starting) if device.overlaps else computing + starting
+
+
+def _communication(
+    passes: Passes, roles: Roles, args: SAPOConfig, device: Device, strategy: Strategy, number: float, computing: float
+) -> float:
+    """Seconds that are not hidden behind the policy's computation; the ring's share of each device."""
+    share = (strategy.processes - 1) / strategy.processes
+    width = 2 if args.bf16 or args.fp16 else 4
+    trained = sum(weight.numel() for weight in roles.trained)
+    everything = sum(weight.numel() for weight in roles.policy.parameters())
+    if strategy.shards_weights:
+        # Gathered forwards and backwards; gradients scattered once in each pass, with FSDP2 in the last.
+        scattered = number if strategy.name == "zero3" else 1
+        hidden = (2 * number * everything + scattered * trained) * width
+        steps = max(args.steps_per_generation, args.generation_interval)
+        calls = args.gradient_accumulation_steps if passes.reference is not None else 0
+        calls += 1 / steps if passes.prefill is not None else 0
+        shown = calls * everything * width
+    else:
+        hidden, shown = 2 * trained * (width if strategy.name == "zero2" else 4), 0.0
+    return share * shown / device.link + max(0.0, share * hidden / device.link - computing)

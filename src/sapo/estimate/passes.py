@@ -1,0 +1,283 @@
+"""The parts of a step, each run without data: learning, reference, prompt and one token of generation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sapo.batches import Layout, PairBatch, collate_pairs
+from sapo.config import HAS_ACTIVATION_CHECKPOINTING, SAPOConfig
+from sapo.estimate.tracing import Account, Trace
+from sapo.footprint import Roles, Strategy
+from sapo.generation.kv_cache import make_room
+from sapo.pairs import Pair
+from sapo.scoring import head_at, model_inputs, summed_logps
+from sapo.segments import Segment
+from sapo.shared_prefix import use_shared_attention, why_not_shared
+
+_TILE = (4096, 32768)
+"""Positions and vocabulary entries that trl's fused head works on at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of a pair: prompt, what comes before the segment, the segment, what follows it."""
+
+    prompt: int
+    before: int
+    segment: int
+    after: int
+
+    @property
+    def response(self) -> int:
+        """Tokens of the response."""
+        return self.before + self.segment + self.after
+
+    @property
+    def context(self) -> int:
+        """Tokens that the opponent reads."""
+        return self.prompt + self.before
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Traces of one pass each; a None is a part that the run does not have.
+
+    `prefill` and `token` are of all rows that are decoded together; `cache` is the bytes of their keys and values.
+    """
+
+    learning: Trace
+    reference: Trace | None
+    prefill: Trace | None
+    token: Trace | None
+    cache: int
+    layout: Layout
+    why_plain: str | None
+
+
+def trace_passes(
+    roles: Roles,
+    args: SAPOConfig,
+    strategy: Strategy,
+    lengths: Lengths,
+    *,
+    pairs: int,
+    rows: int,
+    fused_lm_head: bool,
+    attention: str | None = None,
+) -> Passes:
+    """Trace the passes of a step.
+
+    Args:
+        roles: on the meta device; the policy's architecture stands for all three.
+        args: layout, precision, checkpointing, objective.
+        strategy: sharded gradients leave the device as they are formed.
+        lengths: of every pair.
+        pairs: in one pass.
+        rows: decoded together; 0 without generation.
+        fused_lm_head: as trl's kernel on CUDA would, in tiles.
+        attention: the implementation that was asked for; flash attention has no shared prefixes.
+    """
+    why = _why_plain(roles.policy, args, attention)
+    layout: Layout = "plain" if why else "shared"
+    # Where it is scored cannot be found without data.
+    laid_out = _batch(lengths, pairs, layout, args)
+    with FakeTensorMode() as mode:
+        policy = _with_storage(roles.policy)
+        if why is None:
+            use_shared_attention(policy)
+        batch = _fake(laid_out, mode)
+        scores = _FusedScores() if fused_lm_head else summed_logps
+        learning = _learning(policy, batch, args, strategy, scores)
+        reference = prefill = token = None
+        cache = 0
+        policy.eval()
+        if args.objective == "dpo" and args.reference != "none":
+            with _account(policy) as account, torch.no_grad(), _autocast(args):
+                scores(policy, batch)
+            reference = account.trace
+        if rows:
+            prefill, token, cache = _generation(policy, lengths, rows)
+    return Passes(learning, reference, prefill, token, cache, layout, why)
+
+
+def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> str | None:
+    if args.layout == "plain" or args.nll_positions == "all":
+        return "layout=plain" if args.layout == "plain" else "nll_positions=all"
+    if attention is not None and attention not in ("sdpa", "flex_attention"):
+        return f"attn_implementation is {attention}"
+    return why_not_shared(policy)
+
+
+def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
+    policy.train()
+    if args.gradient_checkpointing:
+        # As transformers does by default; and random state does not matter without data.
+        options = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
+        inner: Any = policy
+        if HAS_ACTIVATION_CHECKPOINTING:
+            inner.activation_checkpointing_enable(options)
+        else:
+            inner.gradient_checkpointing_enable(options)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    with _account(policy) as account:
+
+        def arrived(weight: Tensor) -> None:
+            if strategy.shards_gradients:
+                weight.grad = None
+            elif weight.grad is not None:
+                account.call("gradients", weight.grad)
+
+        handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in trained]  # type: ignore[no-untyped-call]
+        # Of several passes, all but the first find gradients there.
+        accumulates = args.gradient_accumulation_steps > 1 or len(batch) < args.per_device_train_batch_size
+        for _ in range(2 if accumulates and not strategy.shards_gradients else 1):
+            account.making = "activations"
+            account.trace.work.clear()
+            with _autocast(args):
+                sums, _ = scores(policy, batch)
+                loss = sums.sum()
+            account.making = "working"
+            loss.backward()
+            del sums, loss
+        for handle in handles:
+            handle.remove()
+    for weight in trained:
+        weight.grad = None
+    return account.trace
+
+
+def _generation(policy: Any, lengths: Lengths, rows: int) -> tuple[Trace, Trace, int]:
+    ids = torch.zeros(rows, lengths.context, dtype=torch.long)
+    attended = torch.ones(rows, lengths.context + lengths.segment, dtype=torch.long)
+    positions = torch.arange(lengths.context).expand(rows, -1)
+
+    def step(ids: Tensor, positions: Tensor, length: int, cache: Any) -> Any:
+        return policy(
+            input_ids=ids,
+            attention_mask=attended[:, :length],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+
+    with torch.no_grad():
+        with _account(policy) as first:
+            cache = step(ids, positions, lengths.context, None).past_key_values
+        make_room(cache, lengths.segment)
+        held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        # The first token makes room for those to come, so both are counted with the larger cache.
+        with _account(policy, held) as token:
+            step(ids[:, :1], positions[:, -1:] + 1, lengths.context + 1, cache)
+        size = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
+    return first.trace, token.trace, size
+
+
+class _FusedScores:
+    """Stands for `summed_logps` with trl's fused head: logits in tiles, gradients of the head in float32."""
+
+    def __call__(self, model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = inner.get_output_embeddings()
+        inner.set_output_embeddings(nn.Identity())
+        try:
+            with head_at(inner, batch.places):
+                hidden = model(**model_inputs(model, batch), use_cache=False).logits[0]
+        finally:
+            inner.set_output_embeddings(head)
+        weight = head.base_layer.weight if hasattr(head, "base_layer") else head.weight
+        logps = _Tiled.apply(hidden, weight)  # type: ignore[no-untyped-call]
+        owners = batch.owners.flatten()[batch.places]
+        return torch.zeros(batch.sums, dtype=logps.dtype).index_add(0, owners, logps), batch.lengths
+
+
+class _Tiled(torch.autograd.Function):
+    """The products and buffers of trl.kernels.chunked_logprob, without its arithmetic between."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return _tiles(hidden, weight, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        _tiles(hidden, weight, of_hidden, of_weight)
+        return of_hidden.to(hidden.dtype), None if of_weight is None else of_weight.to(weight.dtype)
+
+
+def _tiles(hidden: Tensor, weight: Tensor, of_hidden: Tensor | None, of_weight: Tensor | None) -> Tensor:
+    positions, entries = _TILE
+    buffer = hidden.new_empty(min(len(hidden), positions), entries)
+    for first in range(0, len(hidden), positions):
+        part = hidden[first : first + positions]
+        for start in range(0, len(weight), entries):
+            rows = weight[start : start + entries].to(hidden.dtype)
+            tile = buffer[: len(part), : len(rows)]
+            torch.mm(part, rows.t(), out=tile)
+            tile.mul_(1.0)
+            if of_hidden is not None:
+                torch.mm(tile, rows)
+            if of_weight is not None:
+                torch.mm(tile.t(), part)
+    return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+def _batch(lengths: Lengths, pairs: int, layout: Layout, args: SAPOConfig) -> PairBatch:
+    whole = (1,) * lengths.response
+    segment = Segment(lengths.before, lengths.before + lengths.segment)
+    after = 0 if args.suffix == "drop" else lengths.after
+    rejected = (1,) * (lengths.before + lengths.segment + after)
+    pair = Pair(0, 0, (1,) * lengths.prompt, whole, rejected, segment, segment)
+    return collate_pairs(
+        [pair] * pairs,
+        pad_token_id=0,
+        suffix=args.suffix,
+        layout=layout,
+        score_shared=args.scores_shared,
+        all_positions=args.nll_positions == "all",
+    )
+
+
+def _fake(batch: PairBatch, mode: FakeTensorMode) -> PairBatch:
+    tensors: dict[str, Any] = {
+        field.name: mode.from_tensor(value)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **tensors)
+
+
+def _with_storage(module: Any) -> Any:
+    """The same module, its meta tensors replaced by fake ones; inside a FakeTensorMode."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def _account(model: Any, more: Any = ()) -> Iterator[Account]:
+    account = Account([*model.parameters(), *model.buffers(), *more], model.config.get_text_config().vocab_size)
+    with account:
+        yield account
+
+
+def _autocast(args: SAPOConfig) -> torch.autocast:
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    # Copies of weights are kept for the backward pass as it is; kept twice, they would outlive the trace.
+    return torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16), cache_enabled=False)

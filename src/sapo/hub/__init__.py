@@ -1,0 +1,1 @@
+"""What leaves this machine when a run is pushed: a model card, a picture of the curves, and the models."""

@@ -1,0 +1,178 @@
+"""The model card of a run, in the hub's format: what it is, what it was made of, how it went, how to use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo._version import __version__
+from sapo.errors import ConfigurationError
+from sapo.hub.curves import curves_svg
+from sapo.report.run_data import RunData, read_run
+from sapo.report.summary import sentences, warnings
+from sapo.run_folder import RECIPE_FILE
+
+CURVES_FILE = "curves.svg"
+EVALUATION_FILES = ("results.json", "evaluation/results.json")
+"""Where in a run folder evaluations are looked for."""
+_PRIVATE = ("output_dir", "logging_dir", "hub_token")
+_CITATION = """@article{yin2024selfaugmented,
+  title = {Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment},
+  author = {Yin, Yueqin and Wang, Zhendong and Xie, Yujia and Chen, Weizhu and Zhou, Mingyuan},
+  journal = {arXiv preprint arXiv:2405.20830},
+  year = {2024}
+}"""
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write README.md and curves.svg into a run folder.
+
+    Args:
+        folder: of a run that has ended.
+        name: what the card calls the model, and where it says that it is loaded from.
+
+    Raises:
+        ConfigurationError: `folder` holds no run.
+    """
+    run = read_run(folder)
+    picture = bool(run.train)
+    if picture:
+        _write(folder / CURVES_FILE, curves_svg(run))
+    _write(folder / "README.md", card(run, name, picture=picture))
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def card(run: RunData, name: str, *, picture: bool) -> str:
+    """The text of the card.
+
+    Args:
+        run: what was trained.
+        name: see `write_card`.
+        picture: whether curves.svg lies beside it.
+    """
+    recipe = _recipe(run)
+    base = str(recipe.get("model_name_or_path") or run.facts.get("model") or "unknown")
+    data = _data(recipe)
+    adapter = bool(run.facts.get("adapter"))
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sapo"],
+    }
+    if not _is_local(base):
+        front["base_model"] = base
+    hub_data = [one for one in data if not _is_local(one)]
+    if hub_data:
+        front["datasets"] = hub_data
+    load, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
+    shown = {key: _short(value) for key, value in recipe.items() if key not in _PRIVATE}
+    rows = run.facts.get("training_rows")
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
+        f"# {name.split('/')[-1]}",
+        f"`{_short(base)}` aligned by Self-Augmented Preference Optimization "
+        f"([arXiv 2405.20830](https://arxiv.org/abs/2405.20830)). {_source(run)}",
+        "## Use",
+        f"```python\nfrom {package} import {load}\nfrom transformers import AutoTokenizer\n\n"
+        f'model = {load}.from_pretrained("{name}")\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n```',
+        "## Data",
+        f"{', '.join(f'`{_short(one)}`' for one in data) or 'Not recorded'}{f': {rows:,} rows' if rows else ''}.",
+        "## How the training went",
+        " ".join(_short_words(text, base) for text in sentences(run)),
+    ]
+    found = warnings(run)
+    if found:
+        sections.append("\n".join(f"- **{warn.title}.** {warn.text}" for warn in found))
+    if picture:
+        sections.append(f"![Training curves]({CURVES_FILE})")
+    table = _evaluation(run)
+    if table:
+        sections += ["## Evaluation", table]
+    sections += [
+        "## Options that differ from the defaults",
+        f"```yaml\n{yaml.safe_dump(shown, sort_keys=True, allow_unicode=True)}```",
+        f"sapo-llm {__version__}, "
+        + ", ".join(f"{k} {v}" for k, v in run.facts.get("packages", {}).items() if k != "sapo-llm"),
+        "## Citation",
+        f"```bibtex\n{_CITATION}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _recipe(run: RunData) -> dict[str, Any]:
+    file = run.path / RECIPE_FILE
+    if file.is_file():
+        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return found
+    return {option.name: option.value for option in run.options if option.differs}
+
+
+def _data(recipe: dict[str, Any]) -> list[str]:
+    members = recipe.get("datasets") or []
+    return [str(member["path"]) for member in members] or [str(recipe[k]) for k in ("dataset_name",) if k in recipe]
+
+
+def _source(run: RunData) -> str:
+    options = {option.name: option.value for option in run.options}
+    if options.get("pair_source") == "paired":
+        return "It learnt from a preference dataset."
+    return "The rejected responses were written by a moving average of the model itself; no preference data were used."
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def _short(value: Any) -> Any:
+    """A path of this machine without its folders."""
+    if isinstance(value, str) and "/" in value and _is_local(value):
+        return Path(value).name
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _short(one) for key, one in value.items()}
+    return value
+
+
+def _short_words(text: str, base: str) -> str:
+    return text.replace(base, str(_short(base)))
+
+
+def _evaluation(run: RunData) -> str:
+    """Results of `sapo evaluate` in the run folder, and the last evaluation of the training."""
+    rows: list[tuple[str, str, str]] = []
+    for file in (run.path / name for name in EVALUATION_FILES):
+        if not file.is_file():
+            continue
+        try:
+            suites = json.loads(file.read_text(encoding="utf-8"))["suites"]
+            for suite, found in suites.items():
+                for model, result in found["models"].items():
+                    rows += [
+                        (f"{suite}: {name}", str(_short(model)), _value(one))
+                        for name, one in result["measures"].items()
+                    ]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigurationError(f"{file}: not results of an evaluation ({error!r}). Move it away.") from error
+    last = run.eval[-1] if run.eval else {}
+    for name, value in last.items():
+        if name.startswith("eval_") and not name.endswith(("runtime", "second")) and isinstance(value, float):
+            rows.append((f"fixed pairs of the training: {name.removeprefix('eval_')}", "policy", f"{value:.4g}"))
+    if not rows:
+        return ""
+    return "\n".join(
+        ["| measure | model | value |", "| --- | --- | --- |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    )
+
+
+def _value(estimate: dict[str, Any]) -> str:
+    spread = estimate.get("stderr")
+    return f"{estimate['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")

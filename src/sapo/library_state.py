@@ -1,0 +1,140 @@
+"""What transformers, torch and DeepSpeed keep in a checkpoint, read without running any of it.
+
+Three of their formats are pickles: torch's own files, the index of a distributed FSDP2 checkpoint, and DeepSpeed's
+files. torch's are read as weights only, which torch is made to do for DeepSpeed's too; the index is looked through
+before torch reads it. So a checkpoint from somebody else may be wrong, but it cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle  # only to look through one, see `_Inspector`
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from sapo.errors import CheckpointError, brief
+
+INDEX_FILE = ".metadata"
+"""Of a distributed FSDP2 checkpoint."""
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+_INDEX_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath"},
+}
+"""Plain records, and nothing that acts."""
+
+
+class _Inspector(pickle.Unpickler):
+    """Builds nothing but the plain records of which torch's index consists."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class, if it is one of those records.
+
+        Raises:
+            pickle.UnpicklingError: it is anything else.
+        """
+        if name in _INDEX_RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """While a library reads from a checkpoint: no pickle runs, and what cannot be read is told in one line.
+
+    Raises:
+        CheckpointError: what is wrong with a part that its library cannot use.
+    """
+    earlier = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_records()):
+            yield
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{folder}: a part of it cannot be used ({type(error).__name__}: {brief(error)}). Resume from another "
+            "checkpoint."
+        ) from error
+    finally:
+        if earlier is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = earlier
+
+
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What the libraries raise on a file that is not what they wrote: nearly everything."""
+
+
+def _deepspeed_records() -> list[Any]:
+    """Plain records of DeepSpeed that its files hold beside tensors."""
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def inspect(folder: Path) -> TrainerState:
+    """Look through what a library will read before it does; the state of Trainer in the checkpoint.
+
+    Raises:
+        CheckpointError: a reference to code, or to a file outside the folder.
+    """
+    with reading(folder):
+        for index in folder.rglob(INDEX_FILE):
+            content = _Inspector(io.BytesIO(index.read_bytes())).load()
+            for place in content.storage_data.values():
+                _check_name(index, place.relative_path)
+        latest = folder / "latest"
+        if latest.is_file():
+            # DeepSpeed goes to the folder of this name.
+            _check_name(latest, latest.read_text(encoding="utf-8").strip())
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if not isinstance(state.global_step, int) or state.global_step < 0:
+            raise ValueError(f"{TRAINER_STATE_NAME}: global_step is {state.global_step!r}")
+        return state
+
+
+def _check_name(file: Path, name: str) -> None:
+    if Path(name).name != name:
+        raise CheckpointError(f"{file}: points to {name!r}, outside its folder. Do not use this checkpoint.")

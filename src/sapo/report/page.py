@@ -1,0 +1,119 @@
+"""report.html: one file that holds its data, its style and its script, and asks nothing of a network.
+
+Everything that a model or a data set wrote goes into one block of JSON, in which "<" is escaped, and the script puts
+it on the page as text alone. A content security policy allows that one script and nothing else, so that markup which
+got through all the same would still do nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sapo.report.charts import CHARTS, thin
+from sapo.report.pair_texts import BUDGET, pack
+from sapo.report.run_data import RunData, read_run
+from sapo.report.summary import figures, sentences, warnings
+
+_SCRIPTS = ["dom.js", "charts.js", "pairs.js", "tables.js", "main.js"]
+
+
+def write_report(file: Path, runs: Sequence[Path]) -> None:
+    """Write the report of one or several run folders, whole or not at all.
+
+    Raises:
+        ConfigurationError: a folder holds no run.
+    """
+    page = render(report_data(runs), live=False)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(page)
+    partial.replace(file)
+
+
+def report_data(folders: Sequence[Path]) -> dict[str, Any]:
+    """Everything that the page shows, as plain JSON."""
+    runs = [read_run(folder) for folder in folders]
+    names = _names(folders)
+    return {
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "charts": [dataclasses.asdict(chart) for chart in CHARTS],
+        "runs": [_run(run, name, BUDGET // len(runs)) for run, name in zip(runs, names, strict=True)],
+    }
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest names that tell the folders apart: their own, or the whole paths."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _run(run: RunData, name: str, budget: int) -> dict[str, Any]:
+    metrics = [metric for chart in CHARTS for metric in chart.metrics]
+    return {
+        "name": name,
+        "path": str(run.path),
+        "sentences": sentences(run),
+        "figures": [dataclasses.asdict(figure) for figure in figures(run)],
+        "warnings": [dataclasses.asdict(warn) for warn in warnings(run)],
+        "ended": bool(run.end),
+        "train": thin(run.train, [metric for metric in metrics if not metric.startswith("eval_")]),
+        "eval": thin(run.eval, [metric for metric in metrics if metric.startswith("eval_")]),
+        "pairs": pack(run.pairs, budget),
+        "options": [
+            {"name": one.name, "value": one.value, "default": one.default, "help": one.help, "differs": one.differs}
+            for one in run.options
+        ],
+        "facts": run.facts,
+    }
+
+
+def render(data: dict[str, Any], *, live: bool) -> bytes:
+    """The page as UTF-8.
+
+    Args:
+        data: of `report_data`.
+        live: whether the page asks the server that it came from for news.
+    """
+    assets = files("sapo.report") / "assets"
+    style = (assets / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((assets / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    page = (assets / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "policy": "; ".join(
+            [
+                "default-src 'none'",
+                f"script-src '{_digest(script)}'",
+                f"style-src '{_digest(style)}'",
+                "img-src data:",
+                f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}",
+                "base-uri 'none'",
+                "form-action 'none'",
+            ]
+        ),
+        "live": "true" if live else "false",
+        "style": style,
+        "script": script,
+        "data": script_json(data),
+    }
+    # One after the other, the data last: a part that holds another's mark is not searched again.
+    for name, text in parts.items():
+        head, tail = page.split(f"<!--{name}-->", 1)
+        page = head + text + tail
+    return page.encode("utf-8", "replace")
+
+
+def script_json(data: Any) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or opens another."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,99 @@
+"""A live report: a page on this machine alone, made anew when the run has written something."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from sapo.errors import ConfigurationError
+from sapo.report.page import render, report_data, script_json
+from sapo.run_folder import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
+
+HOST = "127.0.0.1"
+
+
+class LiveReport:
+    """The data of a report, read anew when a file of its runs has changed; its `version` tells."""
+
+    def __init__(self, runs: Sequence[Path]) -> None:
+        self._runs = list(runs)
+        self._lock = Lock()
+        self._seen: list[tuple[int, int]] | None = None
+        self._data: dict[str, Any] = {}
+        self._version = 0
+
+    def data(self) -> dict[str, Any]:
+        """What the page shows now.
+
+        Raises:
+            ConfigurationError: a folder holds no run.
+        """
+        with self._lock:
+            seen = [_stamp(run / name) for run in self._runs for name in _FILES]
+            if seen != self._seen:
+                self._version += 1
+                self._data = report_data(self._runs) | {"version": self._version}
+                self._seen = seen
+            return self._data
+
+
+_FILES = (METRICS_FILE, PAIRS_FILE, RUN_FILE, CONFIG_FILE)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (status.st_mtime_ns, status.st_size)
+
+
+def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
+    """A server of the live page on 127.0.0.1, which is not reached from another machine; not yet serving.
+
+    Args:
+        runs: run folders.
+        port: 0 for any that is free.
+
+    Raises:
+        ConfigurationError: a folder holds no run, or the port is taken.
+    """
+    live = LiveReport(runs)
+    live.data()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            _, own = self.connection.getsockname()
+            # A page of another site can have its name lead here; it cannot have its requests name this host.
+            if self.headers.get("Host") not in (f"{HOST}:{own}", f"localhost:{own}"):
+                self.send_error(HTTPStatus.FORBIDDEN)
+            elif self.path == "/":
+                self._answer("text/html; charset=utf-8", render(live.data(), live=True))
+            elif self.path == "/data.json":
+                self._answer("application/json", script_json(live.data()).encode("utf-8", "replace"))
+            else:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+        def _answer(self, kind: str, body: bytes) -> None:
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: the terminal belongs to whoever started the server."""
+
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise ConfigurationError(f"port {port} of {HOST} is not free. Choose another with --port.") from error

@@ -1,0 +1,313 @@
+"""The report in a real browser, opened from its file with the network off."""
+
+import random
+import shutil
+import time
+
+import pytest
+
+from sapo.report.charts import CHARTS
+from sapo.report.page import write_report
+from tests.reports import HOSTILE, kept_pair, write_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install sapo-llm[test]")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A page, and everything that it complained of or asked the network for."""
+
+    def __init__(self, browser, file, **context):
+        self.context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, **context)
+        self.context.set_default_timeout(10_000)
+        self.page = self.context.new_page()
+        self.complaints, self.requests = [], []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        began = time.perf_counter()
+        self.page.goto(file.as_uri())
+        self.page.locator("html[data-ready=true]").wait_for(state="attached")
+        self.seconds = time.perf_counter() - began
+
+    def settle(self):
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def rows(self):
+        return self.page.locator("[role=option]").count()
+
+    def end(self):
+        assert self.complaints == []
+        assert all(url.startswith(("file:", "data:")) for url in self.requests), self.requests
+        self.context.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    pages = []
+
+    def make(*runs, file=None, **context):
+        file = file or runs[0] / "report.html"
+        write_report(file, runs)
+        pages.append(Opened(browser, file, **context))
+        return pages[-1]
+
+    yield make
+    for page in pages:
+        page.end()
+
+
+def test_every_chart_is_drawn_with_a_table_behind_it(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run", evaluations=[(50, 0.6), (100, 0.5)])).page
+    charts = page.locator(".chart")
+    assert charts.count() == len(CHARTS)
+    for index in range(charts.count()):
+        chart = charts.nth(index)
+        drawn = chart.locator("path.line").evaluate_all("paths => paths.map((path) => path.getTotalLength())")
+        assert drawn
+        assert max(drawn) > 100
+    loss = charts.first
+    loss.locator("summary").click()
+    cells = loss.locator("tbody tr").all_inner_texts()
+    assert len(cells) == 100
+    assert cells[49].split("\t")[2] == "0.6"
+
+
+def test_the_summary_and_the_options_are_told_in_words(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run", **{"self_play/chosen_logp_change": lambda step: -step / 2})).page
+    summary = page.locator("#summary").inner_text()
+    assert "some/model (7.24 B parameters) was trained for 100 steps" in summary
+    assert "The chosen responses became less likely" in summary
+    options = page.locator("#options-body")
+    assert "0.25" in options.inner_text()
+    assert "temperature" not in options.inner_text()
+    page.get_by_role("searchbox", name="Find an option").fill("temperature")
+    assert "Sampling temperature of the opponent" in options.inner_text()
+
+
+def test_search_and_filters_leave_what_matches(opened, tmp_path):
+    rng = random.Random(0)
+    pairs = [kept_pair(step, step % 5, rng) for step in range(40)]
+    pairs[7]["rejected"][1] = "A Wholly Different answer"
+    pairs[9]["rejected"] = pairs[9]["chosen"]
+    pairs[9]["identical"] = True
+    shown = opened(write_run(tmp_path / "run", pairs=pairs))
+    page = shown.page
+    assert shown.rows() == 40
+    page.get_by_role("searchbox", name="Search prompts and responses").fill("wholly different")
+    assert shown.rows() == 1
+    assert "A Wholly Different answer" in page.locator(".response.rejected mark").inner_text()
+    assert page.locator(".response.rejected mark del").count() >= 1
+    page.get_by_role("button", name="Clear").click()
+    assert shown.rows() == 40
+    page.get_by_label("First step", exact=True).fill("10")
+    page.get_by_label("Last step", exact=True).fill("19")
+    assert shown.rows() == 10
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_label("Least margin").fill("0.5")
+    assert shown.rows() == sum(pair["margin"] >= 0.5 for pair in pairs)
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_label("only where the rewriting differs").check()
+    assert shown.rows() == 39
+    page.get_by_role("searchbox", name="Search prompts and responses").fill("nowhere to be found")
+    assert shown.rows() == 0
+    assert page.get_by_text("No pair matches.").is_visible()
+
+
+def test_a_prompt_is_followed_through_the_run(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run")).page
+    rows = page.locator(".through tbody tr")
+    assert rows.count() == 5
+    rows.nth(3).get_by_role("button").click()
+    assert page.locator(".detail-head h3").inner_text().startswith("Step 16, row 0")
+    assert page.locator(".through tr[aria-current=true]").count() == 1
+
+
+def test_everything_is_reached_by_keyboard(opened, tmp_path):
+    shown = opened(write_run(tmp_path / "run"))
+    page = shown.page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the summary"
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "pair-search"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.getAttribute('role')") == "listbox"
+    first = page.locator("[aria-selected=true]").get_attribute("id")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("j")
+    second = page.locator("[aria-selected=true]").get_attribute("id")
+    assert second != first
+    assert page.locator("[role=listbox]").get_attribute("aria-activedescendant") == second
+    page.keyboard.press("End")
+    assert page.locator("[role=option]").last.get_attribute("aria-selected") == "true"
+    chart = page.locator(".plot").first
+    chart.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#chart-value").inner_text().startswith("Step 3: training 0.6")
+    page.keyboard.press("+")
+    assert page.locator("#zoom-reset").is_enabled()
+    assert int(page.get_by_label("Last step shown").input_value()) < 60
+    page.keyboard.press("0")
+    assert page.locator("#zoom-reset").is_disabled()
+
+
+def test_dragging_zooms_all_charts(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run")).page
+    box = page.locator(".plot").first.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * 0.5, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=5)
+    page.mouse.up()
+    first = int(page.get_by_label("First step shown").input_value())
+    last = int(page.get_by_label("Last step shown").input_value())
+    assert 35 < first < 60 < last < 90
+    page.locator(".chart").nth(2).locator("summary").click()
+    assert page.locator(".chart").nth(2).locator("tbody tr").count() == last - first + 1
+
+
+def test_smoothing_changes_the_curve_and_not_the_table(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run")).page
+    chart = page.locator(".chart").nth(11)
+    chart.locator("summary").click()
+    before = chart.locator("tbody").inner_text(), chart.locator("path.line:not(.raw)").get_attribute("d")
+    page.locator("#smoothing").fill("0.9")
+    after = chart.locator("tbody").inner_text(), chart.locator("path.line:not(.raw)").get_attribute("d")
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_hostile_text_is_inert_wherever_it_stands(opened, tmp_path):
+    rng = random.Random(0)
+    pair = kept_pair(1, 0, rng, text=HOSTILE)
+    pair["prompt"] = pair["chosen"][0] = pair["rejected"][0] = HOSTILE
+    folder = write_run(tmp_path / "run", pairs=[pair, pair | {"step": 2}])
+    facts = (folder / "run.json").read_text().replace("some/model", "<img src=x onerror=document.title=1>")
+    (folder / "run.json").write_text(facts)
+    page = opened(folder).page
+    page.wait_for_timeout(200)
+    assert page.title() == "run \u2013 SAPO report"
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 2
+    assert HOSTILE in page.locator("pre.prompt").text_content()
+    assert HOSTILE in page.locator(".response.rejected mark").text_content()
+
+
+def test_several_runs_are_overlaid_and_can_be_hidden(opened, tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("one", "two", "three")]
+    page = opened(*runs, file=tmp_path / "all.html").page
+    loss = page.locator(".chart").first
+    assert loss.locator("path.line:not(.raw)").count() == 3
+    page.locator("#run-switches").get_by_label("two").uncheck()
+    assert loss.locator("path.line:not(.raw)").count() == 2
+    assert page.locator("#summary article").count() == 3
+    page.get_by_label("Of run").select_option(label="three")
+    assert page.locator("[role=option]").count() == 20
+
+
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_a_narrow_page_does_not_scroll_sideways(width, opened, tmp_path):
+    shown = opened(write_run(tmp_path / "run"))
+    shown.page.set_viewport_size({"width": width, "height": 800})
+    shown.settle()
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(scheme, opened, tmp_path):
+    """WCAG's contrast of 4.5 between every text and the ground that it stands on."""
+    page = opened(
+        write_run(tmp_path / "run", **{"self_play/chosen_logp_change": lambda step: -step / 2}), color_scheme=scheme
+    ).page
+    poor = page.evaluate(
+        """() => {
+        const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+        const light = ([r, g, b]) => {
+          const part = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+          return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+        };
+        const ground = (element) => {
+          for (let at = element; at; at = at.parentElement) {
+            const colour = getComputedStyle(at).backgroundColor;
+            const parts = rgb(colour);
+            if (colour.startsWith("rgb") && (parts.length < 4 || parts[3] === 1)) return parts;
+          }
+          return [255, 255, 255];
+        };
+        const poor = [];
+        for (const element of document.querySelectorAll("main *, header *, footer *")) {
+          if (![...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
+          if (element.closest("select, .unseen, :disabled") || !element.getClientRects().length) continue;
+          const style = getComputedStyle(element);
+          const [a, b] = [light(rgb(element.closest("svg") ? style.fill : style.color)), light(ground(element))];
+          const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+          if (contrast < 4.5) poor.push(`${contrast.toFixed(2)} ${element.className} ${element.textContent}`);
+        }
+        return poor;
+      }"""
+    )
+    assert poor == []
+
+
+def test_every_control_has_a_name(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run")).page
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("input, select, button, [role=group], [role=listbox], [role=region]")]
+        .filter((e) => !(e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || e.closest("label") ||
+                         e.textContent.trim())).map((e) => e.outerHTML.slice(0, 80))"""
+    )
+    assert nameless == []
+    headings = page.locator("h2").all_inner_texts()
+    assert headings == ["Summary", "Curves", "Pairs", "Options", "Environment"]
+
+
+def test_a_run_that_has_logged_nothing_yet_opens(opened, tmp_path):
+    folder = write_run(tmp_path / "run", pairs=[])
+    (folder / "metrics.jsonl").write_text("")
+    page = opened(folder).page
+    assert page.get_by_text("Nothing has been logged yet.").is_visible()
+    assert page.get_by_text("No pairs were kept").is_visible()
+
+
+def test_ten_thousand_steps_open_in_under_two_seconds(opened, tmp_path):
+    rng = random.Random(0)
+    pairs = [kept_pair(50 * i, i % 150, rng, words=500) for i in range(200)]
+    shown = opened(write_run(tmp_path / "run", steps=10_000, pairs=pairs))
+    assert shown.page.locator("path.line").count() > 15
+    assert shown.seconds < 2
+
+
+def test_a_live_page_shows_what_the_run_writes(browser, tmp_path):
+    import threading
+
+    from sapo.report.serve import make_server
+
+    run = write_run(tmp_path / "run", steps=5)
+    with make_server([run], 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        context = browser.new_context()
+        page = context.new_page()
+        complaints = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        page.get_by_role("searchbox", name="Search prompts and responses").fill("lorem")
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 6, "loss": 0.125}\n')
+        loss = page.locator(".chart").first
+        playwright.expect(loss.locator(".value").first).to_have_text("0.125", timeout=8000)
+        assert page.get_by_role("searchbox", name="Search prompts and responses").input_value() == "lorem"
+        context.close()
+        server.shutdown()
+        thread.join()
+    assert complaints == []

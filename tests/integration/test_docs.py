@@ -1,0 +1,127 @@
+"""What the documentation tells people to type works, with a tiny model in the place of theirs."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from sapo.cli import main
+from sapo.demo.run import ARMS
+from tests.integration.test_readme import ROOT, SMALL, interrupted, newcomer  # noqa: F401
+from tests.reports import write_run
+
+DOCS = ROOT / "docs"
+PAGES = [DOCS / name for name in ("index.md", "tutorial.md")] + sorted((DOCS / "guides").glob("*.md"))
+SHELL = {
+    "make install": "what the tests run in was made by it",
+    "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
+    "pip install": "installs an extra",
+    "trackio show": "serves a page until it is stopped",
+    "sapo train --config recipes/guarded-dpo.yaml --report_to trackio": "test_tracking.py, where trackio is",
+    "sapo train --config recipes/guarded-dpo.yaml --push_to_hub": "test_hub.py, against a hub that is not there",
+}
+"""Commands in `bash` blocks: not run here, and why."""
+
+
+def blocks(page, kind):
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = "".join(block for name, block in found if name == kind).replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def sized(command):
+    """The same command, small enough for a test."""
+    arguments = shlex.split(command)
+    name = arguments[1]
+    if name == "train":
+        given = list(SMALL)
+        if "--resume_from_checkpoint" in arguments:
+            # One step more than the run before.
+            return [*arguments[1:], "--max_steps", "2", "--use_cpu"]
+        if "recipes/lora-dpo.yaml" in arguments:
+            given += ["--bf16", "false", "--dtype", "float32", "--lora_r", "2"]
+        return [*arguments[1:], *given, "--gradient_accumulation_steps", "1", "--overwrite_output_dir"]
+    return [*arguments[1:], *{"data": ["--max_length", "32"], "demo": ["--max_steps", "2"]}.get(name, [])]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(page, newcomer, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
+    commands = [command for command in blocks(page, "") if command.startswith("sapo ")]
+    if any("runs/demo" in command for command in commands):
+        # As the demo leaves them, which tests/integration/test_demo.py runs.
+        for arm in ARMS:
+            write_run(newcomer / "runs/demo" / re.sub(r"\W+", "-", arm.lower()).strip("-"), steps=4)
+    if page.parent == DOCS / "guides" and any("runs/mine" in command for command in commands):
+        # Guides take the tutorial's run for granted.
+        for name, more in (("mine", []), ("lora", ["--use_peft", "--lora_r", "2"])):
+            mine = (
+                "sapo train --config recipes/guarded-dpo.yaml --model_name_or_path my-sft-model --dataset_name my.jsonl"
+            )
+            assert main([*sized(mine), "--output_dir", f"runs/{name}", *more]) == 0
+    for command in commands:
+        if command.startswith("sapo demo"):
+            continue
+        assert main(sized(command)) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+def test_every_other_command_is_accounted_for():
+    for page in PAGES:
+        for command in blocks(page, "bash"):
+            assert any(command.startswith(known) for known in SHELL), f"{page.name}: {command}"
+
+
+def test_every_option_that_a_page_names_exists():
+    import dataclasses
+
+    from trl import ModelConfig
+
+    from sapo.arguments import DataArguments
+    from sapo.config import SAPOConfig
+
+    known = {field.name for kind in (SAPOConfig, ModelConfig, DataArguments) for field in dataclasses.fields(kind)}
+    chat = {"prompt", "max_new_tokens", "temperature", "plain", "output", "serve", "port", "quiet"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"--(\w+)", " ".join([*blocks(page, ""), *blocks(page, "bash")])):
+            assert name in known | chat | {"project", "config"}, f"{page.name}: --{name}"
+        for name in re.findall(r"`(\w+): [^`]+`", text):
+            assert name in known | {"README.md"}, f"{page.name}: {name}"
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys):
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    scope = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
+    out = capsys.readouterr().out
+    assert "rejected " in out
+    assert (Path(scope["output"]) / "report.html").is_file()
+    assert scope["metrics"][-1]["step"] == 40
+
+
+def test_the_site_builds_and_has_every_option(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs mkdocs: make docs")
+    import subprocess
+
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from sapo.config import SAPOConfig
+
+    page = (site / "configuration/index.html").read_text()
+    own = {f.name for f in dataclasses.fields(SAPOConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    missing = [name for name in own if f"<code>{name}</code>" not in page]
+    assert missing == []

@@ -1,0 +1,263 @@
+"""Laws of self-play in rounds (SPIN), and of `sapo generate`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sapo.iterations
+import sapo.trainer
+import sapo.written_pairs  # noqa: F401
+from sapo.cli import main
+from sapo.data import load_rows
+from tests.tiny import tiny_llama, tiny_rows
+
+ITERATIONS = 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture(scope="module")
+def model(base, tokenizer):
+    folder = base / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(base):
+    file = base / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(12)))
+    return file
+
+
+def pairs_flags(model, data):
+    return [
+        "--model_name_or_path", str(model), "--dataset_name", str(data), "--max_length", "32",
+        "--segment_length", "none", "--use_cpu", "--gradient_checkpointing", "false",
+    ]  # fmt: skip
+
+
+def spin(model, data, out, *more):
+    return [
+        "train", *pairs_flags(model, data), "--output_dir", str(out), "--ema_decay", "1", "--num_iterations",
+        str(ITERATIONS), "--mix_previous_iteration", "true", "--max_steps", "4", "--save_steps", "2",
+        "--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--logging_steps", "1",
+        "--log_pairs_steps", "0", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def outcome(root):
+    """All that later iterations depend on: policies, pairs, metrics that are not times."""
+    found = {}
+    for number in range(ITERATIONS):
+        folder = root / f"iteration-{number}"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept = ("loss", "rewards/margins", "logps/chosen", "self_play/chosen_logp_change")
+        found[number] = (
+            pyarrow.parquet.read_table(folder / "pairs.parquet").to_pydict(),
+            [[row.get(name) for name in ("step", *kept)] for row in rows if "loss" in row],
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, base):
+    out = base / "whole"
+    assert main(spin(model, data, out)) == 0
+    return out
+
+
+def test_opponent_and_reference_of_an_iteration_are_the_policy_of_the_one_before(whole, model, data, tmp_path):
+    for number in range(ITERATIONS):
+        before = whole / f"iteration-{number - 1}" if number else model
+        folder = whole / f"iteration-{number}"
+        assert same(load_file(folder / "checkpoint-4" / "reference.safetensors"), dict(tiny_like(before)))
+        if number == 0:
+            # Iteration k writes with the seeds of epoch k, the command with those of epoch 0.
+            file = tmp_path / "again.parquet"
+            assert main(["generate", *pairs_flags(before, data), "--output_file", str(file)]) == 0
+            ours, theirs = (pyarrow.parquet.read_table(f).to_pydict() for f in (folder / "pairs.parquet", file))
+            assert ours == theirs
+        assert not same(tensors(folder), dict(tiny_like(before)))
+    # A policy written over changes what the next iteration's pairs would be: they do come from it.
+    facts = [json.loads(pyarrow.parquet.read_schema(f).metadata[b"sapo_facts"]) for f in whole.glob("*/pairs.parquet")]
+    assert len({fact["model"] for fact in facts}) == ITERATIONS
+
+
+def tiny_like(folder):
+    model = tiny_llama()
+    model.load_state_dict(tensors(folder), strict=False)
+    return model.named_parameters()
+
+
+def test_each_iteration_is_an_ordinary_run(whole):
+    for number in range(ITERATIONS):
+        folder = whole / f"iteration-{number}"
+        present = {file.name for file in folder.iterdir()}
+        assert {"model.safetensors", "tokenizer.json", "metrics.jsonl", "recipe.yaml", "pairs.parquet"} <= present
+        assert "pairs.parquet.parts" not in present
+        # Mixed with the pairs of the iteration before.
+        assert ("datasets:" in (folder / "recipe.yaml").read_text()) == (number > 0)
+
+
+class Killed(BaseException):
+    """As if the process were gone: nothing that handles errors may run into it."""
+
+
+PLACES = {
+    "while pairs are written": ("sapo.written_pairs._table", 3),
+    "between parts and their file": ("sapo.written_pairs.PairWriter.join", 1),
+    "while a policy trains": ("sapo.trainer.SAPOTrainer.after_optimizer_step", 7),
+    "before an iteration is marked as done": ("sapo.iterations.asdict", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sapo.generate.ROWS_A_PART", 5)
+    name, at = PLACES[place]
+    module, _, function = name.rpartition(".")
+    owner = sys.modules.get(module) or getattr(sys.modules[module.rpartition(".")[0]], module.rpartition(".")[2])
+    original, count = getattr(owner, function), 0
+
+    def dying(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise Killed
+        return original(*args, **kwargs)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, dying)
+        with pytest.raises(Killed):
+            main(spin(model, data, out))
+    assert main(["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
+    assert outcome(out) == outcome(whole)
+    for number in range(ITERATIONS):
+        assert same(tensors(out / f"iteration-{number}"), tensors(whole / f"iteration-{number}"))
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_loop_and_it_goes_on_to_the_same_end(whole, model, data, tmp_path):
+    out = tmp_path / "stopped"
+    steps = ("--max_steps", "4")
+    run = [sys.executable, "-m", "sapo.cli", *spin(model, data, out, *steps)]
+    process = subprocess.Popen(
+        run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "iteration-1" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert "Traceback" not in shown
+    assert main(["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
+    last = f"iteration-{ITERATIONS - 1}"
+    assert same(tensors(out / last), tensors(whole / last))
+
+
+def test_more_iterations_are_added_to_those_that_are_there(model, data, tmp_path, whole):
+    out = tmp_path / "grown"
+    assert main(spin(model, data, out, "--num_iterations", "1")) == 0
+    assert main(spin(model, data, out, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(out) == outcome(whole)
+
+
+def test_adapters_go_on_from_iteration_to_iteration(model, data, tmp_path):
+    out = tmp_path / "lora"
+    lora = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear", "--max_steps", "2")
+    assert main(spin(model, data, out, *lora)) == 0
+    first = load_file(out / "iteration-0" / "adapter_model.safetensors")
+    reference = load_file(out / "iteration-1" / "checkpoint-2" / "reference.safetensors")
+    assert len(first) == len(reference) > 0
+    values = sorted((list(t.shape), t.flatten()[:3].tolist()) for t in first.values())
+    assert values == sorted((list(t.shape), t.flatten()[:3].tolist()) for t in reference.values())
+
+
+def test_written_pairs_are_a_preference_data_set(model, data, tmp_path, tokenizer):
+    file = tmp_path / "pairs.parquet"
+    assert main(["generate", *pairs_flags(model, data), "--output_file", str(file), "--temperature", "1"]) == 0
+    rows = list(load_rows(file))
+    given = tiny_rows(12)
+    assert [row["prompt"] for row in rows] == [given[row["row"]]["prompt"] for row in rows]
+    for row in rows:
+        assert row["chosen"] == given[row["row"]]["chosen"]
+        assert row["chosen"] != row["rejected"]
+        ids = tokenizer(row["rejected"])["input_ids"]
+        assert ids == [token for token in row["rejected_ids"] if token not in tokenizer.all_special_ids]
+    out = ["--output_dir", str(tmp_path / "dpo"), "--pair_source", "paired", "--max_steps", "1", "--report_to", "none"]
+    assert main(["train", *pairs_flags(model, file), *out]) == 0
+
+
+def test_conversations_stay_conversations(tmp_path):
+    from sapo.demo.build import MODEL_FOLDER
+    from sapo.demo.tasks import TRAIN_ROWS
+
+    data = tmp_path / "talks.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TRAIN_ROWS[:6]))
+    file = tmp_path / "pairs.parquet"
+    flags = [*pairs_flags(MODEL_FOLDER, data), "--skip_identical", "false", "--temperature", "1.5"]
+    assert main(["generate", *flags, "--max_length", "64", "--output_file", str(file)]) == 0
+    rows = list(load_rows(file))
+    assert [row["prompt"] for row in rows] == [TRAIN_ROWS[row["row"]]["messages"][:1] for row in rows]
+    assert [row["chosen"] for row in rows] == [TRAIN_ROWS[row["row"]]["messages"][1:] for row in rows]
+    assert all(row["rejected"][0]["role"] == "assistant" for row in rows)
+
+
+def test_a_longer_budget_lets_the_opponent_write_more_than_the_data_did(model, data, tmp_path):
+    lengths = {}
+    for budget in (None, 24):
+        file = tmp_path / f"{budget}.parquet"
+        more = [] if budget is None else ["--max_new_tokens", str(budget)]
+        assert main(["generate", *pairs_flags(model, data), *more, "--output_file", str(file)]) == 0
+        rows = list(load_rows(file))
+        lengths[budget] = max(len(row["rejected_ids"]) - len(row["chosen_ids"]) for row in rows)
+        assert all(len(row["prompt_ids"]) + len(row["rejected_ids"]) <= 32 for row in rows)
+    assert lengths[None] == 0 < lengths[24]
+
+
+def refused(arguments, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    return message
+
+
+def test_what_cannot_be_is_refused_in_one_line(whole, model, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "Set ema_decay to 1" in refused(spin(model, data, out, "--ema_decay", "0.5"), capsys)
+    assert "renewed with the opponent" in refused(spin(model, data, out, "--reference", "opponent"), capsys)
+    assert "Leave one of the two out" in refused(spin(model, data, out, "--pair_source", "paired"), capsys)
+    assert "no iteration to resume" in refused(spin(model, data, out, "--resume_from_checkpoint", "true"), capsys)
+    assert "is not empty" in refused(spin(model, data, whole), capsys)
+    undone = tmp_path / "undone"
+    shutil.copytree(whole, undone)
+    (undone / "iteration-1" / "iteration.json").unlink()
+    changed = spin(model, data, undone, "--resume_from_checkpoint", "true", "--temperature", "0.9")
+    assert "temperature was 0.7, is 0.9" in refused(changed, capsys)
+    assert "output_file is missing" in refused(["generate", *pairs_flags(model, data)], capsys)
+    taken = whole / "iteration-0" / "pairs.parquet"
+    again = ["generate", *pairs_flags(model, data), "--output_file", str(taken)]
+    assert "exists already" in refused(again, capsys)

@@ -1,0 +1,80 @@
+"""Laws of `sapo compare`: what it says is what the runs left."""
+
+import json
+
+import pytest
+
+from sapo.cli import main
+from sapo.compare import read_runs
+from sapo.compare.records import differing_settings
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer):
+    from sapo import SAPOConfig, SAPOTrainer
+    from tests.tiny import tiny_llama, tiny_rows
+
+    folder = tmp_path_factory.mktemp("runs")
+    for name, objective in (("one", "sft"), ("two", "orpo")):
+        args = SAPOConfig(
+            str(folder / name), objective=objective, max_steps=5, logging_steps=2, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, segment_length=4, max_length=32, use_cpu=True, save_strategy="no",
+            gradient_checkpointing=False, disable_tqdm=True, report_to="none",
+        )  # fmt: skip
+        SAPOTrainer(tiny_llama(), args, tiny_rows(), processing_class=tokenizer).train()
+    return folder
+
+
+def test_settings_that_differ_are_named_and_no_others(runs):
+    differing = differing_settings(read_runs([runs / "one", runs / "two"]))
+    assert differing == {"objective": ["sft", "orpo"], "pair_source": ["responses", "self_play"]}
+
+
+def test_the_steps_after_the_last_log_line_are_counted(runs):
+    for record in read_runs([runs / "one", runs / "two"]):
+        cost = record.cost()
+        counted = [row["tokens"] for row in record.rows]
+        assert len(counted) == 3
+        assert cost.tokens == sum(counted)
+        assert cost.steps == 5
+        runtime = next(row["train_runtime"] for row in record.rows if "train_runtime" in row)
+        assert 0 < cost.wall_seconds <= runtime
+        assert cost.peak_mb > 0
+
+
+def test_sft_learns_from_each_token_once_and_pairs_from_more(runs):
+    sft, orpo = read_runs([runs / "one", runs / "two"])
+    assert sft.cost().tokens < orpo.cost().tokens
+
+
+def test_lines_of_an_earlier_start_are_not_counted_twice(runs, tmp_path):
+    lines = (runs / "one" / "metrics.jsonl").read_text().splitlines()
+    again = tmp_path / "again"
+    again.mkdir()
+    # A run that ended at step 5 and went on: the line of its first end stays.
+    later = json.dumps(json.loads(lines[-2]) | {"step": 6})
+    (again / "metrics.jsonl").write_text("\n".join([*lines, later]))
+    [first], [second] = read_runs([runs / "one"]), read_runs([again])
+    last = json.loads(lines[-1])["tokens"]
+    assert second.cost().tokens == first.cost().tokens - last + json.loads(lines[-2])["tokens"]
+
+
+def test_the_command_writes_tables_and_json(runs, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "c.json"), "--markdown", str(tmp_path / "c.md")]
+    assert main(["compare", str(runs / "one"), str(runs / "two"), *files]) == 0
+    shown = capsys.readouterr().out
+    assert "objective" in shown
+    assert "rewards/margins" in shown
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["two"]["cost"]["steps"] == 5
+    assert content["two"]["last"]["loss"] == content["two"]["curves"]["loss"][-1][1]
+    assert "| objective | sft | orpo |" in (tmp_path / "c.md").read_text()
+
+
+def test_what_is_no_run_is_refused_in_one_line(runs, tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "no metrics.jsonl here" in capsys.readouterr().err
+    assert main(["compare", str(runs / "one"), "--metrics", "los"]) == 2
+    assert "no run has los; they have" in capsys.readouterr().err
+    assert main(["compare"]) == 2
+    assert "\n" not in capsys.readouterr().err.strip()

@@ -1,0 +1,278 @@
+"""Laws of the estimate: it runs the step that a run would, and says what would fit."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+from trl import ModelConfig
+
+from sapo import SAPOConfig
+from sapo.cli import main
+from sapo.estimate.advice import changes_that_fit
+from sapo.estimate.command import _FLAGS, make_report
+from sapo.estimate.devices import DEVICES, measure
+from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
+from sapo.estimate.passes import Lengths, trace_passes
+from sapo.estimate.tracing import Account
+from sapo.footprint import Strategy, build_roles
+from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "tests" / "configs" / "llama-3-8b.json"
+LENGTHS = Lengths(prompt=20, before=4, segment=8, after=8)
+
+
+def options(**more):
+    given = {"output_dir": "unused", "use_cpu": True, "report_to": "none", "gradient_checkpointing": False}
+    return SAPOConfig(**given | {"per_device_train_batch_size": 4} | more)
+
+
+def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, **more):
+    args, strategy = options(**more), strategy or Strategy()
+    roles = build_roles(ARCHITECTURES[name], ModelConfig(**(model or {})), args, strategy)
+    return trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
+
+
+def test_the_account_holds_what_lives_and_forgets_what_is_freed():
+    with FakeTensorMode():
+        weight, given = torch.empty(64, 64), torch.empty(10, 64)
+        with Account([weight, given]) as account:
+            first = given @ weight
+            second = first.t() + 1.0
+            del first
+            third = second * 2.0
+            del second, third
+    # Products of 10 x 64 floats, two of them at a time; a transposed view is nothing new.
+    assert account.trace.peak == Counter(activations=2 * 10 * 64 * 4)
+    assert [work.flops for work in account.trace.work] == [2 * 10 * 64 * 64, 0, 0]
+    assert account.trace.work[1].moved == 2 * 10 * 64 * 4
+
+
+def test_products_of_a_pass_are_those_known_by_formula():
+    config = ARCHITECTURES["llama"]
+    found = passes(lengths=Lengths(20, 0, 8, 8))
+    tokens, scored = 4 * (36 + 17), 4 * 2 * 16
+    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
+    layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * config.intermediate_size
+    # Chosen causally, the branch at the prefix and itself.
+    attention = 4 * hidden * (36 * 36 // 2 + 17 * (19 + 17)) * 4
+    products = 2 * tokens * layer * config.num_hidden_layers + 2 * scored * hidden * config.vocab_size
+    forward = products + attention * config.num_hidden_layers
+    assert found.reference.flops == pytest.approx(forward, rel=0.001)
+    backward = 2 * products + 2.5 * attention * config.num_hidden_layers
+    assert found.learning.flops == pytest.approx(forward + backward, rel=0.02)
+
+
+def test_the_traced_pass_is_the_real_one():
+    """The same operations with data: what autograd keeps alive at the worst time is what was foreseen."""
+    from sapo.batches import collate_pairs
+    from sapo.pairs import Pair
+    from sapo.scoring import prepare_shared_layout, summed_logps
+    from sapo.segments import Segment
+    from tests.unit.test_shared_prefix import make
+
+    model = make("mistral, sliding")
+    assert prepare_shared_layout(model) is None
+    pair = Pair(0, 0, (1,) * 20, (1,) * 20, (1,) * 20, Segment(4, 12), Segment(4, 12))
+    batch = collate_pairs([pair] * 4, pad_token_id=0, layout="shared", score_shared=False)
+    with Account([*model.parameters(), *model.buffers()]) as account:
+        summed_logps(model, batch)[0].sum().backward()
+    assert account.trace.bytes == pytest.approx(passes("mistral, sliding").learning.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_each_memory_option_saves_what_it_is_for(lora):
+    model = {"use_peft": True, "lora_target_modules": "all-linear"} if lora else {}
+    long = {"lengths": Lengths(100, 0, 60, 60), "model": model}
+    base = passes(**long).learning.most["activations"]
+    assert passes(gradient_checkpointing=True, **long).learning.most["activations"] < base / 2
+    assert passes(pairs=1, pairs_per_forward=1, **long).learning.most["activations"] < base / 3
+    assert passes(layout="plain", **long).learning.most["activations"] > 1.2 * base
+
+
+def test_the_fused_head_holds_no_logits():
+    long = {"lengths": Lengths(20, 0, 60, 60), "pairs": 4}
+    assert passes(**long).learning.most["logits"] > 0
+    fused = passes(fused=True, **long)
+    assert not fused.learning.most["logits"]
+    # Its backward pass forms the logits again.
+    config = ARCHITECTURES["llama"]
+    again = 2 * 4 * 2 * 120 * config.hidden_size * config.vocab_size
+    assert fused.learning.flops - passes(**long).learning.flops == pytest.approx(again, rel=0.05)
+
+
+def test_sharded_gradients_leave_the_device_as_they_are_formed():
+    assert not passes(strategy=Strategy("fsdp2", 4)).learning.most["gradients"]
+    args = options()
+    trained = build_roles(ARCHITECTURES["llama"], ModelConfig(), args, Strategy()).trained
+    assert passes().learning.most["gradients"] == sum(4 * weight.numel() for weight in trained)
+
+
+def test_keys_and_values_are_counted_with_the_room_for_what_is_written():
+    config = ARCHITECTURES["llama"]
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert passes().cache == 4 * each * (LENGTHS.context + 1 + 128)
+
+
+def test_parts_that_a_run_does_not_have_are_not_estimated():
+    orpo = passes(objective="orpo")
+    assert orpo.reference is None
+    paired = passes(pair_source="paired", rows=0)
+    assert (paired.prefill, paired.token, paired.cache) == (None, None, 0)
+
+
+def test_the_published_likelihood_term_and_flash_attention_take_the_plain_layout():
+    assert passes(objective="orpo", nll_positions="all").why_plain == "nll_positions=all"
+    args = options()
+    roles = build_roles(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
+    given = {"pairs": 4, "rows": 0, "fused_lm_head": False}
+    found = trace_passes(roles, args, Strategy(), LENGTHS, attention="flash_attention_2", **given)
+    assert (found.layout, found.why_plain) == ("plain", "attn_implementation is flash_attention_2")
+
+
+def test_lengths_are_the_longest_and_seconds_those_of_the_middle():
+    args = options(max_length=100, max_prompt_length=60, segment_length=10)
+    most = longest(args)
+    assert most == Lengths(60, 0, 10, 30)
+    assert usual(most, args) == Lengths(60, 13, 10, 17)
+    assert longest(options(max_length=100, segment_length=0.5), 20, 30) == Lengths(20, 0, 15, 15)
+
+
+def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
+    args = options(max_length=64, segment_length=8)
+    given = (ARCHITECTURES["llama"], ModelConfig(), args)
+    lengths = longest(args)
+    slow, fast = (estimate(*given, DEVICES[name], Strategy(), lengths) for name in ("rtx3090", "b200"))
+    trace = passes().learning
+    assert trace_seconds(trace, DEVICES["b200"]) <= trace_seconds(trace, DEVICES["rtx3090"])
+    assert slow.memory.lasting == fast.memory.lasting
+    pooled = estimate(*given[:2], options(max_length=64, segment_length=8, steps_per_generation=4), DEVICES["h100"],
+                      Strategy(), lengths)  # fmt: skip
+    # Many rows a call: starting an operation costs the same for all of them.
+    assert pooled.seconds["generation"] < 0.5 * fast.seconds["generation"]
+
+
+def test_this_machine_can_be_measured():
+    device = measure()
+    assert device.overlaps == torch.cuda.is_available()
+    assert 1e9 < device.float_rate < 1e15
+    assert 1e8 < device.bandwidth < 1e14
+    assert 1e-8 < device.launch < 1e-2
+
+
+def small(tmp_path, **more):
+    ARCHITECTURES["llama"].save_pretrained(tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
+    lengths = {"--max_length": "64", "--segment_length": "8"}
+    return [
+        part for pair in ({"--model_name_or_path": str(tmp_path / "model")} | lengths | more).items() for part in pair
+    ]
+
+
+def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
+    assert main(["estimate", *small(tmp_path), "--profile", "--json", str(tmp_path / "found.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "It fits" in shown
+    assert "threads" in shown
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["fits"]
+    assert max(found["phases"].values()) == found["needed"]
+    assert set(found["seconds"]) == {
+        "generation",
+        "reference",
+        "policy, forward and backward",
+        "optimizer and moving average",
+    }
+
+
+def test_a_published_recipe_is_estimated_without_the_hub():
+    recipe = ROOT / "recipes" / "llama3-8b-dpo.yaml"
+    # A few pairs, so that it takes seconds.
+    more = ["--config", str(recipe), "--per_device_train_batch_size", "2"]
+    asked = {"device": "h200", "number": "8", "strategy": "zero3", "model_config": str(LLAMA)}
+    report = make_report(asked, more)
+    assert report.fits
+    assert report.lengths == Lengths(1792, 0, 256, 0)
+    # Opponent, reference and policy in bfloat16; a float32 copy and RMSprop's state: all over eight.
+    lasting = report.result.memory.lasting
+    assert {name: round(8 * size / 8_030_261_248) for name, size in lasting.items()} == {
+        "policy": 2, "opponent": 2, "reference": 2, "optimizer": 8,
+    }  # fmt: skip
+    assert report.result.memory.passing["weights gathered for opponent and reference"] == 2 * 8_030_261_248
+
+
+def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes():
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
+    args, model_args = options(max_length=256, segment_length=8), ModelConfig()
+    lengths = longest(args)
+    given = (config, model_args, args)
+    needs = estimate(*given, DEVICES["h100"], Strategy(), lengths)
+
+    def changes(memory):
+        device = dataclasses.replace(DEVICES["h100"], memory=memory)
+        return changes_that_fit(*given, device, Strategy(), lengths, needs)
+
+    everything = changes(memory=0)
+    assert [change.flag for change in everything] == [
+        "--gradient_checkpointing true",
+        "--pairs_per_forward 1",
+        "--reference opponent",
+        "--optim adamw_bnb_8bit",
+        "--use_peft --lora_target_modules all-linear",
+        "--load_in_4bit",
+    ]
+    sizes = [needs.needed, *(change.result.needed for change in everything)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [change.flag for change in changes(sizes[2])] == [change.flag for change in everything[:2]]
+    assert changes(sizes[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gpu", "h2000"], "nearest: h200"),
+        (["--gpu"], "--gpu needs a value"),
+        (["--num_gpus", "many"], "whole number"),
+        (["--gpu", "h100", "--accelerate_config", "zero9"], "nearest: zero"),
+        (["--gpu", "h100", "--accelerate_config", "pyproject.toml"], "not a configuration that can be estimated"),
+        (["--model_config", "nowhere.json"], "not a model's configuration"),
+        (["--model_config", "pyproject.toml"], "not a model's configuration"),
+        (["--gpu", "h100", "--max_length", "9999"], "256 positions"),
+    ],
+)
+def test_what_cannot_be_estimated_says_why_in_one_line(more, message, tmp_path, capsys):
+    assert main(["estimate", *small(tmp_path), *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_help_names_every_flag_and_device(capsys):
+    assert main(["estimate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in [*_FLAGS, "--profile", *DEVICES])
+
+
+@pytest.mark.parametrize("name", ["multi_gpu", "zero2", "zero3", "fsdp2", "file"])
+def test_configurations_have_the_names_of_sapo_train(name, tmp_path):
+    shipped = ROOT / "src" / "sapo" / "accelerate_configs" / "fsdp2.yaml"
+    given = name if name != "file" else str(shutil.copy(shipped, tmp_path / "mine.yaml"))
+    report = make_report({"device": "h100", "number": "4", "strategy": given}, small(tmp_path))
+    assert report.strategy == Strategy("fsdp2" if name == "file" else name, 4)
+    assert report.result.seconds["communication"] >= 0
+
+
+def test_memory_of_a_real_run_is_what_was_foreseen(monkeypatch):
+    """Resident memory of a training run in a fork, against the estimate: within 15 %."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("benchmarks.estimate")
+    setting = benchmark.SETTINGS["DPO, one pair a pass"]
+    peak, _ = benchmark.measured(setting)
+    assert benchmark.estimated(setting)[0] == pytest.approx(peak, rel=0.15)

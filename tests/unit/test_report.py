@@ -1,0 +1,230 @@
+import json
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+
+from sapo.cli import main
+from sapo.errors import ConfigurationError
+from sapo.pairs import Pair
+from sapo.report.charts import CHARTS, POINTS, thin
+from sapo.report.page import report_data, script_json, write_report
+from sapo.report.pair_texts import pack, shorten
+from sapo.report.recorder import snapshot_steps, texts_of
+from sapo.report.run_data import read_run
+from sapo.report.serve import make_server
+from sapo.report.summary import sentences, warnings
+from sapo.segments import Segment
+from tests.reports import HOSTILE, kept_pair, write_run
+from tests.tiny import byte_tokenizer
+
+
+def titles(folder):
+    return [warn.title for warn in warnings(read_run(folder))]
+
+
+def data_of(page):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def test_snapshots_are_evenly_spaced_and_bounded():
+    for max_steps in (1, 3, 24, 1000, 10_007):
+        for pairs in (12, 50, 200):
+            steps = snapshot_steps(max_steps, pairs)
+            assert {0, max_steps} <= steps
+            assert 4 * len(steps) + 4 * (len(steps) - 1) <= pairs
+    assert snapshot_steps(240, 200) == set(range(0, 241, 10))
+    assert snapshot_steps(1000, 0) == set()
+
+
+def test_the_parts_of_a_response_join_to_its_text():
+    tokenizer = byte_tokenizer()
+    text = "naïve 🙂 日本語 done"
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    rng = random.Random(1)
+    for _ in range(50):
+        start, stop = sorted(rng.sample(range(len(ids) + 1), 2))
+        pair = Pair(0, 0, ids[:6], ids, ids[::-1], Segment(start, stop), Segment(start, stop))
+        found = texts_of(pair, tokenizer)
+        assert "".join([found["prompt"], *found["chosen"]]) == tokenizer.decode([*ids[:6], *ids])
+
+
+def test_thinning_keeps_every_peak():
+    rows = [{"step": step, "loss": 100.0 if step == 777 else 1.0} for step in range(1, 5001)]
+    series = thin(rows, ["loss", "absent"])
+    assert len(series["steps"]) <= POINTS
+    assert series["steps"][-1] == 5000
+    assert max(series["series"]["loss"]["high"]) == 100.0
+    assert "absent" not in series["series"]
+    short = thin(rows[:POINTS], ["loss"])
+    assert short["series"]["loss"] == {"mean": [1.0] * POINTS}
+
+
+def test_a_value_that_is_not_finite_is_a_gap():
+    rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
+    assert thin(rows, ["loss"])["series"]["loss"]["mean"] == [None, 1.0]
+
+
+def test_each_text_is_kept_once_and_never_cut_in_silence():
+    rng = random.Random(0)
+    pairs = [kept_pair(step, 0, rng, words=400) for step in range(20)]
+    whole = pack(pairs, budget=10**9)
+    assert whole["limit"] is None
+    assert len(whole["texts"]) == len({t for p in pairs for t in (p["prompt"], *p["chosen"], *p["rejected"])})
+    small = pack(pairs, budget=40_000)
+    assert sum(map(len, small["texts"])) < 40_000 + 80 * len(small["texts"])
+    cut = [text for text in small["texts"] if "characters left out" in text]
+    assert cut
+    assert small["limit"] is not None
+    text = "a" * 500 + "b" * 500
+    kept = shorten(text, 100)
+    assert kept.startswith("a" * 50 + "\n[900 characters left out")
+    assert kept.endswith("\n" + "b" * 50)
+
+
+def test_nothing_in_the_data_can_end_its_block():
+    text = script_json({"x": HOSTILE})
+    assert not re.search(r"[<>&]", text)
+    assert json.loads(text) == {"x": HOSTILE}
+
+
+def test_a_page_holds_everything_and_asks_for_nothing(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_report(run / "report.html", [run])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    assert "default-src 'none'" in page
+    assert "connect-src 'none'" in page
+    data = data_of(page)
+    assert data["runs"][0]["name"] == "run"
+    differing = {option["name"]: option["value"] for option in data["runs"][0]["options"] if option["differs"]}
+    assert differing["beta"] == 0.25
+    assert "temperature" not in differing
+    assert not (run / ".report.html.partial").exists()
+
+
+def test_a_long_run_makes_a_small_page(tmp_path):
+    rng = random.Random(0)
+    pairs = [kept_pair(50 * i, i, rng, words=500) for i in range(200)]
+    run = write_run(tmp_path / "run", steps=10_000, pairs=pairs)
+    write_report(run / "report.html", [run])
+    assert (run / "pairs.jsonl").stat().st_size > 1_000_000
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    runs = [write_run(tmp_path / group / "run") for group in "ab"]
+    names = [run["name"] for run in report_data(runs)["runs"]]
+    assert names == [str(run) for run in runs]
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
+    run = write_run(tmp_path / "run", steps=5)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_run(run).train] == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    with pytest.raises(ConfigurationError, match=r"no metrics\.jsonl in it"):
+        read_run(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "Give the output folder of a run" in capsys.readouterr().err
+
+
+def test_the_command_writes_where_it_is_told(tmp_path, capsys):
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    assert main(["report", *map(str, runs), "--output", str(tmp_path / "both.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
+    assert [run["name"] for run in data_of((tmp_path / "both.html").read_text())["runs"]] == ["one", "two"]
+
+
+def test_every_metric_of_a_chart_is_documented():
+    from tests.integration.test_readme import ROOT
+
+    table = (ROOT / "docs/metrics.md").read_text()
+    for chart in CHARTS:
+        for name in chart.metrics:
+            if not name.startswith("eval_"):
+                assert f"`{name}`" in table or name in {"grad_norm", "learning_rate"}, name
+
+
+def test_a_calm_run_gives_no_warning(tmp_path):
+    assert titles(write_run(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize(
+    ("title", "changed"),
+    [
+        ("The chosen responses became less likely", {"self_play/chosen_logp_change": lambda step: -0.2 * step}),
+        ("The opponent writes ever more of the original", {"self_play/identical_fraction": lambda step: step / 100}),
+        ("The rejected responses grow shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
+        ("The rejected responses grow longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
+        ("The pairs have become easy", {"rewards/accuracies": lambda step: 1.0}),
+        ("Steps without a finite loss or gradient", {"bad_step_fraction": lambda step: float(step == 50)}),
+    ],
+)
+def test_what_goes_wrong_is_warned_of(title, changed, tmp_path):
+    assert titles(write_run(tmp_path / "run", **changed)) == [title]
+
+
+def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
+    run = write_run(tmp_path / "run", evaluations=[(20, 0.6), (40, 0.5), (60, 0.7)])
+    assert titles(run) == ["The evaluation loss is past its best"]
+
+
+def test_the_summary_says_where_the_margin_came_from(tmp_path):
+    both = {"rewards/chosen": lambda step: -0.01 * step, "rewards/rejected": lambda step: -0.02 * step}
+    text = " ".join(sentences(read_run(write_run(tmp_path / "sank", **both))))
+    assert "both sank, the rejected responses more" in text
+    assert "some/model (7.24 B parameters) was trained for 100 steps" in text
+    text = " ".join(sentences(read_run(write_run(tmp_path / "apart"))))
+    assert "the chosen responses rose and the rejected ones sank" in text
+
+
+@pytest.fixture
+def served(tmp_path):
+    run = write_run(tmp_path / "run", steps=5)
+    with make_server([run], 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield run, server.server_address
+        server.shutdown()
+        thread.join()
+
+
+def get(address, path="/", **headers):
+    request = urllib.request.Request(f"http://{address[0]}:{address[1]}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_the_live_page_is_for_this_machine_alone_and_follows_the_run(served):
+    run, address = served
+    assert address[0] == "127.0.0.1"
+    assert "connect-src 'self'" in get(address)
+    first = json.loads(get(address, "/data.json"))
+    assert json.loads(get(address, "/data.json"))["version"] == first["version"]
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "loss": 0.25}\n')
+    second = json.loads(get(address, "/data.json"))
+    assert second["version"] > first["version"]
+    assert second["runs"][0]["train"]["steps"][-1] == 6
+
+
+@pytest.mark.parametrize(("path", "host", "status"), [("/", "evil.example", 403), ("/../run.json", None, 404)])
+def test_the_live_page_gives_nothing_else_away(path, host, status, served):
+    headers = {"Host": host} if host else {}
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(served[1], path, **headers)
+    assert error.value.code == status
+    error.value.close()
+
+
+def test_a_port_that_is_taken_is_told(served, tmp_path):
+    with pytest.raises(ConfigurationError, match="is not free"):
+        make_server([served[0]], served[1][1])

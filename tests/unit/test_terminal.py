@@ -1,0 +1,76 @@
+"""What a run shows on a terminal, in a file, and when it is asked to be quiet."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from sapo.pairs import Pair
+from sapo.segments import Segment
+from sapo.terminal.progress import TerminalProgress, pair_table
+from tests.tiny import byte_tokenizer
+
+LOGS = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}
+
+
+def shown(width=40, **options):
+    out = io.StringIO()
+    console = Console(file=out, width=width, **options)
+    tokenizer = byte_tokenizer()
+    ids = tuple(tokenizer.encode("\x1b[2J[red]hi[/red]", add_special_tokens=False))
+    pair = Pair(0, 0, ids, ids, ids, Segment(1, 3), Segment(1, 3))
+    trainer = SimpleNamespace(processing_class=tokenizer, last_pairs=[pair])
+    progress = TerminalProgress(console, trainer, log_pairs_steps=1, pairs=1)
+    state = SimpleNamespace(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2):
+        state.global_step = step
+        progress.on_step_end(None, state, None)
+        progress.on_log(None, state, None, logs=LOGS)
+    progress.on_train_end(None, state, None)
+    assert progress.last == LOGS
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}])
+def test_where_there_is_no_terminal_a_log_is_one_plain_line(options):
+    lines = [line for line in shown(**options).splitlines() if line.startswith("step ")]
+    pattern = r"step 2/4  loss 0.5  margin 1  accuracy 0.75  [\d.e-]+ s/step  left 0:00:0\d"
+    assert len(lines) == 2
+    assert re.fullmatch(pattern, lines[1])
+
+
+def test_a_terminal_gets_a_bar_with_time_left_and_rate():
+    text = shown(width=140, force_terminal=True)
+    assert "2/4" in text
+    assert "left" in text
+    assert "s/step" in text
+
+
+def test_no_color_means_none():
+    assert "\x1b[3" in shown(force_terminal=True, color_system="standard", _environ={})
+    plain = shown(force_terminal=True, color_system="standard", _environ={"NO_COLOR": "1"})
+    assert not re.search(r"\x1b\[[\d;]*(3[0-7]|9[0-7]|38)[;m]", plain)
+
+
+def test_quiet_says_nothing():
+    assert shown(quiet=True) == ""
+    assert shown(quiet=True, force_terminal=True) == ""
+
+
+def test_model_text_cannot_drive_the_terminal_or_its_markup():
+    text = shown(width=140, force_terminal=True)
+    assert "\x1b[2J" not in text
+    assert "[red]" in re.sub(r"\x1b\[[\d;?]*\w", "", text)
+
+
+def test_a_pair_is_a_row_with_its_segment_marked():
+    tokenizer = byte_tokenizer()
+    ids = tuple(tokenizer.encode("abcdef", add_special_tokens=False))
+    out = io.StringIO()
+    table = pair_table([Pair(0, 0, ids, ids, ids[:4], Segment(2, 4), Segment(2, 4))], tokenizer, 7)
+    Console(file=out, width=80).print(table)
+    assert "pairs drawn at step 7" in out.getvalue()
+    assert "ab⟦cd⟧ef" in out.getvalue()

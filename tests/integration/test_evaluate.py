@@ -99,7 +99,7 @@ def test_run_folder_shows_policy_and_opponent_beside_the_start(make_trainer, eva
     trainer = make_trainer("run", max_steps=3, model=tiny_llama())
     trainer.train()
     trainer.save_model()
-    trainer.run_folder.write_recipe_and_card({"model_name_or_path": str(model)}, str(model))
+    trainer.run_folder.write_recipe({"model_name_or_path": str(model)})
     out = evaluate(tmp_path / "run", "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
     found = results(tmp_path, "local")
     assert list(found) == ["start", "run policy", "run opponent"]

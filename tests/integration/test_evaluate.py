@@ -373,6 +373,21 @@ def test_no_judge(evaluate, model, mt_bench):
     one_line(evaluate(model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, expect=2), "--judge_model")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--judge_base_url", "localhost:8000"], "http://"),
+        (["--limit", "0"], "limit=0: must be 1 or more"),
+        (["--judge_timeout", "0"], "above 0"),
+        (["--jugde_model", "j"], "--jugde_model"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--chat_template", "none.jinja"], "cannot be read"),
+    ],
+)
+def test_wrong_flags(evaluate, model, held_out, flags, says):
+    one_line(evaluate(model, "--suite", "local", "--dataset_name", held_out, *flags, expect=2), says)
+
+
 def test_model_without_chat_template(evaluate, mt_bench, tmp_path):
     bare = save_model(tmp_path / "bare", template=None)
     url = ("--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")

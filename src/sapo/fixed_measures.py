@@ -37,12 +37,13 @@ class EvaluationPairs:
             made: list[Pair] = []
             for first in range(0, len(dataset), self._batch_size):
                 rows = [dataset[index] for index in range(first, min(first + self._batch_size, len(dataset)))]
-                made += self._make(collate_examples(rows)["examples"])
+                made += self.make(collate_examples(rows)["examples"])
             self.made[digest] = made
         first_turns = (turns[0] for turns in dataset["turn"])
         return dict(zip(zip(dataset["row"], first_turns, strict=True), self.made[digest], strict=True))
 
-    def _make(self, examples: Sequence[Example]) -> list[Pair]:
+    def make(self, examples: Sequence[Example]) -> list[Pair]:
+        """One pair an example, as the opponent writes it now; nothing is stored."""
         if isinstance(self._source, SelfPlay):
             # Epoch -1: no epoch of the training has these seeds.
             return self._source.rewrite(examples, epoch=-1)[:: self._num_generations]

@@ -37,8 +37,14 @@ class MetricAverages:
         return averages
 
     def absorb(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Count in what another process observed, given as its `state()`."""
+        """Count in what another process observed, given as its `state()`.
+
+        Raises:
+            ValueError: a sum of no observations.
+        """
         for name, total in state["sums"].items():
+            if not state["counts"][name] > 0:
+                raise ValueError(f"{name} was averaged over nothing")
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0.0) + state["counts"][name]
 

@@ -134,15 +134,7 @@ def save(trainer: SAPOTrainer, folder: Path) -> None:
         scores = trainer.reference_scores.state(trainer.source.buffer.items())
         parts.write_tensors(folder, f"reference_scores_{process}", {"logps": scores})
         parts.write_tensors(folder, f"pool_{process}", parts.pool_to_tensors(trainer.source.pool))
-    parts.write_json(
-        folder,
-        f"sapo_process_{process}.json",
-        {
-            "averages": trainer.averages["train"].state(),
-            "loss_total": trainer.loss_total,
-            "loss_count": trainer.loss_count,
-        },
-    )
+    parts.write_json(folder, f"sapo_process_{process}.json", trainer.training_log.state())
     whole = {part: weights.whole() for part, weights in _frozen(trainer).items()}
     if not trainer.args.should_save:
         return
@@ -184,7 +176,7 @@ def restore(trainer: SAPOTrainer, folder: Path) -> None:
         if processes != trainer.args.world_size:
             # Metrics are summed over all processes: it does not matter which of them has them.
             heirs = list(range(processes)) if process == 0 else []
-        _restore_averages(trainer, [parts.read_json(folder, f"sapo_process_{heir}.json") for heir in heirs])
+        trainer.training_log.restore([parts.read_json(folder, f"sapo_process_{heir}.json") for heir in heirs])
         if trainer.probe is not None:
             trainer.probe.restore(state["probe"])
         for digest in state["eval_pairs"]:
@@ -223,17 +215,6 @@ def _restore_play(trainer: SAPOTrainer, folder: Path, source: SelfPlay, processe
     source.buffer.restore(entry for entry, _ in stored)
     scores = torch.tensor([score for _, score in stored], dtype=torch.float64).reshape(len(stored), 2)
     trainer.reference_scores.restore(source.buffer.items(), scores)
-
-
-def _restore_averages(trainer: SAPOTrainer, states: list[dict[str, Any]]) -> None:
-    trainer.averages["train"].drain()
-    trainer.loss_total, trainer.loss_count = 0.0, 0.0
-    for state in states:
-        if not all(count > 0 for count in state["averages"]["counts"].values()):
-            raise ValueError("a metric was averaged over nothing")
-        trainer.averages["train"].absorb(state["averages"])
-        trainer.loss_total += float(state["loss_total"])
-        trainer.loss_count += float(state["loss_count"])
 
 
 def _frozen(trainer: SAPOTrainer) -> dict[str, FrozenWeights]:

@@ -38,14 +38,12 @@ from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.hub.publish import Publishes
 from sapo.local_measures.during_training import LocalSignals
-from sapo.metrics import SPENT, MetricAverages, memory_use
 from sapo.opponent import (
     FrozenWeights,
     ModelCopy,
     ShardedCopy,
     make_copies,
     policy_tensors,
-    squared_distance,
 )
 from sapo.pair_loss import pair_loss
 from sapo.pairs import Coming, Pair, PairedData, PairSource, Responses, SelfPlay, self_play
@@ -56,10 +54,9 @@ from sapo.run_folder import RunFolder
 from sapo.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
 from sapo.sharding import Twin, shards_weights, whole_size, zero_stage
 from sapo.training_callbacks import RunCallback
+from sapo.training_log import TrainingLog
 
 logger = logging.get_logger(__name__)
-
-_IDENTICAL_WARNING = 0.9
 
 
 class SAPOTrainer(Publishes, Trainer):
@@ -125,14 +122,11 @@ class SAPOTrainer(Publishes, Trainer):
         )
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.averages = {"train": MetricAverages(), "eval": MetricAverages()}
-        self.loss_total, self.loss_count = 0.0, 0.0
-        self.stop_reason: str | None = None
+        self.training_log = TrainingLog(self)
+        self.averages = self.training_log.averages
         self.last_pairs: list[Pair] = []
-        self._tokens, self._tokens_since = 0, time.perf_counter()
         self._micro_batch, self._micro_batch_of = 0, -1
         self._flops_per_token = 6.0 * sum(map(whole_size, policy.parameters()))
-        self._identical_warned = False
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self.opponent: FrozenWeights | None = None
         self.reference: FrozenWeights | None = None
@@ -283,7 +277,7 @@ class SAPOTrainer(Publishes, Trainer):
         generated = time.perf_counter()
         self._reference_time = 0.0
         tokens = sum(batch.tokens for _, batch in passes)
-        self._tokens += tokens
+        self.training_log.note_tokens(tokens)
         loss = torch.zeros((), device=self.args.device)
         for number, (part, batch) in enumerate(passes, start=1):
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
@@ -291,7 +285,6 @@ class SAPOTrainer(Publishes, Trainer):
                     model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
                 )
         averages = self.averages["train"]
-        averages.add("tokens", tokens)
         averages.add("time/generate", generated - started)
         averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
         averages.add("time/reference", self._reference_time)
@@ -360,8 +353,7 @@ class SAPOTrainer(Publishes, Trainer):
         if mode == "train":
             self.bad_steps.note(inputs["pairs"], losses)
             if finite:
-                self.loss_total += metrics["loss"] * inputs["share"]
-                self.loss_count += inputs["share"]
+                self.training_log.note_loss(metrics["loss"], inputs["share"])
         loss = loss * inputs["share"]
         return (loss, {}) if return_outputs else loss
 
@@ -436,70 +428,18 @@ class SAPOTrainer(Publishes, Trainer):
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add this trainer's averages to what Trainer logs."""
-        if any(name.startswith("eval_") for name in logs):
-            for name, value in self._drained(self.averages["eval"]).items():
-                logs[f"eval_{name}"] = value
-        elif "train_loss" in logs:
-            # Trainer counts only the steps since a resume.
-            whole = MetricAverages()
-            whole.add("train_loss", self.loss_total / max(self.loss_count, 1), self.loss_count)
-            logs.update(self._drained(whole))
-            rest = self._drained(self.averages["train"])
-            logs.update({name: rest[name] for name in sorted(SPENT & rest.keys())})
-        elif "loss" in logs:
-            logs.update(self._drained(self.averages["train"]))
-            if self.opponent is not None:
-                logs["opponent/distance"] = self._opponent_distance(self.opponent)
-            logs.update(self._follow_chosen())
-            now = time.perf_counter()
-            tokens = sum(gather_object([self._tokens]))
-            logs["tokens_per_second"] = tokens / max(now - self._tokens_since, 1e-9)
-            self._tokens, self._tokens_since = 0, now
-            logs.update(memory_use())
-            self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
+        """Add this trainer's metrics to what Trainer logs."""
+        self.training_log.add_to(logs)
         super().log(logs, start_time)
         if self.stop_reason is not None and not self.control.should_training_stop:
             logger.warning(self.stop_reason)
             self.control.should_save = True
             self.control.should_training_stop = True
 
-    def _opponent_distance(self, opponent: FrozenWeights) -> float:
-        """Norm of policy - opponent over the norm of the policy: how far the opponent is behind."""
-        squares = squared_distance(opponent.tensors(), policy_tensors(self.policy()))
-        if self.twin is not None:
-            squares = self.accelerator.reduce(squares, "sum")
-        difference, norm = squares.tolist()
-        return float((difference / max(norm, 1e-30)) ** 0.5)
-
-    @staticmethod
-    def _drained(own: MetricAverages) -> dict[str, float]:
-        """Averages over all processes; every one of them logs at the same steps."""
-        everyone = MetricAverages()
-        for state in gather_object([own.state()]):
-            everyone.absorb(state)
-        own.drain()
-        return everyone.drain()
-
-    def _warn_of_identical(self, share: float) -> None:
-        if share >= _IDENTICAL_WARNING and not self._identical_warned:
-            self._identical_warned = True
-            logger.warning(
-                f"{share:.0%} of the regenerated segments equal the original; such pairs carry no signal. The policy "
-                "has caught up with the data: stop, raise the temperature, or lengthen the segments."
-            )
-
-    def _follow_chosen(self) -> dict[str, float]:
-        change = self.probe.change() if self.probe is not None else None
-        if change is None:
-            return {}
-        limit = self.args.chosen_drop_limit
-        if limit is not None and change < -limit and self.stop_reason is None:
-            self.stop_reason = (
-                f"Stopped at step {self.state.global_step}: the chosen log-probability has fallen by {-change:.2f} "
-                f"nats per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
-            )
-        return {"self_play/chosen_logp_change": change}
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run ended before its time; None if it did not, or a signal ended it."""
+        return self.training_log.stop_reason
 
     def _chosen_logps(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability in nats of the last response of each example under the policy."""
@@ -604,7 +544,7 @@ class SAPOTrainer(Publishes, Trainer):
             self._make_copies()
         if folder is not None:
             run_state.restore(self, folder)
-        self._tokens_since = time.perf_counter()
+        self.training_log.begin()
         if self.local_signals is not None:
             self.local_signals.begin()
         return prepared

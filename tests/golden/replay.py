@@ -169,6 +169,7 @@ def replay(trace: dict, model_folder: Path) -> Differences:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder:
         args = SAPOConfig(
+            report_pairs=0,
             output_dir=folder,
             objective=objective,
             loss_type=hyper.get("loss_type", "sigmoid"),

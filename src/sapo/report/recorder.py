@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sapo._version import __version__
 from sapo.data import collate_examples
 from sapo.pair_loss import pair_loss
-from sapo.pairs import Pair, PairedData, SelfPlay, paired
+from sapo.pairs import Pair, PairedData, SelfPlay
 from sapo.reference_scores import ReferenceLogps
 from sapo.report.page import write_report
 from sapo.report.tracking import log_pairs
@@ -135,9 +135,7 @@ class RunRecorder(TrainerCallback):
     def _rewrite_followed(self) -> list[Pair]:
         trainer = self._trainer
         examples = collate_examples([trainer.train_dataset[index] for index in self._followed])["examples"]
-        if isinstance(trainer.source, SelfPlay):
-            return trainer.source.rewrite(examples, epoch=-1)[:: trainer.args.num_generations]
-        return [paired(example) for example in examples]
+        return trainer.eval_pairs.make(examples)
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
         """Loss, rewards and log-probabilities of each pair, as the training would log them, and of the reference."""

@@ -146,3 +146,14 @@ def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path
     assert all(torch.equal(bad[name], weight) for name, weight in good.items())
     rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]
     assert [row["bad_step_fraction"] for row in rows if "loss" in row] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_the_first_process_keeps_pairs_for_the_report(strategy, tmp_path):
+    run(tmp_path / "two", 2, strategy=strategy, objective="dpo", report_pairs=20)
+    rows = [json.loads(line) for line in (tmp_path / "two/pairs.jsonl").read_text().splitlines()]
+    followed = [row for row in rows if row["kind"] == "followed"]
+    assert [row["step"] for row in followed] == [0] * 4 + [2] * 4 + [3] * 4
+    assert all(isinstance(row["margin"], float) for row in rows)
+    assert (tmp_path / "two/report.html").is_file()

@@ -143,6 +143,14 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
     assert [run["name"] for run in data_of((tmp_path / "both.html").read_text())["runs"]] == ["one", "two"]
 
 
+def test_iterations_are_overlaid_in_their_order(tmp_path, capsys):
+    for number in (0, 2, 10):
+        write_run(tmp_path / f"spin/iteration-{number}", steps=5)
+    assert main(["report", str(tmp_path / "spin")]) == 0
+    data = data_of((tmp_path / "spin/report.html").read_text())
+    assert [run["name"] for run in data["runs"]] == ["iteration-0", "iteration-2", "iteration-10"]
+
+
 def test_every_metric_of_a_chart_is_documented():
     from tests.integration.test_readme import ROOT
 

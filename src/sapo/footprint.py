@@ -94,7 +94,8 @@ def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy
     dtype = weight_type(config, model_args)
     if strategy.name in ("zero2", "zero3") and args.bf16:
         dtype = torch.bfloat16
-    attention = model_args.attn_implementation if model_args.attn_implementation == "eager" else "sdpa"
+    # The kernels of another attention need not be installed here; unset, transformers takes what the model has.
+    attention = "eager" if model_args.attn_implementation == "eager" else None
     with _without_partitioning(args), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         quantized = _quantize(model, model_args)

@@ -12,7 +12,7 @@ from trl import ModelConfig
 from sapo import SAPOConfig
 from sapo.footprint import Strategy, build_roles, gradient_memory, model_memory
 from tests.tiny import tiny_llama
-from tests.unit.test_shared_prefix import ARCHITECTURES
+from tests.unit.test_shared_prefix import ARCHITECTURES, UNABLE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PARAMETERS = {"llama-3-8b": 8_030_261_248, "mistral-7b-v0.1": 7_241_732_096}
@@ -149,3 +149,10 @@ def test_four_bits_shrink_the_linear_layers_alone():
     linear = PARAMETERS["llama-3-8b"] - outside
     assert whole == 2 * PARAMETERS["llama-3-8b"]
     assert found == 4 * outside + linear // 2 + linear // 16
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "eager", None])
+def test_any_attention_and_any_architecture_can_be_counted(attention):
+    for config in [ARCHITECTURES["llama"], *UNABLE.values()]:
+        roles = build_roles(config, ModelConfig(attn_implementation=attention), options(), ALONE)
+        assert model_memory(roles, options(), ALONE)["policy"] == 4 * sum(weight.numel() for weight in roles.trained)

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -200,7 +201,7 @@ def weight_type(config: Any, model_args: ModelConfig) -> torch.dtype:
 
 
 def _optimizer(args: SAPOConfig) -> str:
-    return str(args.optim).rsplit(".", 1)[-1].lower()
+    return str(OptimizerNames(args.optim).value)
 
 
 def _optimizer_memory(trained: list[Tensor], args: SAPOConfig, strategy: Strategy) -> float:

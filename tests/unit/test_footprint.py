@@ -125,6 +125,21 @@ def test_sharding_divides_every_model_and_the_optimizer(name):
         assert cut["gradients"] == pytest.approx(whole["gradients"] / 8, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_a_weight"),
+    [
+        ("adamw_torch_fused", 8),
+        ("rmsprop", 4),
+        ("sgd", 0),
+        ("adamw_bnb_8bit", 2 * (1 + 4 / 256)),
+        ("lion_8bit", 1 + 4 / 256),
+    ],
+)
+def test_states_are_those_of_the_optimizer(optimizer, bytes_a_weight):
+    found = parts(ARCHITECTURES["llama"], optim=optimizer)
+    assert found.get("optimizer", 0) == round(found["policy"] / 4 * bytes_a_weight)
+
+
 def test_zero_keeps_a_float32_copy_and_divides_what_is_stepped():
     config = published("llama-3-8b")
     given = {"model": {"dtype": "bfloat16"}, "bf16": True, "optim": "adamw_torch"}

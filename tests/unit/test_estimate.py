@@ -1,9 +1,10 @@
 """Laws of the estimate: it runs the step that a run would, and says what would fit."""
 
 import dataclasses
-import importlib
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -279,11 +280,10 @@ def test_what_travels_between_devices_takes_time(tmp_path):
     assert make_report({"device": "h100"}, run).result.seconds.keys() == together.keys() - {"communication"}
 
 
-def test_memory_of_a_real_run_is_what_was_foreseen(monkeypatch):
-    """Resident memory of a training run in a fork, against the estimate: within 15 %."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module("benchmarks.estimate")
-    monkeypatch.setattr(benchmark, "STEPS", 2)
-    setting = benchmark.SETTINGS["DPO, one pair a pass"]
-    peak, _ = benchmark.measured(setting)
-    assert benchmark.estimated(setting)[0] == pytest.approx(peak, rel=0.15)
+def test_memory_of_a_real_run_is_what_was_foreseen():
+    """Resident memory of a training run against the estimate: within 15 %."""
+    # A process of its own: in a worker, a run would first take up what other tests have freed.
+    command = [sys.executable, "benchmarks/estimate.py", "--settings", "DPO, one pair a pass"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, estimated, measured, _, _, _, _ = done.stdout.splitlines()[-1].split()
+    assert float(estimated) == pytest.approx(float(measured), rel=0.15)

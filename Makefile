@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test test-distributed test-faults check bench docs clean
+.PHONY: install demo test test-distributed test-faults check bench quality docs clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -60,7 +60,16 @@ bench: install
 	$(BIN)/python benchmarks/step.py paired --batch 4 --steps 2; \
 	$(BIN)/python benchmarks/step.py lora --steps 2; \
 	$(BIN)/python benchmarks/generation.py; \
-	$(BIN)/python benchmarks/bookkeeping.py
+	$(BIN)/python benchmarks/bookkeeping.py; \
+	$(BIN)/python benchmarks/padding.py; \
+	$(BIN)/python benchmarks/growth.py --svg docs/growth.svg; \
+	$(BIN)/python benchmarks/estimate.py; \
+	$(BIN)/python benchmarks/gpu.py
+
+# Methods times seeds on the built-in tasks (docs/comparisons.md); about half an hour of CPU, resumable.
+quality: install
+	export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000; \
+	$(BIN)/python benchmarks/quality/study.py toy --minutes 60
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -22,7 +22,7 @@ import torch
 from measuring import forget_peak, in_forks, peak_resident, resident
 from peft import LoraConfig
 from step import tokenizer as word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import ModelConfig
 
 from sapo import SAPOConfig, SAPOTrainer
@@ -122,6 +122,7 @@ def train(options: dict[str, Any]) -> tuple[float, int, int]:
             callbacks=[watch],
         )  # fmt: skip
         del model
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return statistics.median(watch.seconds[1:]), before, peak_resident()
 

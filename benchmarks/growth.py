@@ -4,7 +4,7 @@
 
 Each point is a run of the real trainer in a fork of its own (for several processes, one fork each, joined by gloo): the
 median processor time of five steps after a first one, one thread, and the peak of the resident set above what it was
-before the model was built. Hidden 128, 3 layers, vocabulary 4096; where nothing else is said prompt 64, response 128,
+before the model was built. Hidden 128, 3 layers, vocabulary 8192; where nothing else is said prompt 64, response 128,
 segment 32, batch 4 a process, 1,000 pairs in the buffer.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import random
 import socket
@@ -25,11 +26,11 @@ import datasets
 import torch
 from measuring import forget_peak, in_forks, peak_resident, resident
 from step import SIZES, tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
 
-PROMPT, SEGMENT, STEPS, VOCABULARY = 64, 32, 6, 4096
+PROMPT, SEGMENT, STEPS, WORDS = 64, 32, 6, 4096
 USUAL = {"batch": 4, "response": 128, "buffer": 1000, "processes": 1}
 GROWTH = {
     "batch": [2, 4, 8, 16],
@@ -73,7 +74,7 @@ def run(point: dict[str, int], number: int, port: int) -> tuple[float, float]:
     rng = random.Random(number)
 
     def words(count: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(3, VOCABULARY) for _ in range(count))
+        return tuple(rng.randrange(3, WORDS) for _ in range(count))
 
     def text(count: int) -> str:
         return " ".join(f"w{word}" for word in words(count))
@@ -101,6 +102,7 @@ def run(point: dict[str, int], number: int, port: int) -> tuple[float, float]:
         trainer = SAPOTrainer(
             LlamaForCausalLM(config), args, data, processing_class=tokenizer(_Vocabulary()), callbacks=[clock]
         )
+        trainer.remove_callback(PrinterCallback)
         buffer = trainer.source.buffer
         for _ in range(point["buffer"]):
             prompt, chosen = words(PROMPT), words(point["response"])
@@ -123,7 +125,7 @@ def plot(found: dict[str, list[tuple[int, float, float]]]) -> str:
     """One column a growth, processor seconds above and megabytes below, from 0 on."""
     width, height, left, top = 190, 130, 46, 24
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(found) * (width + 50) + 10}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(found) * (width + 50) + 24}" '
         f'height="{2 * (height + 56)}" font-family="sans-serif" font-size="11">',
         "<style>text{fill:#333}.a{stroke:#999;fill:none}.s{stroke:#0b62a4;fill:none;stroke-width:2}.d{fill:#0b62a4}"
         "@media(prefers-color-scheme:dark){text{fill:#ccc}}</style>",
@@ -134,8 +136,8 @@ def plot(found: dict[str, list[tuple[int, float, float]]]) -> str:
             values = [point[row + 1] for point in points]
             largest = max(values) * 1.1
             spots = [
-                (x0 + width * place / max(1, len(points) - 1), y0 + height * (1 - value / largest))
-                for place, value in enumerate(values)
+                (x0 + width * place, y0 + height * (1 - value / largest))
+                for place, value in zip(_places([point[0] for point in points]), values, strict=True)
             ]
             parts.append(f'<path class="a" d="M{x0} {y0}V{y0 + height}H{x0 + width}"/>')
             parts.append(f'<text x="{x0}" y="{y0 - 8}">{unit}</text>')
@@ -143,11 +145,21 @@ def plot(found: dict[str, list[tuple[int, float, float]]]) -> str:
             parts.append(f'<polyline class="s" points="{line}"/>')
             for (x, y), point, value in zip(spots, points, values, strict=True):
                 parts.append(f'<circle class="d" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-                parts.append(f'<text x="{x:.1f}" y="{y - 6:.1f}" text-anchor="middle">{value:.3g}</text>')
+                parts.append(f'<text x="{x:.1f}" y="{y - 6:.1f}" text-anchor="middle">{_figure(value)}</text>')
                 parts.append(f'<text x="{x:.1f}" y="{y0 + height + 13}" text-anchor="middle">{point[0]:,}</text>')
             label = LABELS[name]
             parts.append(f'<text x="{x0 + width / 2}" y="{y0 + height + 27}" text-anchor="middle">{label}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _places(sizes: list[int]) -> list[float]:
+    """From 0 to 1; by the logarithm where sizes span more than a factor of 100."""
+    scaled = [math.log(size) if sizes[-1] > 100 * sizes[0] else float(size) for size in sizes]
+    return [(size - scaled[0]) / max(1e-9, scaled[-1] - scaled[0]) for size in scaled]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def main() -> None:

@@ -1,8 +1,14 @@
-"""A local server that speaks the OpenAI chat protocol, with faults on order."""
+"""A local server that speaks the OpenAI chat protocol, with faults on order.
+
+`python -m tests.judge_server 8123` runs one that rates by arithmetic on the text: no judgement, only the protocol.
+"""
 
 import json
+import math
+import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,10 +112,10 @@ def completion(body, reply):
 
 
 @contextmanager
-def serving(reply, faults=lambda number, body: None):
+def serving(reply, faults=lambda number, body: None, port=0):
     """A running server on 127.0.0.1."""
     judge = JudgeServer(reply, faults)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
     server.daemon_threads = True
     server.judge = judge
     judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -121,3 +127,23 @@ def serving(reply, faults=lambda number, body: None):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def arithmetic(body):
+    """A reply that depends on the question alone."""
+    number = zlib.crc32(body["messages"][-1]["content"].encode())
+    if body.get("logprobs"):
+        chance = (1 + number % 98) / 100
+        return "m", {"m": math.log(chance), "M": math.log(1 - chance)}
+    return f"Rating: [[{1 + number % 10}]]"
+
+
+if __name__ == "__main__":
+    # Every 20th request fails, so that it can be seen that nothing is lost.
+    faults = [429, 500, "broken", "cut", "slow"]
+    with serving(
+        arithmetic, lambda n, body: faults[n // 20 % 5] if n % 20 == 19 else None, int(sys.argv[1])
+    ) as running:
+        sys.stdout.write(f"{running.url}\n")
+        sys.stdout.flush()
+        threading.Event().wait()

@@ -49,11 +49,11 @@ def methods(rates: tuple[str, ...], weights: tuple[str, ...], betas: tuple[str, 
 
     Args:
         rates: learning rates, rising: SFT takes all of them, pure DPO takes them a tenth as high.
-        weights: of the likelihood term, each with the middle two rates.
+        weights: of the likelihood term, each with all rates, of four the middle two.
         betas: of ORPO's odds-ratio term, likewise.
     """
     lower = tuple(f"{float(rate) / 10:g}" for rate in rates)
-    middle = rates[len(rates) // 2 - 1 : len(rates) // 2 + 1]
+    middle = rates[1:3] if len(rates) > 3 else rates
     guarded = grid(learning_rate=middle, chosen_nll_weight=weights)
     return {
         CONTINUED_SFT: Method("continued-sft", grid(learning_rate=rates)),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from cells import Cell
-from methods import ABLATIONS, CONTINUED_SFT, Method, methods
+from methods import ABLATIONS, CENTRE, CONTINUED_SFT, Method, methods
 from tables import tables
 
 TUNING_SEED = 100
@@ -29,11 +29,13 @@ SEEDS = (1, 2, 3, 4, 5)
 class Study:
     """All cells of one task under one folder, and what is left of the time."""
 
-    def __init__(self, task, work: Path, minutes: float, bases: int) -> None:
+    def __init__(self, task, work: Path, minutes: float, bases: int, arms: list[str] | None = None) -> None:
         self.task, self.work = task, work / task.NAME
         self.until = time.monotonic() + 60 * minutes
         tuned = methods(task.RATES, task.WEIGHTS, task.BETAS)
-        self.methods = {name: method for name, method in tuned.items() if name not in task.LEFT_OUT}
+        if unknown := sorted(set(arms or ()) - tuned.keys()):
+            raise SystemExit(f"--arms {unknown[0]}: not one of {', '.join(tuned)}")
+        self.methods = {name: method for name, method in tuned.items() if name in (arms or tuned)}
         self.bases = task.bases(self.work, bases)
         self.train_file = task.train_file(self.work)
         self._splits: dict[str, dict] = {}
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data that the task text reads")
     parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
     parser.add_argument("--bases", type=int, default=2, help="bases that the seeds are spread over")
+    parser.add_argument("--arms", nargs="+", help="only these methods of the comparison")
     parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
     options = parser.parse_args()
     # So small a model is several times slower when two threads share its matrices.
@@ -131,10 +134,10 @@ def main() -> None:
     if options.data is not None:
         task.DATA = options.data
     if not options.table:
-        study = Study(task, options.work, options.minutes, options.bases)
+        study = Study(task, options.work, options.minutes, options.bases, options.arms)
         study.untrained()
         chosen = study.tune()
-        stages = [("compare", study.methods), ("ablations", ABLATIONS)]
+        stages = [("compare", study.methods), ("ablations", ABLATIONS if CENTRE in study.methods else {})]
         turns = [(*stage, turn) for turn in range(len(study.bases)) for stage in stages]
         finished = chosen is not None and all(study.matrix(stage, arms, chosen, turn) for stage, arms, turn in turns)
         sys.stdout.write("All cells are done.\n" if finished else "The time is over; the same command goes on.\n")

@@ -14,7 +14,6 @@ STEPS = 60
 BATCH = 32
 SEGMENT = "8"
 RATES, WEIGHTS, BETAS = ("3e-4", "1e-3", "2e-3", "4e-3"), ("1", "3"), ("0.1", "0.5")
-LEFT_OUT: tuple[str, ...] = ()
 TEMPERATURES = (0, 0.7, 1)
 ROOM = MAX_REPLY_TOKENS
 CHOOSE, BEST = "right@0", max

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,11 +12,16 @@ from torch import Tensor
 from sapo.pairs import Pair
 
 
-class ReferenceLogps(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReferenceLogps:
     """Summed log-probabilities in nats under the reference, each `[B]`."""
 
     chosen_logps: Tensor
     rejected_logps: Tensor
+
+    def to(self, device: torch.device | str) -> ReferenceLogps:
+        """The same on `device`."""
+        return ReferenceLogps(self.chosen_logps.to(device), self.rejected_logps.to(device))
 
 
 class ReferenceScores:

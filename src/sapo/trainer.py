@@ -275,19 +275,24 @@ class SAPOTrainer(Publishes, Trainer):
         parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
-        self._reference_time = 0.0
-        tokens = sum(batch.tokens for _, batch in passes)
-        self.training_log.note_tokens(tokens)
+        # The reference first: it needs its memory while the policy keeps no activations yet.
+        references = self._reference_logps(passes, kept=True)
+        scored = time.perf_counter()
+        self.training_log.note_tokens(sum(batch.tokens for _, batch in passes))
         loss = torch.zeros((), device=self.args.device)
         for number, (part, batch) in enumerate(passes, start=1):
+            given = {
+                "batch": batch,
+                "pairs": part,
+                "share": len(part) / len(pairs),
+                "reference": references[number - 1],
+            }
             with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
-                loss += super().training_step(
-                    model, {"batch": batch, "pairs": part, "share": len(part) / len(pairs)}, num_items_in_batch
-                )
+                loss += super().training_step(model, given, num_items_in_batch)
         averages = self.averages["train"]
         averages.add("time/generate", generated - started)
-        averages.add("time/policy", time.perf_counter() - generated - self._reference_time)
-        averages.add("time/reference", self._reference_time)
+        averages.add("time/reference", scored - generated)
+        averages.add("time/policy", time.perf_counter() - scored)
         return loss
 
     @contextmanager
@@ -338,12 +343,8 @@ class SAPOTrainer(Publishes, Trainer):
     ) -> Any:
         """Mean loss of a laid-out batch times its share of the micro-batch; its metrics go to the averages."""
         batch: PairBatch = inputs["batch"]
-        # The reference first: it needs its memory while the policy keeps no activations yet.
-        started = time.perf_counter()
-        reference = self._reference_logps(inputs["pairs"], batch, kept=model.training)
-        self._reference_time += time.perf_counter() - started
         scores = score(model, batch, fused_lm_head=self._fused)
-        loss, losses, metrics = pair_loss(scores, reference, self.args)
+        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args)
         mode = "train" if model.training else "eval"
         finite = math.isfinite(metrics["loss"])
         for name, value in metrics.items():
@@ -357,30 +358,33 @@ class SAPOTrainer(Publishes, Trainer):
         loss = loss * inputs["share"]
         return (loss, {}) if return_outputs else loss
 
-    _reference_time = 0.0
-
-    def _reference_logps(self, pairs: Sequence[Pair], batch: PairBatch, *, kept: bool) -> ReferenceLogps | None:
+    def _reference_logps(
+        self, passes: Sequence[tuple[Sequence[Pair], PairBatch]], *, kept: bool
+    ) -> list[ReferenceLogps | None]:
+        """What the reference thinks of the pairs of each pass; a sharded one is gathered once for all of them."""
         if self.reference is None:
-            return None
+            return [None] * len(passes)
+        with self.compute_loss_context_manager(), self.reference.using() as model, frozen(model):
+            return [self._scored_by(model, pairs, batch, kept=kept) for pairs, batch in passes]
 
+    def _scored_by(
+        self, reference: nn.Module, pairs: Sequence[Pair], batch: PairBatch, *, kept: bool
+    ) -> ReferenceLogps:
         def form(missing: list[Pair]) -> ReferenceLogps:
             own = batch if len(missing) == len(pairs) else self._collate(missing).to(self.args.device)
-            with self.reference.using() as model, frozen(model):  # type: ignore[union-attr]
-                scores = score(model, own, fused_lm_head=self._fused)
+            scores = score(reference, own, fused_lm_head=self._fused)
             return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
 
-        # A sharded reference gathers its weights: all processes must run it equally often.
-        moving = self.reference is self.opponent or self.twin is not None
+        moving = self.reference is self.opponent
         if moving or not (kept and isinstance(self.source, SelfPlay)):
             return form(list(pairs))
-        logps = self.reference_scores.of(pairs, form, self.source.buffer.items)
-        return ReferenceLogps(*(part.to(self.args.device) for part in logps))
+        return self.reference_scores.of(pairs, form, self.source.buffer.items).to(self.args.device)
 
     def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceLogps | None]:
         """Of the policy and the reference, in one pass without gradients; all processes take part."""
         batch = self._collate(pairs).to(self.args.device)
+        (reference,) = self._reference_logps([(pairs, batch)], kept=False)
         with self.compute_loss_context_manager(), frozen(self.model) as model:
-            reference = self._reference_logps(pairs, batch, kept=False)
             return score(model, batch, fused_lm_head=self._fused), reference
 
     def before_optimizer_step(self) -> None:
@@ -492,7 +496,9 @@ class SAPOTrainer(Publishes, Trainer):
         pairs = [self._current_eval[(example.row, example.turns[0].index)] for example in inputs["examples"]]
         batch = self._collate(pairs).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, {"batch": batch, "pairs": pairs, "share": 1.0})
+            (reference,) = self._reference_logps([(pairs, batch)], kept=False)
+            given = {"batch": batch, "pairs": pairs, "share": 1.0, "reference": reference}
+            loss = self.compute_loss(model, given)
         return loss.detach(), None, None
 
     # ---- Run folder, checkpoints, resume ----

@@ -22,7 +22,9 @@ DISTRIBUTED_TYPE = {"none": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": 
 
 def launcher_environment(strategy, processes):
     """What `accelerate launch` would tell its processes with the shipped configuration."""
-    arguments = ["--config_file", str(config_file(strategy)), "--num_processes", str(processes), "script.py"]
+    # Port 0: the usual one may be taken by another run on this machine.
+    arguments = ["--config_file", str(config_file(strategy)), "--num_processes", str(processes)]
+    arguments += ["--main_process_port", "0", "script.py"]
     parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     environment = prepare_deepspeed_cmd_env(parsed)[1] if parsed.use_deepspeed else prepare_multi_gpu_env(parsed)

@@ -53,6 +53,19 @@ def test_two_processes_train_to_the_weights_of_one(strategy, name, tmp_path):
         torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
 
 
+@SLOW
+@pytest.mark.parametrize("name", ["dpo", "orpo-lora", "paired", "tied"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_both_layouts_train_several_processes_to_the_same_weights(strategy, name, tmp_path):
+    shared, plain = (
+        run(tmp_path / layout, 2, strategy=strategy, **FIXED_DRAWS | VARIANTS[name] | {"layout": layout})
+        for layout in ("shared", "plain")
+    )
+    assert shared.keys() == plain.keys()
+    for weight, expected in plain.items():
+        torch.testing.assert_close(shared[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+
+
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize(
     "strategy",
@@ -157,3 +170,18 @@ def test_the_first_process_keeps_pairs_for_the_report(strategy, tmp_path):
     assert [row["step"] for row in followed] == [0] * 4 + [2] * 4 + [3] * 4
     assert all(isinstance(row["margin"], float) for row in rows)
     assert (tmp_path / "two/report.html").is_file()
+
+
+@SLOW
+def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
+    options = FIXED_DRAWS | {"objective": "orpo", "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"eval_local": True, "eval_local_size": 3, "eval_local_share": 1.0}
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run(folder, processes, **options)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        first = next(row for row in rows if "eval_local/nll" in row)
+        found.append({name: value for name, value in first.items() if "local/" in name and "time" not in name})
+    assert found[0].keys() == found[1].keys()
+    assert found[1] == pytest.approx(found[0], abs=1e-5)

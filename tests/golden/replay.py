@@ -138,9 +138,16 @@ class ReplayTrainer(SAPOTrainer):
     expected_loss = 0.0
     differences: Differences
 
+    def training_step(self, *args, **kwargs):
+        # A micro-batch may take several passes; each one's loss is its share of the whole.
+        self._lost = 0.0
+        done = super().training_step(*args, **kwargs)
+        self.differences.losses.append(abs(self._lost - self.expected_loss))
+        return done
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.differences.losses.append(abs(loss.item() - self.expected_loss))
+        self._lost += loss.item()
         return loss
 
     def compare_weights(self, recorded: dict) -> None:

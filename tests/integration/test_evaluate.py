@@ -3,7 +3,9 @@ import math
 
 import pytest
 import yaml
+from peft import LoraConfig
 
+from sapo import SAPOConfig, SAPOTrainer
 from sapo.cli import main
 from sapo.evaluation import local
 from sapo.generation import TransformersGenerator
@@ -106,6 +108,30 @@ def test_run_folder_shows_policy_and_opponent_beside_the_start(make_trainer, eva
     assert "prefers_data_to_opponent" not in found["run opponent"]["measures"]
     assert "ended" in found["run policy"]["change_from_start"]
     assert "change" in out
+
+
+def test_run_of_an_adapter_is_measured_over_its_base(evaluate, model, held_out, tmp_path):
+    config = SAPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        learning_rate=1e-2,
+        max_length=32,
+        segment_length=4,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = SAPOTrainer(str(model), config, tiny_rows(), peft_config=adapter)
+    trainer.train()
+    trainer.save_model()
+    evaluate(tmp_path / "run", "--start", model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 4)
+    found = results(tmp_path, "local")
+    assert [found[name]["base"] for name in ("run policy", "run opponent")] == [str(model), str(model)]
+    nll = {name: one["measures"]["nll"]["value"] for name, one in found.items()}
+    assert len(set(nll.values())) == 3
 
 
 def test_other_weights_are_another_part(evaluate, model, held_out, tmp_path):
@@ -246,6 +272,18 @@ def test_budget_leaves_a_note_and_the_next_command_completes(evaluate, model, mt
     assert len(server.requests) == 12
 
 
+def test_budget_is_of_the_command_and_not_of_each_model(evaluate, model, mt_bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    other = save_model(tmp_path / "other", seed=1)
+    with serving(with_reference_better) as server:
+        out = evaluate(
+            *(model, other, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, "--max_new_tokens", 6),
+            *("--judge_model", "gpt-x", "--judge_base_url", server.url, "--max_judge_calls", 15),
+        )
+    assert len(server.requests) == 15
+    assert "other: 9 verdicts are missing" in out
+
+
 @pytest.fixture
 def instructions(tmp_path):
     rows = [
@@ -302,6 +340,14 @@ def test_published_prompt_form_and_one_order(evaluate, model, instructions, tmp_
 
 
 # ---- What is wrong is said in one line ----
+
+
+def test_results_of_another_kind_are_not_overwritten(evaluate, model, held_out, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 4)
+    one_line(evaluate(*command, expect=2), "is not a file of results")
+    assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
 
 def one_line(error, *parts):

@@ -126,6 +126,16 @@ def test_keeping_the_scores_of_the_reference_changes_nothing(make_trainer, monke
     assert_same_run(kept, formed)
 
 
+def test_the_reference_is_opened_once_for_all_passes_of_a_micro_batch(make_trainer, monkeypatch):
+    trainer = make_trainer(pairs_per_forward=1, gradient_accumulation_steps=2, max_steps=3, reference="initial")
+    opened, using = [], trainer.reference.using
+    monkeypatch.setattr(trainer.reference, "using", lambda: opened.append(trainer.state.global_step) or using())
+    trainer._resolved_layout()
+    opened.clear()
+    trainer.train()
+    assert opened == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_fused_head_that_trl_has_not_is_refused(make_trainer, monkeypatch):
     monkeypatch.setattr(config, "HAS_FUSED_LM_HEAD", False)
     with pytest.raises(ConfigurationError, match=r"fused_lm_head=true needs trl 1.16"):

@@ -16,7 +16,7 @@ from trl import ModelConfig
 from sapo import SAPOConfig
 from sapo.cli import main
 from sapo.estimate.advice import changes_that_fit
-from sapo.estimate.command import make_report
+from sapo.estimate.command import _FLAGS, make_report
 from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
 from sapo.estimate.passes import Lengths, trace_passes
@@ -241,6 +241,7 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
         (["--gpu"], "--gpu needs a value"),
         (["--num_gpus", "many"], "whole number"),
         (["--gpu", "h100", "--accelerate_config", "zero9"], "nearest: zero"),
+        (["--gpu", "h100", "--accelerate_config", "pyproject.toml"], "not a configuration that can be estimated"),
         (["--model_config", "nowhere.json"], "not a model's configuration"),
         (["--model_config", "pyproject.toml"], "not a model's configuration"),
         (["--gpu", "h100", "--max_length", "9999"], "256 positions"),
@@ -251,6 +252,12 @@ def test_what_cannot_be_estimated_says_why_in_one_line(more, message, tmp_path, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_help_names_every_flag_and_device(capsys):
+    assert main(["estimate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in [*_FLAGS, "--profile", *DEVICES])
 
 
 @pytest.mark.parametrize("name", ["multi_gpu", "zero2", "zero3", "fsdp2", "file"])

@@ -1,6 +1,7 @@
 """Laws of the shared layout: it computes what the plain one does, on every architecture that can."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -142,11 +143,25 @@ def test_shared_prefixes_change_neither_loss_nor_gradients(name, objective):
     assert_equal(model, objective)
 
 
-@pytest.mark.parametrize("objective", [dpo, orpo])
-def test_nor_with_gradient_checkpointing_and_lora(objective):
+@pytest.mark.parametrize(("name", "objective"), [*zip(ARCHITECTURES, itertools.cycle([dpo, orpo])), ("gemma3", orpo)])
+def test_nor_with_gradient_checkpointing(name, objective):
+    model = make(name)
+    enable_checkpointing(model)
+    assert prepare_shared_layout(model) is None
+    assert_equal(model, objective, suffix="mask")
+
+
+@pytest.mark.parametrize(("name", "objective"), [*zip(ARCHITECTURES, itertools.cycle([dpo, orpo])), ("gemma3", orpo)])
+def test_nor_with_lora_and_gradient_checkpointing(name, objective):
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(make("gemma3"), lora)
+    lora = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        fan_in_fan_out=name == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(make(name), lora)
     enable_checkpointing(model.get_base_model())
     model.enable_input_require_grads()
     assert prepare_shared_layout(model) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig
 from sapo.arguments import parse
 from sapo.errors import ConfigurationError, ModelError
 from sapo.estimate.advice import Change, changes_that_fit
-from sapo.estimate.devices import Device, device_named
+from sapo.estimate.devices import DEVICES, Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.footprint import Strategy, StrategyName
@@ -51,9 +52,26 @@ class Report:
         return self.result.needed <= self.device.memory
 
 
+HELP = """\
+sapo estimate [--config recipe.yaml] [flags of sapo train] [flags below]
+
+  --gpu NAME                what it runs on: {devices}; here (the default): this machine, measured
+  --profile                 the same as --gpu here
+  --num_gpus N              processes, one a GPU
+  --accelerate_config NAME  multi_gpu, zero2, zero3, fsdp2, or a file
+  --model_config FILE       a config.json or its folder, where the model is not at hand
+  --prompt_length N         tokens; unset, the longest that the recipe allows
+  --response_length N       likewise
+  --json FILE               the figures for a program, in bytes and seconds
+"""
+
+
 def run_estimate(arguments: Sequence[str]) -> None:
     """Estimate a run and print it."""
     own, rest = _split(arguments)
+    if "--help" in rest or "-h" in rest:
+        sys.stdout.write(HELP.format(devices=", ".join(DEVICES)))
+        return
     report = make_report(own, rest)
     if "json" in own:
         Path(own["json"]).write_text(json.dumps(as_dictionary(report), indent=2) + "\n", encoding="utf-8")
@@ -149,10 +167,12 @@ def _strategy_of(file: Path, name: str) -> str:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         kind = content["distributed_type"]
         if kind == "DEEPSPEED":
-            return f"zero{content['deepspeed_config']['zero_stage']}"
+            return {2: "zero2", 3: "zero3"}[content["deepspeed_config"]["zero_stage"]]
         return {"FSDP": "fsdp2", "MULTI_GPU": "multi_gpu", "NO": "none"}[kind]
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"--accelerate_config {name}: not a configuration of accelerate ({error}).") from error
+        raise ConfigurationError(
+            f"--accelerate_config {name}: not a configuration that can be estimated ({error})."
+        ) from error
 
 
 def _model_config(name: str) -> Any:

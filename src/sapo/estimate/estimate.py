@@ -62,7 +62,6 @@ class Estimate:
 
     memory: Memory
     seconds: dict[str, float]
-    tokens: int
     layout: str
     why_plain: str | None
     parameters: int
@@ -132,11 +131,9 @@ def estimate(
     seconds = _seconds(timed, roles, args, device, strategy, common, pairs, memory)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
     needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
-    each = args.per_device_train_batch_size * args.gradient_accumulation_steps * strategy.processes
     return Estimate(
         memory=memory,
         seconds=seconds,
-        tokens=each * (2 * (common.prompt + common.response)),
         layout=passes.layout,
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),
@@ -160,9 +157,6 @@ def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, 
     lasting = sum(parts.values())
     twin, gathered = twin_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
     learning = passes.learning
-    several = args.gradient_accumulation_steps > 1 or (
-        args.pairs_per_forward is not None and args.pairs_per_forward < args.per_device_train_batch_size
-    )
     beside = gradients - learning.most["gradients"]
     phases = {"learning": lasting + gathered + learning.bytes + beside}
     phases["optimizer"] = lasting + gradients + optimizer_scratch(roles.trained, args, strategy, on_gpu=on_gpu)
@@ -172,7 +166,9 @@ def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, 
         "logits and working space": learning.most["logits"] + learning.most["working"],
     }
     if passes.reference is not None:
-        phases["reference"] = lasting + twin + passes.reference.bytes + (gradients if several else 0)
+        # It scores a micro-batch before the policy learns from it; only earlier micro-batches have left gradients.
+        earlier = gradients if args.gradient_accumulation_steps > 1 else 0
+        phases["reference"] = lasting + twin + passes.reference.bytes + earlier
     if passes.prefill is not None:
         phases["generation"] = lasting + twin + max(passes.prefill.bytes, passes.cache)
         passing["keys and values of generation"] = passes.cache
@@ -240,7 +236,8 @@ def _communication(
         scattered = number if strategy.name == "zero3" else 1
         hidden = (2 * number * everything + scattered * trained) * width
         steps = max(args.steps_per_generation, args.generation_interval)
-        calls = (number if passes.reference is not None else 0) + (1 / steps if passes.prefill is not None else 0)
+        calls = args.gradient_accumulation_steps if passes.reference is not None else 0
+        calls += 1 / steps if passes.prefill is not None else 0
         shown = calls * everything * width
     else:
         hidden, shown = 2 * trained * (width if strategy.name == "zero2" else 4), 0.0

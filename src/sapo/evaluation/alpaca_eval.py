@@ -160,11 +160,12 @@ def run(session: Session) -> dict[str, SuiteResult]:
         )
     instructions = load_instructions(Path(options.alpaca_eval_data), options.limit)
     prompt = load_prompt(Path(options.judge_prompt) if options.judge_prompt else None)
-    make_judge(session)  # a missing key or package shows before anything is generated
+    judge = make_judge(session)  # a missing key or package shows before anything is generated
     answers = {target.name: _answers(session, target, instructions) for target in session.targets}
     session.release()
     return {
-        target.name: _compare(session, target, instructions, prompt, answers[target.name]) for target in session.targets
+        target.name: _compare(session, judge, target, instructions, prompt, answers[target.name])
+        for target in session.targets
     }
 
 
@@ -211,6 +212,7 @@ def _answers(session: Session, target: Target, instructions: Sequence[Instructio
 
 def _compare(
     session: Session,
+    judge: Judge,
     target: Target,
     instructions: Sequence[Instruction],
     prompt: Sequence[tuple[str, str]],
@@ -218,7 +220,7 @@ def _compare(
 ) -> SuiteResult:
     file = session.parts("alpaca_eval", "model_outputs", f"{target.slug}.jsonl").file
     empty = require_some_answers(target.name, [answer["output"] for answer in answers], file)
-    judge = make_judge(session)
+    judge.begin()
     asked = [
         (place, model_first, comparison(prompt, one, answers[place]["output"], model_first=model_first))
         for place, one in enumerate(instructions)

@@ -143,8 +143,7 @@ def _benchmarks(session: Session, suite: str) -> list[Benchmark]:
 
 def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFacts]) -> None:
     """The harness fails in the middle of a task whose responses alone would fill the model's context."""
-    config = AutoConfig.from_pretrained(target.base or target.path).get_text_config().to_dict()
-    positions = config.get("max_position_embeddings")
+    positions = _positions(target)
     for task, known in facts.items():
         asked = session.options.max_new_tokens or known.generates
         if known.generates and positions is not None and asked >= positions:
@@ -152,6 +151,13 @@ def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFact
                 f"{target.path} has {positions} positions, and {task} generates up to {asked} tokens. Lower that: "
                 f"--max_new_tokens {positions // 2}."
             )
+
+
+def _positions(target: Target) -> int | None:
+    """Tokens of the model's context, None if its configuration does not say."""
+    config = AutoConfig.from_pretrained(target.base or target.path).get_text_config().to_dict()
+    positions: int | None = config.get("max_position_embeddings")
+    return positions
 
 
 def _chat(session: Session, target: Target, suite: str) -> bool:
@@ -239,6 +245,7 @@ class _Runner:
             "chat_template": session.template,
             "include_path": None if self._include is None else str(self._include),
             "parts": str(self._parts.file),
+            "positions": _positions(target),
             "tasks": [
                 {"key": key, "task": leaf, "shots": benchmark.shots, "metrics": list(benchmark.metrics)}
                 for key, leaf, benchmark in missing
@@ -303,7 +310,9 @@ def _notes(session: Session, suite: str, *, chat: bool, truncated: int) -> list[
     if session.options.max_new_tokens is not None:
         notes.append(f"--max_new_tokens {session.options.max_new_tokens} in place of what the task asks for.")
     if truncated:
-        notes.append(f"{truncated} batches held prompts longer than the context: the harness cut them on the left.")
+        notes.append(
+            f"{truncated} requests or batches were longer than the model's context: the harness cut them on the left."
+        )
     if suite == "leaderboard" and session.options.tasks is not None:
         notes.append("Not all six tasks, so no average.")
     return notes

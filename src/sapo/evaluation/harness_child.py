@@ -18,7 +18,7 @@ from sapo.evaluation.store import FinishedParts
 
 
 class LeftTruncations(logging.Handler):
-    """Counts prompts that the harness cut to fit the model: it only logs them."""
+    """Counts batches whose prompts the harness cut to leave room for a response: it only logs them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -51,8 +51,8 @@ def main(request_file: str) -> None:
         model = _load(request)
     for task in request["tasks"]:
         cut.count = 0
-        record = _run(request, task, model, manager)
-        parts.add(task["key"], {**record, "truncated": cut.count})
+        record, arguments = _run(request, task, model, manager)
+        parts.add(task["key"], {**record, "truncated": cut.count + _too_long(request, arguments)})
 
 
 def _load(request: Mapping[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def _load(request: Mapping[str, Any]) -> Any:
     return model
 
 
-def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manager: Any) -> dict[str, Any]:
+def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manager: Any) -> tuple[dict[str, Any], Any]:
     import lm_eval
 
     name = task["task"]
@@ -91,13 +91,36 @@ def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manage
             if sample["filter"] == filter_name:
                 samples[metric][str(sample["doc_id"])] = _plain(sample[base])
     metrics = found["results"][name]
-    return {
+    # Of a choice to be scored: question and choice.
+    arguments = [pair for sample in found["samples"][name] for pair in sample["arguments"] if _is_choice(pair)]
+    record = {
         "task": name,
         "metrics": {metric: value for metric, value in metrics.items() if isinstance(value, (int, float))},
         "samples": samples,
         "responses": responses.hexdigest(),
         "examples": int(found["n-samples"][name]["effective"]),
     }
+    return record, arguments
+
+
+def _is_choice(arguments: Any) -> bool:
+    return len(arguments) == 2 and all(isinstance(one, str) for one in arguments)
+
+
+def _too_long(request: Mapping[str, Any], arguments: Any) -> int:
+    """Questions with a choice that are longer than the model's context, which the harness cuts without a word."""
+    if not arguments or request["positions"] is None:
+        return 0
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(request["model_args"]["pretrained"])
+    wholes = [context + choice for context, choice in arguments]
+    # The last token is predicted and never read, so the context holds all before it.
+    return sum(
+        len(ids) > request["positions"] + 1
+        for first in range(0, len(wholes), 1000)
+        for ids in tokenizer(wholes[first : first + 1000], add_special_tokens=False)["input_ids"]
+    )
 
 
 def _plain(value: Any) -> Any:

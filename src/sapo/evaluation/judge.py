@@ -168,6 +168,10 @@ class Judge:
             api_key=self._key or "none", base_url=self.options.base_url, max_retries=0, timeout=self.options.timeout
         )
 
+    def begin(self) -> None:
+        """Count anew for another model; what the budget has paid for stays."""
+        self.tally = JudgeTally(sent=self.tally.sent, answered=self.tally.answered)
+
     def estimate(self, requests: Sequence[JudgeRequest]) -> list[str]:
         """What asking `requests` will cost at most, for the user to read before the first call."""
         new = {request.key(self.options): request for request in requests}
@@ -344,8 +348,8 @@ class Judge:
         return f"{len(self.parts)} verdicts are kept in {self.parts.file}; the same command continues from them."
 
     def _scrubbed(self, text: str) -> str:
-        """Servers quote the key they refuse, and whole pages; neither belongs on a terminal."""
-        line = " ".join(text.split())
+        """Servers quote the key they refuse, send whole pages and control characters: none belongs on a terminal."""
+        line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
         if self._key:
             line = line.replace(self._key, "***")
             for length in (8, 4):

@@ -40,7 +40,12 @@ def ask(session: Session, judge: Judge, requests: Sequence[JudgeRequest]) -> dic
     """Say what it will cost at most, then ask."""
     for line in judge.estimate(requests):
         session.say(line)
-    return judge.ask(requests)
+    before, repeated = judge.tally.sent, judge.tally.repeated
+    answers = judge.ask(requests)
+    sent, again = judge.tally.sent - before, judge.tally.repeated - repeated
+    if sent:
+        session.say(f"{sent} requests sent, {again} of them again after a failure.")
+    return answers
 
 
 def judge_notes(judge: Judge) -> list[str]:

@@ -14,7 +14,7 @@ from sapo.evaluation.session import Session, chunks
 from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target, run_option
 from sapo.generation import Sampling
-from sapo.local_measures import LocalOptions, Measured, ends_in_loop, measure, seq_rep, summarize
+from sapo.local_measures import LocalOptions, Measured, ends_in_loop, measure, seq_rep, summarize, wins
 
 ROWS = 200
 MAX_NEW_TOKENS = 256
@@ -156,9 +156,14 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
         max_new_tokens=budget,
         seed=session.options.seed,
     )
-    items: dict[str, dict[str, float]] = {"ended": {}, "length": {}, "seq_rep_4": {}, "loops": {}}
+    names = ("nll", "ended", "length", "seq_rep_4", "loops", "prefers_data_to_own", "gap_to_own")
+    items: dict[str, dict[str, float]] = {name: {} for name in names}
     for one in found:
         row = str(one.row)
+        items["nll"][row] = -one.data_logp
+        items["prefers_data_to_own"][row] = wins(one.data_logp - one.own_logp)
+        if one.own:
+            items["gap_to_own"][row] = one.data_logp / one.data_tokens - one.own_logp / len(one.own)
         ended = bool(one.own) and one.own[-1] in loaded.end_ids
         bare = one.own[:-1] if ended else one.own
         items["ended"][row] = float(ended)
@@ -174,7 +179,8 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
     )
     if crowded:
         notes.append(f"{crowded} prompts leave less room than max_new_tokens={budget}: their samples were cut earlier.")
-    return SuiteResult(measures, items, notes)
+    weights = {"nll": {str(one.row): float(one.data_tokens) for one in found}}
+    return SuiteResult(measures, items, weights, notes)
 
 
 def _dataset(session: Session) -> str:

@@ -148,12 +148,12 @@ def run(session: Session) -> dict[str, SuiteResult]:
             "reference_answer*.jsonl of FastChat's llm_judge."
         )
     files = load_files(Path(session.options.mt_bench_dir), session.options.limit)
-    make_judge(session)  # a missing key or package shows before anything is generated
+    judge = make_judge(session)  # a missing key or package shows before anything is generated
     answers = {target.name: _answers(session, target, files) for target in session.targets}
     session.release()
     results = {}
     for target in session.targets:
-        results[target.name] = _grade(session, target, files, answers[target.name])
+        results[target.name] = _grade(session, judge, target, files, answers[target.name])
     return results
 
 
@@ -223,11 +223,13 @@ def _two_turns(
     ]
 
 
-def _grade(session: Session, target: Target, files: Files, answers: Sequence[Mapping[str, Any]]) -> SuiteResult:
+def _grade(
+    session: Session, judge: Judge, target: Target, files: Files, answers: Sequence[Mapping[str, Any]]
+) -> SuiteResult:
     file = session.parts("mt_bench", "model_answer", f"{target.slug}.jsonl").file
     texts = [turn for answer in answers for turn in answer["choices"][0]["turns"]]
     empty = require_some_answers(target.name, texts, file)
-    judge = make_judge(session)
+    judge.begin()
     asked = [
         (place, turn, grading(files, question, answers[place]["choices"][0]["turns"], turn))
         for place, question in enumerate(files.questions)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo._version import __version__
+from sapo.errors import EvaluationError
 from sapo.evaluation.store import write_atomically
 from sapo.evaluation.targets import Target
 from sapo.local_measures import Estimate, paired_change
@@ -30,11 +31,13 @@ class SuiteResult:
         measures: estimates by name, in the order of the table.
         items: for measures that are means over examples: the value of each example by its name, so that two models
             can be compared on the same examples.
+        weights: for measures that are a sum over a sum: the denominator of each example, the same for every model.
         notes: what a reader has to know: what was left out, what was cut, where a number departs from the published.
     """
 
     measures: dict[str, Estimate] = field(default_factory=dict)
     items: dict[str, dict[str, float]] = field(default_factory=dict)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -45,7 +48,14 @@ def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
     found = {}
     for name, values in after.items.items():
         common = sorted(values.keys() & before.items.get(name, {}).keys())
-        change = paired_change([values[key] for key in common], [before.items[name][key] for key in common])
+        weights = after.weights.get(name)
+        if weights is not None and weights != before.weights.get(name):
+            continue  # cut into other tokens: not comparable
+        change = paired_change(
+            [values[key] for key in common],
+            [before.items[name][key] for key in common],
+            weights=None if weights is None else [weights[key] for key in common],
+        )
         if change is not None:
             found[name] = change
     return found
@@ -88,7 +98,13 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
     file = folder / RESULTS_FILE
     whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
     if file.exists():
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            whole["suites"] = json.loads(file.read_text(encoding="utf-8"))["suites"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{file} is not a file of results ({' '.join(str(error).split())}). Move it away and give the same "
+                "command again: finished parts are kept."
+            ) from error
     whole["suites"][suite] = found
     write_atomically(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return file
@@ -115,9 +131,13 @@ def show(console: Console, suite: str, targets: Sequence[Target], results: Mappi
                 row.append(_cell(changes(results[target.name], results[before]).get(name), signed=True))
         table.add_row(Text(name), *row)
     console.print(table)
+    common = [note for note in results[targets[0].name].notes if all(note in one.notes for one in results.values())]
+    for note in common:
+        console.print(Text(note), soft_wrap=True)
     for target in targets:
         for note in results[target.name].notes:
-            console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
+            if note not in common:
+                console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
 
 
 def _start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> str | None:

@@ -93,8 +93,18 @@ class FinishedParts:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or nothing.
+
+    Raises:
+        EvaluationError: the disk does not take it.
+    """
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise EvaluationError(
+            f"{file} cannot be written ({error.strerror}); finished parts are kept. Make room and give the same "
+            "command again."
+        ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sapo.data import end_token_ids
 from sapo.errors import EvaluationError, ModelError, TokenizerError
@@ -207,9 +207,9 @@ def load_target(
         ModelError: it cannot be loaded.
     """
     name = target.base or target.path
-    tokenizer = load_tokenizer(
-        target.path if (Path(target.path) / "tokenizer_config.json").is_file() else name, revision
-    )
+    # An adapter folder may hold a tokenizer, with a template of its own.
+    own = target.base is not None and (Path(target.path) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(target.path) if own else load_tokenizer(name, revision)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     try:

@@ -4,7 +4,15 @@
 """
 
 from sapo.local_measures.intervals import Estimate, bootstrap_ratio, paired_change
-from sapo.local_measures.measure import LocalOptions, Measured, measure, sample_responses, score_responses, summarize
+from sapo.local_measures.measure import (
+    LocalOptions,
+    Measured,
+    measure,
+    sample_responses,
+    score_responses,
+    summarize,
+    wins,
+)
 from sapo.local_measures.text import distinct, ends_in_loop, jensen_shannon, seq_rep
 
 __all__ = [
@@ -21,4 +29,5 @@ __all__ = [
     "score_responses",
     "seq_rep",
     "summarize",
+    "wins",
 ]

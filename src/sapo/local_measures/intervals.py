@@ -79,9 +79,18 @@ def bootstrap_ratio(
     return Estimate(value, float(ratios.std(ddof=1)), float(low), float(high), len(above))
 
 
-def paired_change(after: Sequence[float], before: Sequence[float], *, seed: int = 0) -> Estimate | None:
-    """Mean of after - before over the same examples: what is common to both cancels."""
-    return bootstrap_ratio(np.subtract(after, before).tolist(), seed=seed)
+def paired_change(
+    after: Sequence[float], before: Sequence[float], *, weights: Sequence[float] | None = None, seed: int = 0
+) -> Estimate | None:
+    """Mean of after - before over the same examples: what is common to both cancels.
+
+    Args:
+        after: one an example.
+        before: of the same examples.
+        weights: where both are numerators, their common denominators.
+        seed: of the resampling.
+    """
+    return bootstrap_ratio(np.subtract(after, before).tolist(), weights, seed=seed)
 
 
 def over_halves(

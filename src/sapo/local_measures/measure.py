@@ -244,13 +244,14 @@ def _gap(
         if length
     ]
     return {
-        f"prefers_data_to_{name}": bootstrap([_wins(value) for value in summed]),
-        f"prefers_data_to_{name}_per_token": bootstrap([_wins(value) for value in each]),
+        f"prefers_data_to_{name}": bootstrap([wins(value) for value in summed]),
+        f"prefers_data_to_{name}_per_token": bootstrap([wins(value) for value in each]),
         f"gap_to_{name}": bootstrap(each),
     }
 
 
-def _wins(difference: float) -> float:
+def wins(difference: float) -> float:
+    """1 for a preference, 0 for the opposite, a half for none."""
     return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
 
 

@@ -147,7 +147,9 @@ class RunRecorder(TrainerCallback):
             for place in range(len(part)):
                 one = slice(place, place + 1)
                 own = PairScores(*(tensor[one] for tensor in scores[:4]))
-                before = None if reference is None else ReferenceLogps(*(tensor[one] for tensor in reference))
+                before = None
+                if reference is not None:
+                    before = ReferenceLogps(reference.chosen_logps[one], reference.rejected_logps[one])
                 metrics = pair_loss(own, before, args).metrics
                 found = {
                     "loss": metrics["loss"],

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -98,7 +99,8 @@ def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy
     dtype = weight_type(config, model_args)
     if strategy.name in ("zero2", "zero3") and args.bf16:
         dtype = torch.bfloat16
-    attention = model_args.attn_implementation if model_args.attn_implementation == "eager" else "sdpa"
+    # The kernels of another attention need not be installed here; unset, transformers takes what the model has.
+    attention = "eager" if model_args.attn_implementation == "eager" else None
     with _without_partitioning(args), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         quantized = _quantize(model, model_args)
@@ -203,7 +205,7 @@ def weight_type(config: Any, model_args: ModelConfig) -> torch.dtype:
 
 
 def _optimizer(args: SAPOConfig) -> str:
-    return str(args.optim).rsplit(".", 1)[-1].lower()
+    return str(OptimizerNames(args.optim).value)
 
 
 def _optimizer_memory(trained: list[Tensor], args: SAPOConfig, strategy: Strategy) -> float:

@@ -161,17 +161,6 @@ def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path
     assert [row["bad_step_fraction"] for row in rows if "loss" in row] == [0, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
-def test_the_first_process_keeps_pairs_for_the_report(strategy, tmp_path):
-    run(tmp_path / "two", 2, strategy=strategy, objective="dpo", report_pairs=20)
-    rows = [json.loads(line) for line in (tmp_path / "two/pairs.jsonl").read_text().splitlines()]
-    followed = [row for row in rows if row["kind"] == "followed"]
-    assert [row["step"] for row in followed] == [0] * 4 + [2] * 4 + [3] * 4
-    assert all(isinstance(row["margin"], float) for row in rows)
-    assert (tmp_path / "two/report.html").is_file()
-
-
 @SLOW
 def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
     options = FIXED_DRAWS | {"objective": "orpo", "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
@@ -185,3 +174,14 @@ def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
         found.append({name: value for name, value in first.items() if "local/" in name and "time" not in name})
     assert found[0].keys() == found[1].keys()
     assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_the_first_process_keeps_pairs_for_the_report(strategy, tmp_path):
+    run(tmp_path / "two", 2, strategy=strategy, objective="dpo", report_pairs=20)
+    rows = [json.loads(line) for line in (tmp_path / "two/pairs.jsonl").read_text().splitlines()]
+    followed = [row for row in rows if row["kind"] == "followed"]
+    assert [row["step"] for row in followed] == [0] * 4 + [2] * 4 + [3] * 4
+    assert all(isinstance(row["margin"], float) for row in rows)
+    assert (tmp_path / "two/report.html").is_file()

@@ -22,7 +22,9 @@ def make(make_trainer, name, *, local, **options):
     return make_trainer(name, **(settings | extra | options))
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": True}, {"objective": "orpo", "fused_lm_head": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": True}, pytest.param({"objective": "orpo", "layout": "plain"}, marks=pytest.mark.slow)]
+)
 def test_local_measures_leave_the_training_undisturbed(make_trainer, options):
     ends = []
     for name, local in (("without", False), ("with", True)):

@@ -99,7 +99,7 @@ def test_run_folder_shows_policy_and_opponent_beside_the_start(make_trainer, eva
     trainer = make_trainer("run", max_steps=3, model=tiny_llama())
     trainer.train()
     trainer.save_model()
-    trainer.run_folder.write_recipe_and_card({"model_name_or_path": str(model)}, str(model))
+    trainer.run_folder.write_recipe({"model_name_or_path": str(model)})
     out = evaluate(tmp_path / "run", "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
     found = results(tmp_path, "local")
     assert list(found) == ["start", "run policy", "run opponent"]
@@ -371,6 +371,21 @@ def test_no_such_model(evaluate, held_out, tmp_path):
 
 def test_no_judge(evaluate, model, mt_bench):
     one_line(evaluate(model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, expect=2), "--judge_model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--judge_base_url", "localhost:8000"], "http://"),
+        (["--limit", "0"], "limit=0: must be 1 or more"),
+        (["--judge_timeout", "0"], "above 0"),
+        (["--jugde_model", "j"], "--jugde_model"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--chat_template", "none.jinja"], "cannot be read"),
+    ],
+)
+def test_wrong_flags(evaluate, model, held_out, flags, says):
+    one_line(evaluate(model, "--suite", "local", "--dataset_name", held_out, *flags, expect=2), says)
 
 
 def test_model_without_chat_template(evaluate, mt_bench, tmp_path):

@@ -83,7 +83,7 @@ def test_finished_task_is_not_run_again(tmp_path, monkeypatch):
     command = ("--suite", "leaderboard", "--tasks", "gsm8k", "--limit", 2, "--max_new_tokens", 8)
     assert evaluate(tmp_path, *command) == 0
     first = json.loads((tmp_path / "results.json").read_text())["suites"]["leaderboard"]["models"]
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     assert evaluate(tmp_path, *command) == 0
     assert json.loads((tmp_path / "results.json").read_text())["suites"]["leaderboard"]["models"] == first
 

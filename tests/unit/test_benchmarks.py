@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,21 @@ def test_change_of_a_ratio_weighs_examples_and_needs_the_same_tokens():
     assert changes(after, before)["nll"].value == pytest.approx(-0.9)
     other = SuiteResult({}, after.items, {"nll": {"1": 8.0, "2": 1.0}})
     assert changes(other, before) == {}
+
+
+def test_failing_harness_is_quoted_and_its_noise_is_not(tmp_path, monkeypatch, capfd):
+    script = "import sys; sys.stderr.write(sys.argv[1] + 'bar 1\\rbar 2\\nKeyError: no such thing\\n'); sys.exit(3)"
+    monkeypatch.setattr(harness.sys, "executable", _python_that_runs(tmp_path, script))
+    status, last = harness._run_child(tmp_path / "request.json")
+    assert (status, last) == (3, "KeyError: no such thing")
+    said = capfd.readouterr().err
+    assert "bar 2" in said
+    assert "fatal" not in said
+
+
+def _python_that_runs(folder, script):
+    file = folder / "python"
+    noise = harness._NOT_AN_ERROR.strip()
+    file.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:] = [{noise!r} + '\\n']\n{script}\n")
+    file.chmod(0o755)
+    return str(file)

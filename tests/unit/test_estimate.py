@@ -16,7 +16,7 @@ from trl import ModelConfig
 from sapo import SAPOConfig
 from sapo.cli import main
 from sapo.estimate.advice import changes_that_fit
-from sapo.estimate.command import _FLAGS, make_report
+from sapo.estimate.command import _FLAGS, _strategy, make_report
 from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
 from sapo.estimate.passes import Lengths, trace_passes
@@ -194,8 +194,8 @@ def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
 
 def test_a_published_recipe_is_estimated_without_the_hub():
     recipe = ROOT / "recipes" / "llama3-8b-dpo.yaml"
-    # A few pairs, so that it takes seconds.
-    more = ["--config", str(recipe), "--per_device_train_batch_size", "2"]
+    # One pair, so that it takes seconds.
+    more = ["--config", str(recipe), "--per_device_train_batch_size", "1"]
     asked = {"device": "h200", "number": "8", "strategy": "zero3", "model_config": str(LLAMA)}
     report = make_report(asked, more)
     assert report.fits
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
     ],
 )
 def test_what_cannot_be_estimated_says_why_in_one_line(more, message, tmp_path, capsys):
-    assert main(["estimate", *small(tmp_path), *more]) == 2
+    assert main(["estimate", *small(tmp_path), "--gpu", "h100", *more]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -260,19 +260,30 @@ def test_the_help_names_every_flag_and_device(capsys):
     assert all(word in shown for word in [*_FLAGS, "--profile", *DEVICES])
 
 
-@pytest.mark.parametrize("name", ["multi_gpu", "zero2", "zero3", "fsdp2", "file"])
+@pytest.mark.parametrize("name", ["multi_gpu", "zero2", "zero3", "fsdp2"])
 def test_configurations_have_the_names_of_sapo_train(name, tmp_path):
-    shipped = ROOT / "src" / "sapo" / "accelerate_configs" / "fsdp2.yaml"
-    given = name if name != "file" else str(shutil.copy(shipped, tmp_path / "mine.yaml"))
-    report = make_report({"device": "h100", "number": "4", "strategy": given}, small(tmp_path))
-    assert report.strategy == Strategy("fsdp2" if name == "file" else name, 4)
-    assert report.result.seconds["communication"] >= 0
+    assert Strategy(*_strategy({"number": "4", "strategy": name})) == Strategy(name, 4)
+    shipped = ROOT / "src" / "sapo" / "accelerate_configs" / f"{name}.yaml"
+    mine = str(shutil.copy(shipped, tmp_path / "mine.yaml"))
+    assert Strategy(*_strategy({"number": "4", "strategy": mine})) == Strategy(name, 4)
+
+
+def test_what_travels_between_devices_takes_time(tmp_path):
+    run = small(tmp_path)
+    apart, together = (
+        make_report({"device": "h100", "number": "4", "strategy": name}, run).result.seconds
+        for name in ("fsdp2", "multi_gpu")
+    )
+    assert apart["communication"] > 0
+    assert apart["communication"] > together["communication"]
+    assert make_report({"device": "h100"}, run).result.seconds.keys() == together.keys() - {"communication"}
 
 
 def test_memory_of_a_real_run_is_what_was_foreseen(monkeypatch):
     """Resident memory of a training run in a fork, against the estimate: within 15 %."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module("benchmarks.estimate")
+    monkeypatch.setattr(benchmark, "STEPS", 2)
     setting = benchmark.SETTINGS["DPO, one pair a pass"]
     peak, _ = benchmark.measured(setting)
     assert benchmark.estimated(setting)[0] == pytest.approx(peak, rel=0.15)

@@ -12,7 +12,7 @@ from trl import ModelConfig
 from sapo import SAPOConfig
 from sapo.footprint import Strategy, build_roles, gradient_memory, model_memory
 from tests.tiny import tiny_llama
-from tests.unit.test_shared_prefix import ARCHITECTURES
+from tests.unit.test_shared_prefix import ARCHITECTURES, UNABLE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PARAMETERS = {"llama-3-8b": 8_030_261_248, "mistral-7b-v0.1": 7_241_732_096}
@@ -125,6 +125,21 @@ def test_sharding_divides_every_model_and_the_optimizer(name):
         assert cut["gradients"] == pytest.approx(whole["gradients"] / 8, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_a_weight"),
+    [
+        ("adamw_torch_fused", 8),
+        ("rmsprop", 4),
+        ("sgd", 0),
+        ("adamw_bnb_8bit", 2 * (1 + 4 / 256)),
+        ("lion_8bit", 1 + 4 / 256),
+    ],
+)
+def test_states_are_those_of_the_optimizer(optimizer, bytes_a_weight):
+    found = parts(ARCHITECTURES["llama"], optim=optimizer)
+    assert found.get("optimizer", 0) == round(found["policy"] / 4 * bytes_a_weight)
+
+
 def test_zero_keeps_a_float32_copy_and_divides_what_is_stepped():
     config = published("llama-3-8b")
     given = {"model": {"dtype": "bfloat16"}, "bf16": True, "optim": "adamw_torch"}
@@ -149,3 +164,10 @@ def test_four_bits_shrink_the_linear_layers_alone():
     linear = PARAMETERS["llama-3-8b"] - outside
     assert whole == 2 * PARAMETERS["llama-3-8b"]
     assert found == 4 * outside + linear // 2 + linear // 16
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "eager", None])
+def test_any_attention_and_any_architecture_can_be_counted(attention):
+    for config in [ARCHITECTURES["llama"], *UNABLE.values()]:
+        roles = build_roles(config, ModelConfig(attn_implementation=attention), options(), ALONE)
+        assert model_memory(roles, options(), ALONE)["policy"] == 4 * sum(weight.numel() for weight in roles.trained)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
 from sapo.config import SAPOConfig
@@ -119,7 +120,7 @@ def _candidates(start: _Plan) -> Iterator[_Candidate]:
                 "another method: the reference moves with the opponent",
                 lambda plan: plan.with_args(reference="opponent"),
             )
-        if "8bit" not in str(args.optim):
+        if "8bit" not in OptimizerNames(args.optim).value:
             yield (
                 "--optim adamw_bnb_8bit",
                 'states in 8 bits; needs the extra "quantization"',

@@ -22,7 +22,7 @@ from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks, require_some_answers
+from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
 from sapo.evaluation.store import part_key, write_atomically
 from sapo.evaluation.targets import Target
 from sapo.generation import Sampling
@@ -252,6 +252,7 @@ def _compare(
         )
     if empty:
         result.notes.append(empty)
+    result.notes += finish_notes([answer["finish"] for answer in answers])
     result.notes += judge_notes(judge)
     if session.options.judge_prompt is None:
         result.notes.append("Judged with this package's own prompt; --judge_prompt FILE takes the published one.")

@@ -83,6 +83,8 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
     for name in ("judge_timeout", "judge_calls_per_minute"):
         if values[name] is not None and values[name] <= 0:
             raise ConfigurationError(f"{name}={values[name]}: must be above 0.")
+    if given.judge_base_url and not given.judge_base_url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"judge_base_url={given.judge_base_url}: must begin with http:// or https://.")
     judge = None
     if given.judge_model:
         judge = JudgeOptions(

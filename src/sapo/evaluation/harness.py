@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from sapo.local_measures import Estimate, bootstrap_ratio
 from sapo.models import load_tokenizer
 
 TASKS_FOLDER = "lm_eval_tasks"
+_NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"
+"""The harness asks git for a commit to put into its results, wherever it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +219,13 @@ class _Runner:
         request = self._request(missing)
         file = self._parts.file.with_suffix(".request.json")
         write_atomically(file, json.dumps(request, indent=1) + "\n")
-        # A fixed module of this package, with this interpreter.
-        child = [sys.executable, "-m", "sapo.evaluation.harness_child", str(file)]
-        status = subprocess.run(child, check=False).returncode  # noqa: S603
+        status, last = _run_child(file)
         parts = FinishedParts(self._parts.file)
         left = [leaf for key, leaf, _ in missing if key not in parts]
         if status or left:
             raise EvaluationError(
                 f"lm-evaluation-harness ended with status {status} at {left[0] if left else 'its end'} of "
-                f"{self._target.path}, for the reason above. {len(missing) - len(left)} of {len(missing)} tasks "
+                f"{self._target.path} ({last}). {len(missing) - len(left)} of {len(missing)} tasks "
                 f"are kept in {parts.file}; the same command continues from them."
             )
         file.unlink()
@@ -251,6 +253,22 @@ class _Runner:
                 for key, leaf, benchmark in missing
             ],
         }
+
+
+def _run_child(request: Path) -> tuple[int, str]:
+    """Run the harness on a request, its bars and warnings passed on; exit status and last line of its errors."""
+    # A fixed module of this package, with this interpreter.
+    command = [sys.executable, "-m", "sapo.evaluation.harness_child", str(request)]
+    last = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as child:  # noqa: S603
+        if child.stderr is not None:
+            # Line by line would hold back progress bars, which end in a carriage return.
+            for chunk in iter(partial(os.read, child.stderr.fileno(), 2**16), b""):
+                text = chunk.decode(errors="replace").replace(_NOT_AN_ERROR, "")
+                sys.stderr.write(text)
+                last = (text.strip().splitlines() or [last])[-1]
+        status = child.wait()
+    return status, "".join(char for char in last if char.isprintable())[-200:]
 
 
 def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seed: int) -> None:

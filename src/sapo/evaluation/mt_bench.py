@@ -20,7 +20,7 @@ from sapo.evaluation.generate import chat_ids, generator_of, require_chat_templa
 from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks, require_some_answers
+from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
 from sapo.evaluation.store import part_key, write_atomically
 from sapo.evaluation.targets import Target
 from sapo.generation import Sampling
@@ -253,10 +253,7 @@ def _grade(
     result = _summary(files, scores, session.options.seed)
     if empty:
         result.notes.append(empty)
-    for finish, meaning in (("length", "reached max_new_tokens or the end of the context"), ("no_room", "had no room")):
-        count = sum(reason == finish for answer in answers for reason in answer["finish"])
-        if count:
-            result.notes.append(f"{count} of {2 * len(answers)} answers {meaning}.")
+    result.notes += finish_notes([finish for answer in answers for finish in answer["finish"]])
     if unparsable:
         result.notes.append(f"{unparsable} of {len(lines)} verdicts state no rating; they are left out, never guessed.")
     result.notes += judge_notes(judge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,16 @@ def _template(file: str | None) -> str | None:
 def chunks(size: int, total: int) -> list[range]:
     """Ranges of at most `size` that cover `total`."""
     return [range(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def finish_notes(finishes: Sequence[str]) -> list[str]:
+    """What a reader has to know of responses that did not end by themselves; see `generate.why_ended`."""
+    notes = []
+    for finish, meaning in (("length", "reached max_new_tokens or the end of the context"), ("no_room", "had no room")):
+        count = sum(one == finish for one in finishes)
+        if count:
+            notes.append(f"{count} of {len(finishes)} responses {meaning}.")
+    return notes
 
 
 def require_some_answers(name: str, answers: list[str], file: Path) -> str | None:

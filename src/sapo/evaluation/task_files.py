@@ -13,7 +13,7 @@ from sapo.data import load_rows
 from sapo.errors import ConfigurationError, DatasetError
 from sapo.evaluation.generate import chat_ids, generator_of, plain_ids, require_chat_template, room, text_of, why_ended
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks
+from sapo.evaluation.session import Session, chunks, finish_notes
 from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
@@ -180,10 +180,7 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
     if estimate is not None:
         result.measures[task.name] = estimate
     result.items[task.name] = scores
-    for finish, meaning in (("length", "reached max_new_tokens"), ("no_room", "had no room after the prompt")):
-        count = sum(record["finish"] == finish for record in records)
-        if count:
-            result.notes.append(f"{task.name}: {count} of {len(records)} responses {meaning}.")
+    result.notes += [f"{task.name}: {note}" for note in finish_notes([record["finish"] for record in records])]
 
 
 def _prompt(loaded: LoadedModel, target: Target, task: Task, row: Mapping[str, Any]) -> list[int]:

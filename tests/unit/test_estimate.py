@@ -280,6 +280,7 @@ def test_what_travels_between_devices_takes_time(tmp_path):
     assert make_report({"device": "h100"}, run).result.seconds.keys() == together.keys() - {"communication"}
 
 
+@pytest.mark.slow
 def test_memory_of_a_real_run_is_what_was_foreseen():
     """Resident memory of a training run against the estimate: within 15 %."""
     # A process of its own: in a worker, a run would first take up what other tests have freed.

@@ -44,7 +44,10 @@ def build(asked):
     zero = asked["strategy"].startswith("zero")
     if zero:
         import deepspeed
+        from deepspeed.comm import torch as backend
 
+        # It would compile a kernel for serving on a CPU, for a minute, of which training makes no use.
+        backend.build_shm_op = lambda: None
         deepspeed.init_distributed("gloo")
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear") if asked["lora"] else None
     config = SAPOConfig(**asked["options"])

@@ -16,7 +16,7 @@ def test_sft_loss_is_the_likelihood_of_the_responses(layout, make_trainer):
     pairs = trainer.source.pairs(examples, epoch=0, step=0, micro_batch=0)
     trainer._layout = None
     batch = trainer._collate(pairs)
-    loss = trainer.compute_loss(trainer.model, {"batch": batch, "pairs": pairs, "share": 1.0})
+    loss = trainer.compute_loss(trainer.model, {"batch": batch, "pairs": pairs, "share": 1.0, "reference": None})
     expected = []
     for example in examples:
         turn = example.turns[0]

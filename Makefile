@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test test-distributed test-faults check bench quality docs clean
+.PHONY: install demo test test-slow test-distributed test-faults check bench quality docs clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ demo: install
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What is too long for `make test`, besides the two below.
+test-slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/distributed --ignore tests/faults
 
 # Every strategy with every variant, in two processes and more; about half an hour. Their quick form is in `make test`.
 test-distributed: $(VENV)/.installed-test

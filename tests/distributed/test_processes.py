@@ -26,7 +26,7 @@ VARIANTS = {
     "rare": {"objective": "dpo", "generation_interval": 2, "eval_strategy": "steps", "eval_steps": 2},
 }
 QUICK = {
-    "ddp": ["dpo", "orpo-lora", "paired", "passes"],
+    "ddp": ["dpo", "orpo-lora"],
     "zero2": ["dpo"],
     "zero3": ["dpo", "dpo-lora"],
     "fsdp2": ["passes", "orpo-lora"],

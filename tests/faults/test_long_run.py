@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from tests.faults.children import build
 from tests.faults.trials import trials
 
-STEPS = trials(200, 2000)
+STEPS = trials(100, 2000)
 
 
 class Held(TrainerCallback):

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.cli import main
 from sapo.evaluation import local
+from sapo.evaluation.command import parse
 from sapo.generation import TransformersGenerator
 from tests.judge_server import KEY, serving
 from tests.tiny import WORDS, tiny_llama, tiny_rows, tiny_tokenizer
@@ -415,3 +416,14 @@ def test_nothing_but_empty_answers_are_not_judged(evaluate, mt_bench, tmp_path, 
         )
     one_line(error, "all 12 answers are empty", "kept in")
     assert server.requests == []
+
+
+def test_a_run_measured_alone_keeps_its_results_where_its_card_looks(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "sapo_config.yaml").write_text("{}")
+    suite = ["--suite", "local"]
+    assert parse([str(run), *suite]).output_dir == str(run / "evaluation")
+    assert parse([str(run), "other", *suite]).output_dir == "evaluation"
+    assert parse(["model", *suite]).output_dir == "evaluation"
+    assert parse([str(run), "--output_dir", "here", *suite]).output_dir == "here"

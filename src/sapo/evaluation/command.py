@@ -16,6 +16,7 @@ from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, task
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
+from sapo.run_folder import CONFIG_FILE
 
 SUITES = ("leaderboard", "ifeval", "mt_bench", "alpaca_eval", "local")
 
@@ -99,6 +100,10 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
             input_price=given.judge_input_price,
             output_price=given.judge_output_price,
         )
+    if values["output_dir"] is None:
+        # Where the run's model card looks for it.
+        alone = Path(given.models[0]) if len(given.models) == 1 else Path()
+        values["output_dir"] = str((alone if (alone / CONFIG_FILE).is_file() else Path()) / "evaluation")
     own = {name: value for name, value in values.items() if not name.startswith(("judge_", "max_judge"))}
     return EvaluateOptions(**own, judge=judge, judge_prompt=given.judge_prompt, judge_orders=given.judge_orders)
 
@@ -114,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     add("models", nargs="+", metavar="MODEL", help="model folder, hub id, adapter, or run folder (policy and opponent)")
     add("--suite", required=True, help=f"{', '.join(SUITES)}, or a task file (.yaml)")
     add("--start", help="the model before training, to compare with; a run folder names its own")
-    add("--output_dir", default="evaluation", help="results.json, answers, verdicts; finished parts are used again")
+    add(
+        "--output_dir",
+        help="results.json, answers, verdicts; finished parts are used again; unset: evaluation/ in the run folder that "
+        "is measured alone, else evaluation",
+    )
     add("--limit", type=int, help="examples of each task; local: 200 if not given")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")

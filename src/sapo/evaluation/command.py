@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--start", help="the model before training, to compare with; a run folder names its own")
     add(
         "--output_dir",
-        help="results.json, answers, verdicts; finished parts are used again; unset: evaluation/ in the run folder that "
-        "is measured alone, else evaluation",
+        help="results.json, answers, verdicts; finished parts are used again; default: evaluation/, in the run folder "
+        "if one is measured alone",
     )
     add("--limit", type=int, help="examples of each task; local: 200 if not given")
     add("--seed", type=int, default=0)

@@ -77,7 +77,10 @@ def _dispatch(given: list[str]) -> int:
         case ["train", *rest] if is_asked_for(rest):
             launch("train", rest)
         case ["train", *rest]:
+            from sapo.sharding import leave_processes
+
             train(rest)
+            leave_processes()
         case ["generate", *rest]:
             from sapo.generate import run_generate
 

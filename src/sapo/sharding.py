@@ -25,6 +25,16 @@ from torch.distributed.tensor import DTensor, Shard
 from sapo.errors import ConfigurationError
 
 
+def leave_processes() -> None:
+    """At the end of a run, once: wait for the other processes, and take leave of them.
+
+    The threads of their connections must not outlive them: one that does aborts its process as it exits.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether this run spreads the policy's weights over its processes.
 

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
 from sapo.opponent import policy_tensors
-from sapo.sharding import gather_all, shard_of
+from sapo.sharding import gather_all, leave_processes, shard_of
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
@@ -157,6 +157,7 @@ def main(file: str) -> None:
             if expected:
                 check_folder(folder, expected, asked["lora"])
         save_file(own, Path(asked["options"]["output_dir"]) / "end.safetensors")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from trl.scripts.utils import DatasetConfig
 
 from sapo.arguments import RunArguments, as_recipe
 from sapo.errors import CheckpointError, ConfigurationError
+from sapo.files import write_atomically
 from sapo.generate import write_pairs
 from sapo.inputs import Inputs, load_inputs, load_texts
 from sapo.models import check_model, load_policy
@@ -95,7 +96,7 @@ def iterations(run: RunArguments, console: Console) -> Iterator[Iteration]:
         yield _iteration(started_from, inputs, folder, number, adapter)
         if state.is_main_process:
             done = {"iteration": number, "policy_from": str(adapter or started_from.model.model_name_or_path)}
-            _write(folder / DONE_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
+            write_atomically(folder / DONE_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
         state.wait_for_everyone()
 
 
@@ -129,7 +130,7 @@ def _begin(run: RunArguments, root: Path) -> None:
             shutil.rmtree(folder)
     if config.process_index == 0:
         root.mkdir(parents=True, exist_ok=True)
-        _write(root / RECIPE_FILE, yaml.safe_dump(as_recipe(run), sort_keys=True, allow_unicode=True))
+        write_atomically(root / RECIPE_FILE, yaml.safe_dump(as_recipe(run), sort_keys=True, allow_unicode=True))
     PartialState().wait_for_everyone()
 
 
@@ -181,9 +182,3 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     mixture.datasets = [DatasetConfig(path=str(file)) for file in files] if len(files) > 1 else []
     own = RunArguments(data=data, mixture=mixture, config=config, model=run.model)
     return Iteration(own, Inputs(inputs.tokenizer, train, evaluation, [], []), adapter, folder.parent / RECIPE_FILE)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from sapo import checkpoint as parts
 from sapo.bad_steps import Learnt, describe
 from sapo.errors import CheckpointError, ConfigurationError, brief
+from sapo.files import write_atomically
 from sapo.opponent import POLICY_ADAPTER, save_adapter, save_sharded
 
 if TYPE_CHECKING:
@@ -114,16 +115,16 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         options = self._trainer.args.to_dict()
-        _write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
+        write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
         for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                _write_atomically(file, "".join(f"{line}\n" for line in kept))
+                write_atomically(file, "".join(f"{line}\n" for line in kept))
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml, which gives the same run again."""
         if self._trainer.is_world_process_zero():
-            _write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
+            write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
     def append_metrics(self, line: str) -> None:
         """Add one line to metrics.jsonl."""
@@ -144,7 +145,7 @@ class RunFolder:
         """Write pairs with their texts and losses, and tell where."""
         file = self.path / BAD_PAIRS_FILE.format(process=self._trainer.args.process_index)
         rows = describe(learnt, self._trainer.processing_class)
-        _write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return file
 
     # ---- Checkpoints ----
@@ -263,12 +264,6 @@ def _settle(target: Path) -> None:
 
 def _aside(target: Path) -> Path:
     return target.with_name(target.name + _OLD)
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sapo.compare.records import Cost, RunRecord, differing_settings, read_runs
 from sapo.errors import ConfigurationError
+from sapo.files import write_atomically
 
 SHOWN = (
     "loss",
@@ -177,6 +178,4 @@ def _markdown(title: str, rows: Rows) -> str:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, text)

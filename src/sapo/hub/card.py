@@ -10,6 +10,7 @@ import yaml
 
 from sapo._version import __version__
 from sapo.errors import ConfigurationError
+from sapo.files import write_atomically
 from sapo.hub.curves import curves_svg
 from sapo.report.run_data import RunData, read_run
 from sapo.report.summary import sentences, warnings
@@ -40,14 +41,8 @@ def write_card(folder: Path, name: str) -> None:
     run = read_run(folder)
     picture = bool(run.train)
     if picture:
-        _write(folder / CURVES_FILE, curves_svg(run))
-    _write(folder / "README.md", card(run, name, picture=picture))
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+        write_atomically(folder / CURVES_FILE, curves_svg(run))
+    write_atomically(folder / "README.md", card(run, name, picture=picture))
 
 
 def card(run: RunData, name: str, *, picture: bool) -> str:

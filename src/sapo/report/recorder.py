@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sapo._version import __version__
 from sapo.data import collate_examples
+from sapo.files import write_atomically
 from sapo.pair_loss import pair_loss
 from sapo.pairs import Pair, PairedData, SelfPlay
 from sapo.reference_scores import ReferenceLogps
@@ -108,9 +109,7 @@ class RunRecorder(TrainerCallback):
         write_report(self._folder / REPORT_FILE, [self._folder])
 
     def _write_run(self, run: dict[str, Any]) -> None:
-        partial = self._folder / f".{RUN_FILE}.partial"
-        partial.write_text(json.dumps(run, indent=1), encoding="utf-8")
-        partial.replace(self._folder / RUN_FILE)
+        write_atomically(self._folder / RUN_FILE, json.dumps(run, indent=1))
 
     def _take(self, step: int) -> None:
         """Write and score the pairs of a snapshot: all processes take part, and the first keeps its own."""
@@ -250,6 +249,4 @@ def _keep_until(file: Path, step: int) -> None:
         return
     lines = file.read_text(encoding="utf-8").splitlines() if step else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, "".join(f"{line}\n" for line in kept))

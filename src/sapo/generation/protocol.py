@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sapo.errors import ConfigurationError
@@ -31,6 +32,27 @@ class Generator(Protocol):
             ConfigurationError: a row without context or with a negative budget, or arguments of unequal
                 lengths.
         """
+        ...
+
+
+@runtime_checkable
+class Engine(Generator, Protocol):
+    """A `Generator` that has weights of its own, outside the policy's modules, and is given new ones as folders."""
+
+    def load(self, folder: Path, version: str) -> None:
+        """Serve other weights: every token that `generate` returns from now on was drawn with them.
+
+        Args:
+            folder: an ordinary model folder or, with LoRA, adapter folder. It stays until the next one is loaded.
+            version: names the weights; no two of a run's are alike.
+
+        Raises:
+            GenerationError: the engine cannot be given them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used any more."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,7 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             args.vllm_server_url or [VLLM_URL],
             sampling,
             end_ids=trainer.end_ids,
-            vocabulary_size=trainer.policy().config.get_text_config().vocab_size,
+            vocabulary_size=_config(trainer).get_text_config().vocab_size,
             adapter=trainer.is_adapter(),
             loads=args.process_index == 0,
             timeout=args.vllm_server_timeout,
@@ -66,7 +66,7 @@ def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:
     if not isinstance(engine, VLLMServers):
         return
     (example,) = collate_examples([trainer.train_dataset[0]])["examples"]
-    tokens = _tokens(example)
+    tokens = _tokens(example)[: trainer.args.max_length - 1]
     with trainer.opponent_in_use() as model, torch.no_grad():
         device = next(model.parameters()).device
         logits = model(input_ids=torch.tensor([tokens], device=device)).logits[0].float()
@@ -74,11 +74,15 @@ def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:
     for url, given in zip(engine.urls, engine.token_logps(tokens), strict=True):
         difference = float((torch.tensor(given) - logps).abs().mean())
         if not difference <= LARGEST_DIFFERENCE:
-            name = trainer.policy().config.name_or_path or "the model that is trained"
+            name = _config(trainer).name_or_path or "the model that is trained"
             raise GenerationError(
                 f"{url}: with the opponent's weights it gives other probabilities than the opponent, {difference:.2g} "
                 f"nats a token on the first example. Serve {name} itself: same configuration, same base, not quantized."
             )
+
+
+def _config(trainer: SAPOTrainer) -> Any:
+    return trainer.policy().config
 
 
 def _tokens(example: Example) -> list[int]:

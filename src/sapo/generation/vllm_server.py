@@ -300,8 +300,8 @@ class VLLMServers:
             self._note_lost(client, GenerationError(f"{client.url} was restarted, and what it wrote is thrown away"))
             return False
         raise GenerationError(
-            f"{client.url} serves weights {served}, which this run has not given it. Does another run use it? Give each "
-            "run servers of its own."
+            f"{client.url} serves weights {served}, which this run has not given it. Does another run use it? Give "
+            "each run servers of its own."
         )
 
     def _check_tokens(self, client: VLLMClient, tokens: Sequence[int]) -> None:

@@ -32,8 +32,8 @@ def model(seed, **overrides):
     return made
 
 
-def adapted(base, seed):
-    made = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+def adapted(base, seed, r=4):
+    made = get_peft_model(base, LoraConfig(r=r, lora_alpha=16, target_modules="all-linear"))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in made.named_parameters():

@@ -106,6 +106,7 @@ class ColocatedVLLM:
         self._has_adapter = lora_rank is not None
         self._adapter_folder: Path | None = None
         self._names: frozenset[str] | None = None
+        self._half_loaded = False
         # vLLM joins the process group of the run, or makes one for itself, which it may also take down.
         self._joined = dist.is_initialized()
         self._closed = False
@@ -164,10 +165,13 @@ class ColocatedVLLM:
 
         Raises:
             ConfigurationError: the engine serves adapters.
-            GenerationError: weights that are missing, too many or of other shapes; the engine then serves nothing.
+            GenerationError: weights that are missing, too many or of other shapes; the engine then serves nothing
+                until it is given all of them, and if vLLM itself stopped half-way, nothing any more.
         """
         if self._has_adapter:
             raise ConfigurationError("this engine serves LoRA adapters: load an adapter folder.")
+        if self._half_loaded:
+            raise GenerationError("an earlier loading of weights stopped half-way: start the engine anew.")
         self.version = None
         names: set[str] = set()
 
@@ -178,7 +182,9 @@ class ColocatedVLLM:
 
         with _random_state_kept(), _failing_as(f"vLLM cannot load the weights {version}"):
             self._wake()
+            self._half_loaded = True
             (missing,) = self._llm.collective_rpc(_copy_weights, args=(noted(),))
+            self._half_loaded = False
         # vLLM fuses weights, and counts a fused one as loaded when it was given one part of it.
         missing += sorted((self._names or names) - names)
         if missing:
@@ -384,7 +390,7 @@ def _failing_as(what: str) -> Iterator[None]:
     except SapoError:
         raise
     except (VLLMError, ValueError, RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
-        raise GenerationError(f"{what}: {type(error).__name__}: {brief(error)}") from error
+        raise GenerationError(f"{what}: {type(error).__name__} {brief(error)}".rstrip()) from error
 
 
 @contextmanager

@@ -260,7 +260,13 @@ def test_each_process_has_an_engine_of_its_own(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     for rank in range(2):
         text = torch.load(tmp_path / f"text-{rank}.pt", weights_only=True)
-        assert text == [by_transformers(policies[turn], CONTEXTS[rank:], BUDGETS[rank:]) for turn in (0, 1)]
+        assert text == [by_transformers(policy, CONTEXTS[rank:], BUDGETS[rank:]) for policy in (*policies, model(2))]
+
+
+def broadcast(weight):
+    own = weight.detach().clone()
+    dist.broadcast(own, src=0)
+    return own
 
 
 def process(folder):
@@ -272,6 +278,10 @@ def process(folder):
     for turn in (0, 1):
         engine.load(folder / str(turn), str(turn))
         texts.append(engine.generate(CONTEXTS[rank:], BUDGETS[rank:], SEEDS[rank:]))
+    # As of a sharded opponent: each weight is put together by all when the engine asks for it.
+    policy = model(2) if rank == 0 else model(3)
+    engine.load_tensors(((name, broadcast(weight)) for name, weight in policy.named_parameters()), "2")
+    texts.append(engine.generate(CONTEXTS[rank:], BUDGETS[rank:], SEEDS[rank:]))
     engine.close()
     total = torch.ones(1)
     dist.all_reduce(total)

@@ -366,7 +366,8 @@ def _copy_weights(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> list[st
             for module in model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
-    return sorted(dict(model.named_parameters()).keys() - loaded)
+    # Some models of vLLM do not say what they loaded.
+    return [] if loaded is None else sorted(dict(model.named_parameters()).keys() - loaded)
 
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ConfigurationError, GenerationError
 from sapo.generation import Sampling
 from tests.colocated import LENGTH, NEEDS_VLLM, adapted, by_transformers, contexts_of, model, start
-from tests.tiny import tiny_rows
 
 pytestmark = NEEDS_VLLM
 
@@ -130,6 +129,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(started, tmp_path):
     assert written(engine)
 
 
+def test_experts_are_refused_on_a_cpu(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 63}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(GenerationError, match="experts"):
+        start(tmp_path)
+    assert not dist.is_initialized()
+
+
 def test_adapters_beyond_what_was_asked_for_are_refused(started, tmp_path):
     engine = started(lora_rank=2)
     with pytest.raises(ConfigurationError, match="adapter"):
@@ -201,44 +209,42 @@ def test_it_sleeps_until_it_is_needed(started, monkeypatch):
 class Following:
     """A generator for a trainer: gives the engine the opponent's weights as they are, then asks it."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, folder):
         self.engine = engine
+        self.folder = folder
         self.trainer = None
         self.calls = 0
 
     def generate(self, contexts, max_new_tokens, seeds):
         self.calls += 1
-        self.engine.load_tensors(self.trainer.opponent.tensors().items(), str(self.calls))
+        opponent = self.trainer.opponent
+        if self.trainer.is_adapter():
+            opponent.save_pretrained(self.folder)
+            self.engine.load(self.folder, str(self.calls))
+        else:
+            self.engine.load_tensors(opponent.tensors().items(), str(self.calls))
         return self.engine.generate(contexts, max_new_tokens, seeds)
 
 
-def test_training_on_its_text_equals_training_on_that_of_transformers(started, tokenizer, tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
+def test_training_on_its_text_equals_training_on_that_of_transformers(started, make_trainer, tmp_path, lora):
     def trained(name, generator=None):
-        args = SAPOConfig(
-            output_dir=str(tmp_path / name),
+        trainer = make_trainer(
+            name,
+            lora=lora,
+            model=model(0).train(),
+            generator=generator,
             max_steps=4,
-            per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            segment_length=4,
-            max_length=32,
             temperature=0,
-            chosen_probe_size=0,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            report_pairs=0,
-            disable_tqdm=True,
+            disable_dropout=True,
         )
-        trainer = SAPOTrainer(model(0).train(), args, tiny_rows(), processing_class=tokenizer, generator=generator)
         if generator is not None:
             generator.trainer = trainer
         trainer.train()
         return [weight.detach() for weight in trainer.policy().parameters()]
 
-    engine = started(end_ids=(tokenizer.eos_token_id,))
-    following = Following(engine)
+    following = Following(started(lora_rank=4 if lora else None), tmp_path / "opponent")
     ours = trained("vllm", following)
     assert following.calls >= 4
     assert all(map(torch.equal, ours, trained("transformers")))

@@ -134,6 +134,12 @@ class ColocatedVLLM:
                 **options,
             )
             self._vocabulary = self._llm.model_config.get_vocab_size()
+            if current_platform.is_cpu() and self._llm.model_config.is_moe and not self._has_adapter:
+                self.close()
+                raise GenerationError(
+                    f"vLLM on a CPU computes on with the old weights of experts when it is given new ones, and {model} "
+                    "has experts. Train an adapter, or use another generation backend."
+                )
             self._rest()
 
     def load(self, folder: Path, version: str) -> None:

@@ -37,7 +37,7 @@ _LEAST_TEMPERATURE = 0.01
 """vLLM samples at this temperature when asked for less, unless for 0."""
 
 _TOKENS_PER_STEP = 4096
-"""What the memory for activations is sized for. vLLM's default for large GPUs leaves a small share no cache."""
+"""What the memory for activations is sized for; vLLM's default for large GPUs is four times as many."""
 
 
 class ColocatedVLLM:

@@ -51,3 +51,15 @@ class FolderEngine:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class TurnsEngine(FolderEngine):
+    """An engine in this process that takes weights in memory: an `InProcessEngine` for tests."""
+
+    def load_tensors(self, named_tensors, version: str) -> None:
+        self.before("load")
+        model = copy.deepcopy(self._base)
+        model.load_state_dict(dict(named_tensors))
+        model.eval()
+        self.events.append(("tensors", int(version.rsplit("-", 1)[1])))
+        self._generator = TransformersGenerator(lambda: nullcontext(model), self._sampling, end_ids=[1], pad_token_id=0)

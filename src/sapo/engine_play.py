@@ -16,21 +16,60 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
 from sapo.config import SAPOConfig
 from sapo.errors import CheckpointError
-from sapo.generation import Engine
-from sapo.opponent import FrozenWeights, ShardedCopy
+from sapo.generation import Engine, InProcessEngine
+from sapo.opponent import FrozenWeights, ModelCopy, ShardedCopy
 from sapo.pairs import Coming, SelfPlay, Written
 
 FOLDER = "engine"
 """In the run folder: weights on their way to the engine. In a checkpoint: those that it has, if not the opponent's."""
 
 T = TypeVar("T")
+
+
+class _Later(Generic[T]):
+    """What `_TakingTurns` gives for a task: done when somebody needs its result."""
+
+    def __init__(self, task: Callable[[], T], tasks: deque[_Later[Any]]) -> None:
+        self._task = task
+        self._tasks = tasks
+        self._results: list[T] = []
+
+    def done(self) -> bool:
+        return bool(self._results)
+
+    def result(self) -> T:
+        while not self._results:
+            self._tasks[0].run()
+        return self._results[0]
+
+    def run(self) -> None:
+        self._tasks.popleft()
+        self._results.append(self._task())
+
+
+class _TakingTurns:
+    """In the place of a thread, for an engine that shares its device with the training: it works when it is needed."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[_Later[Any]] = deque()
+
+    def submit(self, task: Callable[[], T]) -> _Later[T]:
+        later = _Later(task, self._tasks)
+        self._tasks.append(later)
+        return later
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        self._tasks.clear()
+
+
+Task: TypeAlias = "Future[T] | _Later[T]"
 
 
 class EnginePlay:
@@ -58,8 +97,8 @@ class EnginePlay:
         self._run = ""
         self._step: int | None = None
         self._folder: Path | None = None
-        self._queue: ThreadPoolExecutor | None = None
-        self._asked: deque[tuple[frozenset[int], Future[dict[tuple[int, int], Written]]]] = deque()
+        self._queue: ThreadPoolExecutor | _TakingTurns | None = None
+        self._asked: deque[tuple[frozenset[int], Task[dict[tuple[int, int], Written]]]] = deque()
         self._busy = 0.0
         self._group: Any = None
 
@@ -81,12 +120,26 @@ class EnginePlay:
                 self._group = dist.new_group(backend="gloo")
         kept = [] if checkpoint is None else sorted(checkpoint.glob(f"{FOLDER}/opponent-*"))
         if not kept:
-            self._publish(step, self._save_opponent)
+            self._publish_opponent(step)
             return
         at = kept[-1].name.removeprefix("opponent-")
         if not at.isdigit() or int(at) > step:
             raise CheckpointError(f"{kept[-1]}: not weights of a step before {step}. Resume from another checkpoint.")
         self._publish(int(at), lambda folder: self._copy(kept[-1], folder))
+
+    def _publish_opponent(self, step: int) -> None:
+        opponent, engine = self._opponent(), self.engine
+        # What is written next must be written before the opponent moves on, or these would be other weights.
+        at_once = self._args.sync_opponent_steps == self._args.generation_interval == 1
+        if isinstance(engine, InProcessEngine) and isinstance(opponent, ModelCopy) and at_once:
+            tensors = opponent.tensors()
+            # Experts have other names here than in files, and an engine knows those of files.
+            if not any(".experts." in name for name in tensors):
+                self._step = step
+                load = partial(engine.load_tensors, tensors.items(), f"{self._run}-{step}")
+                self._asked.append((frozenset(), self._submit(lambda: load() or {})))
+                return
+        self._publish(step, self._save_opponent)
 
     def _save_opponent(self, folder: Path) -> None:
         opponent = self._opponent()
@@ -100,7 +153,7 @@ class EnginePlay:
     def follow(self, step: int) -> None:
         """After optimizer step number `step`: give the engine the opponent's weights if it is time."""
         if step % self._args.sync_opponent_steps == 0:
-            self._publish(step, self._save_opponent)
+            self._publish_opponent(step)
 
     @property
     def ready(self) -> bool:
@@ -199,9 +252,10 @@ class EnginePlay:
                 self._weights.rmdir()
         self._folder = None
 
-    def _submit(self, task: Callable[[], T]) -> Future[T]:
+    def _submit(self, task: Callable[[], T]) -> Task[T]:
         if self._queue is None:
-            self._queue = ThreadPoolExecutor(1, thread_name_prefix="engine")
+            turns = isinstance(self.engine, InProcessEngine)
+            self._queue = _TakingTurns() if turns else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
         def timed() -> T:
             started = time.perf_counter()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 
 from sapo.config import VLLM_URL
 from sapo.data import Example, collate_examples
-from sapo.errors import GenerationError
+from sapo.errors import ConfigurationError, GenerationError
 from sapo.generation import Engine, Generator, Sampling, TransformersGenerator
 from sapo.generation.vllm_server import VLLMServers
+from sapo.opponent import POLICY_ADAPTER
 
 if TYPE_CHECKING:
     from sapo.trainer import SAPOTrainer
@@ -43,7 +45,29 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             request_timeout=args.vllm_request_timeout,
         )
         servers.check(trainer.processing_class, args.max_length)
+        config = _config(trainer).get_text_config()
+        if not trainer.is_adapter() and (config.tie_word_embeddings or "num_experts" in str(config.to_dict())):
+            servers.refuse_cpu()
         return servers
+    if args.generation_backend == "vllm_colocate":
+        from sapo.generation.vllm_colocate import ColocatedVLLM
+
+        policy = trainer.policy()
+        if _config(trainer).to_dict().get("quantization_config"):
+            raise ConfigurationError(
+                "generation_backend=vllm_colocate with a quantized model is not supported. Leave load_in_4bit and "
+                "load_in_8bit out, or serve the base model apart with vllm_server."
+            )
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        return ColocatedVLLM(
+            _config(trainer).name_or_path,
+            sampling,
+            end_ids=trainer.end_ids,
+            max_model_len=args.max_length,
+            dtype=half or next(policy.parameters()).dtype,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            lora_rank=policy.peft_config[POLICY_ADAPTER].r if isinstance(policy, PeftModel) else None,
+        )
     return TransformersGenerator(
         trainer.opponent_in_use,
         sampling,

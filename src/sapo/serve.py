@@ -1,4 +1,4 @@
-"""`sapo serve`: vLLM servers for a recipe, with the flags that handing over weights needs; with `--train` for one run."""
+"""`sapo serve`: vLLM servers for a recipe, started so that weights can be handed over; with `--train` for one run."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class _Running:
         try:
             with server.log.open("ab") as log:
                 # A group of its own: Ctrl-C is for this process, which stops the run before its servers.
-                self._processes[server.url] = subprocess.Popen(
+                self._processes[server.url] = subprocess.Popen(  # noqa: S603
                     server.command,
                     env={**os.environ, **server.environment},
                     stdout=log,
@@ -221,7 +221,7 @@ class _Running:
         """
         if self._asked_to_stop:
             return 130
-        self._child = subprocess.Popen(command, start_new_session=True)
+        self._child = subprocess.Popen(command, start_new_session=True)  # noqa: S603
         while (status := self._child.poll()) is None:
             self._look_after()
             time.sleep(0.2)
@@ -246,8 +246,8 @@ class _Running:
     def _death(self, server: Server) -> str:
         lines = server.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines[-80:] if "Error" in line] or lines[-1:]
-        status = self._processes[server.url].returncode
-        return f"vLLM at {server.url} ended with status {status} ({brief(errors[-1] if errors else '', 200)}): {server.log}."
+        said, status = brief(errors[-1] if errors else "", 200), self._processes[server.url].returncode
+        return f"vLLM at {server.url} ended with status {status} ({said}); see {server.log}."
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():

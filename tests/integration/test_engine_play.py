@@ -2,14 +2,12 @@
 
 import threading
 import time
-from functools import partial
 
 import pytest
 import torch
 
-from sapo import SAPOTrainer
 from sapo.errors import CheckpointError, ConfigurationError, GenerationError
-from tests.engines import FolderEngine
+from tests.engines import FolderEngine, TurnsEngine
 from tests.integration.test_resume import metrics, weights
 from tests.tiny import tiny_llama, tiny_rows
 
@@ -31,7 +29,7 @@ def make(make_trainer):
     def with_engine(folder="run", engine=None, **options):
         engine = engine or FolderEngine()
         settings = {"generation_backend": "vllm_server"} | options
-        trainer = make_trainer(folder, trainer=partial(SAPOTrainer, generator=engine), **settings)
+        trainer = make_trainer(folder, generator=engine, **settings)
         return trainer, engine
 
     return with_engine
@@ -67,6 +65,26 @@ def test_resume_reproduces_uninterrupted_run(variant, make):
             for trainer in (resumed, whole)
         ]
         assert queue[0] == queue[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": True}, {"sync_opponent_steps": 2}, {"generation_interval": 2, "skip_identical": False}]
+)
+def test_engine_that_takes_turns_equals_one_of_its_own(options, make):
+    """It works only when its text is needed, with the weights that it should have had by then."""
+    options = {"save_strategy": "steps", "save_steps": 1, **options}
+    apart, engine = make("apart", **options)
+    apart.train()
+    settings = options | {"generation_backend": "vllm_colocate"}
+    inside, turns = make("inside", TurnsEngine(), **settings)
+    inside.train()
+    assert same(weights(inside), weights(apart))
+    in_memory = options.keys() == {"save_strategy", "save_steps"}
+    assert [step for what, step in turns.events if what != "rows"] == [s for what, s in engine.events if what == "load"]
+    assert ("tensors" in dict(turns.events)) == in_memory
+    resumed, _ = make("resumed", TurnsEngine(), **settings)
+    resumed.train(resume_from_checkpoint=str(inside.run_folder.path / "checkpoint-3"))
+    assert same(weights(resumed), weights(inside))
 
 
 @pytest.mark.parametrize("slow", ["rows", "load", "nothing"])

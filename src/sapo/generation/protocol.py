@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from sapo.errors import ConfigurationError
 
@@ -53,6 +55,15 @@ class Engine(Generator, Protocol):
 
     def close(self) -> None:
         """Free what the engine holds; it is not used any more."""
+        ...
+
+
+@runtime_checkable
+class InProcessEngine(Engine, Protocol):
+    """An `Engine` in this process, which takes turns with the training and can be given weights in memory."""
+
+    def load_tensors(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """As `load`, with the weights of a whole model by name."""
         ...
 
 

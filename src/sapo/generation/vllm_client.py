@@ -93,6 +93,14 @@ class VLLMClient:
         """
         return str(self._call("GET", "/weight_info").get("weight_version"))
 
+    def is_on_cpu(self) -> bool:
+        """Whether it computes on a CPU.
+
+        Raises:
+            ServerUnavailableError, GenerationError: it does not answer; it does not tell.
+        """
+        return "device_config=cpu" in str(self._call("GET", "/server_info"))
+
     def load(self, folder: Path, version: str) -> None:
         """Make it serve the model or adapter in `folder`, drop what it keeps of earlier weights, tag it `version`.
 
@@ -211,7 +219,12 @@ class VLLMClient:
             raise ServerUnavailableError(f"{self.url}: {brief(error) or type(error).__name__}") from error
         if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
             raise ServerUnavailableError(f"{self.url}{path}: {answer.status_code} {_message(answer)}")
-        if answer.status_code == 404 and path in ("/weight_info", "/collective_rpc", "/v1/load_lora_adapter"):
+        if answer.status_code == 404 and path in (
+            "/server_info",
+            "/weight_info",
+            "/collective_rpc",
+            "/v1/load_lora_adapter",
+        ):
             raise GenerationError(
                 f"{self.url}: has no {path}, so it cannot be given the opponent's weights. Use vLLM 0.30 or newer, and "
                 "start it with sapo serve, or with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."

@@ -27,6 +27,9 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 _ATTEMPTS = 6
 """Times that a row is asked for, from servers that answered when they were asked how they were."""
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM samples at this temperature when asked for less, unless for 0."""
+
 _STARTED_WITH = "default"
 """vLLM's tag of weights that nobody has changed."""
 
@@ -48,7 +51,7 @@ class VLLMServers:
         sleep: of the time between two attempts.
 
     Raises:
-        ConfigurationError: no server, or the same twice.
+        ConfigurationError: no server, the same twice, or a temperature that vLLM does not have.
     """
 
     def __init__(
@@ -64,6 +67,11 @@ class VLLMServers:
         request_timeout: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise ConfigurationError(
+                f"temperature={sampling.temperature}: vLLM samples at {LEAST_TEMPERATURE} or more. Raise it, or set it "
+                "to 0 for the likeliest token always."
+            )
         clients = [VLLMClient(url, request_timeout) for url in urls]
         addresses = [client.url for client in clients]
         if not clients or len(set(addresses)) < len(addresses):
@@ -107,6 +115,21 @@ class VLLMServers:
                     f"Start it with --max-model-len {max_length}, or lower max_length."
                 )
             self._insistently(client, lambda client: self._compare_tokenizer(client, tokenizer))
+
+    def refuse_cpu(self) -> None:
+        """For models of which vLLM on a CPU goes on using some of the old weights when it is given new ones.
+
+        Those are models whose head is tied to their embeddings, and models with experts (seen with vLLM 0.32).
+
+        Raises:
+            ConfigurationError: a server computes on a CPU.
+        """
+        for client in self._clients:
+            if self._insistently(client, lambda client: client.is_on_cpu()):
+                raise ConfigurationError(
+                    f"{client.url} computes on a CPU, where vLLM does not take over all new weights of a model with "
+                    "tied embeddings or experts. Train an adapter with --use_peft, or leave generation_backend out."
+                )
 
     def token_logps(self, tokens: Sequence[int]) -> list[list[float]]:
         """Each server's log-probabilities in nats of `tokens`, from the second on, by the weights last loaded.

@@ -61,6 +61,12 @@ def server(request):
     return request.getfixturevalue(request.param.replace("-", "_")).wait()
 
 
+LONG_WITH_A_REAL_ONE = pytest.mark.parametrize(
+    "server", ["stand-in", pytest.param("real", marks=pytest.mark.slow)], indirect=True
+)
+"""A real server takes most of a minute to start."""
+
+
 @pytest.fixture
 def servers_of():
     made = []
@@ -159,7 +165,8 @@ def test_first_token_has_the_distribution_of_the_other_backends(sampling, server
     assert chance > 1e-4
 
 
-def test_restarted_server_is_given_its_weights_again(server, servers_of, tmp_path, caplog):
+@LONG_WITH_A_REAL_ONE
+def test_restarted_server_is_given_its_weights_again(server, servers_of, tmp_path):
     servers = servers_of(server.url, timeout=120.0)
     model = save_servable(tmp_path / "other", 5)
     servers.load(tmp_path / "other", version())
@@ -333,6 +340,7 @@ def test_key_is_sent_and_never_shown(stand_in, folder, servers_of, monkeypatch):
 def make(make_trainer, folder):
     def with_server(name, server, **options):
         options = {"learning_rate": 1e-3} | options
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(folder)
         if server is not None:
             options |= {
@@ -362,6 +370,7 @@ def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server,
     assert resumed.source.buffer.entries() == whole.source.buffer.entries()
 
 
+@LONG_WITH_A_REAL_ONE
 @pytest.mark.parametrize("lora", [False, True])
 def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, folder, servers_of):
     options = {"lora": lora, "max_staleness": 1}
@@ -420,6 +429,7 @@ def recipe(folder, tmp_path):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
     command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--train", "--vllm_python"]
@@ -435,6 +445,7 @@ def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
     assert left == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_says_why_a_server_ended(recipe, tmp_path, capsys):
     flags = ["--vllm_python", vllm_python(), "--", "--enforce-eager", "--max-num-seqs", "0"]

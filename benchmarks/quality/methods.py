@@ -3,7 +3,7 @@
 Every method has equally many trials, on the validation split of two bases, a seed each; the table lists all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
@@ -46,7 +46,11 @@ def grid(**options: tuple[str, ...]) -> tuple[dict[str, str], ...]:
 
 
 def methods(
-    rates: tuple[str, ...], weights: tuple[str, ...], betas: tuple[str, ...], mild: tuple[tuple[str, str], ...]
+    rates: tuple[str, ...],
+    weights: tuple[str, ...],
+    betas: tuple[str, ...],
+    mild: tuple[tuple[str, str], ...],
+    more: dict[str, dict[str, str]],
 ) -> dict[str, Method]:
     """The methods that are compared.
 
@@ -55,11 +59,12 @@ def methods(
         weights: of the likelihood term, each with all rates, of four the middle two.
         betas: of ORPO's odds-ratio term, likewise.
         mild: flags that should keep the likelihood.
+        more: one further trial for each method named; all the tuned ones or none.
     """
     lower = tuple(f"{float(rate) / 10:g}" for rate in rates)
     middle = rates[1:3] if len(rates) > 3 else rates
     guarded = grid(learning_rate=middle, chosen_nll_weight=weights)
-    return {
+    found = {
         CONTINUED_SFT: Method("continued-sft", grid(learning_rate=rates)),
         "SAPO-ORPO": Method("sapo-orpo", grid(learning_rate=middle, beta=betas)),
         CENTRE: Method("sapo-dpo-guarded", guarded),
@@ -68,6 +73,9 @@ def methods(
         "SAPO-DPO": Method("sapo-dpo", grid(learning_rate=lower)),
         "SPIN": Method("spin", grid(learning_rate=lower), iterations=3),
         "continued SFT, equal compute": Method("continued-sft", like=CONTINUED_SFT, equal_compute=True),
+    }
+    return {
+        name: replace(arm, trials=(*arm.trials, more[name])) if name in more else arm for name, arm in found.items()
     }
 
 

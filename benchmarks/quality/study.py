@@ -37,7 +37,7 @@ class Study:
         self.ending = "" if choose is None else f"-by-{choose}"
         task.CHOOSE = choose or task.CHOOSE
         self.until = time.monotonic() + 60 * minutes
-        tuned = methods(task.FEW_RATES if rows else task.RATES, task.WEIGHTS, task.BETAS, task.MILD)
+        tuned = methods(task.FEW_RATES if rows else task.RATES, task.WEIGHTS, task.BETAS, task.MILD, task.MORE)
         if unknown := sorted(set(arms or ()) - tuned.keys()):
             raise SystemExit(f"--arms {unknown[0]}: not one of {', '.join(tuned)}")
         self.methods = {name: method for name, method in tuned.items() if name in (arms or tuned)}

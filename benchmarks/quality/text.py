@@ -23,6 +23,15 @@ MILD = (("beta", "0.01"), ("segment_length", "0.2"), ("temperature", "1"))
 FEW_RATES = ("1e-4", "3e-4", "1e-3")
 """For few rows, which take less."""
 RATES, WEIGHTS, BETAS = ("3e-4", "1e-3", "3e-3"), ("1",), ("0.1",)
+MORE = {
+    "continued SFT": {"learning_rate": "2e-3"},
+    "SAPO-ORPO": {"learning_rate": "1e-3", "beta": "0.02"},
+    "SAPO-DPO, likelihood term": {"learning_rate": "1e-3", "chosen_nll_weight": "10"},
+    "SPIN, likelihood term": {"learning_rate": "1e-3", "chosen_nll_weight": "10"},
+    "SAPO-DPO": {"learning_rate": "1e-5"},
+    "SPIN": {"learning_rate": "1e-5"},
+}
+"""A fourth trial each, added when the first three had shown that with responses this long a weight of 1 does not hold."""
 TEMPERATURES = (0.7, 1)
 ALONG = (1,)
 """Temperatures along a run, on the validation split."""

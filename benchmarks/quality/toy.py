@@ -18,6 +18,7 @@ MILD = (("beta", "0.01"), ("segment_length", "4"), ("temperature", "1"))
 FEW_RATES = ("1e-4", "3e-4", "1e-3", "2e-3")
 """For few rows, which take less."""
 RATES, WEIGHTS, BETAS = ("3e-4", "1e-3", "2e-3", "4e-3"), ("1", "3"), ("0.1", "0.5")
+MORE: dict[str, dict[str, str]] = {}
 TEMPERATURES = (0, 0.7, 1)
 ALONG = (0, 1)
 """Temperatures along a run, on the validation split."""

@@ -70,12 +70,16 @@ def test_splits_of_the_built_in_tasks_share_no_prompt_with_one_another_nor_with_
 
 
 def test_all_methods_have_equal_budgets_and_recipes_that_load(tmp_path):
+    import text
     from methods import ABLATIONS, methods
 
     mild = (("beta", "0.01"),)
     for rates, weights, betas in (("1", "2", "3", "4"), ("1", "3"), ("0.1", "0.5")), (("1", "2"), ("1",), ("0.1",)):
-        arms = methods(rates, weights, betas, mild)
+        arms = methods(rates, weights, betas, mild, {})
         assert len({len(method.trials) for method in arms.values() if method.like is None}) == 1
+        more = {name: {"seed": "1"} for name, method in arms.items() if method.like is None}
+        both = (arms, methods(rates, weights, betas, mild, more), methods(rates, weights, betas, mild, text.MORE))
+        assert len({len(method.trials) for arms in both for method in arms.values() if method.like is None}) == 2
         for method in arms.values():
             assert method.like is None or not method.trials
     for name, method in [*arms.items(), *ABLATIONS.items()]:
@@ -133,7 +137,7 @@ def test_a_cell_gives_the_step_that_is_best_on_validation_and_refuses_other_sett
     from methods import methods
 
     levels = {0: 0.2, 1: 0.7, 2: 0.6}
-    method = methods(toy.RATES, toy.WEIGHTS, toy.BETAS, toy.MILD)["SAPO-ORPO"]
+    method = methods(toy.RATES, toy.WEIGHTS, toy.BETAS, toy.MILD, toy.MORE)["SAPO-ORPO"]
     cell = cells.Cell(tmp_path / "cell", toy, toy.MODEL_FOLDER, tmp_path, method, {"beta": "0.1"}, 1, 3)
 
     class Run:

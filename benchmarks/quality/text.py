@@ -31,7 +31,7 @@ MORE = {
     "SAPO-DPO": {"learning_rate": "1e-5"},
     "SPIN": {"learning_rate": "1e-5"},
 }
-"""A fourth trial each, added when the first three had shown that with responses this long a weight of 1 does not hold."""
+"""A fourth trial each, added when the first three had shown that a weight of 1 does not hold on responses this long."""
 TEMPERATURES = (0.7, 1)
 ALONG = (1,)
 """Temperatures along a run, on the validation split."""

@@ -15,7 +15,17 @@ def tokenizer():
 
 @pytest.fixture
 def make_trainer(tokenizer, tmp_path):
-    def make(folder="run", *, lora=False, rows=None, eval_rows=None, model=None, trainer=SAPOTrainer, **options):
+    def make(
+        folder="run",
+        *,
+        lora=False,
+        rows=None,
+        eval_rows=None,
+        model=None,
+        generator=None,
+        trainer=SAPOTrainer,
+        **options,
+    ):
         settings = {
             "output_dir": str(tmp_path / folder),
             "max_steps": 6,
@@ -41,6 +51,7 @@ def make_trainer(tokenizer, tmp_path):
             eval_rows,
             processing_class=tokenizer,
             peft_config=adapter,
+            generator=generator,
         )
 
     return make

@@ -23,7 +23,7 @@ from sapo.pairs import Pair, Written
 from sapo.replay_buffer import BufferEntry
 from sapo.segments import Segment
 
-FORMAT = 4
+FORMAT = 5
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"
 REMOVING = ".removing-"

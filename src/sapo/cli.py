@@ -28,6 +28,8 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
   sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
       --quiet                                          show nothing but warnings and errors
       --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
+  sapo serve --config recipe.yaml [--train]            start the vLLM servers of a recipe, and its run if asked
+      --vllm_python PYTHON --devices 1                 an interpreter that has vLLM; the GPUs of each server
   sapo estimate --config recipe.yaml --gpu h200        memory and seconds of a step, before any weights are read
       --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
       --model_config FILE                              a config.json, where the model is not at hand
@@ -81,6 +83,10 @@ def _dispatch(given: list[str]) -> int:
 
             train(rest)
             leave_processes()
+        case ["serve", *rest]:
+            from sapo.serve import run_serve
+
+            return run_serve(rest)
         case ["generate", *rest]:
             from sapo.generate import run_generate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from sapo.errors import ConfigurationError, brief
 
 Objective = Literal["dpo", "orpo", "sft"]
 PairSourceName = Literal["self_play", "paired", "responses"]
+GenerationBackend = Literal["transformers", "vllm_server", "vllm_colocate"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23")
@@ -24,6 +26,9 @@ HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.2
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
 """Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
 
+VLLM_URL = "http://127.0.0.1:8000"
+"""Where vLLM listens unless told otherwise."""
+
 LEAST_REPORT_PAIRS = 12
 """Pairs that the report keeps of the start and the end of a run."""
 
@@ -31,6 +36,19 @@ LEAST_REPORT_PAIRS = 12
 def _option(default: Any, text: str) -> Any:
     """A dataclass field with its help text; argparse reads `%` as a format, so it is doubled."""
     return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+class _Repeatable(argparse.Action):
+    """A flag that may be given several times: its values add up, and take the place of a recipe's."""
+
+    _given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest) if self._given else None
+        self._given = True
+        setattr(namespace, self.dest, [*(before or ()), *values])
 
 
 @dataclass
@@ -141,6 +159,43 @@ class SAPOConfig(TrainingArguments):
     top_p: float = _option(0.95, "The opponent samples from the smallest set with this probability; 1 for all.")
     skip_identical: bool = _option(
         True, "Do not store a pair whose rewritten segment equals the original: it carries no signal."
+    )
+
+    # Who writes
+    generation_backend: GenerationBackend = _option(
+        "transformers",
+        "What the opponent writes with: this process; one or several vLLM servers (vllm_server_url; sapo serve starts "
+        "one); or vLLM inside this process.",
+    )
+    vllm_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"With generation_backend vllm_server: where the server is; may be repeated. Unset: {VLLM_URL}.",
+            "action": _Repeatable,
+        },
+    )
+    vllm_server_timeout: float = _option(
+        240.0, "Seconds to wait for a vLLM server that does not answer, at the start and later, before giving up."
+    )
+    vllm_request_timeout: float = _option(
+        300.0, "Seconds after which one request to a vLLM server is given up and sent again."
+    )
+    vllm_weights_dir: str | None = _option(
+        None,
+        "Folder, seen by the vLLM servers under the same name, in which the opponent's weights are handed over; a "
+        "folder in memory (/dev/shm) is fastest. Unset: engine/ in output_dir.",
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "With generation_backend vllm_colocate: share of the GPU's memory that vLLM takes; sapo serve: 0.9."
+    )
+    sync_opponent_steps: int = _option(
+        1, "With vLLM: give the engine the opponent's weights after every so many optimizer steps."
+    )
+    max_staleness: int = _option(
+        0,
+        "With vllm_server: most optimizer steps that the opponent may have been behind the policy when it wrote a pair "
+        "that is learnt from for the first time. Above 0 the server writes coming batches while the policy trains; 0 "
+        "waits for it in each step.",
     )
 
     # Opponent and reference
@@ -291,6 +346,7 @@ class SAPOConfig(TrainingArguments):
         self._check_lengths()
         self._check_objective()
         self._check_iterations()
+        self._check_engine()
         self._check_device()
         if self.eval_local and self.eval_strategy == "no":
             raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
@@ -420,6 +476,53 @@ class SAPOConfig(TrainingArguments):
                 "the opponent, at the start of an iteration. Leave the option out."
             )
 
+    def _check_engine(self) -> None:
+        backend = self.generation_backend
+        if backend == "transformers":
+            for name in ("sync_opponent_steps", "max_staleness", "vllm_server_url", "vllm_weights_dir"):
+                if getattr(self, name) not in (None, 0, 1):
+                    raise ConfigurationError(
+                        f"{name}={getattr(self, name)} with generation_backend=transformers: the opponent writes in "
+                        "this process. Set generation_backend to vllm_server, or leave it out."
+                    )
+            return
+        if self.pair_source != "self_play":
+            raise ConfigurationError(
+                f"generation_backend={backend} with pair_source={self.pair_source}: nothing is written. Leave one out."
+            )
+        if self.num_iterations is not None:
+            raise ConfigurationError(
+                f"generation_backend={backend} with num_iterations is not supported. Leave generation_backend out."
+            )
+        if self.generation_batch_size is not None:
+            raise ConfigurationError(
+                f"generation_batch_size={self.generation_batch_size} with generation_backend={backend}: vLLM forms its "
+                "own batches. Leave it out."
+            )
+        if self.max_staleness == 0:
+            return
+        if backend == "vllm_colocate":
+            raise ConfigurationError(
+                f"max_staleness={self.max_staleness} with generation_backend=vllm_colocate: one process cannot write "
+                "and train at once. Set max_staleness to 0, or generation_backend to vllm_server."
+            )
+        if self.steps_per_generation > 1:
+            raise ConfigurationError(
+                f"steps_per_generation={self.steps_per_generation} with max_staleness={self.max_staleness}: coming "
+                "batches are written ahead anyway. Leave one of the two out."
+            )
+        if self.max_staleness < self.sync_opponent_steps:
+            raise ConfigurationError(
+                f"max_staleness={self.max_staleness} with sync_opponent_steps={self.sync_opponent_steps}: an opponent "
+                f"is {self.sync_opponent_steps - 1} steps old before it is renewed, which leaves nothing to write "
+                f"ahead. Raise max_staleness to {self.sync_opponent_steps} or more, or set it to 0."
+            )
+
+    @property
+    def lookahead_steps(self) -> int:
+        """Optimizer steps whose pairs are asked for ahead of the current one; 0: a step waits for its own."""
+        return self.max_staleness - (self.sync_opponent_steps - 1) if self.max_staleness else 0
+
     def _check_device(self) -> None:
         if self.fused_lm_head and not HAS_FUSED_LM_HEAD:
             raise ConfigurationError(
@@ -464,6 +567,11 @@ _RANGES: list[tuple[str, float, float]] = [
     ("top_p", 0, 1),
     ("eval_local_size", 1, _INF),
     ("eval_local_share", 0, 1),
+    ("vllm_server_timeout", 0, _INF),
+    ("vllm_request_timeout", 0.001, _INF),
+    ("vllm_gpu_memory_utilization", 0, 1),
+    ("sync_opponent_steps", 1, _INF),
+    ("max_staleness", 0, _INF),
     ("ema_decay", 0, 1),
     ("reference_sync_steps", 1, _INF),
     ("replay_buffer_size", 1, _INF),

@@ -42,5 +42,9 @@ class TrainingError(SapoError, RuntimeError):
     """A run that cannot go on: numbers that are not finite, or another process that failed."""
 
 
+class GenerationError(SapoError, RuntimeError):
+    """An engine that writes for the opponent and does not answer, serves other weights, or answers what cannot be."""
+
+
 class EvaluationError(SapoError, RuntimeError):
     """An evaluation that cannot go on: a missing package or file, a judge that does not answer, answers of no use."""

@@ -108,7 +108,7 @@ class Coming:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Pairs made ahead of the micro-batch that will store them, and the step at which they were written."""
+    """Pairs made ahead of the micro-batch that will store them, and the step whose opponent wrote them."""
 
     pairs: tuple[Pair, ...]
     step: int
@@ -129,6 +129,7 @@ class SelfPlay:
         record: receives `self_play/*` and `replay/*` metrics.
         any_process: whether something holds for any of the processes. To be given when the generator needs all of
             them at once, as with sharded weights; by default each decides for itself.
+        written_by: the step whose opponent writes at a given step; by default the opponent of that very step.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class SelfPlay:
         process: int = 0,
         record: Record = _ignore,
         any_process: Callable[[bool], bool] = bool,
+        written_by: Callable[[int], int] = int,
     ) -> None:
         self.buffer = buffer
         self.pool: dict[tuple[int, int], Written] = {}
@@ -154,6 +156,7 @@ class SelfPlay:
         self._process = process
         self._record = record
         self._any_process = any_process
+        self._written_by = written_by
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """Rewrite `examples`, store the new pairs, and draw a batch from everything stored."""
@@ -164,6 +167,7 @@ class SelfPlay:
         if self._due(step) or self._any_process(len(self.buffer) == 0):
             self.write_ahead([Coming(examples, epoch, step, micro_batch)], step, due=True)
             written = self.pool.pop((step, micro_batch))
+            self._record("self_play/staleness", step - written.step)
             self._store(written.pairs, written.step)
         rng = random.Random(derive_seed(self._seed, "draw", step, micro_batch, self._process))
         drawn = self.buffer.draw(self._batch_size, rng)
@@ -181,22 +185,36 @@ class SelfPlay:
         What is written already stays; so do micro-batches whose step passes its examples over, unless `due`. A row's
         text is drawn from the row's own seed, so that pooling changes when it is written and nothing else.
         """
-        new = [c for c in coming if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
-        if not new:
-            return
-        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in new]
-        pairs = iter(self._written(itertools.chain.from_iterable(drafts)))
-        for micro_batch, own in zip(new, drafts, strict=True):
-            written = tuple(itertools.islice(pairs, len(own)))
-            self.pool[micro_batch.step, micro_batch.micro_batch] = Written(written, step)
+        new = self.unwritten(coming, due=due)
+        if new:
+            self.pool.update(self.write(self._generator, new, self._written_by(step)))
+
+    def unwritten(self, coming: Sequence[Coming], *, due: bool = False) -> list[Coming]:
+        """Those of `coming` whose pairs are to be made and are not waiting yet."""
+        return [c for c in coming if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
+
+    def write(self, generator: Generator, coming: Sequence[Coming], step: int) -> dict[tuple[int, int], Written]:
+        """The pairs of micro-batches, by step and micro-batch, in one call of `generator`; nothing is kept.
+
+        Args:
+            generator: lets the opponent write.
+            coming: the micro-batches.
+            step: number of optimizer steps that the opponent who writes them has followed.
+        """
+        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in coming]
+        pairs = iter(self._written(generator, itertools.chain.from_iterable(drafts)))
+        return {
+            (micro_batch.step, micro_batch.micro_batch): Written(tuple(itertools.islice(pairs, len(own))), step)
+            for micro_batch, own in zip(coming, drafts, strict=True)
+        }
 
     def rewrite(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
         """One pair per example and generation, the buffer untouched."""
-        return self._written(draft for example in examples for draft in self._drafts(example, epoch))
+        return self._written(self._generator, (d for example in examples for d in self._drafts(example, epoch)))
 
-    def _written(self, chosen: Iterable[_Draft]) -> list[Pair]:
+    def _written(self, generator: Generator, chosen: Iterable[_Draft]) -> list[Pair]:
         drafts = list(chosen)
-        written = self._generator.generate(
+        written = generator.generate(
             [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
             [self._budget(d) for d in drafts],
             [d.seed for d in drafts],
@@ -266,6 +284,7 @@ def self_play(
     end_ids: Collection[int],
     record: Record = _ignore,
     any_process: Callable[[bool], bool] = bool,
+    written_by: Callable[[int], int] = int,
 ) -> SelfPlay:
     """`SelfPlay` with an empty buffer, as the options of a run ask for it; see there."""
     return SelfPlay(
@@ -278,6 +297,7 @@ def self_play(
         process=args.process_index,
         record=record,
         any_process=any_process,
+        written_by=written_by,
     )
 
 

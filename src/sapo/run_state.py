@@ -37,6 +37,9 @@ _FACTS = [
     "max_new_tokens",
     "generation_interval",
     "steps_per_generation",
+    "generation_backend",
+    "sync_opponent_steps",
+    "max_staleness",
     "temperature",
     "top_k",
     "top_p",
@@ -128,6 +131,9 @@ def save(trainer: SAPOTrainer, folder: Path) -> None:
     """Add to a checkpoint what Trainer does not know."""
     folder.mkdir(parents=True, exist_ok=True)
     process = trainer.args.process_index
+    if trainer.engine is not None and isinstance(trainer.source, SelfPlay):
+        trainer.engine.drain(trainer.source)
+        trainer.engine.save(folder, trainer.state.global_step)
     if isinstance(trainer.source, SelfPlay):
         entries = trainer.source.buffer.entries()
         parts.write_tensors(folder, f"replay_buffer_{process}", parts.entries_to_tensors(entries))

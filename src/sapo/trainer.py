@@ -33,9 +33,11 @@ from sapo.data import (
     is_prepared,
     prepare_dataset,
 )
+from sapo.engine_play import EnginePlay
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.fixed_measures import ChosenProbe, EvaluationPairs, each_dataset
-from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.generation import Engine, Generator
+from sapo.generation_backends import check_engine, opponent_generator
 from sapo.hub.publish import Publishes
 from sapo.local_measures.during_training import LocalSignals
 from sapo.opponent import (
@@ -70,7 +72,8 @@ class SAPOTrainer(Publishes, Trainer):
         eval_dataset: likewise; it gives pairs from fixed seeds, made once by the initial opponent.
         processing_class: the tokenizer; loaded with the model when that is given by name.
         peft_config: makes the policy a LoRA adapter on `model`.
-        generator: who writes the rejected text; by default the opponent, in this process.
+        generator: who writes the rejected text; by default what `args.generation_backend` says. One that has weights
+            of its own (`sapo.generation.Engine`) is given the opponent's.
         data_names: what errors and reports call the two data sets.
         callbacks: as for `Trainer`.
         optimizers: as for `Trainer`.
@@ -146,6 +149,7 @@ class SAPOTrainer(Publishes, Trainer):
         if self._fused:
             self._fuse_heads()
         self._layout: Layout | None = None
+        self.engine: EnginePlay | None = None
         self.source = self._make_source(generator)
         self._ahead: list[dict[str, Any]] = []
         self._coming: list[Coming] = []
@@ -192,25 +196,29 @@ class SAPOTrainer(Publishes, Trainer):
         if args.pair_source != "self_play":
             return PairedData() if args.pair_source == "paired" else Responses(seed=args.seed)
         if generator is None:
-            generator = TransformersGenerator(
-                self._opponent_in_use,
-                Sampling(args.temperature, args.top_k, args.top_p),
-                end_ids=self.end_ids,
-                pad_token_id=self.pad_token_id,
-                batch_size=args.generation_batch_size,
-            )
+            generator = opponent_generator(self)
+        if isinstance(generator, Engine):
+            self.engine = EnginePlay(generator, args, self._ready_opponent, self.averages["train"].add)
+            generator = self.engine
+        # Sharded weights are gathered to write with, which takes all processes; an engine has its own.
+        together = self.twin is not None and self.engine is None
         return self_play(
             generator,
             args,
             end_ids=self.end_ids,
             record=self.averages["train"].add,
-            any_process=bool if self.twin is None else lambda holds: any(gather_object([holds])),
+            any_process=(lambda holds: any(gather_object([holds]))) if together else bool,
+            written_by=int if self.engine is None else self.engine.written_by,
         )
 
-    def _opponent_in_use(self) -> AbstractContextManager[nn.Module]:
+    def _ready_opponent(self) -> FrozenWeights:
         if self.opponent is None:
             raise ConfigurationError("a sharded run has no opponent before training: evaluate after train() has begun.")
-        used: AbstractContextManager[nn.Module] = self.opponent.using()
+        return self.opponent
+
+    def opponent_in_use(self) -> AbstractContextManager[nn.Module]:
+        """The opponent as a module to compute with."""
+        used: AbstractContextManager[nn.Module] = self._ready_opponent().using()
         return used
 
     def policy(self) -> nn.Module:
@@ -234,21 +242,22 @@ class SAPOTrainer(Publishes, Trainer):
         """The micro-batches of one optimizer step, and a look ahead at those whose pairs are written with them.
 
         A pool ends where the number of the step is a multiple of `steps_per_generation`, and where the epoch does:
-        a resumed run comes upon the same pools.
+        a resumed run comes upon the same pools. An engine that writes ahead has a window of steps instead, which moves
+        on with each step.
         """
         if self.state.global_step >= self.state.max_steps:
             # A run that has ended and is resumed: Trainer would take one step more.
             self.control.should_training_stop = True
             return [], None
-        if not self._ahead:
-            step, pool = self.state.global_step, self.args.steps_per_generation
-            steps = min(pool - step % pool, max(1, self.state.max_steps - step))
-            each = self.args.gradient_accumulation_steps
-            self._ahead = list(itertools.islice(epoch_iterator, max(num_batches, steps * each)))
+        step, pool, window = self.state.global_step, self.args.steps_per_generation, self.args.lookahead_steps
+        if window or not self._ahead:
+            steps = min(1 + window if window else pool - step % pool, max(1, self.state.max_steps - step))
+            each, there = self.args.gradient_accumulation_steps, len(self._ahead)
+            self._ahead += itertools.islice(epoch_iterator, max(num_batches, steps * each) - there)
             self._coming = [
                 Coming(inputs["examples"], self._epoch, step + place // each, place % each)
                 for place, inputs in enumerate(self._ahead)
-            ]
+            ][there:]
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
         return batches, None
 
@@ -264,7 +273,10 @@ class SAPOTrainer(Publishes, Trainer):
             self.bad_steps.begin()
         started = time.perf_counter()
         if isinstance(self.source, SelfPlay):
-            self.source.write_ahead(self._coming, step)
+            if self.engine is None:
+                self.source.write_ahead(self._coming, step)
+            else:
+                self.engine.write_ahead(self.source, self._coming, step)
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
@@ -417,6 +429,8 @@ class SAPOTrainer(Publishes, Trainer):
             return
         if not self.bad_steps.bad:
             self.opponent.follow(policy_tensors(self.policy()), self.args.ema_decay)
+        if self.engine is not None and self.state.global_step < self.state.max_steps:
+            self.engine.follow(self.state.global_step)
         due = self.state.global_step % self.args.reference_sync_steps == 0
         if self.args.reference == "opponent_copy" and self.reference is not None and due:
             self.reference.copy_from(self.opponent.tensors())
@@ -468,12 +482,17 @@ class SAPOTrainer(Publishes, Trainer):
             dataset = self.eval_dataset[dataset]
         if not isinstance(dataset, Mapping) and not is_prepared(dataset):
             dataset = eval_dataset = self._prepare(dataset, self.processing_class, "eval")
+        alone = self.engine is not None and not self.engine.ready
+        if self.engine is not None and alone:
+            self.engine.begin(self.state.global_step)
         with _random_state_restored():
             if not isinstance(dataset, Mapping):
                 self._current_eval = self.eval_pairs.of(dataset)
             if self.local_signals is not None and self.local_signals.rows is dataset:
                 self.local_signals.observe()
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.engine is not None and alone:
+            self.engine.close()
         return metrics
 
     def fix_measures(self) -> None:
@@ -519,7 +538,11 @@ class SAPOTrainer(Publishes, Trainer):
             )
         else:
             run_state.check(self, checkpoint)
-        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        try:
+            return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        finally:
+            if self.engine is not None:
+                self.engine.close()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied weight is saved once, under its other name: it is not missing."""
@@ -550,6 +573,10 @@ class SAPOTrainer(Publishes, Trainer):
             self._make_copies()
         if folder is not None:
             run_state.restore(self, folder)
+        if self.engine is not None:
+            self.engine.begin(self.state.global_step, folder)
+            self.engine.drain()
+            check_engine(self, self.engine.engine)
         self.training_log.begin()
         if self.local_signals is not None:
             self.local_signals.begin()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from sapo.errors import ConfigurationError
 
@@ -31,6 +34,36 @@ class Generator(Protocol):
             ConfigurationError: a row without context or with a negative budget, or arguments of unequal
                 lengths.
         """
+        ...
+
+
+@runtime_checkable
+class Engine(Generator, Protocol):
+    """A `Generator` that has weights of its own, outside the policy's modules, and is given new ones as folders."""
+
+    def load(self, folder: Path, version: str) -> None:
+        """Serve other weights: every token that `generate` returns from now on was drawn with them.
+
+        Args:
+            folder: an ordinary model folder or, with LoRA, adapter folder. It stays until the next one is loaded.
+            version: names the weights; no two of a run's are alike.
+
+        Raises:
+            GenerationError: the engine cannot be given them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used any more."""
+        ...
+
+
+@runtime_checkable
+class InProcessEngine(Engine, Protocol):
+    """An `Engine` in this process, which takes turns with the training and can be given weights in memory."""
+
+    def load_tensors(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """As `load`, with the weights of a whole model by name."""
         ...
 
 

@@ -14,6 +14,7 @@ from itertools import count
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sapo.cli import main
@@ -410,6 +411,31 @@ def test_no_server_is_an_error_of_one_line(make_trainer):
     options = {"generation_backend": "vllm_server", "vllm_server_url": ["http://127.0.0.1:9"]}
     with pytest.raises(GenerationError, match=r"no vLLM server answers there after 0.1 s\. Start one with sapo serve"):
         make_trainer("run", vllm_server_timeout=0.1, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", ["0", "2"])
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path):
+    """SIGKILL to both in the middle, sampled text, another start of both."""
+    flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
+    flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
+    command = [sys.executable, "-m", "sapo.cli", "train", "--config", str(recipe), *flags, "--output_dir"]
+    real.wait()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint-4" / "sapo_manifest.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    real.restart()
+    again = [*command, str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    for file in ("adapter_model" if lora == "true" else "model", "opponent"):
+        name = f"{file}.safetensors" if file != "opponent" else "checkpoint-12/opponent.safetensors"
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
+        assert same(ours, theirs)
 
 
 # ---- sapo serve ----

@@ -14,6 +14,25 @@ from methods import Method
 from sapo.cli import main
 from sapo.compare import read_runs
 
+
+def supervised(model: Path, rows: Path, folder: Path, **options: str) -> None:
+    """Make a base by SFT of `model` on `rows`, unless it is there."""
+    if (folder / "recipe.yaml").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model_name_or_path": str(model), "dataset_name": str(rows), "output_dir": str(folder), "objective": "sft",
+        "save_strategy": "no", "use_cpu": "true", "report_to": "none", "gradient_checkpointing": "false",
+        "dtype": "float32", "overwrite_output_dir": "true", "logging_steps": "50", **options,
+    }  # fmt: skip
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+        if main(["train", *arguments]) != 0:
+            raise SystemExit(f"{folder}: sapo train failed; see {folder.with_suffix('.log')}")
+
+
+BEST = {"right": max, "nll": min, "distance2": min, "distance4": min}
+"""Which way each measure that runs may be chosen by is better."""
 FOLLOWED = (
     "loss",
     "rewards/accuracies",
@@ -23,7 +42,7 @@ FOLLOWED = (
     "self_play/identical_fraction",
     "self_play/rejected_length",
 )
-"""Metrics of the run itself whose first and last value a cell keeps."""
+"""Metrics of the run itself whose course a cell keeps."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +57,22 @@ class Cell:
     options: dict[str, str]
     seed: int
     steps: int
-    split: str
 
     def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
-    def run(self, held_out: dict, validation: dict | None) -> dict[str, Any]:
-        """Train and measure, unless both are done.
+    def run(self, validation: dict, test: dict | None = None) -> dict[str, Any]:
+        """Train, stop early by the validation split, and measure, unless all of it is done.
 
         Args:
-            held_out: split to measure the final policy on.
-            validation: split to measure the policies along the way on; None for none.
+            validation: split that the policies along the run are measured on; the best of them is what the cell gives.
+            test: split to measure that policy on; None for a trial.
         """
         found = self.result()
         if found is not None:
+            if (found["options"], found["steps"]) != (self.options, self.steps):
+                raise SystemExit(f"{self.folder} was run with other settings. Delete it or name another --work.")
             return found
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
@@ -64,25 +84,30 @@ class Cell:
             # A signal ends a run with a checkpoint and without an error.
             raise SystemExit(f"{self.folder}: stopped before its last step; the same command goes on.")
         policies = self._policies()
-        settings = {"temperatures": self.task.TEMPERATURES, "room": self.task.ROOM}
-        last = policies[max(policies)]
-        curve = []
-        for step, folder in sorted(policies.items()) if validation else ():
-            curve.append({"step": step, **measure(folder, **validation, **settings)})
+        curve = [
+            {"step": step, **measure(folder, **validation, temperatures=self.task.ALONG, room=self.task.ROOM)}
+            for step, folder in sorted(policies.items())
+        ]
+        stopped = BEST[self.task.CHOOSE.split("@")[0]](curve, key=lambda point: point[self.task.CHOOSE])
         costs = [run.cost() for run in runs]
         found = {
             "options": self.options,
             "seed": self.seed,
             "steps": self.steps,
-            self.split: measure(last, **held_out, **settings),
+            "stopped": stopped["step"],
+            "validation": stopped,
             "validation_curve": curve,
             "cpu_seconds": sum(cost.cpu_seconds or 0 for cost in costs),
             "tokens": sum(cost.tokens or 0 for cost in costs),
             "peak_mb": max(cost.peak_mb or 0 for cost in costs),
-            "first": {name: value[0][1] for name in FOLLOWED if (value := runs[0].curve(name))},
-            "last": {name: runs[-1].last(name) for name in FOLLOWED if runs[-1].curve(name)},
+            "courses": [{name: run.curve(name) for name in FOLLOWED if run.curve(name)} for run in runs],
             "pairs": [run.written for run in runs if run.written],
         }
+        if test is not None:
+            likeliest = min(curve, key=lambda point: point["nll"])["step"]
+            found["test"] = self._test(policies[stopped["step"]], test) | {
+                "nll, own stop": self._test(policies[likeliest], test, temperatures=())["nll"]
+            }
         partial = self.folder / ".result.json.partial"
         partial.write_text(json.dumps(found, indent=1))
         partial.replace(self.folder / "result.json")
@@ -91,6 +116,10 @@ class Cell:
             shutil.rmtree(checkpoint)
         gc.collect()
         return found
+
+    def _test(self, folder: Path, test: dict, temperatures=None) -> dict[str, float]:
+        temperatures = self.task.TEMPERATURES if temperatures is None else temperatures
+        return measure(folder, **test, temperatures=temperatures, room=self.task.ROOM)
 
     def _command(self) -> list[str]:
         task, method = self.task, self.method
@@ -104,7 +133,7 @@ class Cell:
             "per_device_train_batch_size": str(task.BATCH),
             "gradient_accumulation_steps": "1",
             "reference_sync_steps": str(max(1, self.steps // 4)),
-            "save_steps": str(max(1, self.steps // 3)),
+            "save_steps": str(max(1, self.steps // self.task.POINTS)),
             "logging_steps": str(max(1, self.steps // 12)),
             "resume_from_checkpoint": "auto",
             "use_cpu": "true",
@@ -131,6 +160,13 @@ class Cell:
         run, method = self.folder / "run", self.method
         if method.iterations > 1:
             each = self.steps // method.iterations
-            return {each * (n + 1): run / f"iteration-{n}" for n in range(method.iterations)}
-        found = {int(f.name.split("-")[1]): f for f in run.glob("checkpoint-*") if (f / "config.json").is_file()}
-        return found | {self.steps: run}
+            parts = [(each * n, each, run / f"iteration-{n}") for n in range(method.iterations)]
+        else:
+            parts = [(0, self.steps, run)]
+        found = {}
+        for before, steps, folder in parts:
+            for checkpoint in folder.glob("checkpoint-*"):
+                if (checkpoint / "config.json").is_file():
+                    found[before + int(checkpoint.name.split("-")[1])] = checkpoint
+            found[before + steps] = folder
+        return found

@@ -32,6 +32,7 @@ def measure(
     Returns:
         `nll` in nats per response token, and for each temperature T: `end@T` share of replies that end within `room`;
         `length@T` mean reply over mean response; `repeat@T` share of 4-grams of a reply that it has had before;
+        `distinct4@T` different 4-grams of all replies per 4-gram, over the same of the responses;
         `distance2@T` and `distance4@T` total variation between the n-grams of replies and of responses; `right@T`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -73,6 +74,7 @@ def _describe(replies, examples, end) -> dict[str, float]:
         "end": sum(bool(reply) and reply[-1] == end for reply in replies) / count,
         "length": sum(map(len, replies)) / sum(map(len, responses)),
         "repeat": sum(_repeated(reply) for reply in replies) / count,
+        "distinct4": _distinct(replies, 4) / _distinct(responses, 4),
         "distance2": _distance(replies, responses, 2),
         "distance4": _distance(replies, responses, 4),
     }
@@ -85,6 +87,11 @@ def _grams(tokens: Sequence[int], n: int) -> list[Tokens]:
 def _repeated(tokens: Sequence[int], n: int = 4) -> float:
     grams = _grams(tokens, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _distinct(texts, n: int) -> float:
+    grams = [gram for tokens in texts for gram in _grams(tokens, n)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def _distance(one, other, n: int) -> float:

@@ -49,3 +49,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def matched(one: Sequence[dict], other: Sequence[dict], names: Sequence[str], way: float) -> dict[str, float] | None:
+    """`one` less `other` where both have the same `nll`.
+
+    Args:
+        one, other: points along two runs that begin with the same base; each has `nll` and all of `names`.
+        names: of the measures.
+        way: where: this share of the way from the base's nll down to the higher of the two runs' lowest.
+
+    Returns:
+        Differences of the measures, each interpolated linearly in nll between the last two points around the level on
+        the run's way down; None if a run never gets below its base.
+    """
+    base = one[0]["nll"]
+    lowest = max(min(point["nll"] for point in run) for run in (one, other))
+    if lowest >= base:
+        return None
+    level = base + way * (lowest - base)
+    first, second = _at(one, level, names), _at(other, level, names)
+    return {name: first[name] - second[name] for name in names}
+
+
+def _at(run: Sequence[dict], level: float, names: Sequence[str]) -> dict[str, float]:
+    end = min(range(len(run)), key=lambda place: run[place]["nll"])
+    before = max(place for place in range(end) if run[place]["nll"] >= level)
+    high, low = run[before], run[before + 1]
+    share = (high["nll"] - level) / (high["nll"] - low["nll"])
+    return {name: high[name] + share * (low[name] - high[name]) for name in names}

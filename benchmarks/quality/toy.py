@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from cells import supervised
 from transformers import AutoTokenizer
 
 from sapo.demo.build import MODEL_FOLDER, build
@@ -13,34 +14,49 @@ NAME = "toy"
 STEPS = 60
 BATCH = 32
 SEGMENT = "8"
+MILD = (("beta", "0.01"), ("segment_length", "4"), ("temperature", "1"))
+FEW_RATES = ("1e-4", "3e-4", "1e-3", "2e-3")
+"""For few rows, which take less."""
 RATES, WEIGHTS, BETAS = ("3e-4", "1e-3", "2e-3", "4e-3"), ("1", "3"), ("0.1", "0.5")
+MORE: dict[str, dict[str, str]] = {}
 TEMPERATURES = (0, 0.7, 1)
+ALONG = (0, 1)
+"""Temperatures along a run, on the validation split."""
+POINTS = 6
 ROOM = MAX_REPLY_TOKENS
-CHOOSE, BEST = "right@0", max
-"""Trials are chosen by greedy accuracy on the validation split."""
-SHOWN = ("right@0", "right@0.7", "right@1", "nll", "end@1", "length@1")
-BASES = ("base-0", "base-1", "base-2")
-ROWS = {"validation": 400, "test": 800}
+CHOOSE = "right@0"
+"""Runs are stopped, and trials chosen, by greedy accuracy on the validation split."""
+SHOWN = ("right@0", "right@0.7", "right@1", "nll", "nll, own stop", "end@1", "length@1", "distinct4@1")
+ROWS = {"validation": 300, "test": 800}
+FEW_STEPS = 8
 
 
-def bases(work: Path, count: int) -> dict[str, Path]:
-    """The shipped checkpoint, and others of the same making."""
-    found = {"base-0": MODEL_FOLDER}
-    for number, name in enumerate(BASES[1:count], start=1):
-        folder = work / "bases" / name
-        if not (folder / "config.json").is_file():
+def bases(work: Path, count: int, rows: int | None) -> dict[str, Path]:
+    """The shipped checkpoint, and others of the same making; for few rows, those had their brief SFT on these rows."""
+    found = {}
+    for number in range(count):
+        folder = found[f"base-{number}"] = work / "bases" / f"base-{number}"
+        if rows is None and number == 0:
+            found["base-0"] = MODEL_FOLDER
+        elif rows is None and not (folder / "config.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             build(folder, seed=number)
-        found[name] = folder
+        elif rows is not None:
+            pretrained = work.parent / "toy-pretrained" / str(number)
+            if not (pretrained / "config.json").is_file():
+                pretrained.parent.mkdir(parents=True, exist_ok=True)
+                build(pretrained, seed=number, rows=())
+            options = {"max_steps": str(FEW_STEPS), "per_device_train_batch_size": str(BATCH), "learning_rate": "1e-3"}
+            supervised(pretrained, train_file(work, rows), folder, seed=str(10 + number), **options, **flags())
     return found
 
 
-def train_file(work: Path) -> Path:
+def train_file(work: Path, rows: int | None) -> Path:
     """The rows that the bases' brief SFT saw, and no others."""
     file = work / "train.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in TRAIN_ROWS))
+        file.write_text("".join(json.dumps(row) + "\n" for row in TRAIN_ROWS[:rows]))
     return file
 
 

@@ -14,6 +14,7 @@ from itertools import count
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sapo.cli import main
@@ -59,6 +60,12 @@ def stand_in(folder):
 @pytest.fixture(params=["stand-in", "real"])
 def server(request):
     return request.getfixturevalue(request.param.replace("-", "_")).wait()
+
+
+LONG_WITH_A_REAL_ONE = pytest.mark.parametrize(
+    "server", ["stand-in", pytest.param("real", marks=pytest.mark.slow)], indirect=True
+)
+"""A real server takes most of a minute to start."""
 
 
 @pytest.fixture
@@ -159,7 +166,8 @@ def test_first_token_has_the_distribution_of_the_other_backends(sampling, server
     assert chance > 1e-4
 
 
-def test_restarted_server_is_given_its_weights_again(server, servers_of, tmp_path, caplog):
+@LONG_WITH_A_REAL_ONE
+def test_restarted_server_is_given_its_weights_again(server, servers_of, tmp_path):
     servers = servers_of(server.url, timeout=120.0)
     model = save_servable(tmp_path / "other", 5)
     servers.load(tmp_path / "other", version())
@@ -333,6 +341,7 @@ def test_key_is_sent_and_never_shown(stand_in, folder, servers_of, monkeypatch):
 def make(make_trainer, folder):
     def with_server(name, server, **options):
         options = {"learning_rate": 1e-3} | options
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(folder)
         if server is not None:
             options |= {
@@ -362,6 +371,7 @@ def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server,
     assert resumed.source.buffer.entries() == whole.source.buffer.entries()
 
 
+@LONG_WITH_A_REAL_ONE
 @pytest.mark.parametrize("lora", [False, True])
 def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, folder, servers_of):
     options = {"lora": lora, "max_staleness": 1}
@@ -403,6 +413,31 @@ def test_no_server_is_an_error_of_one_line(make_trainer):
         make_trainer("run", vllm_server_timeout=0.1, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", ["0", "2"])
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path):
+    """SIGKILL to both in the middle, sampled text, another start of both."""
+    flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
+    flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
+    command = [sys.executable, "-m", "sapo.cli", "train", "--config", str(recipe), *flags, "--output_dir"]
+    real.wait()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint-4" / "sapo_manifest.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    real.restart()
+    again = [*command, str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    for file in ("adapter_model" if lora == "true" else "model", "opponent"):
+        name = f"{file}.safetensors" if file != "opponent" else "checkpoint-12/opponent.safetensors"
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
+        assert same(ours, theirs)
+
+
 # ---- sapo serve ----
 
 
@@ -420,6 +455,7 @@ def recipe(folder, tmp_path):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
     command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--train", "--vllm_python"]
@@ -435,6 +471,7 @@ def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
     assert left == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_says_why_a_server_ended(recipe, tmp_path, capsys):
     flags = ["--vllm_python", vllm_python(), "--", "--enforce-eager", "--max-num-seqs", "0"]

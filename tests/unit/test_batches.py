@@ -1,5 +1,6 @@
 """Laws of `sapo.batches`: every token once, scores on responses only, padding known by length."""
 
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_a_masked_suffix_is_present_and_not_scored(pairs, pad):
         start, stop = len(pair.prompt_ids) - 1, len(pair.prompt_ids) + pair.rewritten.stop - 1
         assert tuple(targets[start:stop]) == pair.rejected_ids[: pair.rewritten.stop]
         assert set(targets[:start] + targets[stop:]) <= {IGNORE}
+
+
+@laws
+@given(pair_lists, st.integers(0, 4))
+def test_a_masked_suffix_is_scored_as_a_dropped_one(pairs, pad):
+    """What comes after changes nothing before it in a causal model, so the two have the same loss."""
+    dropped = [dataclasses.replace(pair, rejected_ids=pair.rejected_ids[: pair.rewritten.stop]) for pair in pairs]
+    masked = collate_pairs(pairs, pad_token_id=pad, suffix="mask")
+    other = collate_pairs(dropped, pad_token_id=pad, suffix="drop")
+    width = other.targets.shape[1]
+    assert torch.equal(masked.targets[:, :width], other.targets)
+    assert (masked.targets[:, width:] == IGNORE).all()
+    assert torch.equal(masked.lengths, other.lengths)
 
 
 def test_the_first_token_of_all_is_predicted_by_none():

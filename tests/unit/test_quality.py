@@ -1,5 +1,6 @@
 """Laws of the study in `benchmarks/quality`: its statistics, its splits, its methods."""
 
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -69,10 +70,16 @@ def test_splits_of_the_built_in_tasks_share_no_prompt_with_one_another_nor_with_
 
 
 def test_all_methods_have_equal_budgets_and_recipes_that_load(tmp_path):
+    import text
     from methods import ABLATIONS, methods
 
-    for arms in (methods(("1", "2", "3", "4"), ("1", "3"), ("0.1", "0.5")), methods(("1", "2"), ("1",), ("0.1",))):
+    mild = (("beta", "0.01"),)
+    for rates, weights, betas in (("1", "2", "3", "4"), ("1", "3"), ("0.1", "0.5")), (("1", "2"), ("1",), ("0.1",)):
+        arms = methods(rates, weights, betas, mild, {})
         assert len({len(method.trials) for method in arms.values() if method.like is None}) == 1
+        more = {name: {"seed": "1"} for name, method in arms.items() if method.like is None}
+        both = (arms, methods(rates, weights, betas, mild, more), methods(rates, weights, betas, mild, text.MORE))
+        assert len({len(method.trials) for arms in both for method in arms.values() if method.like is None}) == 2
         for method in arms.values():
             assert method.like is None or not method.trials
     for name, method in [*arms.items(), *ABLATIONS.items()]:
@@ -92,8 +99,68 @@ def test_a_trial_shows_in_the_table_with_the_others(tmp_path):
             folder = tmp_path / "compare" / "base-0" / arm / f"seed-{seed}"
             folder.mkdir(parents=True)
             measured = dict.fromkeys(toy.SHOWN, level + 0.01 * seed)
-            result = {"test": measured, "cpu_seconds": 2.0, "first": {}, "last": {}, "validation_curve": []}
+            way = dict.fromkeys(toy.SHOWN, level) | {"step": 20, "nll": 0.1}
+            result = {
+                "test": measured, "validation_curve": [way], "stopped": 20, "cpu_seconds": 2.0, "pairs": [],
+                "courses": [{"loss": [[5, 2.0], [10, 1.5], [15, 1.0]]}],
+            }  # fmt: skip
             (folder / "result.json").write_text(json.dumps(result))
+    (tmp_path / "chosen.json").write_text(json.dumps({"chosen": {}}))
+    (tmp_path / "bases").mkdir()
+    untrained = dict.fromkeys(toy.SHOWN, 0.5)
+    (tmp_path / "bases" / "base-0.json").write_text(json.dumps({"validation": untrained, "test": untrained}))
     text = tables(tmp_path, toy)
-    assert "| SAPO-ORPO | 5 | 2.0 | 0.720 ± 0.020" in text
+    assert "base-0 untrained: right@0 0.500" in text
+    assert "| SAPO-ORPO | 5 | 2.0 | 20 | 0.720 ± 0.020" in text
+    assert "| SAPO-ORPO | 1 | 5 of 5 | -0.100 ± 0.000" in text
+    assert "| SAPO-ORPO | 2, 1.5, 1 |" in text
     assert "| SAPO-ORPO | 5 | -0.100 ± 0.000 (p 0.062, 0.062)" in text
+
+
+def test_runs_that_depend_on_likelihood_alone_do_not_differ_at_equal_likelihood():
+    from paired import matched
+
+    def points(*nlls):
+        return [{"nll": nll, "right": 1 - nll} for nll in nlls]
+
+    slow, fast = points(1.0, 0.9, 0.7, 0.6), points(1.0, 0.5, 0.4, 0.45)
+    for way in (0.2, 0.5, 1.0):
+        assert matched(slow, fast, ["right"], way)["right"] == pytest.approx(0)
+    better = [point | {"right": point["right"] + 0.25 * (1 - point["nll"])} for point in fast]
+    assert matched(better, slow, ["right"], 0.5)["right"] == pytest.approx(0.25 * 0.2)
+    assert matched(slow, points(1.0, 1.1, 1.2), ["right"], 0.5) is None
+
+
+def test_a_cell_gives_the_step_that_is_best_on_validation_and_refuses_other_settings(tmp_path, monkeypatch):
+    import cells
+    import toy
+    from methods import methods
+
+    levels = {0: 0.2, 1: 0.7, 2: 0.6}
+    method = methods(toy.RATES, toy.WEIGHTS, toy.BETAS, toy.MILD, toy.MORE)["SAPO-ORPO"]
+    cell = cells.Cell(tmp_path / "cell", toy, toy.MODEL_FOLDER, tmp_path, method, {"beta": "0.1"}, 1, 3)
+
+    class Run:
+        rows = ()
+        written = None
+
+        def cost(self):
+            return type("Cost", (), {"steps": 3, "cpu_seconds": 1.0, "tokens": 10, "peak_mb": 1.0})()
+
+        def curve(self, name):
+            return []
+
+    def measure(folder, *, right, temperatures=(), room=0):
+        place = int(folder.name)
+        return {"nll": -place, "right@0": levels[place], "split": right}
+
+    monkeypatch.setattr(cells, "main", lambda command: 0)
+    monkeypatch.setattr(cells, "read_runs", lambda folders: [Run()])
+    monkeypatch.setattr(cells, "measure", measure)
+    monkeypatch.setattr(cells.Cell, "_policies", lambda self: {place: tmp_path / str(place) for place in levels})
+    found = cell.run({"right": "validation"}, {"right": "test"})
+    assert found["stopped"] == 1
+    assert found["test"] == {"nll": -1, "right@0": 0.7, "split": "test", "nll, own stop": -2}
+    assert cell.run({"right": "validation"}, None) == found
+    with pytest.raises(SystemExit, match="other settings"):
+        dataclasses.replace(cell, options={"beta": "0.5"}).run({"right": "validation"}, None)

@@ -59,7 +59,7 @@ def test_presets_cover_every_method_and_ablation():
     assert values["ema_decay"] == {0, 0.5, 1}
     assert None in values["segment_length"]
     assert 3 in values["num_iterations"]
-    assert {0, 1} <= values["chosen_nll_weight"]
+    assert {0, 10} <= values["chosen_nll_weight"]
     assert {4, 2000} <= values["replay_buffer_size"]
 
 

@@ -26,12 +26,13 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 Response = tuple[list[int], list[int], int]
 
 
-def build(folder: Path = MODEL_FOLDER, *, seed: int = 0) -> None:
+def build(folder: Path = MODEL_FOLDER, *, seed: int = 0, rows: Sequence[Row] = TRAIN_ROWS) -> None:
     """Train tokenizer and model and write them to `folder`, which is replaced when they are complete.
 
     Args:
         folder: of the model.
         seed: 0 gives the shipped model; others differ in initial weights, pretraining rows and order.
+        rows: of the brief SFT; none for the model before it.
     """
     tokenizer = build_tokenizer()
     clean = make_rows(15_000, seed=1 + 100 * seed, exclude={prompt_of(row) for row in TRAIN_ROWS})
@@ -56,7 +57,8 @@ def build(folder: Path = MODEL_FOLDER, *, seed: int = 0) -> None:
     )
     fit(model, _encode(clean, tokenizer), steps=1500, learning_rate=5e-3, seed=1 + 100 * seed)
     fit(model, _encode(mixed, tokenizer), steps=750, learning_rate=1e-3, seed=2 + 100 * seed)
-    fit(model, _encode(TRAIN_ROWS, tokenizer), steps=8, learning_rate=1e-3, seed=3 + 100 * seed, warmup=1)
+    if rows:
+        fit(model, _encode(rows, tokenizer), steps=8, learning_rate=1e-3, seed=3 + 100 * seed, warmup=1)
     report = score(model, tokenizer, heldout_rows(1000))
     sys.stdout.write(f"{report.accuracy:.3f} right on 1,000 held-out rows: {report.by_task}\n")
     partial = folder.with_name(f".{folder.name}.partial")

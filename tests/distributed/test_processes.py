@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.processes import FIXED_DRAWS, run, start
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.vllm_servers import StandIn
 
 SLOW = pytest.mark.slow
 
@@ -51,6 +53,40 @@ def test_two_processes_train_to_the_weights_of_one(strategy, name, tmp_path):
     for weight, expected in one.items():
         # The gradients of the processes are averaged in another order than a sum over one batch: rounding only.
         torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """What answers like a vLLM server, in this process."""
+    tiny_llama().save_pretrained(tmp_path / "served")
+    tiny_tokenizer().save_pretrained(tmp_path / "served")
+    server = StandIn(tmp_path / "served")
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "staleness"),
+    [
+        ("ddp", "orpo-lora", 2),
+        ("fsdp2", "dpo", 0),
+        pytest.param("ddp", "dpo", 0, marks=SLOW),
+        pytest.param("fsdp2", "dpo", 2, marks=SLOW),
+        pytest.param("fsdp2", "orpo-lora", 1, marks=SLOW),
+        pytest.param("zero3", "dpo", 1, marks=SLOW),
+        pytest.param("zero2", "dpo", 1, marks=SLOW),
+    ],
+)
+def test_two_processes_with_a_server_train_to_the_weights_of_one(strategy, name, staleness, engine, tmp_path):
+    options = FIXED_DRAWS | VARIANTS[name] | {"generation_backend": "vllm_server", "vllm_server_url": [engine.url]}
+    options |= {"max_staleness": staleness}
+    one = run(tmp_path / "one", 1, **options)
+    two = run(tmp_path / "two", 2, strategy=strategy, **options)
+    for weight, expected in one.items():
+        torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+    loads = [body for path, body in engine.asked if path in ("/collective_rpc", "/v1/load_lora_adapter")]
+    # One process hands the weights over, once a step.
+    assert len(loads) == 2 * 3
 
 
 @SLOW

@@ -31,6 +31,18 @@ class FixedPairs:
         return dealt
 
 
+def test_an_adapter_begins_alike_in_every_run_of_a_seed(make_trainer):
+    """Whatever was drawn before: torch begins at another place in every process."""
+    begun = []
+    for folder, seed, before in (("one", 3, 7), ("two", 3, 8), ("other", 4, 7)):
+        torch.manual_seed(before)
+        model = tiny_llama()
+        torch.manual_seed(before)
+        begun.append(policy_tensors(make_trainer(folder, model=model, lora=True, seed=seed).policy()))
+    assert all(torch.equal(begun[0][name], weight) for name, weight in begun[1].items())
+    assert not all(torch.equal(begun[0][name], weight) for name, weight in begun[2].items())
+
+
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
 def test_accumulating_4_times_2_equals_1_times_8(objective, make_trainer):
     ends = []

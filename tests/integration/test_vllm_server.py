@@ -1,0 +1,507 @@
+"""Laws of the opponent on vLLM servers: with a stand-in always, with a real server where there is one."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from itertools import count
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sapo.cli import main
+from sapo.errors import ConfigurationError, GenerationError
+from sapo.generation import Engine, Sampling, TransformersGenerator, filtered_probabilities
+from sapo.generation.vllm_server import VLLMServers
+from tests.integration.test_engine_play import same
+from tests.integration.test_resume import weights
+from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.vllm_servers import LENGTH, RealVLLM, StandIn, save_servable, servable_llama, vllm_python
+
+NO_VLLM = "no vLLM: make install-vllm, or name an interpreter that has it by SAPO_VLLM_PYTHON"
+CONTEXTS = [[5, 6, 7], [8, 9], [10] * 20, [3]]
+BUDGETS = [9, 12, 20, 0]
+SEEDS = [1, 2, 3, 4]
+PORT = 8211 + 2 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+versions = count()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "model"
+    save_servable(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(folder, tmp_path_factory):
+    if vllm_python() is None:
+        pytest.skip(NO_VLLM)
+    server = RealVLLM(folder, tmp_path_factory.mktemp("vllm"), PORT)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def stand_in(folder):
+    server = StandIn(folder)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def server(request):
+    return request.getfixturevalue(request.param.replace("-", "_")).wait()
+
+
+LONG_WITH_A_REAL_ONE = pytest.mark.parametrize(
+    "server", ["stand-in", pytest.param("real", marks=pytest.mark.slow)], indirect=True
+)
+"""A real server takes most of a minute to start."""
+
+
+@pytest.fixture
+def servers_of():
+    made = []
+
+    def make(*urls, sampling=None, **options):
+        settings = {"end_ids": [1], "vocabulary_size": 3 + 30, "timeout": 20.0, "request_timeout": 20.0} | options
+        settings["vocabulary_size"] = len(tiny_tokenizer())
+        made.append(VLLMServers(urls, sampling or Sampling(0, 0, 1.0), **settings))
+        made[-1].check(tiny_tokenizer(), LENGTH)
+        return made[-1]
+
+    yield make
+    for servers in made:
+        servers.close()
+
+
+def own_text(model, sampling=None, contexts=CONTEXTS, budgets=BUDGETS, seeds=SEEDS):
+    generator = TransformersGenerator(
+        lambda: nullcontext(model.eval()), sampling or Sampling(0, 0, 1.0), end_ids=[1], pad_token_id=0
+    )
+    return generator.generate(contexts, budgets, seeds)
+
+
+def version():
+    return f"test-{next(versions)}"
+
+
+def test_greedy_text_equals_transformers_after_each_load(server, folder, servers_of, tmp_path):
+    servers = servers_of(server.url)
+    assert isinstance(servers, Engine)
+    seen = []
+    for seed in (0, 1, 2):
+        model = save_servable(tmp_path / f"{seed}", seed)
+        servers.load(tmp_path / f"{seed}", version())
+        # Twice: the second time from the keys and values that the server has kept of the first.
+        for _ in range(2):
+            seen.append(servers.generate(CONTEXTS, BUDGETS, SEEDS))
+            assert seen[-1] == own_text(model)
+    assert seen[0] != seen[2] != seen[4]
+
+
+def test_greedy_text_of_an_adapter_equals_transformers_after_each_swap(server, folder, servers_of, tmp_path):
+    # A real server may have been given other weights by another test: an adapter needs those it was started with.
+    whole = servers_of(server.url)
+    whole.load(folder, version())
+    servers = servers_of(server.url, adapter=True)
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        for name, weight in model.named_parameters():
+            weight.data *= 5 if "lora_B" in name else 1
+        model.save_pretrained(tmp_path / f"{seed}")
+        servers.load(tmp_path / f"{seed}", version())
+        for _ in range(2):
+            seen.append(servers.generate(CONTEXTS, BUDGETS, SEEDS))
+            assert seen[-1] == own_text(model)
+    assert seen[0] != seen[2]
+    with torch.no_grad():
+        logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
+    (given,) = servers.token_logps(CONTEXTS[2])
+    assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
+
+
+def test_row_depends_on_its_own_seed_alone(server, folder, servers_of):
+    servers = servers_of(server.url, sampling=Sampling(0.7, 50, 0.95))
+    servers.load(folder, version())
+    together = servers.generate([[5, 6]] * 12, [15] * 12, list(range(12)))
+    assert together == servers.generate([[5, 6]] * 12, [15] * 12, list(range(12)))
+    assert [together[7]] == servers.generate([[5, 6]], [15], [7])
+    assert len({tuple(row) for row in together}) > 6
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0, 1.0), Sampling(0.5, 5, 1.0), Sampling(1.5, 0, 0.6)])
+def test_first_token_has_the_distribution_of_the_other_backends(sampling, server, folder, servers_of):
+    """Chi-square of 1,500 first tokens; the seeds are fixed, so that it cannot pass today and fail tomorrow."""
+    servers = servers_of(server.url, sampling=sampling)
+    servers.load(folder, version())
+    rows = 1500
+    drawn = servers.generate([[5, 6, 7]] * rows, [1] * rows, list(range(rows)))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[5, 6, 7]])).logits[:, -1]
+    kept, ids = filtered_probabilities(logits, sampling)
+    expected = torch.zeros(logits.shape[1]).scatter(0, ids[0], rows * kept[0]).double()
+    found = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)).double()
+    assert not found[expected == 0].any()
+    # Cells of fewer than five are one cell together.
+    often = expected >= 5
+    table = torch.stack([expected, found])
+    table = torch.cat([table[:, often], table[:, ~often].sum(1, keepdim=True)], 1)
+    table = table[:, table[0] > 0]
+    statistic = ((table[1] - table[0]) ** 2 / table[0]).sum()
+    freedom = torch.tensor((table.shape[1] - 1) / 2, dtype=torch.float64)
+    chance = 1 - float(torch.special.gammainc(freedom, statistic / 2)) if freedom > 0 else 1.0
+    assert chance > 1e-4
+
+
+@LONG_WITH_A_REAL_ONE
+def test_restarted_server_is_given_its_weights_again(server, servers_of, tmp_path):
+    servers = servers_of(server.url, timeout=120.0)
+    model = save_servable(tmp_path / "other", 5)
+    servers.load(tmp_path / "other", version())
+    server.restart()
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+
+
+def test_restart_between_two_answers_throws_both_away(stand_in, servers_of, tmp_path):
+    """The server comes back with the weights it was started with in the middle of a batch."""
+    servers = servers_of(stand_in.url)
+    model = save_servable(tmp_path / "other", 5)
+    servers.load(tmp_path / "other", version())
+    answered = []
+
+    def restart_after_the_first(path, body):
+        if path == "/v1/completions":
+            answered.append(path)
+            if len(answered) == 2:
+                stand_in.restart()
+
+    stand_in.fault = restart_after_the_first
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+    assert len(answered) == 6
+
+
+def test_weights_of_another_run_end_the_run(stand_in, folder, servers_of):
+    servers = servers_of(stand_in.url)
+    servers.load(folder, version())
+
+    def another_run(path, body):
+        if path == "/v1/completions":
+            stand_in.version = "other-run-3"
+
+    stand_in.fault = another_run
+    with pytest.raises(GenerationError, match="serves weights other-run-3, which this run has not given it"):
+        servers.generate(CONTEXTS, BUDGETS, SEEDS)
+
+
+@pytest.mark.parametrize("trouble", ["drop", 500, 503, 429])
+def test_passing_trouble_is_outlived(trouble, stand_in, folder, servers_of):
+    waits = []
+    servers = servers_of(stand_in.url, sleep=waits.append)
+    servers.load(folder, version())
+    left = [5]
+
+    def sometimes(path, body):
+        left[0] -= 1
+        return trouble if left[0] > 0 and left[0] % 2 == 0 else None
+
+    stand_in.fault = sometimes
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+
+
+def test_waiting_is_bounded_and_backs_off(folder, servers_of):
+    server = StandIn(folder)
+    waits = []
+    servers = servers_of(server.url, timeout=0.4, sleep=lambda seconds: (waits.append(seconds), time.sleep(0.1)))
+    servers.load(folder, version())
+    server.stop()
+    servers._clients[0].close()
+    servers._clients[0].open()
+    with pytest.raises(GenerationError, match=r"waited 0.4 s\. Start vLLM again"):
+        servers.generate(CONTEXTS, BUDGETS, SEEDS)
+    assert waits[:3] == [0.25, 0.5, 1.0]
+
+
+def test_server_that_hangs_is_given_up_and_named(stand_in, folder, servers_of):
+    servers = servers_of(stand_in.url, request_timeout=0.2)
+    servers.load(folder, version())
+    over = threading.Event()
+    stand_in.fault = lambda path, body: over.wait(30) and "drop" if path == "/v1/completions" else None
+    with pytest.raises(GenerationError, match=r"3 rows were asked for 6 times and never came"):
+        servers.generate(CONTEXTS, BUDGETS, SEEDS)
+    over.set()
+
+
+def test_of_several_servers_one_may_die(folder, servers_of, tmp_path):
+    first, second = StandIn(folder), StandIn(folder)
+    servers = servers_of(first.url, second.url)
+    model = save_servable(tmp_path / "other", 5)
+    servers.load(tmp_path / "other", version())
+    second.fault = lambda path, body: "drop" if path == "/v1/completions" else None
+    expected = own_text(model)
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == expected
+    assert {path for path, _ in first.asked} > {"/v1/completions"}
+    # Dead for good, while weights are handed over; and back with the weights it was started with.
+    second.fault = lambda path, body: "drop"
+    model = save_servable(tmp_path / "newer", 6)
+    servers.load(tmp_path / "newer", version())
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+    second.fault = lambda path, body: None
+    second.restart()
+    second.asked.clear()
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+    assert "/v1/completions" in {path for path, _ in second.asked}
+    first.stop()
+    second.stop()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([5, 6], "wrote 2 tokens where 9 were asked for"),
+        ([5] * 10, "wrote 10 tokens where 9"),
+        ([5, 1, 6, 7, 8, 9, 10, 11, 12], "wrote on after an end token"),
+        ([5] * 8 + [500], "wrote tokens that the policy does not know"),
+        (["5"] * 9, "holds no token ids"),
+    ],
+)
+def test_answers_that_cannot_be_are_refused(tokens, says, stand_in, folder, servers_of):
+    servers = servers_of(stand_in.url)
+    servers.load(folder, version())
+    answer = {"choices": [{"token_ids": tokens, "prompt_token_ids": [5, 6, 7], "finish_reason": "length"}]}
+    stand_in.fault = lambda path, body: answer if path == "/v1/completions" else None
+    with pytest.raises(GenerationError, match=says):
+        servers.generate([[5, 6, 7]], [9], [1])
+
+
+def test_row_longer_than_the_server_takes_is_refused(server, folder, servers_of):
+    servers = servers_of(server.url)
+    servers.load(folder, version())
+    with pytest.raises(ConfigurationError, match=r"60 tokens and 9 new ones exceed the 64.*--max-model-len 69"):
+        servers.generate([[5] * 60], [9], [1])
+
+
+def test_other_tokenizer_is_refused(server, folder, servers_of):
+    servers = servers_of(server.url)
+    other = copy.deepcopy(tiny_tokenizer())
+    content = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    words = sorted(vocabulary, key=vocabulary.get)
+    vocabulary[words[7]], vocabulary[words[9]] = vocabulary[words[9]], vocabulary[words[7]]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), pad_token="<pad>", eos_token="<eos>"
+    )
+    with pytest.raises(ConfigurationError, match=f"another tokenizer: token 7 is '{words[7]}' there and '{words[9]}'"):
+        servers.check(swapped, LENGTH)
+
+
+def test_server_with_too_little_room_is_refused(server, servers_of):
+    servers = servers_of(server.url)
+    with pytest.raises(ConfigurationError, match=r"serves at most 64 tokens, and max_length=65"):
+        servers.check(tiny_tokenizer(), 65)
+
+
+def test_server_without_the_needed_endpoints_says_how_to_start_it(stand_in, folder, servers_of):
+    servers = servers_of(stand_in.url)
+    stand_in.fault = lambda path, body: 404 if path == "/weight_info" else None
+    with pytest.raises(GenerationError, match=r"has no /weight_info.*VLLM_SERVER_DEV_MODE=1"):
+        servers.load(folder, version())
+
+
+def test_key_is_sent_and_never_shown(stand_in, folder, servers_of, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret-key")
+    servers = servers_of(stand_in.url)
+    assert servers._clients[0]._http.headers["Authorization"] == "Bearer secret-key"
+    stand_in.fault = lambda path, body: 401
+    with pytest.raises(GenerationError) as raised:
+        servers.load(folder, version())
+    assert "secret" not in str(raised.value)
+
+
+# ---- Runs ----
+
+
+@pytest.fixture
+def make(make_trainer, folder):
+    def with_server(name, server, **options):
+        options = {"learning_rate": 1e-3} | options
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if server is not None:
+            options |= {
+                "generation_backend": "vllm_server",
+                "vllm_server_url": [server.url],
+                "vllm_server_timeout": 90.0,
+            }
+        return make_trainer(name, model=model, temperature=0.0, **options)
+
+    return with_server
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": True}, {"sync_opponent_steps": 2, "max_staleness": 3}])
+def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server, make, folder, servers_of):
+    """Greedy, since servers draw with other numbers. Ahead of time there is nothing to compare with but itself."""
+    servers_of(server.url).load(folder, version())
+    options = {"save_strategy": "steps", "save_steps": 1, **options}
+    whole = make("whole", server, **options)
+    whole.train()
+    if "max_staleness" not in options:
+        plain = make("plain", None, **options)
+        plain.train()
+        assert same(weights(whole), weights(plain))
+    resumed = make("resumed", server, **options)
+    resumed.train(resume_from_checkpoint=str(whole.run_folder.path / "checkpoint-3"))
+    assert same(weights(resumed), weights(whole))
+    assert resumed.source.buffer.entries() == whole.source.buffer.entries()
+
+
+@LONG_WITH_A_REAL_ONE
+@pytest.mark.parametrize("lora", [False, True])
+def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, folder, servers_of):
+    options = {"lora": lora, "max_staleness": 1}
+    servers_of(server.url).load(folder, version())
+    usual = make("usual", server, **options)
+    usual.train()
+    disturbed = make("disturbed", server, **options)
+    after = disturbed.after_optimizer_step
+
+    def restart_after_the_third_step():
+        after()
+        if disturbed.state.global_step == 3:
+            server.restart()
+
+    disturbed.after_optimizer_step = restart_after_the_third_step
+    disturbed.train()
+    assert same(weights(disturbed), weights(usual))
+
+
+def test_another_base_model_under_an_adapter_is_refused(stand_in, make, tmp_path):
+    save_servable(tmp_path / "other", 9)
+    stand_in._folder = tmp_path / "other"
+    stand_in.restart()
+    with pytest.raises(GenerationError, match=r"gives other probabilities than the opponent, \S+ nats a token"):
+        make("run", stand_in, lora=True).train()
+
+
+def test_tied_weights_are_refused_on_a_cpu_server(real, make_trainer):
+    """There vLLM 0.32 computes on with the head it was started with."""
+    real.wait()
+    options = {"generation_backend": "vllm_server", "vllm_server_url": [real.url]}
+    with pytest.raises(ConfigurationError, match="computes on a CPU, where vLLM does not take over all new weights"):
+        make_trainer("run", model=servable_llama(tie_word_embeddings=True), **options)
+
+
+def test_no_server_is_an_error_of_one_line(make_trainer):
+    options = {"generation_backend": "vllm_server", "vllm_server_url": ["http://127.0.0.1:9"]}
+    with pytest.raises(GenerationError, match=r"no vLLM server answers there after 0.1 s\. Start one with sapo serve"):
+        make_trainer("run", vllm_server_timeout=0.1, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", ["0", "2"])
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path):
+    """SIGKILL to both in the middle, sampled text, another start of both."""
+    flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
+    flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
+    command = [sys.executable, "-m", "sapo.cli", "train", "--config", str(recipe), *flags, "--output_dir"]
+    real.wait()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint-4" / "sapo_manifest.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    real.restart()
+    again = [*command, str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    for file in ("adapter_model" if lora == "true" else "model", "opponent"):
+        name = f"{file}.safetensors" if file != "opponent" else "checkpoint-12/opponent.safetensors"
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
+        assert same(ours, theirs)
+
+
+# ---- sapo serve ----
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in tiny_rows()))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model_name_or_path: {folder}\ndataset_name: {rows}\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
+        f"max_steps: 3\nper_device_train_batch_size: 2\nsegment_length: 4\nmax_length: {LENGTH}\nmax_staleness: 1\n"
+        f"logging_steps: 1\ngeneration_backend: vllm_server\nvllm_server_url: http://127.0.0.1:{PORT + 1}\n"
+        "report_to: none\nvllm_server_timeout: 5\n"
+    )
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
+def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
+    command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--train", "--vllm_python"]
+    done = subprocess.run(
+        [*command, vllm_python(), "--", "--enforce-eager"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Done after step 3 of 3" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["self_play/staleness"] for row in rows if "loss" in row] == [0, 1, 1]
+    assert not (tmp_path / "run" / "engine").exists()
+    left = subprocess.run(["pgrep", "-f", f"port {PORT + 1}"], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
+def test_serve_says_why_a_server_ended(recipe, tmp_path, capsys):
+    flags = ["--vllm_python", vllm_python(), "--", "--enforce-eager", "--max-num-seqs", "0"]
+    assert main(["serve", "--config", str(recipe), *flags]) == 2
+    shown = capsys.readouterr().err
+    assert "GenerationError: vLLM at http://127.0.0.1:" in shown
+    assert str(tmp_path / f"run-vllm-{PORT + 1}.log") in shown
+
+
+def test_serve_stops_at_a_signal(recipe, tmp_path):
+    """With a server that is none: it sleeps, and would for long."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 300\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--vllm_python", str(python)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "Starting vLLM" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+def test_serve_without_vllm_or_with_clashing_flags_says_so(recipe, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["serve", "--config", str(recipe)]
+    assert main(command) == 2
+    assert "Name an interpreter that has it with --vllm_python" in capsys.readouterr().err
+    assert main([*command, "--vllm_python", "x", "--devices", "0", "--devices", "1"]) == 2
+    assert "--devices is given 2 times and there are 1 servers" in capsys.readouterr().err
+    assert main([*command, "--vllm_python"]) == 2
+    assert "--vllm_python needs a value" in capsys.readouterr().err
+    assert main([*command, "--generation_backend", "transformers", "--max_staleness", "0"]) == 2
+    assert "ConfigurationError" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def configuration_page() -> str:
     parts, table = [INTRODUCTION], []
     for line in inspect.getsource(SAPOConfig).splitlines():
         section = re.match(r"    # (.+?)\.?$", line)
-        option = re.match(r"    (\w+): .*= _option\(", line)
+        option = re.match(r"    (\w+): .*= (?:_option|field)\(", line)
         if section and not table:
             title = section[1]
         if section and table:

@@ -182,8 +182,8 @@ class SAPOConfig(TrainingArguments):
     )
     vllm_weights_dir: str | None = _option(
         None,
-        "Folder, seen by the vLLM servers under the same name, in which the opponent's weights are handed over; a "
-        "folder in memory (/dev/shm) is fastest. Unset: engine/ in output_dir.",
+        "Folder, seen by the vLLM servers under the same name, in which the opponent's weights are handed over, in a "
+        "folder of this run's own; one in memory (/dev/shm) is fastest. Unset: engine/ in output_dir.",
     )
     vllm_gpu_memory_utilization: float = _option(
         0.3, "With generation_backend vllm_colocate: share of the GPU's memory that vLLM takes; sapo serve: 0.9."

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
+from zlib import crc32
 
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
@@ -31,6 +32,15 @@ FOLDER = "engine"
 """In the run folder: weights on their way to the engine. In a checkpoint: those that it has, if not the opponent's."""
 
 T = TypeVar("T")
+
+
+def _weights_folder(args: SAPOConfig) -> Path:
+    """Where this run, and no other, hands its weights over; the same after a restart."""
+    output = Path(args.output_dir or "").absolute()
+    if args.vllm_weights_dir is None:
+        return output / FOLDER
+    # A place such as /dev/shm is everybody's, and stays.
+    return Path(args.vllm_weights_dir).absolute() / f"{output.name}-{crc32(str(output).encode()):08x}"
 
 
 class _Later(Generic[T]):
@@ -93,7 +103,7 @@ class EnginePlay:
         self._args = args
         self._opponent = opponent
         self._record = record
-        self._weights = Path(args.vllm_weights_dir or Path(args.output_dir or "") / FOLDER).absolute()
+        self._weights = _weights_folder(args)
         self._run = ""
         self._step: int | None = None
         self._folder: Path | None = None
@@ -113,6 +123,9 @@ class EnginePlay:
         """
         self.drain()
         if not self._run:
+            if self._args.process_index == 0:
+                # What a killed run has left there is of no use.
+                shutil.rmtree(self._weights, ignore_errors=True)
             names = [secrets.token_hex(4)]
             self._run = str(broadcast_object_list(names)[0]) if self._args.world_size > 1 else names[0]
             if self._args.world_size > 1:
@@ -168,7 +181,6 @@ class EnginePlay:
         started = time.perf_counter()
         folder, earlier = self._weights / f"{self._run}-opponent-{step}", self._folder
         if self._args.process_index == 0:
-            # What a killed run has left there is of no use.
             shutil.rmtree(folder, ignore_errors=True)
             self._weights.mkdir(parents=True, exist_ok=True)
         write(folder)
@@ -247,9 +259,7 @@ class EnginePlay:
         self._queue, self._step = None, None
         self._asked.clear()
         if self._folder is not None and self._args.process_index == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if not any(self._weights.iterdir()):
-                self._weights.rmdir()
+            shutil.rmtree(self._weights, ignore_errors=True)
         self._folder = None
 
     def _submit(self, task: Callable[[], T]) -> Task[T]:

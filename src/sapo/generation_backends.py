@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from sapo.config import VLLM_URL
 from sapo.data import Example, collate_examples
@@ -33,6 +33,8 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
     """
     args = trainer.args
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.generation_backend != "transformers":
+        _check_adapter(trainer)
     if args.generation_backend == "vllm_server":
         servers = VLLMServers(
             args.vllm_server_url or [VLLM_URL],
@@ -103,6 +105,35 @@ def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:
             raise GenerationError(
                 f"{url}: with the opponent's weights it gives other probabilities than the opponent, {difference:.2g} "
                 f"nats a token on the first example. Serve {name} itself: same configuration, same base, not quantized."
+            )
+
+
+def _check_adapter(trainer: SAPOTrainer) -> None:
+    """Refuse an adapter that vLLM would refuse at the first hand-over; a server says so as if it had a passing trouble.
+
+    Raises:
+        ConfigurationError: anything that vLLM 0.32 does not compute (its `lora/peft_helper.py`).
+    """
+    policy = trainer.policy()
+    if not isinstance(policy, PeftModel):
+        return
+    adapter = policy.peft_config[POLICY_ADAPTER]
+    if not isinstance(adapter, LoraConfig):
+        raise ConfigurationError(f"an adapter of type {adapter.peft_type}: vLLM serves LoRA alone.")
+    start = adapter.init_lora_weights
+    refused = {
+        "use_dora": adapter.use_dora,
+        "modules_to_save": adapter.modules_to_save,
+        # Others change the base model.
+        "init_lora_weights": isinstance(start, str)
+        and start.lower() not in ("gaussian", "eva", "orthogonal")
+        and start,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ConfigurationError(
+                f"{name}={value} with generation_backend={trainer.args.generation_backend}: vLLM does not serve such "
+                "adapters. Leave one of the two out."
             )
 
 

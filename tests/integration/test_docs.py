@@ -92,6 +92,24 @@ def test_every_option_that_a_page_names_exists():
             assert name in known | {"README.md"}, f"{page.name}: {name}"
 
 
+def test_vllm_by_hand_is_started_as_sapo_serve_would():
+    from sapo.arguments import parse
+    from sapo.serve import servers_for
+
+    (by_hand,) = [block for block in blocks(DOCS / "engines.md", "bash") if "api_server" in block]
+    words = shlex.split(by_hand)
+    flags = (
+        "--model_name_or_path my-sft-model --dataset_name my.jsonl --dtype bfloat16 --use_peft --output_dir run "
+        "--generation_backend vllm_server --vllm_server_url http://10.0.0.2:8000"
+    )
+    run = parse(shlex.split(flags), "sapo serve")
+    (server,) = servers_for(run, "python", ["0"])
+    given = {name: value for name, value in server.environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+    start = words.index("python")
+    assert words[start:] == list(server.command)
+    assert dict(word.split("=") for word in words[:start]) == given
+
+
 def test_the_notebook_runs_from_top_to_bottom(capsys):
     cells = json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     scope = {}

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from sapo.errors import CheckpointError, ConfigurationError, GenerationError
 from tests.engines import FolderEngine, TurnsEngine
@@ -166,11 +167,31 @@ def test_weights_on_their_way_are_removed(make):
 def test_weights_are_handed_over_where_the_user_says(make, tmp_path):
     seen = []
     engine = FolderEngine()
-    engine.before = lambda what: seen.append([folder.name for folder in (tmp_path / "memory").iterdir()])
+    engine.before = lambda what: seen.append(sorted((tmp_path / "memory").glob("*/*")))
     trainer, _ = make(engine=engine, vllm_weights_dir=str(tmp_path / "memory"))
     trainer.train()
-    assert all(1 <= len(names) <= 2 for names in seen)
-    assert not (tmp_path / "memory").exists()
+    assert all(1 <= len(folders) <= 2 for folders in seen)
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_weights_that_a_killed_run_left_are_removed_and_nobody_elses(memory, make, tmp_path):
+    """A whole model each time, in memory perhaps."""
+    given = {"vllm_weights_dir": str(tmp_path / "memory")} if memory else {}
+    killed, engine = make("run", **given)
+    # Killed: it tidies nothing up.
+    killed.engine.begin(0)
+    killed.engine.drain()
+    (left,) = (tmp_path / "memory").glob("*/*") if memory else (tmp_path / "run" / "engine").iterdir()
+    other, _ = make("elsewhere/run", **given)
+    other.train()
+    assert left.exists()
+    again, engine = make("run", **given, overwrite_output_dir=True)
+    engine.before = lambda what: seen.append(left.exists())
+    seen = []
+    again.train()
+    assert seen
+    assert not any(seen)
 
 
 def test_checkpoint_between_two_synchronizations_keeps_what_the_engine_had(make):
@@ -216,6 +237,17 @@ def test_evaluation_alone_loads_the_opponent_and_lets_it_go(make):
 def test_options_that_clash_are_refused(options, says, make):
     with pytest.raises(ConfigurationError, match=says):
         make(**options)
+
+
+@pytest.mark.parametrize("backend", ["vllm_server", "vllm_colocate"])
+@pytest.mark.parametrize(
+    "adapter",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
+)
+def test_adapters_that_vllm_does_not_serve_are_refused_at_once(backend, adapter, make_trainer):
+    policy = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], **adapter))
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(adapter))}=.* with generation_backend={backend}"):
+        make_trainer(model=policy, generation_backend=backend)
 
 
 def test_a_model_in_another_precision_is_still_the_same(make):

@@ -210,9 +210,10 @@ class VLLMServers:
                 if client.url in self._lost:
                     # It may have come back as something else.
                     self._meet(client)
-                    logger.warning(f"{client.url} is back; it is given the opponent's weights again.")
                 client.load(folder, version)
                 served = client.weight_version()
+                if client.url in self._lost:
+                    logger.warning(f"{client.url} is back, and was given the opponent's weights again.")
             if served != version:
                 trouble.append(f"{client.url} serves weights {served}, not {version}")
                 return False

@@ -490,9 +490,10 @@ class SAPOConfig(TrainingArguments):
             raise ConfigurationError(
                 f"generation_backend={backend} with pair_source={self.pair_source}: nothing is written. Leave one out."
             )
-        if self.num_iterations is not None:
+        if self.num_iterations is not None and (backend == "vllm_colocate" or self.max_staleness):
             raise ConfigurationError(
-                f"generation_backend={backend} with num_iterations is not supported. Leave generation_backend out."
+                f"generation_backend={backend} with num_iterations and max_staleness={self.max_staleness}: rounds "
+                "write all their pairs before they train. Use vllm_server, and leave max_staleness out."
             )
         if self.generation_batch_size is not None:
             raise ConfigurationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sapo.arguments import RunArguments, parse
+from sapo.config import VLLM_URL
 from sapo.data import dataset_digest, end_token_ids
 from sapo.data.texts import PromptTexts
-from sapo.errors import CheckpointError, ConfigurationError
-from sapo.generation import Sampling, TransformersGenerator
+from sapo.errors import CheckpointError, ConfigurationError, SapoError
+from sapo.generation import Generator, Sampling, TransformersGenerator
+from sapo.generation.vllm_server import VLLMServers
 from sapo.inputs import load_inputs, load_texts
 from sapo.models import check_model, generation_end_ids, load_config, load_policy
 from sapo.pairs import self_play
@@ -36,6 +38,7 @@ ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""
 
 _MADE_WITH = (
+    "generation_backend",
     "segment_length",
     "tail_margin",
     "suffix",
@@ -64,6 +67,8 @@ def run_generate(arguments: Sequence[str]) -> None:
     run = parse([*rest[:place], *rest[place + 2 :], "--report_to", "none"], "sapo generate")
     if run.config.pair_source != "self_play":
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
+    if run.config.generation_backend == "vllm_colocate":
+        raise ConfigurationError("generation_backend=vllm_colocate: sapo generate writes here or on vllm_server.")
     if file.suffix != ".parquet" or file.is_dir():
         raise ConfigurationError(f"{FLAG} {file}: name a file that ends in .parquet.")
     if file.exists():
@@ -133,14 +138,17 @@ def write_pairs(
     report = writer.report()
     if report is not None:
         return report
-    model = load_frozen(run, adapter)
-    generator = TransformersGenerator(
-        lambda: nullcontext(model),
-        Sampling(config.temperature, config.top_k, config.top_p),
-        end_ids=ends,
-        pad_token_id=padding_token_id(tokenizer, ends),
-        batch_size=batch,
-    )
+    if config.generation_backend == "vllm_server":
+        generator: Generator = _servers(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
+    else:
+        model = load_frozen(run, adapter)
+        generator = TransformersGenerator(
+            lambda: nullcontext(model),
+            Sampling(config.temperature, config.top_k, config.top_p),
+            end_ids=ends,
+            pad_token_id=padding_token_id(tokenizer, ends),
+            batch_size=batch,
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -156,10 +164,47 @@ def write_pairs(
         source = self_play(generator, config, end_ids=ends)
         writer.write_parts(dataset, source, epoch=epoch, each=lambda: progress.advance(task))
     writer.join(dataset, tokenizer, texts, skip_identical=config.skip_identical)
+    if isinstance(generator, VLLMServers):
+        generator.close()
     written = writer.report()
     if written is None:
         raise CheckpointError(f"{file}: not there after it was written; do all processes see the same folder?")
     return written
+
+
+def _servers(
+    run: RunArguments, tokenizer: Any, ends: Collection[int], adapter: Path | None, version: str
+) -> VLLMServers:
+    """The servers of `run`, with the model's weights; all processes take part.
+
+    Raises:
+        ConfigurationError, GenerationError: no folder to give them, or what is wrong with them.
+    """
+    config, state = run.config, PartialState()
+    folder = adapter or Path(str(run.model.model_name_or_path))
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "
+            "folder. Name a local one."
+        )
+    servers = VLLMServers(
+        config.vllm_server_url or [VLLM_URL],
+        Sampling(config.temperature, config.top_k, config.top_p),
+        end_ids=ends,
+        vocabulary_size=load_config(run.model).get_text_config().vocab_size,
+        adapter=adapter is not None,
+        loads=state.is_main_process,
+        timeout=config.vllm_server_timeout,
+        request_timeout=config.vllm_request_timeout,
+    )
+    try:
+        servers.check(tokenizer, config.max_length, load_config(run.model))
+    except SapoError:
+        servers.close()
+        raise
+    state.wait_for_everyone()
+    servers.load(folder, version)
+    return servers
 
 
 def load_frozen(run: RunArguments, adapter: Path | None) -> nn.Module:

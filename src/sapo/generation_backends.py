@@ -46,11 +46,8 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             timeout=args.vllm_server_timeout,
             request_timeout=args.vllm_request_timeout,
         )
-        config = _config(trainer).get_text_config()
         try:
-            servers.check(trainer.processing_class, args.max_length)
-            if not trainer.is_adapter() and (config.tie_word_embeddings or "num_experts" in str(config.to_dict())):
-                servers.refuse_cpu()
+            servers.check(trainer.processing_class, args.max_length, _config(trainer))
         except SapoError:
             servers.close()
             raise

@@ -170,6 +170,7 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     config = copy.copy(run.config)
     config.output_dir = str(folder)
     config.pair_source, config.num_iterations, config.mix_previous_iteration = "paired", None, False
+    config.generation_backend = "transformers"
     # The pairs are in the folder already, and whatever else is there is of this very iteration.
     config.overwrite_output_dir, config.resume_from_checkpoint = True, "auto"
     train = read_pairs(files, max_length=config.max_length)

@@ -19,6 +19,7 @@ import sapo.written_pairs  # noqa: F401
 from sapo.cli import main
 from sapo.data import load_rows
 from tests.tiny import tiny_llama, tiny_rows
+from tests.vllm_servers import StandIn
 
 ITERATIONS = 2
 
@@ -261,3 +262,40 @@ def test_what_cannot_be_is_refused_in_one_line(whole, model, data, tmp_path, cap
     taken = whole / "iteration-0" / "pairs.parquet"
     again = ["generate", *pairs_flags(model, data), "--output_file", str(taken)]
     assert "exists already" in refused(again, capsys)
+
+
+@pytest.fixture
+def server(model):
+    server = StandIn(model)
+    yield server
+    server.stop()
+
+
+def on(server):
+    return ["--generation_backend", "vllm_server", "--vllm_server_url", server.url, "--vllm_server_timeout", "5"]
+
+
+def test_a_server_writes_the_same_pairs_as_this_process(model, data, server, tmp_path):
+    """The one in this test draws as this process does; a real one draws otherwise from the same distribution."""
+    files = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    for file, more in zip(files, ([], on(server)), strict=True):
+        assert main(["generate", *pairs_flags(model, data), "--output_file", str(file), *more]) == 0
+    here, there = (pyarrow.parquet.read_table(file).to_pylist() for file in files)
+    assert here == there
+    assert any(path == "/v1/completions" for path, _ in server.asked)
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
+def test_rounds_on_a_server_equal_rounds_in_this_process(lora, model, data, server, tmp_path):
+    assert main(spin(model, data, tmp_path / "here", *lora)) == 0
+    assert main(spin(model, data, tmp_path / "there", *lora, *on(server))) == 0
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    for number in range(ITERATIONS):
+        ours, theirs = (load_file(tmp_path / run / f"iteration-{number}" / name) for run in ("here", "there"))
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
+
+
+def test_pairs_are_not_written_by_an_engine_inside_a_training_process(data, server, tmp_path, model, capsys):
+    flags = [*pairs_flags(model, data), *on(server), "--output_file", str(tmp_path / "pairs.parquet")]
+    assert main(["generate", *flags, "--generation_backend", "vllm_colocate"]) == 2
+    assert "sapo generate writes here or on vllm_server" in capsys.readouterr().err

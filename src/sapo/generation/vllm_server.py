@@ -96,16 +96,17 @@ class VLLMServers:
 
     # ---- Before the run ----
 
-    def check(self, tokenizer: Any, max_length: int) -> None:
+    def check(self, tokenizer: Any, max_length: int, model_config: Any = None) -> None:
         """Find out whether every server is there and serves a model with this tokenizer and enough room.
 
         Args:
             tokenizer: the policy's.
             max_length: most tokens of prompt and response together.
+            model_config: of the policy, to find out whether new weights can be handed over; not needed for adapters.
 
         Raises:
             GenerationError: a server does not answer in time, or is none.
-            ConfigurationError: another tokenizer, or too little room.
+            ConfigurationError: another tokenizer, too little room, or a model that a CPU server does not renew.
         """
         for client in self._clients:
             self._insistently(client, lambda client: self._meet(client))
@@ -115,17 +116,10 @@ class VLLMServers:
                     f"Start it with --max-model-len {max_length}, or lower max_length."
                 )
             self._insistently(client, lambda client: self._compare_tokenizer(client, tokenizer))
-
-    def refuse_cpu(self) -> None:
-        """For models of which vLLM on a CPU goes on using some of the old weights when it is given new ones.
-
-        Those are models whose head is tied to their embeddings, and models with experts (seen with vLLM 0.32).
-
-        Raises:
-            ConfigurationError: a server computes on a CPU.
-        """
-        for client in self._clients:
-            if self._insistently(client, lambda client: client.is_on_cpu()):
+            # Of these, vLLM 0.32 on a CPU goes on computing with some old weights when it is given new ones.
+            text = None if model_config is None or self._adapter else model_config.get_text_config()
+            stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
+            if stale and self._insistently(client, lambda client: client.is_on_cpu()):
                 raise ConfigurationError(
                     f"{client.url} computes on a CPU, where vLLM does not take over all new weights of a model with "
                     "tied embeddings or experts. Train an adapter with --use_peft, or leave generation_backend out."
@@ -369,5 +363,6 @@ class VLLMServers:
                         f"{error}: no vLLM server answers there after {self._timeout:g} s. Start one with sapo serve "
                         "--config recipe.yaml, or set vllm_server_url."
                     ) from error
+                self._note_lost(client, error)
             self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

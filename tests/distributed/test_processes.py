@@ -66,20 +66,23 @@ def engine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "name", "staleness"),
+    ("strategy", "name", "staleness", "transfer"),
     [
-        ("ddp", "orpo-lora", 2),
-        ("fsdp2", "dpo", 0),
-        pytest.param("ddp", "dpo", 0, marks=SLOW),
-        pytest.param("fsdp2", "dpo", 2, marks=SLOW),
-        pytest.param("fsdp2", "orpo-lora", 1, marks=SLOW),
-        pytest.param("zero3", "dpo", 1, marks=SLOW),
-        pytest.param("zero2", "dpo", 1, marks=SLOW),
+        ("ddp", "orpo-lora", 2, "folder"),
+        ("fsdp2", "dpo", 0, "stream"),
+        pytest.param("ddp", "dpo", 0, "stream", marks=SLOW),
+        pytest.param("fsdp2", "dpo", 2, "folder", marks=SLOW),
+        pytest.param("fsdp2", "orpo-lora", 1, "folder", marks=SLOW),
+        pytest.param("zero3", "dpo", 1, "stream", marks=SLOW),
+        pytest.param("zero3", "dpo", 0, "folder", marks=SLOW),
+        pytest.param("zero2", "dpo", 1, "folder", marks=SLOW),
     ],
 )
-def test_two_processes_with_a_server_train_to_the_weights_of_one(strategy, name, staleness, engine, tmp_path):
+def test_two_processes_with_a_server_train_to_the_weights_of_one(
+    strategy, name, staleness, transfer, engine, tmp_path
+):
     options = FIXED_DRAWS | VARIANTS[name] | {"generation_backend": "vllm_server", "vllm_server_url": [engine.url]}
-    options |= {"max_staleness": staleness}
+    options |= {"max_staleness": staleness, "vllm_weights_transfer": transfer}
     one = run(tmp_path / "one", 1, **options)
     two = run(tmp_path / "two", 2, strategy=strategy, **options)
     for weight, expected in one.items():

@@ -30,10 +30,13 @@ class FolderEngine:
         self._generator = None
         self._version = None
 
-    def load(self, folder: Path, version: str) -> None:
+    def load(self, folder, version: str) -> None:
         self.before("load")
         assert version != self._version
-        if (folder / "adapter_config.json").is_file():
+        if not isinstance(folder, Path):
+            model = copy.deepcopy(self._base)
+            model.load_state_dict(folder)
+        elif (folder / "adapter_config.json").is_file():
             model = PeftModel.from_pretrained(copy.deepcopy(self._base), str(folder))
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)

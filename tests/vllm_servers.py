@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo.arguments import parse
 from sapo.generation import Sampling, TransformersGenerator
+from sapo.generation.weight_stream import RECEIVER
 from sapo.serve import servers_for
+from sapo.vllm_receiver import WeightReceiver
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LENGTH = 64
@@ -60,6 +62,7 @@ class RealVLLM:
             "--model_name_or_path", str(model), "--output_dir", str(folder / "run"), "--use_cpu", "--use_peft",
             "--lora_r", "4", "--max_length", str(LENGTH), "--generation_backend", "vllm_server",
             "--vllm_server_url", f"http://127.0.0.1:{port}", "--report_to", "none",
+            "--vllm_weights_transfer", "stream",
         ]  # fmt: skip
         (self.server,) = servers_for(parse(flags, "test"), vllm_python(), extra=["--enforce-eager"])
         self.url = self.server.url
@@ -109,6 +112,7 @@ class StandIn:
         self.fault = lambda path, body: None
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.lengths = LENGTH
+        self.extension = RECEIVER
         self._lock = threading.Lock()
         self._reset()
         stand_in = self
@@ -178,6 +182,13 @@ class StandIn:
                 case "/update_weight_version":
                     self.version = body["new_version"]
                     return 200, {"success": True}
+                case "/get_world_size":
+                    return 200, {"world_size": 1}
+                case "/collective_rpc" if body["method"] == "sapo_receive":
+                    self._model = copy.deepcopy(self._base)
+                    self.model_runner = self
+                    WeightReceiver.sapo_receive(self, **body["kwargs"])
+                    return 200, {"results": [None]}
                 case "/collective_rpc":
                     self._model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
                     return 200, {"results": [None]}
@@ -189,12 +200,16 @@ class StandIn:
                 case "/reset_prefix_cache":
                     return 200, {"success": True}
                 case "/server_info":
-                    return 200, {"vllm_config": "device_config=cuda"}
+                    return 200, {"vllm_config": f"device_config=cuda {self.extension}"}
                 case "/detokenize":
                     return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
                 case "/v1/completions":
                     return self._complete(body)
         return 404, {"error": {"message": "no such path"}}
+
+    def reload_weights(self, weights_iterator):
+        """Of vLLM's worker, for `WeightReceiver`."""
+        self._model.load_state_dict(dict(weights_iterator))
 
     def _complete(self, body):
         if body["model"] not in ("base", self.adapter):

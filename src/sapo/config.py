@@ -180,6 +180,11 @@ class SAPOConfig(TrainingArguments):
     vllm_request_timeout: float = _option(
         300.0, "Seconds after which one request to a vLLM server is given up and sent again."
     )
+    vllm_weights_transfer: Literal["folder", "stream"] = _option(
+        "folder",
+        "With vllm_server: how the opponent's weights reach the servers; stream sends those of a full model over the "
+        "network, from the first process's main memory, to servers that see no common folder.",
+    )
     vllm_weights_dir: str | None = _option(
         None,
         "Folder, seen by the vLLM servers under the same name, in which the opponent's weights are handed over, in a "
@@ -494,6 +499,11 @@ class SAPOConfig(TrainingArguments):
             raise ConfigurationError(
                 f"generation_backend={backend} with num_iterations and max_staleness={self.max_staleness}: rounds "
                 "write all their pairs before they train. Use vllm_server, and leave max_staleness out."
+            )
+        if self.vllm_weights_transfer == "stream" and backend != "vllm_server":
+            raise ConfigurationError(
+                f"vllm_weights_transfer=stream with generation_backend={backend}: there is no server to send weights "
+                "to. Leave it out."
             )
         if self.generation_batch_size is not None:
             raise ConfigurationError(

@@ -21,15 +21,19 @@ from zlib import crc32
 
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 
 from sapo.config import SAPOConfig
 from sapo.errors import CheckpointError
-from sapo.generation import Engine, InProcessEngine
+from sapo.generation import Engine, InProcessEngine, Weights
 from sapo.opponent import FrozenWeights, ModelCopy, ShardedCopy
 from sapo.pairs import Coming, SelfPlay, Written
 
 FOLDER = "engine"
 """In the run folder: weights on their way to the engine. In a checkpoint: those that it has, if not the opponent's."""
+
+STREAMED = "model.safetensors"
+"""In the latter, where weights were sent rather than handed over as a folder."""
 
 T = TypeVar("T")
 
@@ -106,7 +110,7 @@ class EnginePlay:
         self._weights = _weights_folder(args)
         self._run = ""
         self._step: int | None = None
-        self._folder: Path | None = None
+        self._held: Weights | None = None
         self._queue: ThreadPoolExecutor | _TakingTurns | None = None
         self._asked: deque[tuple[frozenset[int], Task[dict[tuple[int, int], Written]]]] = deque()
         self._busy = 0.0
@@ -138,10 +142,24 @@ class EnginePlay:
         at = kept[-1].name.removeprefix("opponent-")
         if not at.isdigit() or int(at) > step:
             raise CheckpointError(f"{kept[-1]}: not weights of a step before {step}. Resume from another checkpoint.")
-        self._publish(int(at), lambda folder: self._copy(kept[-1], folder))
+        if self._streams:
+            self._load(int(at), load_file(kept[-1] / STREAMED) if self._args.process_index == 0 else {})
+        else:
+            self._publish(int(at), lambda folder: self._copy(kept[-1], folder))
+
+    @property
+    def _streams(self) -> bool:
+        return self._args.vllm_weights_transfer == "stream"
 
     def _publish_opponent(self, step: int) -> None:
         opponent, engine = self._opponent(), self.engine
+        if self._streams:
+            started = time.perf_counter()
+            # The opponent moves on before these are sent.
+            own = {name: weight.detach().to("cpu", copy=True) for name, weight in opponent.whole().items()}
+            self._record("time/engine_weights", time.perf_counter() - started)
+            self._load(step, own if self._args.process_index == 0 else {})
+            return
         # What is written next must be written before the opponent moves on, or these would be other weights.
         at_once = self._args.sync_opponent_steps == self._args.generation_interval == 1
         if isinstance(engine, InProcessEngine) and isinstance(opponent, ModelCopy) and at_once:
@@ -179,20 +197,23 @@ class EnginePlay:
 
     def _publish(self, step: int, write: Callable[[Path], None]) -> None:
         started = time.perf_counter()
-        folder, earlier = self._weights / f"{self._run}-opponent-{step}", self._folder
+        folder = self._weights / f"{self._run}-opponent-{step}"
         if self._args.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
             self._weights.mkdir(parents=True, exist_ok=True)
         write(folder)
-        self._step, self._folder = step, folder
         self._record("time/engine_weights", time.perf_counter() - started)
+        self._load(step, folder)
+
+    def _load(self, step: int, weights: Weights) -> None:
+        earlier, self._held, self._step = self._held, weights, step
 
         def load() -> dict[tuple[int, int], Written]:
             if self._group is not None:
                 # Nobody may still be writing with the weights that are about to go.
                 dist.barrier(self._group)
-            self.engine.load(folder, f"{self._run}-{step}")
-            if earlier is not None and earlier != folder and self._args.process_index == 0:
+            self.engine.load(weights, f"{self._run}-{step}")
+            if isinstance(earlier, Path) and earlier != weights and self._args.process_index == 0:
                 shutil.rmtree(earlier)
             return {}
 
@@ -247,8 +268,14 @@ class EnginePlay:
 
     def save(self, folder: Path, step: int) -> None:
         """Add to a checkpoint the weights that the engine writes with, unless they are the opponent's own."""
-        if self._folder is not None and self._step != step and self._args.process_index == 0:
-            shutil.copytree(self._folder, folder / FOLDER / f"opponent-{self._step}")
+        if self._held is None or self._step == step or self._args.process_index:
+            return
+        own = folder / FOLDER / f"opponent-{self._step}"
+        if isinstance(self._held, Path):
+            shutil.copytree(self._held, own)
+        else:
+            own.mkdir(parents=True)
+            save_file(dict(self._held), own / STREAMED)
 
     def close(self) -> None:
         """Let go of the engine, and remove the weights on their way to it."""
@@ -258,9 +285,9 @@ class EnginePlay:
             self._queue.shutdown(cancel_futures=True)
         self._queue, self._step = None, None
         self._asked.clear()
-        if self._folder is not None and self._args.process_index == 0:
+        if isinstance(self._held, Path) and self._args.process_index == 0:
             shutil.rmtree(self._weights, ignore_errors=True)
-        self._folder = None
+        self._held = None
 
     def _submit(self, task: Callable[[], T]) -> Task[T]:
         if self._queue is None:

@@ -41,6 +41,7 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             sampling,
             end_ids=trainer.end_ids,
             vocabulary_size=_config(trainer).get_text_config().vocab_size,
+            stream=args.vllm_weights_transfer == "stream",
             adapter=trainer.is_adapter(),
             loads=args.process_index == 0,
             timeout=args.vllm_server_timeout,
@@ -117,6 +118,11 @@ def _check_adapter(trainer: SAPOTrainer) -> None:
     policy = trainer.policy()
     if not isinstance(policy, PeftModel):
         return
+    if trainer.args.vllm_weights_transfer == "stream":
+        raise ConfigurationError(
+            "vllm_weights_transfer=stream with an adapter: vLLM reads adapters from folders. Leave it out, and name a "
+            "folder that the servers see by vllm_weights_dir."
+        )
     adapter = policy.peft_config[POLICY_ADAPTER]
     if not isinstance(adapter, LoraConfig):
         raise ConfigurationError(f"an adapter of type {adapter.peft_type}: vLLM serves LoRA alone.")

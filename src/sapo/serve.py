@@ -21,6 +21,7 @@ from rich.console import Console
 from sapo.arguments import RunArguments, parse
 from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
+from sapo.generation.weight_stream import RECEIVER
 
 _OWN_FLAGS = ("--vllm_python", "--devices")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -116,6 +117,11 @@ def servers_for(run: RunArguments, python: str, devices: Sequence[str] = (), ext
         "--max-model-len", str(config.max_length), "--seed", str(config.seed), "--generation-config", "vllm",
     ]  # fmt: skip
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if config.vllm_weights_transfer == "stream":
+        flags += ["--worker-extension-cls", RECEIVER]
+        # vLLM's own environment need not have this package installed.
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     if config.use_cpu:
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     else:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from sapo.cli import main
 from sapo.errors import ConfigurationError, GenerationError
 from sapo.generation import Engine, Sampling, TransformersGenerator, filtered_probabilities
 from sapo.generation.vllm_server import VLLMServers
+from sapo.generation.weight_stream import send_weights
+from sapo.vllm_receiver import receive
 from tests.integration.test_engine_play import same
 from tests.integration.test_resume import weights
 from tests.tiny import tiny_rows, tiny_tokenizer
@@ -131,6 +134,69 @@ def test_greedy_text_of_an_adapter_equals_transformers_after_each_swap(server, f
         logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
     (given,) = servers.token_logps(CONTEXTS[2])
     assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
+
+
+def test_greedy_text_equals_transformers_after_weights_were_sent(server, servers_of):
+    """No folder is seen by both; bytes come in pieces, as a network likes them."""
+    servers = servers_of(server.url, stream=True)
+    seen = []
+    for seed in (0, 1, 2):
+        model = servable_llama(seed)
+        weights = {name: weight.detach() * (4 if weight.dim() > 1 else 1) for name, weight in model.named_parameters()}
+        servers.load(weights, version())
+        model.load_state_dict(weights)
+        for _ in range(2):
+            seen.append(servers.generate(CONTEXTS, BUDGETS, SEEDS))
+            assert seen[-1] == own_text(model)
+    assert seen[0] != seen[2] != seen[4]
+
+
+def test_weights_are_sent_to_nobody_without_the_key():
+    sent = []
+
+    def ask(where):
+        with socket.create_connection((where["host"], where["port"])) as stranger:
+            stranger.sendall(b"\0" * 16)
+            sent.append(stranger.recv(100))
+        with socket.create_connection((where["host"], where["port"])) as line:
+            line.sendall(bytes.fromhex(where["key"]))
+            sent.append(dict(receive(line, json.loads(where["weights"]))))
+
+    weights = {
+        "a": torch.arange(6, dtype=torch.bfloat16).view(2, 3).T,
+        "none": torch.zeros(0, 4),
+        "large": torch.arange(3_000_000, dtype=torch.float32),
+        "number": torch.tensor(3, dtype=torch.int64),
+    }
+    send_weights(weights, "http://127.0.0.1:1", 1, ask, 10.0)
+    assert sent[0] == b""
+    assert same(sent[1], weights)
+    assert all(sent[1][name].dtype == weights[name].dtype for name in weights)
+
+
+def test_line_that_breaks_is_a_passing_trouble(stand_in, servers_of):
+    servers = servers_of(stand_in.url, stream=True)
+    left = [2]
+
+    def broken(path, body):
+        if path == "/collective_rpc" and left[0] > 0:
+            left[0] -= 1
+            with socket.create_connection((body["kwargs"]["host"], body["kwargs"]["port"])) as line:
+                line.sendall(bytes.fromhex(body["kwargs"]["key"]))
+            return 500
+        return None
+
+    stand_in.fault = broken
+    model = servable_llama(4)
+    servers.load(dict(model.named_parameters()), version())
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+    assert left == [0]
+
+
+def test_server_that_cannot_be_sent_weights_is_refused(stand_in, servers_of):
+    stand_in.extension = ""
+    with pytest.raises(ConfigurationError, match=r"cannot be sent weights\. Start it with sapo serve"):
+        servers_of(stand_in.url, stream=True)
 
 
 def test_row_depends_on_its_own_seed_alone(server, folder, servers_of):
@@ -354,7 +420,16 @@ def make(make_trainer, folder):
     return with_server
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": True}, {"sync_opponent_steps": 2, "max_staleness": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora": True},
+        {"vllm_weights_transfer": "stream"},
+        {"sync_opponent_steps": 2, "max_staleness": 3},
+        {"sync_opponent_steps": 2, "max_staleness": 2, "vllm_weights_transfer": "stream"},
+    ],
+)
 def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server, make, folder, servers_of):
     """Greedy, since servers draw with other numbers. Ahead of time there is nothing to compare with but itself."""
     servers_of(server.url).load(folder, version())

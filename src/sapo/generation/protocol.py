@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -37,15 +37,19 @@ class Generator(Protocol):
         ...
 
 
+Weights: TypeAlias = "Path | Mapping[str, Tensor]"
+
+
 @runtime_checkable
 class Engine(Generator, Protocol):
     """A `Generator` that has weights of its own, outside the policy's modules, and is given new ones as folders."""
 
-    def load(self, folder: Path, version: str) -> None:
+    def load(self, weights: Weights, version: str) -> None:
         """Serve other weights: every token that `generate` returns from now on was drawn with them.
 
         Args:
-            folder: an ordinary model folder or, with LoRA, adapter folder. It stays until the next one is loaded.
+            weights: an ordinary model folder or, with LoRA, adapter folder; it stays until the next one is loaded. Or
+                all weights by name, in main memory, for an engine that takes them so; only of the process that loads.
             version: names the weights; no two of a run's are alike.
 
         Raises:

@@ -8,15 +8,17 @@ decides about that.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2
+from torch import Tensor
 
 from sapo.errors import GenerationError, brief
+from sapo.generation.protocol import Weights
 from sapo.generation.sampling import Sampling
+from sapo.generation.weight_stream import RECEIVER, send_weights
 
 ADAPTER = "sapo-opponent"
 """Name under which the servers know the opponent's adapter."""
@@ -101,8 +103,20 @@ class VLLMClient:
         """
         return "device_config=cpu" in str(self._call("GET", "/server_info"))
 
-    def load(self, folder: Path, version: str) -> None:
-        """Make it serve the model or adapter in `folder`, drop what it keeps of earlier weights, tag it `version`.
+    def takes_streams(self) -> bool:
+        """Whether it was started so that weights can be sent to it.
+
+        Raises:
+            ServerUnavailableError, GenerationError: it does not answer; it does not tell.
+        """
+        return RECEIVER in str(self._call("GET", "/server_info?config_format=json"))
+
+    def load(self, weights: Weights, version: str) -> None:
+        """Make it serve `weights`, drop what it keeps of earlier ones, tag it `version`.
+
+        Args:
+            weights: a model folder or an adapter folder, or the weights of a whole model by name.
+            version: of the weights.
 
         Raises:
             ServerUnavailableError: it does not answer.
@@ -110,16 +124,29 @@ class VLLMClient:
         """
         # So that nobody takes it for the earlier version once the first weight has changed.
         self._tag(f"loading {version}")
-        if (folder / "adapter_config.json").is_file():
-            adapter = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+        if isinstance(weights, Mapping):
+            self._send(weights)
+        elif (weights / "adapter_config.json").is_file():
+            adapter = {"lora_name": ADAPTER, "lora_path": str(weights), "load_inplace": True}
             self._call("POST", "/v1/load_lora_adapter", adapter)
         else:
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
             self._call("POST", "/collective_rpc", reload)
         # Keys and values of the earlier weights would be used again, without a word.
         if self._call("POST", "/reset_prefix_cache").get("success") is False:
             raise ServerUnavailableError(f"{self.url}: cannot forget the keys and values of earlier weights yet")
         self._tag(version)
+
+    def _send(self, weights: Mapping[str, Tensor]) -> None:
+        workers = self._call("GET", "/get_world_size?include_dp=false").get("world_size")
+
+        def ask(where: dict[str, Any]) -> None:
+            self._call("POST", "/collective_rpc", {"method": "sapo_receive", "kwargs": where})
+
+        try:
+            send_weights(weights, self.url, int(workers or 1), ask, self._timeout)
+        except OSError as error:
+            raise ServerUnavailableError(f"{self.url}: {brief(error)}") from error
 
     def _tag(self, version: str) -> None:
         self._call("POST", "/update_weight_version", {"new_version": version})

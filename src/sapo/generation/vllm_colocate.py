@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
-from sapo.generation.protocol import check_request
+from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -142,8 +142,12 @@ class ColocatedVLLM:
                 )
             self._rest()
 
-    def load(self, folder: Path, version: str) -> None:
-        """Serve the weights in `folder`; see `Engine.load`."""
+    def load(self, weights: Weights, version: str) -> None:
+        """Serve `weights`; see `Engine.load`."""
+        if isinstance(weights, Mapping):
+            self.load_tensors(weights.items(), version)
+            return
+        folder = weights
         if not self._has_adapter:
             self.load_tensors(_tensors_in(folder), version)
             return

@@ -15,9 +15,10 @@ from typing import Any
 from transformers.utils import logging
 
 from sapo.errors import ConfigurationError, GenerationError
-from sapo.generation.protocol import check_request
+from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm_client import ADAPTER, CONNECTIONS, ServerUnavailableError, VLLMClient
+from sapo.generation.weight_stream import RECEIVER
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +45,7 @@ class VLLMServers:
         sampling: how the next token is drawn; greedy is exact, sampling has the distribution of the other backends.
         end_ids: tokens that end a row.
         vocabulary_size: token ids are below this.
+        stream: whether weights come as tensors rather than folders, which servers have to be started for.
         adapter: whether the weights to load are those of an adapter on the servers' own base model.
         loads: whether this process is the one that gives the servers weights; the others wait for it.
         timeout: seconds to wait, in all, for a server that does not answer.
@@ -61,6 +63,7 @@ class VLLMServers:
         *,
         end_ids: Collection[int],
         vocabulary_size: int,
+        stream: bool = False,
         adapter: bool = False,
         loads: bool = True,
         timeout: float = 240.0,
@@ -83,13 +86,14 @@ class VLLMServers:
         self._sampling = sampling
         self._end_ids = frozenset(end_ids)
         self._vocabulary_size = vocabulary_size
+        self._stream = stream
         self._adapter = adapter
         self._loads = loads
         self._timeout = timeout
         self._sleep = sleep
         self._names: dict[str, str] = {}
         self._lengths: dict[str, int] = {}
-        self._loaded: tuple[Path, str] | None = None
+        self._loaded: tuple[Weights, str] | None = None
         self._lost: set[str] = set()
         self._closed = False
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
@@ -116,6 +120,11 @@ class VLLMServers:
                     f"Start it with --max-model-len {max_length}, or lower max_length."
                 )
             self._insistently(client, lambda client: self._compare_tokenizer(client, tokenizer))
+            if self._stream and not self._insistently(client, lambda client: client.takes_streams()):
+                raise ConfigurationError(
+                    f"{client.url} cannot be sent weights. Start it with sapo serve, or with --worker-extension-cls "
+                    f"{RECEIVER}; or leave vllm_weights_transfer out."
+                )
             # Of these, vLLM 0.32 on a CPU goes on computing with some old weights when it is given new ones.
             text = None if model_config is None or self._adapter else model_config.get_text_config()
             stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
@@ -164,8 +173,8 @@ class VLLMServers:
 
     # ---- Weights ----
 
-    def load(self, folder: Path, version: str) -> None:
-        """Serve the weights in `folder`; see `Engine.load`. Nothing may be generating.
+    def load(self, weights: Weights, version: str) -> None:
+        """Serve `weights`; see `Engine.load`. Nothing may be generating.
 
         A server that is away is given them when it is back.
 
@@ -176,7 +185,7 @@ class VLLMServers:
             self._closed, self._pool = False, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
             for client in self._clients:
                 client.open()
-        self._loaded = (folder.resolve(), version)
+        self._loaded = (weights.resolve() if isinstance(weights, Path) else weights, version)
         self._servers()
 
     def _servers(self) -> list[VLLMClient]:
@@ -203,14 +212,14 @@ class VLLMServers:
 
     def _is_ready(self, client: VLLMClient, trouble: list[str]) -> bool:
         assert self._loaded is not None
-        folder, version = self._loaded
+        weights, version = self._loaded
         try:
             served = client.weight_version()
             if served != version and self._loads:
                 if client.url in self._lost:
                     # It may have come back as something else.
                     self._meet(client)
-                client.load(folder, version)
+                client.load(weights, version)
                 served = client.weight_version()
                 if client.url in self._lost:
                     logger.warning(f"{client.url} is back, and was given the opponent's weights again.")

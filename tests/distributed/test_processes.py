@@ -78,9 +78,7 @@ def engine(tmp_path):
         pytest.param("zero2", "dpo", 1, "folder", marks=SLOW),
     ],
 )
-def test_two_processes_with_a_server_train_to_the_weights_of_one(
-    strategy, name, staleness, transfer, engine, tmp_path
-):
+def test_two_processes_with_a_server_train_to_the_weights_of_one(strategy, name, staleness, transfer, engine, tmp_path):
     options = FIXED_DRAWS | VARIANTS[name] | {"generation_backend": "vllm_server", "vllm_server_url": [engine.url]}
     options |= {"max_staleness": staleness, "vllm_weights_transfer": transfer}
     one = run(tmp_path / "one", 1, **options)

@@ -68,7 +68,7 @@ def engine(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "name", "staleness", "transfer"),
     [
-        ("ddp", "orpo-lora", 2, "folder"),
+        pytest.param("ddp", "orpo-lora", 2, "folder", marks=SLOW),
         ("fsdp2", "dpo", 0, "stream"),
         pytest.param("ddp", "dpo", 0, "stream", marks=SLOW),
         pytest.param("fsdp2", "dpo", 2, "folder", marks=SLOW),

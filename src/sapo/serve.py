@@ -21,12 +21,10 @@ from rich.console import Console
 from sapo.arguments import RunArguments, parse
 from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
+from sapo.generation.vllm_limits import adapter_room
 from sapo.generation.weight_stream import RECEIVER
 
 _OWN_FLAGS = ("--vllm_python", "--devices")
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Largest ranks of an adapter that vLLM can be prepared for."""
-
 RESTARTS = 3
 """Times that a server which has died is started again, in all."""
 
@@ -127,10 +125,7 @@ def servers_for(run: RunArguments, python: str, devices: Sequence[str] = (), ext
     else:
         flags += ["--gpu-memory-utilization", str(_SERVER_SHARE)]
     if model.use_peft:
-        rank = next((rank for rank in _RANKS if rank >= model.lora_r), None)
-        if rank is None:
-            raise ConfigurationError(f"lora_r={model.lora_r}: vLLM serves adapters up to rank {_RANKS[-1]}. Lower it.")
-        flags += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+        flags += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(adapter_room(model.lora_r))]
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     found = []
     for place, url in enumerate(urls):

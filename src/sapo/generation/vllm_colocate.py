@@ -20,6 +20,7 @@ from torch import Tensor
 from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
+from sapo.generation.vllm_limits import adapter_room, check_temperature
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -29,12 +30,6 @@ _OLDEST = "0.32"
 
 _ADAPTER = "opponent", 1
 """Name and number of the one adapter."""
-
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM can make room for; smaller adapters fit too."""
-
-_LEAST_TEMPERATURE = 0.01
-"""vLLM samples at this temperature when asked for less, unless for 0."""
 
 _TOKENS_PER_STEP = 4096
 """What the memory for activations is sized for; vLLM's default for large GPUs is four times as many."""
@@ -86,17 +81,10 @@ class ColocatedVLLM:
         max_num_seqs: int | None = None,
         revision: str | None = None,
     ) -> None:
-        if 0 < sampling.temperature < _LEAST_TEMPERATURE:
-            raise ConfigurationError(
-                f"temperature={sampling.temperature}: vLLM samples at {_LEAST_TEMPERATURE} or more. Raise it, or set "
-                "it to 0 for the likeliest token always."
-            )
+        check_temperature(sampling)
         options: dict[str, Any] = {"load_format": "dummy"}
         if lora_rank is not None:
-            room = next((rank for rank in _LORA_RANKS if rank >= lora_rank), None)
-            if room is None:
-                raise ConfigurationError(f"a LoRA rank of {lora_rank}: vLLM serves up to {_LORA_RANKS[-1]}. Lower it.")
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(lora_rank)}
         if max_num_seqs is not None:
             options["max_num_seqs"] = max_num_seqs
         self.version: str | None = None

@@ -18,6 +18,7 @@ from sapo.errors import ConfigurationError, GenerationError
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm_client import ADAPTER, CONNECTIONS, ServerUnavailableError, VLLMClient
+from sapo.generation.vllm_limits import check_temperature
 from sapo.generation.weight_stream import RECEIVER
 
 logger = logging.get_logger(__name__)
@@ -27,9 +28,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 
 _ATTEMPTS = 6
 """Times that a row is asked for, from servers that answered when they were asked how they were."""
-
-LEAST_TEMPERATURE = 0.01
-"""vLLM samples at this temperature when asked for less, unless for 0."""
 
 _STARTED_WITH = "default"
 """vLLM's tag of weights that nobody has changed."""
@@ -70,11 +68,7 @@ class VLLMServers:
         request_timeout: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if 0 < sampling.temperature < LEAST_TEMPERATURE:
-            raise ConfigurationError(
-                f"temperature={sampling.temperature}: vLLM samples at {LEAST_TEMPERATURE} or more. Raise it, or set it "
-                "to 0 for the likeliest token always."
-            )
+        check_temperature(sampling)
         clients = [VLLMClient(url, request_timeout) for url in urls]
         addresses = [client.url for client in clients]
         if not clients or len(set(addresses)) < len(addresses):

@@ -262,9 +262,9 @@ class EnginePlay:
         if self._queue is not None:
             self._submit(lambda: None).result()
         while self._asked:
-            _, task = self._asked.popleft()
+            written = self._asked.popleft()[1].result()
             if source is not None:
-                source.pool.update(task.result())
+                source.pool.update(written)
 
     def save(self, folder: Path, step: int) -> None:
         """Add to a checkpoint the weights that the engine writes with, unless they are the opponent's own."""

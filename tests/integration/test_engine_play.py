@@ -159,6 +159,19 @@ def test_trouble_of_the_engine_ends_the_run_with_its_own_words(staleness, make):
     assert engine.closed == 1
 
 
+def test_weights_that_cannot_be_loaded_at_the_start_end_the_run(make):
+    trainer, engine = make()
+
+    def refuse(what):
+        raise GenerationError("no room")
+
+    engine.before = refuse
+    with pytest.raises(GenerationError, match="no room"):
+        trainer.train()
+    assert engine.events == []
+    assert engine.closed == 1
+
+
 def test_weights_on_their_way_are_removed(make):
     trainer, _ = make(max_staleness=1)
     trainer.train()

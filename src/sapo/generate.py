@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sapo.arguments import RunArguments, parse
-from sapo.config import VLLM_URL
 from sapo.data import dataset_digest, end_token_ids
 from sapo.data.texts import PromptTexts
-from sapo.errors import CheckpointError, ConfigurationError, SapoError
+from sapo.errors import CheckpointError, ConfigurationError
 from sapo.generation import Generator, Sampling, TransformersGenerator
 from sapo.generation.vllm_server import VLLMServers
+from sapo.generation_backends import checked_servers
 from sapo.inputs import load_inputs, load_texts
 from sapo.models import check_model, generation_end_ids, load_config, load_policy
 from sapo.pairs import self_play
@@ -187,21 +187,7 @@ def _servers(
             f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "
             "folder. Name a local one."
         )
-    servers = VLLMServers(
-        config.vllm_server_url or [VLLM_URL],
-        Sampling(config.temperature, config.top_k, config.top_p),
-        end_ids=ends,
-        vocabulary_size=load_config(run.model).get_text_config().vocab_size,
-        adapter=adapter is not None,
-        loads=state.is_main_process,
-        timeout=config.vllm_server_timeout,
-        request_timeout=config.vllm_request_timeout,
-    )
-    try:
-        servers.check(tokenizer, config.max_length, load_config(run.model))
-    except SapoError:
-        servers.close()
-        raise
+    servers = checked_servers(config, tokenizer, load_config(run.model), end_ids=ends, adapter=adapter is not None)
     state.wait_for_everyone()
     servers.load(folder, version)
     return servers

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
 
-from sapo.config import VLLM_URL
+from sapo.config import VLLM_URL, SAPOConfig
 from sapo.data import Example, collate_examples
 from sapo.errors import ConfigurationError, GenerationError, SapoError
 from sapo.generation import Engine, Generator, Sampling, TransformersGenerator
@@ -36,23 +37,14 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
     if args.generation_backend != "transformers":
         _check_adapter(trainer)
     if args.generation_backend == "vllm_server":
-        servers = VLLMServers(
-            args.vllm_server_url or [VLLM_URL],
-            sampling,
+        return checked_servers(
+            args,
+            trainer.processing_class,
+            _config(trainer),
             end_ids=trainer.end_ids,
-            vocabulary_size=_config(trainer).get_text_config().vocab_size,
-            stream=args.vllm_weights_transfer == "stream",
             adapter=trainer.is_adapter(),
-            loads=args.process_index == 0,
-            timeout=args.vllm_server_timeout,
-            request_timeout=args.vllm_request_timeout,
+            stream=args.vllm_weights_transfer == "stream",
         )
-        try:
-            servers.check(trainer.processing_class, args.max_length, _config(trainer))
-        except SapoError:
-            servers.close()
-            raise
-        return servers
     if args.generation_backend == "vllm_colocate":
         from sapo.generation.vllm_colocate import ColocatedVLLM
 
@@ -79,6 +71,39 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
         pad_token_id=trainer.pad_token_id,
         batch_size=args.generation_batch_size,
     )
+
+
+def checked_servers(
+    args: SAPOConfig,
+    tokenizer: Any,
+    model_config: Any,
+    *,
+    end_ids: Collection[int],
+    adapter: bool,
+    stream: bool = False,
+) -> VLLMServers:
+    """The vLLM servers of a run, found and asked what they serve; the first process gives them weights.
+
+    Raises:
+        ConfigurationError, GenerationError: they are not there, or serve something else; all connections are closed.
+    """
+    servers = VLLMServers(
+        args.vllm_server_url or [VLLM_URL],
+        Sampling(args.temperature, args.top_k, args.top_p),
+        end_ids=end_ids,
+        vocabulary_size=model_config.get_text_config().vocab_size,
+        stream=stream,
+        adapter=adapter,
+        loads=args.process_index == 0,
+        timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+    )
+    try:
+        servers.check(tokenizer, args.max_length, model_config)
+    except SapoError:
+        servers.close()
+        raise
+    return servers
 
 
 def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:

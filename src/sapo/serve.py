@@ -25,6 +25,7 @@ from sapo.generation.vllm_limits import adapter_room
 from sapo.generation.weight_stream import RECEIVER
 
 _OWN_FLAGS = ("--vllm_python", "--devices")
+
 RESTARTS = 3
 """Times that a server which has died is started again, in all."""
 

@@ -76,8 +76,8 @@ def servers_of():
     made = []
 
     def make(*urls, sampling=None, **options):
-        settings = {"end_ids": [1], "vocabulary_size": 3 + 30, "timeout": 20.0, "request_timeout": 20.0} | options
-        settings["vocabulary_size"] = len(tiny_tokenizer())
+        settings = {"end_ids": [1], "vocabulary_size": len(tiny_tokenizer()), "timeout": 20.0, "request_timeout": 20.0}
+        settings |= options
         made.append(VLLMServers(urls, sampling or Sampling(0, 0, 1.0), **settings))
         made[-1].check(tiny_tokenizer(), LENGTH)
         return made[-1]

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
-from sapo.batches import collate_pairs
-from sapo.segments import choose_segment, splice
+from sapo.preference.batches import collate_pairs
+from sapo.preference.segments import choose_segment, splice
 
 BATCH, PROMPT, RESPONSE, SEGMENT, PAIRS, ROUNDS = 8, 128, 256, 64, 100_000, 5
 

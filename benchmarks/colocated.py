@@ -19,8 +19,9 @@ import torch
 from generation import build_model
 from transformers import AutoModelForCausalLM
 
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.generation.vllm_colocate import ColocatedVLLM
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.colocated import ColocatedVLLM
 
 
 def main() -> None:

@@ -33,10 +33,11 @@ import transformers
 from step import Setting, adapter, build_model, common, texts, tokenizer
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.arguments import parse
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.generation.vllm_server import VLLMServers
-from sapo.serve import servers_for
+from sapo.commands.arguments import parse
+from sapo.commands.serve import servers_for
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.servers import VLLMServers
 
 SETTING = Setting(size="8k", batch=4, prompt=64, response=64, jitter=0, segment=32, steps=64, shared=0)
 LENGTH = 256

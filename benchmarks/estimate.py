@@ -29,7 +29,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.estimate.devices import measure
 from sapo.estimate.estimate import estimate
 from sapo.estimate.passes import Lengths
-from sapo.footprint import Strategy
+from sapo.weights.footprint import Strategy
 
 PROMPT, RESPONSE, SEGMENT, BATCH, STEPS = 128, 256, 64, 4, 3
 

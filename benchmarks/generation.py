@@ -17,7 +17,8 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sapo.generation import Sampling, TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
 
 PAD = 0
 

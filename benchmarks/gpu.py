@@ -24,14 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
 from sapo import Pair, SAPOConfig, Segment
-from sapo.batches import collate_pairs
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD
 from sapo.estimate.devices import Device, measure
 from sapo.estimate.passes import Lengths, trace_passes
 from sapo.estimate.tracing import Trace
-from sapo.footprint import Strategy, build_roles
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.scoring import prepare_shared_layout, summed_logps
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.preference.batches import collate_pairs
+from sapo.preference.scoring import prepare_shared_layout, summed_logps
+from sapo.weights.footprint import Strategy, build_roles
 
 SIZES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sapo import Pair
-from sapo.batches import padding_share, split_pairs
-from sapo.segments import Segment, choose_segment
+from sapo.preference.batches import padding_share, split_pairs
+from sapo.preference.segments import Segment, choose_segment
 
 SEGMENT, MOST = 64, 2048
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.generation.vllm_colocate import ColocatedVLLM
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.colocated import ColocatedVLLM
 from tests.tiny import tiny_llama
 
 NEEDS_VLLM = [

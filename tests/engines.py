@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sapo.errors import GenerationError
-from sapo.generation import Sampling, TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
 from tests.tiny import tiny_llama
 
 

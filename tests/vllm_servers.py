@@ -19,11 +19,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sapo.arguments import parse
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.generation.weight_stream import RECEIVER
-from sapo.serve import servers_for
-from sapo.vllm_receiver import WeightReceiver
+from sapo.commands.arguments import parse
+from sapo.commands.serve import servers_for
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.weight_stream import RECEIVER
+from sapo.generation.vllm.worker import WeightReceiver
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LENGTH = 64

@@ -11,8 +11,8 @@ from typing import Any
 from measures import measure
 from methods import Method
 
-from sapo.cli import main
-from sapo.compare import read_runs
+from sapo.commands.main import main
+from sapo.runs.records import read_runs
 
 
 def supervised(model: Path, rows: Path, folder: Path, **options: str) -> None:

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sapo.batches import collate_responses
-from sapo.generation import Sampling, TransformersGenerator
-from sapo.scoring import frozen, summed_logps
-from sapo.segments import derive_seed
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.preference.batches import collate_responses
+from sapo.preference.scoring import frozen, summed_logps
+from sapo.preference.segments import derive_seed
 
 Tokens = tuple[int, ...]
 Right = Callable[[int, Sequence[int]], bool]

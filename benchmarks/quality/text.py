@@ -11,8 +11,9 @@ from pathlib import Path
 from cells import supervised
 from transformers import AutoTokenizer
 
-from sapo.data import DataOptions, prepare_dataset
-from sapo.segments import derive_seed
+from sapo.data.examples import DataOptions
+from sapo.data.prepare import prepare_dataset
+from sapo.preference.segments import derive_seed
 
 NAME = "text"
 DATA = Path("../shared/data")

@@ -12,26 +12,26 @@ from sapo._version import __version__
 
 if TYPE_CHECKING:
     from sapo.config import SAPOConfig
-    from sapo.objectives import dpo_loss, orpo_loss, sequence_logps
-    from sapo.pairs import Pair, PairedData, PairSource, SelfPlay
-    from sapo.replay_buffer import ReplayBuffer
-    from sapo.segments import Segment, choose_segment, splice
-    from sapo.trainer import SAPOTrainer
+    from sapo.preference.objectives import dpo_loss, orpo_loss, sequence_logps
+    from sapo.preference.pairs import Pair, PairedData, PairSource, SelfPlay
+    from sapo.preference.replay_buffer import ReplayBuffer
+    from sapo.preference.segments import Segment, choose_segment, splice
+    from sapo.training.trainer import SAPOTrainer
 
 _HOMES = {
     "SAPOConfig": "sapo.config",
-    "SAPOTrainer": "sapo.trainer",
-    "Pair": "sapo.pairs",
-    "PairSource": "sapo.pairs",
-    "PairedData": "sapo.pairs",
-    "ReplayBuffer": "sapo.replay_buffer",
-    "Segment": "sapo.segments",
-    "SelfPlay": "sapo.pairs",
-    "choose_segment": "sapo.segments",
-    "dpo_loss": "sapo.objectives",
-    "orpo_loss": "sapo.objectives",
-    "sequence_logps": "sapo.objectives",
-    "splice": "sapo.segments",
+    "SAPOTrainer": "sapo.training.trainer",
+    "Pair": "sapo.preference.pairs",
+    "PairSource": "sapo.preference.pairs",
+    "PairedData": "sapo.preference.pairs",
+    "ReplayBuffer": "sapo.preference.replay_buffer",
+    "Segment": "sapo.preference.segments",
+    "SelfPlay": "sapo.preference.pairs",
+    "choose_segment": "sapo.preference.segments",
+    "dpo_loss": "sapo.preference.objectives",
+    "orpo_loss": "sapo.preference.objectives",
+    "sequence_logps": "sapo.preference.objectives",
+    "splice": "sapo.preference.segments",
 }
 
 __all__ = [

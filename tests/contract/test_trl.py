@@ -10,11 +10,13 @@ from datasets import Dataset
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo import dpo_loss
-from sapo.batches import collate_pairs
-from sapo.cli import main
-from sapo.data import DataOptions, collate_examples, end_token_ids, prepare_dataset
-from sapo.pairs import paired
-from sapo.scoring import score
+from sapo.commands.main import main
+from sapo.data.encoding import end_token_ids
+from sapo.data.examples import DataOptions, collate_examples
+from sapo.data.prepare import prepare_dataset
+from sapo.preference.batches import collate_pairs
+from sapo.preference.pairs import paired
+from sapo.preference.scoring import score
 from tests.tiny import tiny_llama, tiny_rows
 
 

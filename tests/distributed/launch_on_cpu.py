@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from sapo.cli import main
+from sapo.commands.main import main
 
 torch.accelerator.is_available = lambda: True
 torch.accelerator.device_count = lambda: int(sys.argv[1])

@@ -10,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from sapo.launch import config_file
+from sapo.commands.launch import config_file
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapo.checkpoint import verify
-from sapo.cli import main
+from sapo.commands.launch import CONFIGS, config_file, split_arguments
+from sapo.commands.main import main
 from sapo.errors import ConfigurationError
-from sapo.launch import CONFIGS, config_file, split_arguments
+from sapo.runs.checkpoint import verify
 from tests.distributed.processes import ROOT
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 

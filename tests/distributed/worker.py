@@ -14,8 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
-from sapo.opponent import policy_tensors
-from sapo.sharding import gather_all, leave_processes, shard_of
+from sapo.weights.opponent import policy_tensors
+from sapo.weights.sharding import gather_all, leave_processes, shard_of
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer

@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import SapoError
-from sapo.opponent import policy_tensors
+from sapo.weights.opponent import policy_tensors
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 

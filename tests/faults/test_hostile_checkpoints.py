@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sapo import library_state
-from sapo.checkpoint import MANIFEST_FILE, seal, verify
 from sapo.errors import CheckpointError, TrainingError
+from sapo.runs import untrusted
+from sapo.runs.checkpoint import MANIFEST_FILE, seal, verify
 from tests.faults.children import build
 from tests.faults.mutations import damaged, mutated
 from tests.faults.trials import check_one_line, trials
@@ -141,7 +141,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(original, tmp_path, name):
 
 def test_even_a_library_that_asks_for_pickles_gets_none(tmp_path):
     torch.save({"state": Shell(tmp_path / "owned")}, tmp_path / "states.pt")
-    with pytest.raises(CheckpointError, match="a part of it cannot be used"), library_state.reading(tmp_path):
+    with pytest.raises(CheckpointError, match="a part of it cannot be used"), untrusted.reading(tmp_path):
         torch.load(tmp_path / "states.pt", weights_only=False)
     assert not (tmp_path / "owned").exists()
 
@@ -167,10 +167,10 @@ def test_the_parts_of_a_distributed_checkpoint_lie_beside_its_index(tmp_path):
 
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
     write("__0_0.distcp")
-    assert library_state.inspect(tmp_path).global_step == 2
+    assert untrusted.inspect(tmp_path).global_step == 2
     write("../../secret")
     with pytest.raises(CheckpointError, match="outside its folder"):
-        library_state.inspect(tmp_path)
+        untrusted.inspect(tmp_path)
 
 
 def test_names_in_a_checkpoint_cannot_leave_its_folder(original, tmp_path):
@@ -204,7 +204,7 @@ def test_deepspeed_is_sent_to_no_other_folder(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
     (tmp_path / "latest").write_text("../elsewhere\n")
     with pytest.raises(CheckpointError, match="outside its folder"):
-        library_state.inspect(tmp_path)
+        untrusted.inspect(tmp_path)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(original, tmp_path):
@@ -222,4 +222,4 @@ def test_the_inspector_reads_what_torch_writes():
     from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
     known = Metadata({"w": TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size([2]), [])})
-    assert library_state._Inspector(io.BytesIO(pickle.dumps(known))).load() == known
+    assert untrusted._Inspector(io.BytesIO(pickle.dumps(known))).load() == known

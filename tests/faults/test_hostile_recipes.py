@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.arguments import parse
+from sapo.commands.arguments import parse
 from sapo.config import _RANGES
 from sapo.errors import SapoError
 from tests.faults.mutations import damaged, mutated

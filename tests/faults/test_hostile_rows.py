@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.data import DataOptions, collate_examples, end_token_ids, load_rows, prepare_dataset
+from sapo.data.encoding import end_token_ids
+from sapo.data.examples import DataOptions, collate_examples
+from sapo.data.loading import load_rows
+from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError, SapoError
 from tests.faults.mutations import damaged, line, mutated
 from tests.faults.trials import check_one_line, trials

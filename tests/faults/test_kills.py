@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from sapo.checkpoint import MANIFEST_FILE, rotate, seal, verify
+from sapo.runs.checkpoint import MANIFEST_FILE, rotate, seal, verify
 from tests.faults.children import build, ended, start, train
 from tests.faults.trials import trials
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.cli import main
+from sapo.commands.main import main
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 SECRET = "hf_thisIsNobodysToken"

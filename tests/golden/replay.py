@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo import SAPOConfig, SAPOTrainer, Segment
-from sapo.data import Example, Turn
-from sapo.pairs import SelfPlay
-from sapo.replay_buffer import ReplayBuffer
+from sapo.data.examples import Example, Turn
+from sapo.preference.pairs import SelfPlay
+from sapo.preference.replay_buffer import ReplayBuffer
 
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sapo.batches import collate_pairs, collate_responses
-from sapo.data import Example, Turn
-from sapo.generation import ScriptedGenerator
-from sapo.objectives import dpo_loss, log_odds, orpo_loss, sequence_logps
-from sapo.opponent import ModelCopy
-from sapo.pairs import Pair, SelfPlay, SelfPlaySettings
-from sapo.replay_buffer import ReplayBuffer
-from sapo.segments import Segment, truncate
+from sapo.data.examples import Example, Turn
+from sapo.generation.scripted import ScriptedGenerator
+from sapo.preference.batches import collate_pairs, collate_responses
+from sapo.preference.objectives import dpo_loss, log_odds, orpo_loss, sequence_logps
+from sapo.preference.pairs import Pair, SelfPlay, SelfPlaySettings
+from sapo.preference.replay_buffer import ReplayBuffer
+from sapo.preference.segments import Segment, truncate
+from sapo.weights.opponent import ModelCopy
 from tests.golden.test_golden import OneWeight, cases, tensor
 
 REFERENCE_SYNC_STEPS = 108
@@ -135,7 +135,7 @@ def test_self_play_asks_for_and_lays_out_what_the_published_step_does(case, monk
         for start, length in zip(given["truncate_at"], given["actual_token_generate_length"], strict=True)
     ]
     chosen = iter([segment for segment in segments for _ in range(each)])
-    monkeypatch.setattr("sapo.pairs.choose_segment", lambda *args, **options: next(chosen))
+    monkeypatch.setattr("sapo.preference.pairs.choose_segment", lambda *args, **options: next(chosen))
     # Recorded rows may run beyond their own segment: our generators get a budget per row.
     written = []
     for number, row in enumerate(given["model_output_rows"]):

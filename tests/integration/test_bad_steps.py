@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from sapo import SAPOTrainer
 from sapo.errors import TrainingError
-from sapo.run_folder import BAD_PAIRS_FILE, TRACE_FILE
+from sapo.runs.folder import BAD_PAIRS_FILE, TRACE_FILE
 
 
 def state_of(trainer):
@@ -130,7 +130,7 @@ def test_each_loss_leads_to_its_pairs(make_trainer):
 
 
 def test_the_trace_stays_bounded_and_is_cut_at_a_resume(make_trainer, monkeypatch):
-    monkeypatch.setattr("sapo.run_folder._TRACE_BYTES", 200)
+    monkeypatch.setattr("sapo.runs.folder._TRACE_BYTES", 200)
     trainer = make_trainer(save_strategy="steps", save_steps=3, max_steps=6)
     trainer.train()
     file = trainer.run_folder.path / TRACE_FILE.format(process=0)

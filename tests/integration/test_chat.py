@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from sapo.chat.command import Talk
-from sapo.chat.voices import Cast, Voice, load_cast, prompt_ids, reply
-from sapo.cli import main
-from sapo.generation import Sampling
+from sapo.commands.chat import Talk
+from sapo.commands.chat_models import Cast, Voice, load_cast, prompt_ids, reply
+from sapo.commands.main import main
+from sapo.generation.sampling import Sampling
 from tests.integration.test_readme import TEMPLATE
 from tests.tiny import tiny_llama
 
@@ -117,7 +117,7 @@ def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal
         write("[bold]\x1b[2Jhi")
         return f"I am {voice.name}"
 
-    monkeypatch.setattr("sapo.chat.command.reply", answer)
+    monkeypatch.setattr("sapo.commands.chat.reply", answer)
     talk.say("w1")
     talk.say("w2")
     tokenizer.chat_template = None

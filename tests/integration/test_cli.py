@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.cli import main
-from sapo.data import load_rows
+from sapo.commands.main import main
+from sapo.data.loading import load_rows
 from tests.tiny import tiny_llama, tiny_rows
 
 
@@ -211,14 +211,14 @@ def test_wrong_recipe_names_file_and_option(model, data, tmp_path, capsys):
 
 
 def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sapo.models.psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
+    monkeypatch.setattr("sapo.weights.loading.psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
     assert "before activations" in refused(command(model, data, tmp_path / "run"), capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path):
     out = tmp_path / "run"
-    run = [sys.executable, "-m", "sapo.cli", *command(model, data, out, "--max_steps", "100000")]
+    run = [sys.executable, "-m", "sapo.commands.main", *command(model, data, out, "--max_steps", "100000")]
     process = subprocess.Popen(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

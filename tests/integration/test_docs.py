@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sapo.cli import main
+from sapo.commands.main import main
 from sapo.demo.run import ARMS
 from tests.integration.test_readme import ROOT, SMALL, interrupted, newcomer  # noqa: F401
 from tests.reports import write_run
@@ -79,7 +79,7 @@ def test_every_option_that_a_page_names_exists():
 
     from trl import ModelConfig
 
-    from sapo.arguments import DataArguments
+    from sapo.commands.arguments import DataArguments
     from sapo.config import SAPOConfig
 
     known = {field.name for kind in (SAPOConfig, ModelConfig, DataArguments) for field in dataclasses.fields(kind)}
@@ -93,8 +93,8 @@ def test_every_option_that_a_page_names_exists():
 
 
 def test_vllm_by_hand_is_started_as_sapo_serve_would():
-    from sapo.arguments import parse
-    from sapo.serve import servers_for
+    from sapo.commands.arguments import parse
+    from sapo.commands.serve import servers_for
 
     (by_hand,) = [block for block in blocks(DOCS / "engines.md", "bash") if "api_server" in block]
     words = shlex.split(by_hand)

@@ -218,7 +218,7 @@ def test_checkpoint_between_two_synchronizations_keeps_what_the_engine_had(make)
 def test_checkpoint_with_weights_of_a_later_step_is_refused(make):
     trainer, _ = make(sync_opponent_steps=4, save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()
-    from sapo import checkpoint
+    from sapo.runs import checkpoint
 
     folder = trainer.run_folder.path / "checkpoint-2"
     (folder / "engine" / "opponent-0").rename(folder / "engine" / "opponent-9")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sapo.errors import ConfigurationError
-from sapo.local_measures.during_training import LocalSignals
+from sapo.training.local_eval import LocalSignals
 from tests.tiny import tiny_llama, tiny_rows
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}

@@ -6,10 +6,10 @@ import yaml
 from peft import LoraConfig
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.cli import main
+from sapo.commands.evaluate import parse
+from sapo.commands.main import main
 from sapo.evaluation import local
-from sapo.evaluation.command import parse
-from sapo.generation import TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
 from tests.judge_server import KEY, serving
 from tests.tiny import WORDS, tiny_llama, tiny_rows, tiny_tokenizer
 

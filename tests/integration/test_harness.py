@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sapo.cli import main
+from sapo.commands.main import main
 from sapo.errors import EvaluationError
 from sapo.evaluation.harness_data import require_packages
 
@@ -94,7 +94,7 @@ def test_task_without_data_or_network_is_one_line(tmp_path, monkeypatch, capsys)
     command = [
         sys.executable,
         "-m",
-        "sapo.cli",
+        "sapo.commands.main",
         "evaluate",
         str(MODEL),
         "--suite",

@@ -14,7 +14,7 @@ from sapo.errors import ConfigurationError
 from sapo.hub import publish
 from sapo.hub.card import write_card
 from sapo.hub.curves import curves_svg
-from sapo.report.run_data import read_run
+from sapo.runs.reading import read_run
 from tests.reports import HOSTILE, write_run
 
 

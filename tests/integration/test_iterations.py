@@ -13,11 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sapo.iterations
-import sapo.trainer
-import sapo.written_pairs  # noqa: F401
-from sapo.cli import main
-from sapo.data import load_rows
+from sapo.commands.main import main
+from sapo.data.loading import load_rows
 from tests.tiny import tiny_llama, tiny_rows
 from tests.vllm_servers import StandIn
 
@@ -127,16 +124,16 @@ class Killed(BaseException):
 
 
 PLACES = {
-    "while pairs are written": ("sapo.written_pairs._table", 3),
-    "between parts and their file": ("sapo.written_pairs.PairWriter.join", 1),
-    "while a policy trains": ("sapo.trainer.SAPOTrainer.after_optimizer_step", 7),
-    "before an iteration is marked as done": ("sapo.iterations.asdict", 1),
+    "while pairs are written": ("sapo.runs.pair_files._table", 3),
+    "between parts and their file": ("sapo.runs.pair_files.PairWriter.join", 1),
+    "while a policy trains": ("sapo.training.trainer.SAPOTrainer.after_optimizer_step", 7),
+    "before an iteration is marked as done": ("sapo.commands.rounds.asdict", 1),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("sapo.generate.ROWS_A_PART", 5)
+    monkeypatch.setattr("sapo.commands.generate.ROWS_A_PART", 5)
     name, at = PLACES[place]
     module, _, function = name.rpartition(".")
     owner = sys.modules.get(module) or getattr(sys.modules[module.rpartition(".")[0]], module.rpartition(".")[2])
@@ -164,7 +161,7 @@ def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, mo
 def test_a_signal_stops_the_loop_and_it_goes_on_to_the_same_end(whole, model, data, tmp_path):
     out = tmp_path / "stopped"
     steps = ("--max_steps", "4")
-    run = [sys.executable, "-m", "sapo.cli", *spin(model, data, out, *steps)]
+    run = [sys.executable, "-m", "sapo.commands.main", *spin(model, data, out, *steps)]
     process = subprocess.Popen(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import sapo
-from sapo.cli import main
+from sapo.commands.main import main
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]

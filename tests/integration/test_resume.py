@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo import run_folder
 from sapo.errors import CheckpointError, ConfigurationError
+from sapo.runs import folder as run_folder
 from tests.tiny import tiny_llama, tiny_rows
 
 VARIANTS = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sapo.batches import collate_pairs
-from sapo.data import collate_examples
+from sapo.data.examples import collate_examples
 from sapo.errors import ConfigurationError
+from sapo.preference.batches import collate_pairs
 from tests.tiny import tiny_llama, tiny_rows
 
 
@@ -27,9 +27,8 @@ def test_sft_loss_is_the_likelihood_of_the_responses(layout, make_trainer):
 
 
 def test_a_response_alone_takes_one_row():
-    from sapo.data import Turn
-    from sapo.data.examples import Example
-    from sapo.pairs import response_alone
+    from sapo.data.examples import Example, Turn
+    from sapo.preference.pairs import response_alone
 
     turn = Turn(0, (5, 6), (7, 8, 1))
     pairs = [response_alone(Example(0, (turn,)), turn)] * 2

@@ -8,8 +8,8 @@ import torch
 from sapo import config
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import ConfigurationError
-from sapo.generation import TransformersGenerator
-from sapo.reference_scores import ReferenceScores
+from sapo.generation.decoding import TransformersGenerator
+from sapo.preference.reference_scores import ReferenceScores
 from tests.tiny import tiny_llama, tiny_rows
 
 OBJECTIVES = {
@@ -96,7 +96,7 @@ def test_steps_that_generate_nothing_are_not_pooled(make_trainer):
 
 
 def test_what_cannot_share_falls_back_and_says_so_once(make_trainer, caplog):
-    with caplog.at_level(logging.WARNING, logger="sapo.trainer"):
+    with caplog.at_level(logging.WARNING, logger="sapo.training.trainer"):
         trainer = make_trainer(model=tiny_llama(attn_implementation="eager"), max_steps=2)
         trainer.train()
     said = [record.getMessage() for record in caplog.records if "plain layout" in record.getMessage()]

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from sapo.report.tracking import COLUMNS, log_pairs, pair_table
+from sapo.training.tracking import COLUMNS, log_pairs, pair_table
 from tests.reports import kept_pair
 
 ROWS = [{**kept_pair(3, row, __import__("random").Random(0)), "margin": None} for row in (1, 2)]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from sapo import Pair, Segment
 from sapo.errors import ConfigurationError
-from sapo.opponent import ModelCopy, policy_tensors
+from sapo.weights.opponent import ModelCopy, policy_tensors
 from tests.tiny import tiny_llama, tiny_rows
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from sapo.errors import ConfigurationError, GenerationError
-from sapo.generation import Sampling
+from sapo.generation.sampling import Sampling
 from tests.colocated import LENGTH, NEEDS_VLLM, adapted, by_transformers, contexts_of, model, start
 
 pytestmark = NEEDS_VLLM

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapo.checkpoint import verify
+from sapo.runs.checkpoint import verify
 from tests.colocated import NEEDS_VLLM, model
 from tests.tiny import tiny_rows, tiny_tokenizer
 
@@ -41,7 +41,7 @@ def begin(tmp_path):
         own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         with (tmp_path / "errors").open("w") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "sapo.cli", *command],
+                [sys.executable, "-m", "sapo.commands.main", *command],
                 env=os.environ | own,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

@@ -18,12 +18,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sapo.cli import main
+from sapo.commands.main import main
 from sapo.errors import ConfigurationError, GenerationError
-from sapo.generation import Engine, Sampling, TransformersGenerator, filtered_probabilities
-from sapo.generation.vllm_server import VLLMServers
-from sapo.generation.weight_stream import send_weights
-from sapo.vllm_receiver import receive
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.protocol import Engine
+from sapo.generation.sampling import Sampling, filtered_probabilities
+from sapo.generation.vllm.servers import VLLMServers
+from sapo.generation.vllm.weight_stream import send_weights
+from sapo.generation.vllm.worker import receive
 from tests.integration.test_engine_play import same
 from tests.integration.test_resume import weights
 from tests.tiny import tiny_rows, tiny_tokenizer
@@ -495,7 +497,7 @@ def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, s
     """SIGKILL to both in the middle, sampled text, another start of both."""
     flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
     flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
-    command = [sys.executable, "-m", "sapo.cli", "train", "--config", str(recipe), *flags, "--output_dir"]
+    command = [sys.executable, "-m", "sapo.commands.main", "train", "--config", str(recipe), *flags, "--output_dir"]
     real.wait()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
@@ -533,7 +535,7 @@ def recipe(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
-    command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--train", "--vllm_python"]
+    command = [sys.executable, "-m", "sapo.commands.main", "serve", "--config", str(recipe), "--train", "--vllm_python"]
     done = subprocess.run(
         [*command, vllm_python(), "--", "--enforce-eager"], capture_output=True, text=True, timeout=300, check=False
     )
@@ -561,7 +563,16 @@ def test_serve_stops_at_a_signal(recipe, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 300\n")
     python.chmod(0o755)
-    command = [sys.executable, "-m", "sapo.cli", "serve", "--config", str(recipe), "--vllm_python", str(python)]
+    command = [
+        sys.executable,
+        "-m",
+        "sapo.commands.main",
+        "serve",
+        "--config",
+        str(recipe),
+        "--vllm_python",
+        str(python),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert "Starting vLLM" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Laws of `sapo.batches`: every token once, scores on responses only, padding known by length."""
+"""Laws of `sapo.preference.batches`: every token once, scores on responses only, padding known by length."""
 
 import dataclasses
 import os
@@ -11,9 +11,9 @@ from benchmarks.padding import real_pairs, share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.batches import MOST_PADDING, collate_pairs, collate_responses, padding_share, split_pairs
-from sapo.pairs import Pair
-from sapo.segments import Segment
+from sapo.preference.batches import MOST_PADDING, collate_pairs, collate_responses, padding_share, split_pairs
+from sapo.preference.pairs import Pair
+from sapo.preference.segments import Segment
 
 IGNORE = -100
 DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))

@@ -15,7 +15,7 @@ from sapo.evaluation.harness_data import local_files, require_packages
 from sapo.evaluation.length_control import length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult, changes
 from sapo.evaluation.targets import find_targets, fingerprint
-from sapo.local_measures import Estimate
+from sapo.measures.intervals import Estimate
 
 DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")

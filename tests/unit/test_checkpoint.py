@@ -1,12 +1,12 @@
-"""Laws of `sapo.checkpoint`: what is written comes back the same."""
+"""Laws of `sapo.runs.checkpoint`: what is written comes back the same."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.checkpoint import entries_from_tensors, entries_to_tensors, redistribute
-from sapo.pairs import Pair
-from sapo.replay_buffer import BufferEntry
-from sapo.segments import Segment
+from sapo.preference.pairs import Pair
+from sapo.preference.replay_buffer import BufferEntry
+from sapo.preference.segments import Segment
+from sapo.runs.checkpoint import entries_from_tensors, entries_to_tensors, redistribute
 
 counts = st.integers(0, 2**40)
 tokens = st.lists(st.integers(0, 2**31), max_size=12).map(tuple)

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from sapo.cli import main
-from sapo.compare import read_runs
-from sapo.compare.records import differing_settings
+from sapo.commands.main import main
+from sapo.runs.records import differing_settings, read_runs
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sapo.data import DataOptions, prepare_dataset
-from sapo.terminal.data_check import check_data, percentile, rewritten_whole
+from sapo.commands.data_check import check_data, percentile, rewritten_whole
+from sapo.data.examples import DataOptions
+from sapo.data.prepare import prepare_dataset
 from tests.tiny import byte_tokenizer
 
 

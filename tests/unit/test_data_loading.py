@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sapo.data import load_rows
+from sapo.data.loading import load_rows
 from sapo.errors import DatasetError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]

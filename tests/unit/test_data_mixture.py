@@ -4,7 +4,7 @@ import datasets
 import pytest
 from trl import DatasetMixtureConfig
 
-from sapo.data import load_mixture, split_rows
+from sapo.data.mixture import load_mixture, split_rows
 from sapo.errors import DatasetError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]

@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sapo.config import SAPOConfig
-from sapo.data import (
-    DataOptions,
-    Example,
-    Turn,
-    collate_examples,
-    dataset_digest,
-    end_token_ids,
-    load_rows,
-    prepare_dataset,
-)
+from sapo.data.encoding import end_token_ids
+from sapo.data.examples import DataOptions, Example, Turn, collate_examples, dataset_digest
+from sapo.data.loading import load_rows
+from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
 

@@ -15,14 +15,14 @@ from transformers import LlamaConfig
 from trl import ModelConfig
 
 from sapo import SAPOConfig
-from sapo.cli import main
+from sapo.commands.estimate import _FLAGS, _strategy, make_report
+from sapo.commands.main import main
 from sapo.estimate.advice import changes_that_fit
-from sapo.estimate.command import _FLAGS, _strategy, make_report
 from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
 from sapo.estimate.passes import Lengths, trace_passes
 from sapo.estimate.tracing import Account
-from sapo.footprint import Strategy, build_roles
+from sapo.weights.footprint import Strategy, build_roles
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +73,10 @@ def test_products_of_a_pass_are_those_known_by_formula():
 
 def test_the_traced_pass_is_the_real_one():
     """The same operations with data: what autograd keeps alive at the worst time is what was foreseen."""
-    from sapo.batches import collate_pairs
-    from sapo.pairs import Pair
-    from sapo.scoring import prepare_shared_layout, summed_logps
-    from sapo.segments import Segment
+    from sapo.preference.batches import collate_pairs
+    from sapo.preference.pairs import Pair
+    from sapo.preference.scoring import prepare_shared_layout, summed_logps
+    from sapo.preference.segments import Segment
     from tests.unit.test_shared_prefix import make
 
     model = make("mistral, sliding")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from sapo import SAPOConfig
-from sapo.footprint import Strategy, build_roles, gradient_memory, model_memory
+from sapo.weights.footprint import Strategy, build_roles, gradient_memory, model_memory
 from tests.tiny import tiny_llama
 from tests.unit.test_shared_prefix import ARCHITECTURES, UNABLE
 

@@ -16,8 +16,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sapo.errors import ConfigurationError, ModelError
-from sapo.generation import GenerateCall, Generator, Sampling, ScriptedGenerator, TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.kv_cache import RoomyLayer, keep_rows, make_room, surviving_rows
+from sapo.generation.protocol import Generator
+from sapo.generation.sampling import Sampling
+from sapo.generation.scripted import GenerateCall, ScriptedGenerator
 from tests.tiny import enable_checkpointing
 
 PAD, END, OTHER_END, VOCABULARY = 0, 1, 2, 64

@@ -8,24 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapo.data import Turn
-from sapo.generation import Sampling, ScriptedGenerator, TransformersGenerator
-from sapo.local_measures import (
-    LocalOptions,
-    Measured,
-    bootstrap_ratio,
-    distinct,
-    ends_in_loop,
-    jensen_shannon,
-    measure,
-    paired_change,
-    sample_responses,
-    seq_rep,
-    summarize,
-)
-from sapo.local_measures.intervals import over_halves
-from sapo.local_measures.text import ngram_counts
-from sapo.segments import derive_seed
+from sapo.data.examples import Turn
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from sapo.generation.scripted import ScriptedGenerator
+from sapo.measures.intervals import bootstrap_ratio, over_halves, paired_change
+from sapo.measures.measure import LocalOptions, Measured, measure, sample_responses, summarize
+from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
+from sapo.preference.segments import derive_seed
 from tests.tiny import tiny_llama
 
 TOKENS = st.lists(st.integers(0, 5), max_size=40)

@@ -1,4 +1,4 @@
-"""Laws of `sapo.objectives`: symmetry, signs, finite gradients."""
+"""Laws of `sapo.preference.objectives`: symmetry, signs, finite gradients."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.objectives import (
+from sapo.preference.objectives import (
     IGNORE,
     chosen_nll,
     dpo_loss,

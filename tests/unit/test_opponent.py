@@ -1,4 +1,4 @@
-"""Laws of `sapo.opponent`: what follows the policy, how fast, and that the policy is left as it was."""
+"""Laws of `sapo.weights.opponent`: what follows the policy, how fast, and that the policy is left as it was."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sapo.errors import ConfigurationError
-from sapo.opponent import (
+from sapo.weights.opponent import (
     AdapterCopy,
     BaseModel,
     ModelCopy,

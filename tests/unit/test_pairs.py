@@ -1,4 +1,4 @@
-"""Laws of `sapo.pairs`: which pairs are made, stored and drawn."""
+"""Laws of `sapo.preference.pairs`: which pairs are made, stored and drawn."""
 
 import random
 from collections import defaultdict
@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.data import Example, Turn
-from sapo.generation import ScriptedGenerator
-from sapo.pairs import Pair, PairedData, SelfPlay, SelfPlaySettings, paired
-from sapo.replay_buffer import ReplayBuffer
-from sapo.segments import Segment
+from sapo.data.examples import Example, Turn
+from sapo.generation.scripted import ScriptedGenerator
+from sapo.preference.pairs import Pair, PairedData, SelfPlay, SelfPlaySettings, paired
+from sapo.preference.replay_buffer import ReplayBuffer
+from sapo.preference.segments import Segment
 
 EOS = 1
 PROMPT = (4, 5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sapo.arguments import parse
+from sapo.commands.arguments import parse
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sapo.arguments import as_recipe, parse
+from sapo.commands.arguments import as_recipe, parse
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 OF_TRL = FOLDER / "trl-sft.yaml"

@@ -2,9 +2,9 @@
 
 import torch
 
-from sapo.pairs import Pair
-from sapo.reference_scores import ReferenceLogps, ReferenceScores
-from sapo.segments import Segment
+from sapo.preference.pairs import Pair
+from sapo.preference.reference_scores import ReferenceLogps, ReferenceScores
+from sapo.preference.segments import Segment
 
 
 def pairs(count):

@@ -1,4 +1,4 @@
-"""Laws of `sapo.replay_buffer`: order, counts, the distribution of draws, what is restored."""
+"""Laws of `sapo.preference.replay_buffer`: order, counts, the distribution of draws, what is restored."""
 
 import random
 from collections import Counter
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.replay_buffer import BufferEntry, ReplayBuffer
+from sapo.preference.replay_buffer import BufferEntry, ReplayBuffer
 
 laws = settings(derandomize=True, deadline=None)
 kinds = st.sampled_from(["inverse_count", "uniform"])

@@ -7,17 +7,17 @@ import urllib.request
 
 import pytest
 
-from sapo.cli import main
+from sapo.commands.main import main
 from sapo.errors import ConfigurationError
-from sapo.pairs import Pair
+from sapo.preference.pairs import Pair
+from sapo.preference.segments import Segment
 from sapo.report.charts import CHARTS, POINTS, thin
 from sapo.report.page import report_data, script_json, write_report
 from sapo.report.pair_texts import pack, shorten
-from sapo.report.recorder import snapshot_steps, texts_of
-from sapo.report.run_data import read_run
 from sapo.report.serve import make_server
 from sapo.report.summary import sentences, warnings
-from sapo.segments import Segment
+from sapo.runs.reading import read_run
+from sapo.training.recorder import snapshot_steps, texts_of
 from tests.reports import HOSTILE, kept_pair, write_run
 from tests.tiny import byte_tokenizer
 

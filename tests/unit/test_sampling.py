@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sapo.errors import ConfigurationError
-from sapo.generation import Sampling, filtered_probabilities, sample_tokens
-from sapo.generation.sampling import INVALID_TOKEN
+from sapo.generation.sampling import INVALID_TOKEN, Sampling, filtered_probabilities, sample_tokens
 
 
 def dense(logits, sampling):

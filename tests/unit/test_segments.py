@@ -1,4 +1,4 @@
-"""Laws of `sapo.segments`: where a segment may lie, what splice keeps, what a seed depends on."""
+"""Laws of `sapo.preference.segments`: where a segment may lie, what splice keeps, what a seed depends on."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.segments import Segment, choose_segment, cut_at_end, derive_seed, segment_tokens, splice, truncate
+from sapo.preference.segments import Segment, choose_segment, cut_at_end, derive_seed, segment_tokens, splice, truncate
 
 settings.register_profile("laws", derandomize=True, deadline=None)
 laws = settings(settings.get_profile("laws"))

@@ -20,13 +20,13 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from sapo.batches import collate_pairs
 from sapo.config import HAS_FUSED_LM_HEAD
-from sapo.objectives import IGNORE, chosen_nll, dpo_loss, orpo_loss, token_logps
-from sapo.pairs import Pair
-from sapo.scoring import frozen, prepare_shared_layout, score, summed_logps
-from sapo.segments import Segment
-from sapo.shared_prefix import PairSpan, SharedPrefixes, may_attend
+from sapo.preference.batches import collate_pairs
+from sapo.preference.objectives import IGNORE, chosen_nll, dpo_loss, orpo_loss, token_logps
+from sapo.preference.pairs import Pair
+from sapo.preference.scoring import frozen, prepare_shared_layout, score, summed_logps
+from sapo.preference.segments import Segment
+from sapo.preference.shared_prefix import PairSpan, SharedPrefixes, may_attend
 from tests.tiny import enable_checkpointing
 
 VOCABULARY = 96

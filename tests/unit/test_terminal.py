@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sapo.pairs import Pair
-from sapo.segments import Segment
-from sapo.terminal.progress import TerminalProgress, pair_table
+from sapo.preference.pairs import Pair
+from sapo.preference.segments import Segment
+from sapo.training.progress import TerminalProgress, pair_table
 from tests.tiny import byte_tokenizer
 
 LOGS = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}

@@ -12,7 +12,7 @@ from sapo.data.encoding import Draft, Encoder
 from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn
 from sapo.data.formats import Dropped, PlainText, detect_format, parse_row
 from sapo.errors import DatasetError
-from sapo.segments import truncate
+from sapo.preference.segments import truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

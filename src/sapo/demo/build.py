@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sapo.batches import collate_responses
 from sapo.demo.score import score
 from sapo.demo.tasks import TRAIN_ROWS, Row, build_tokenizer, corrupt, heldout_rows, make_rows, prompt_of
-from sapo.scoring import summed_logps
+from sapo.preference.batches import collate_responses
+from sapo.preference.scoring import summed_logps
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 

@@ -21,9 +21,10 @@ from sapo.demo.build import MODEL_FOLDER
 from sapo.demo.score import ScoreReport, score
 from sapo.demo.tasks import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TRAIN_ROWS, heldout_rows
 from sapo.errors import ConfigurationError
-from sapo.generation import Generator, ScriptedGenerator
-from sapo.terminal.progress import TerminalProgress
-from sapo.trainer import SAPOTrainer
+from sapo.generation.protocol import Generator
+from sapo.generation.scripted import ScriptedGenerator
+from sapo.training.progress import TerminalProgress
+from sapo.training.trainer import SAPOTrainer
 
 HELDOUT = 1000
 STEPS = 80

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from sapo.demo.tasks import MAX_REPLY_TOKENS, Row, correct
-from sapo.generation import Sampling, TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)

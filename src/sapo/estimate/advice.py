@@ -14,7 +14,7 @@ from sapo.config import SAPOConfig
 from sapo.estimate.devices import Device
 from sapo.estimate.estimate import Estimate, estimate
 from sapo.estimate.passes import Lengths
-from sapo.footprint import Strategy
+from sapo.weights.footprint import Strategy
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.estimate.devices import Device
 from sapo.estimate.passes import Lengths, Passes, trace_passes
 from sapo.estimate.tracing import Trace
-from sapo.footprint import (
+from sapo.weights.footprint import (
     Roles,
     Strategy,
     build_roles,

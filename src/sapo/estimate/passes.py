@@ -14,15 +14,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sapo.batches import Layout, PairBatch, collate_pairs
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, SAPOConfig
 from sapo.estimate.tracing import Account, Trace
-from sapo.footprint import Roles, Strategy
 from sapo.generation.kv_cache import make_room
-from sapo.pairs import Pair
-from sapo.scoring import head_at, model_inputs, summed_logps
-from sapo.segments import Segment
-from sapo.shared_prefix import use_shared_attention, why_not_shared
+from sapo.preference.batches import Layout, PairBatch, collate_pairs
+from sapo.preference.pairs import Pair
+from sapo.preference.scoring import head_at, model_inputs, summed_logps
+from sapo.preference.segments import Segment
+from sapo.preference.shared_prefix import use_shared_attention, why_not_shared
+from sapo.weights.footprint import Roles, Strategy
 
 _TILE = (4096, 32768)
 """Positions and vocabulary entries that trl's fused head works on at a time."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.data import load_rows
+from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError, EvaluationError
 from sapo.evaluation.generate import chat_ids, generator_of, require_chat_template, room, text_of, why_ended
 from sapo.evaluation.judge import Judge, JudgeRequest
@@ -25,9 +25,9 @@ from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
 from sapo.evaluation.store import part_key, write_atomically
 from sapo.evaluation.targets import Target
-from sapo.generation import Sampling
-from sapo.local_measures import Estimate, bootstrap_ratio
-from sapo.segments import derive_seed
+from sapo.generation.sampling import Sampling
+from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.preference.segments import derive_seed
 
 MAX_NEW_TOKENS = 2048
 TEMPERATURE = 0.7

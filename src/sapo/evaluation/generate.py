@@ -11,7 +11,8 @@ from torch import nn
 
 from sapo.errors import ConfigurationError, EvaluationError, TokenizerError
 from sapo.evaluation.targets import LoadedModel
-from sapo.generation import Sampling, TransformersGenerator
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
 
 
 @contextmanager

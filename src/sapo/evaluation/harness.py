@@ -28,8 +28,8 @@ from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
 from sapo.evaluation.store import FinishedParts, part_key, write_atomically
 from sapo.evaluation.targets import Target
-from sapo.local_measures import Estimate, bootstrap_ratio
-from sapo.models import load_tokenizer
+from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.weights.loading import load_tokenizer
 
 TASKS_FOLDER = "lm_eval_tasks"
 _NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"

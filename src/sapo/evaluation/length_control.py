@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sapo.local_measures.intervals import Estimate
+from sapo.measures.intervals import Estimate
 
 _RIDGE = 0.01
 """Keeps the two coefficients finite when one side wins always."""

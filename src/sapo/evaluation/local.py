@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.data import DataOptions, Turn, collate_examples, load_rows, prepare_dataset
+from sapo.data.examples import DataOptions, Turn, collate_examples
+from sapo.data.loading import load_rows
+from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError
 from sapo.evaluation.generate import generator_of, in_use
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks
 from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target, run_option
-from sapo.generation import Sampling
-from sapo.local_measures import LocalOptions, Measured, ends_in_loop, measure, seq_rep, summarize, wins
+from sapo.generation.sampling import Sampling
+from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
+from sapo.measures.text import ends_in_loop, seq_rep
 
 ROWS = 200
 MAX_NEW_TOKENS = 256

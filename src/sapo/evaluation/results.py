@@ -17,7 +17,7 @@ from sapo._version import __version__
 from sapo.errors import EvaluationError
 from sapo.evaluation.store import write_atomically
 from sapo.evaluation.targets import Target
-from sapo.local_measures import Estimate, paired_change
+from sapo.measures.intervals import Estimate, paired_change
 
 RESULTS_FILE = "results.json"
 FORMAT = 1

@@ -15,10 +15,10 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sapo.data import end_token_ids
+from sapo.data.encoding import end_token_ids
 from sapo.errors import EvaluationError, ModelError, TokenizerError
-from sapo.models import load_tokenizer
-from sapo.policy import padding_token_id
+from sapo.weights.loading import load_tokenizer
+from sapo.weights.policy import padding_token_id
 
 ADAPTER_FILE = "adapter_config.json"
 RUN_FILES = ("recipe.yaml", "sapo_config.yaml")

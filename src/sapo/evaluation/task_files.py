@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sapo.data import load_rows
+from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError
 from sapo.evaluation.generate import chat_ids, generator_of, plain_ids, require_chat_template, room, text_of, why_ended
 from sapo.evaluation.results import SuiteResult
@@ -17,9 +17,9 @@ from sapo.evaluation.session import Session, chunks, finish_notes
 from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
-from sapo.generation import Sampling
-from sapo.local_measures import bootstrap_ratio
-from sapo.segments import derive_seed
+from sapo.generation.sampling import Sampling
+from sapo.measures.intervals import bootstrap_ratio
+from sapo.preference.segments import derive_seed
 
 _FIELDS = {
     "name",

@@ -10,11 +10,11 @@ import yaml
 
 from sapo._version import __version__
 from sapo.errors import ConfigurationError
-from sapo.files import write_atomically
 from sapo.hub.curves import curves_svg
-from sapo.report.run_data import RunData, read_run
 from sapo.report.summary import sentences, warnings
-from sapo.run_folder import RECIPE_FILE
+from sapo.runs.files import write_atomically
+from sapo.runs.folder import RECIPE_FILE
+from sapo.runs.reading import RunData, read_run
 
 CURVES_FILE = "curves.svg"
 EVALUATION_FILES = ("results.json", "evaluation/results.json")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from sapo.report.charts import thin
-from sapo.report.run_data import RunData
 from sapo.report.summary import number_text
+from sapo.runs.reading import RunData
 
 _WIDTH, _HEIGHT, _GAP = 380, 210, 20
 _BLUE, _GREEN, _RED, _INK, _SOFT, _RULE = "#2a5fc4", "#14795a", "#a94117", "#1d1f24", "#5d616b", "#e2e2dc"

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.hub.card import CURVES_FILE, write_card
-from sapo.run_folder import RunFolder
+from sapo.runs.folder import RunFolder
 
 _MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"]
 _TOKENIZER = [

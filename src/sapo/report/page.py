@@ -19,8 +19,8 @@ from typing import Any
 
 from sapo.report.charts import CHARTS, thin
 from sapo.report.pair_texts import BUDGET, pack
-from sapo.report.run_data import RunData, read_run
 from sapo.report.summary import figures, sentences, warnings
+from sapo.runs.reading import RunData, read_run
 
 _SCRIPTS = ["dom.js", "charts.js", "pairs.js", "tables.js", "main.js"]
 

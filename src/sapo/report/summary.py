@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sapo.report.run_data import RunData
+from sapo.runs.reading import RunData
 
 _IDENTICAL_HIGH, _IDENTICAL_RISE = 0.5, 0.15
 _LENGTH_DRIFT = 0.2

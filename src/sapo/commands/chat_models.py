@@ -1,0 +1,200 @@
+"""Who answers: one model, or the three of a run. Adapters of one base model share its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+
+from sapo.data.encoding import end_token_ids
+from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.generation.sampling import Sampling
+from sapo.runs.folder import CONFIG_FILE, RUN_FILE
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """A model under a name.
+
+    Attributes:
+        name: "policy", "opponent", "start", or the model's own.
+        model: a causal language model, perhaps shared with other voices.
+        adapter: the adapter that is active while it speaks; None for none.
+    """
+
+    name: str
+    model: Any
+    adapter: str | None = None
+
+    @contextmanager
+    def speaking(self) -> Iterator[Any]:
+        """The model with this voice's adapter, or without one."""
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter)
+        if self.adapter is None and isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Voices that share a tokenizer."""
+
+    voices: list[Voice]
+    tokenizer: Any
+
+
+def is_run(target: str) -> bool:
+    """Whether this is the output folder of a run."""
+    return (Path(target) / CONFIG_FILE).is_file()
+
+
+def load_cast(target: str, *, revision: str = "main", device: str | None = None) -> Cast:
+    """Load a model, or the start, the opponent and the policy of a run.
+
+    Args:
+        target: a model folder, an adapter folder, a hub id, or the output folder of a run that has ended.
+        revision: of a hub id.
+        device: where to; unset: the accelerator if there is one.
+
+    Raises:
+        ModelError: a model is missing or cannot be read.
+        ConfigurationError: a run that has not saved its policy yet.
+    """
+    if not is_run(target):
+        model, adapter = _load(target, target, revision, device)
+        return Cast([Voice(Path(target).name, model, adapter)], _tokenizer(target, revision))
+    folder = Path(target)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigurationError(
+            f"{target}: this run has not saved its policy yet. Wait for its end, or chat with one of its checkpoints."
+        )
+    policy, adapter = _load(target, "policy", "main", device)
+    voices = [Voice("policy", policy, adapter)]
+    opponent = folder / "opponent"
+    if opponent.is_dir() and adapter is not None:
+        policy.load_adapter(str(opponent), adapter_name="opponent")
+        voices.insert(0, Voice("opponent", policy, "opponent"))
+    elif opponent.is_dir():
+        voices.insert(0, Voice("opponent", _load(str(opponent), "opponent", "main", device)[0]))
+    if adapter is not None:
+        voices.insert(0, Voice("start", policy))
+    elif (start := _start_of(folder)) is not None:
+        voices.insert(0, Voice("start", _load(start, "start", "main", device)[0]))
+    return Cast(voices, _tokenizer(target, "main"))
+
+
+def _start_of(folder: Path) -> str | None:
+    file = folder / RUN_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("model") if file.is_file() else None
+
+
+def _load(target: str, name: str, revision: str, device: str | None) -> tuple[Any, str | None]:
+    """A model in evaluation mode on its device, and the name of its adapter, if it has one."""
+    base, adapter = target, None
+    config = Path(target) / "adapter_config.json"
+    if config.is_file():
+        base, adapter = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"], "policy"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto", trust_remote_code=False)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, target, adapter_name=adapter)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{base}: the model of the {name} cannot be loaded ({reason}).") from error
+    where = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    return model.to(where).eval(), adapter
+
+
+def _tokenizer(target: str, revision: str) -> Any:
+    # An adapter's folder holds a tokenizer and no configuration of a model.
+    try:
+        return AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizerError(
+            f"{target}: no tokenizer that can be read ({' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[int]:
+    """The tokens of a conversation that awaits a reply.
+
+    Args:
+        tokenizer: of the model.
+        messages: the last one the user's.
+        plain: without a template: the last message alone, as it is.
+
+    Raises:
+        TokenizerError: the tokenizer has no chat template.
+    """
+    if plain:
+        ids: list[int] = tokenizer(messages[-1]["content"])["input_ids"]
+        return ids
+    if tokenizer.chat_template is None:
+        raise TokenizerError(
+            "this model's tokenizer has no chat template. Add --plain to send what you type as it is, turn by turn."
+        )
+    rendered: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return rendered
+
+
+def reply(
+    voice: Voice,
+    tokenizer: Any,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    write: Callable[[str], None],
+) -> str:
+    """Let a voice answer; `write` receives the text as it comes.
+
+    Every voice that is given the same seed draws with the same random numbers.
+
+    Raises:
+        ConfigurationError: the conversation leaves no room for a reply.
+    """
+    pieces: list[str] = []
+
+    class Stream(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            write(text)
+
+    with voice.speaking() as model:
+        positions = model.config.get_text_config().max_position_embeddings
+        room = min(max_new_tokens, positions - len(prompt))
+        if room < 1:
+            raise ConfigurationError(
+                f"the conversation has {len(prompt)} tokens, {voice.name} takes {positions}. Start anew with /new."
+            )
+        ends = sorted(end_token_ids(tokenizer, model.generation_config.eos_token_id))
+        inputs = torch.tensor([prompt], device=model.device)
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        config = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+            **(drawn if sampling.temperature > 0 else {}),
+        )
+        torch.manual_seed(seed)
+        model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config,
+            streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    return "".join(pieces).strip()

@@ -1,0 +1,202 @@
+"""Show, before a run, what became of the data and where the opponent will write.
+
+Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelt out:
+a row can neither colour the screen nor move the cursor.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from sapo.data.examples import DataReport, Example, Turn, collate_examples
+from sapo.preference.segments import Segment, choose_segment, derive_seed, segment_tokens
+
+if TYPE_CHECKING:
+    import datasets
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+WHOLE_SHARE_HINT = 0.2
+"""Share of responses rewritten whole above which a shorter segment is suggested."""
+
+_SHOWN = 600
+"""Characters shown of each part of the example."""
+
+
+def check_data(
+    prepared: datasets.Dataset,
+    reports: Sequence[DataReport],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    segment_length: float | None,
+    tail_margin: int,
+    seed: int,
+    console: Console,
+) -> None:
+    """Print the report, the lengths, how much would be rewritten, and one example with its parts marked.
+
+    Args:
+        prepared: from `prepare_mixture`.
+        reports: from `prepare_mixture`.
+        tokenizer: the tokenizer that prepared the data.
+        segment_length: see `segments.segment_tokens`.
+        tail_margin: see `segments.choose_segment`.
+        seed: which example, and which segment of it, is shown.
+        console: where to print; colours and width follow it.
+    """
+    for report in reports:
+        for line in report.lines():
+            console.print(_safe(line, console))
+    prompts = [length for report in reports for length in report.prompt_lengths]
+    responses = [length for report in reports for length in report.response_lengths]
+    console.print()
+    console.print(_length_table(prompts, responses))
+    paired = "rejected_ids" in prepared.column_names
+    if not paired:
+        console.print()
+        for line in rewritten_whole(responses, segment_length):
+            console.print(_safe(line, console))
+    rng = random.Random(derive_seed(seed, "data check"))
+    (example,) = collate_examples([prepared[rng.randrange(len(prepared))]])["examples"]
+    turn = example.turns[rng.randrange(len(example.turns))]
+    console.print()
+    console.print(_safe(f"Example: {_title(example, turn, reports)}", console, "bold"))
+    if turn.rejected_ids is not None:
+        _show_pair(turn, tokenizer, console)
+        return
+    segment = choose_segment(len(turn.response_ids), segment_length, rng, tail_margin=tail_margin)
+    _show_segment(turn, segment, tokenizer, console)
+
+
+def rewritten_whole(response_lengths: list[int], segment_length: float | None) -> list[str]:
+    """Say how many responses the segment covers entirely, and the way out when they are many.
+
+    Args:
+        response_lengths: tokens of each response, each at least 1.
+        segment_length: see `segments.segment_tokens`.
+    """
+    total = len(response_lengths)
+    if segment_length is None:
+        return [f"All {total} responses are rewritten whole (segment_length is not set)."]
+    whole = sum(segment_tokens(length, segment_length) >= length for length in response_lengths)
+    share = whole / total if total else 0.0
+    lines = [f"{whole} of {total} responses ({share:.0%}) are rewritten whole: the segment covers them."]
+    if share > WHOLE_SHARE_HINT:
+        lines.append("To keep a part of each, give the segment as a share of it: --segment_length 0.3")
+    return lines
+
+
+def percentile(values: list[int], percent: int) -> int:
+    """The smallest of `values` that `percent` (0 to 100) of them do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
+
+
+def _length_table(prompts: list[int], responses: list[int]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens")
+    table.add_column("prompt", justify="right")
+    table.add_column("response", justify="right")
+    for label, percent in (("min", 0), ("50%", 50), ("90%", 90), ("99%", 99), ("max", 100)):
+        lengths = (percentile(prompts, percent), percentile(responses, percent))
+        table.add_row(label, *map(str, lengths))
+    return table
+
+
+def _title(example: Example, turn: Turn, reports: Sequence[DataReport]) -> str:
+    row, title = example.row, ""
+    for report in reports:
+        if row < report.rows:
+            title = f"row {row + 1} of {report.source}"
+            break
+        row -= report.rows
+    return f"{title}, reply {turn.index + 1}" if turn.index else title
+
+
+def _show_segment(turn: Turn, segment: Segment, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    response = turn.response_ids
+    head, tail = response[: segment.start], response[segment.stop :]
+    inside_ids = response[segment.start : segment.stop]
+    prompt, before, inside, after = _pieces(tokenizer, [turn.prompt_ids, head, inside_ids, tail])
+    opening, closing = _brackets(console)
+    text = Text()
+    text.append_text(_safe(_shorten(before, keep_end=True), console, "green"))
+    text.append(opening, "bold magenta")
+    text.append_text(_safe(_shorten(inside), console, "magenta"))
+    text.append(closing, "bold magenta")
+    text.append_text(_safe(_shorten(after), console, "cyan"))
+    counts = f"A {len(head)}, B {len(segment)}, C {len(tail)} tokens"
+    console.print(Text(f"prompt ({len(turn.prompt_ids)} tokens):", "bold"))
+    console.print(_safe(_shorten(prompt, keep_end=True), console, "dim"))
+    console.print(Text(f"response ({counts}; the opponent writes {opening}B{closing} anew):", "bold"))
+    console.print(text)
+
+
+def _show_pair(turn: Turn, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    prompt, chosen = _pieces(tokenizer, [turn.prompt_ids, turn.response_ids])
+    _, rejected = _pieces(tokenizer, [turn.prompt_ids, turn.rejected_ids or ()])
+    shown = (("prompt", _shorten(prompt, keep_end=True), "dim"), ("chosen", chosen, "green"))
+    for label, piece, style in (*shown, ("rejected", rejected, "magenta")):
+        console.print(Text(f"{label}:", "bold"))
+        console.print(_safe(_shorten(piece), console, style))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[int, ...]]) -> list[str]:
+    """Decode parts that follow one another, keeping the spaces between them.
+
+    Decoded alone, a part loses the space it starts with in some vocabularies; so each is what it adds.
+    """
+    texts: list[str] = []
+    ids: list[int] = []
+    before = ""
+    for part in parts:
+        ids += part
+        whole = tokenizer.decode(ids, skip_special_tokens=False)
+        # A character whose bytes lie in two parts decodes differently once it is complete.
+        texts.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(part)))
+        before = whole
+    return texts
+
+
+def _brackets(console: Console) -> tuple[str, str]:
+    try:
+        "⟦⟧".encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "[[", "]]"
+    return "⟦", "⟧"
+
+
+def _shorten(text: str, *, keep_end: bool = False) -> str:
+    left_out = len(text) - _SHOWN
+    if left_out <= 0:
+        return text
+    note = f"[{left_out} more characters]"
+    return f"{note} {text[left_out:]}" if keep_end else f"{text[:_SHOWN]} {note}"
+
+
+def _safe(text: str, console: Console, style: str = "") -> Text:
+    spelt = "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in text)
+    try:
+        spelt = spelt.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    except LookupError:
+        spelt = spelt.encode("ascii", "backslashreplace").decode()
+    return Text(spelt, style)
+
+
+def _harmless(char: str) -> bool:
+    # Line breaks, and the joiners of some scripts and of emoji; no other control or format character.
+    return char in "\n\u200c\u200d" or unicodedata.category(char) not in {
+        "Cc",
+        "Cf",
+        "Cs",
+        "Co",
+        "Cn",
+        "Zl",
+        "Zp",
+    }

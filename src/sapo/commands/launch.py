@@ -1,0 +1,144 @@
+"""`sapo train --accelerate_config NAME`: the same command again in one process a GPU, through accelerate's launcher."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from sapo.errors import ConfigurationError, TrainingError
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+"""The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
+
+FLAG = "--accelerate_config"
+_LAUNCHER_FLAGS = (
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
+    "--rdzv_backend",
+)
+"""Handed to accelerate; everything else belongs to the run."""
+
+
+def is_asked_for(arguments: Sequence[str]) -> bool:
+    """Whether these arguments ask for several processes, and this is not yet one of them."""
+    return any(argument.split("=")[0] == FLAG for argument in arguments) and "LOCAL_RANK" not in os.environ
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """What the launcher is told, and what is left for the run.
+
+    Raises:
+        ConfigurationError: a launcher's flag without a value.
+    """
+    launcher: dict[str, str] = {}
+    own: list[str] = []
+    rest = [part for argument in arguments for part in _split_equals(argument)]
+    while rest:
+        argument = rest.pop(0)
+        if argument not in (FLAG, *_LAUNCHER_FLAGS):
+            own.append(argument)
+        elif rest and not rest[0].startswith("--"):
+            launcher[argument] = rest.pop(0)
+        else:
+            raise ConfigurationError(f"{argument} needs a value.")
+    return launcher, own
+
+
+def shipped_or_file(name: str) -> Path:
+    """The file of a shipped configuration, or `name` itself if it is a file.
+
+    Raises:
+        ConfigurationError: neither.
+    """
+    shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    file = shipped.get(name, Path(name))
+    if not file.is_file():
+        close = difflib.get_close_matches(name, shipped, n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(f"{FLAG} {name}: neither one of {', '.join(shipped)} nor a file{nearest}.")
+    return file
+
+
+def config_file(name: str) -> Path:
+    """`shipped_or_file`, if it can be run here.
+
+    Raises:
+        ConfigurationError: no such file, or DeepSpeed is asked for and not installed.
+    """
+    file = shipped_or_file(name)
+    if "DEEPSPEED" in file.read_text(encoding="utf-8") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigurationError(f'{FLAG} {name} needs DeepSpeed: pip install "sapo-llm[deepspeed]".')
+    return file
+
+
+def launch(command: str, arguments: Sequence[str]) -> None:
+    """Run `sapo COMMAND` in several processes.
+
+    Args:
+        command: such as "train".
+        arguments: of the command, with `--accelerate_config` and any flags of the launcher among them.
+
+    Raises:
+        ConfigurationError: no such configuration, or no GPU: accelerate would then run one process and say nothing.
+        TrainingError: a process failed; it has said why.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launcher, own = split_arguments(arguments)
+    file = config_file(launcher.pop(FLAG))
+    if not torch.accelerator.is_available():
+        raise ConfigurationError(
+            f"{FLAG} needs a GPU and there is none here. Several processes on CPUs: torchrun --nproc_per_node N "
+            f"-m sapo.commands.main {command} ... --use_cpu --ddp_backend gloo."
+        )
+    machines = int(launcher.get("--num_machines", "1"))
+    launcher.setdefault("--num_processes", str(machines * torch.accelerator.device_count()))
+    flags = [part for pair in launcher.items() for part in pair]
+    parsed = launch_command_parser().parse_args(
+        ["--config_file", str(file), *flags, "--module", "sapo.commands.main", command, *own]
+    )
+    # The launcher would give its processes half a minute and then kill them: too short to save a large model.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
+    try:
+        with _stop_signals_passed_on():
+            launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise TrainingError(
+            f"process {rank} ended with status {failure.exitcode}; its own message is above."
+        ) from error
+
+
+@contextmanager
+def _stop_signals_passed_on() -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the processes, which end after their current step, with a checkpoint."""
+    own = psutil.Process()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in own.children():
+            process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _split_equals(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name in (FLAG, *_LAUNCHER_FLAGS) else [argument]

@@ -1,0 +1,419 @@
+"""vLLM in the training process: the engine shares the device with the policy, and sleeps while the policy trains."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
+from sapo.generation.protocol import Weights, check_request
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.limits import adapter_room, check_temperature
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+_OLDEST = "0.32"
+"""vLLM that has what is called here: layer by layer reloading, weight versions, adapters replaced in place."""
+
+_ADAPTER = "opponent", 1
+"""Name and number of the one adapter."""
+
+_TOKENS_PER_STEP = 4096
+"""What the memory for activations is sized for; vLLM's default for large GPUs is four times as many."""
+
+
+class ColocatedVLLM:
+    """An `Engine`: `vllm.LLM` in this process, on this process's device.
+
+    In a run of several processes each has its own engine, and all must construct theirs together. The engine starts
+    without weights of its own (with LoRA: with the base model's), so `load` or `load_tensors` comes before `generate`.
+
+    Where vLLM can (CUDA, ROCm, XPU; not on a CPU) it sleeps when it is made and after each `generate`: its cache is
+    freed and its weights wait in CPU memory, which must have room for them. They are kept rather than discarded,
+    because they may be asked again before new ones come. Loading wakes it, and it stays awake until it has generated:
+    load right before generating.
+
+    The random state, the thread count and the matmul precision of the process stay as they were.
+
+    Args:
+        model: folder or Hub name; without LoRA only its configuration is read.
+        sampling: how the next token is drawn.
+        end_ids: tokens that end a row, and no others do; may be empty.
+        max_model_len: most tokens of context and reply together.
+        dtype: of weights and computation.
+        gpu_memory_utilization: share of the device's memory for weights, activations and cache of the engine, between
+            0 and 1. On a CPU a share of main memory, unless VLLM_CPU_KVCACHE_SPACE (GiB) says how large the cache is.
+        lora_rank: rank of the adapters to be loaded; None for whole models.
+        max_num_seqs: most rows written at a time; None for as many as vLLM thinks good.
+        revision: of `model` on the Hub.
+
+    Attributes:
+        version: of the weights in the engine; None when it has none that can be served.
+
+    Raises:
+        ConfigurationError: vLLM is missing or too old, or an option is out of range.
+        GenerationError: vLLM cannot serve the model on this device.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        *,
+        end_ids: Collection[int],
+        max_model_len: int,
+        dtype: torch.dtype,
+        gpu_memory_utilization: float,
+        lora_rank: int | None = None,
+        max_num_seqs: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        check_temperature(sampling)
+        options: dict[str, Any] = {"load_format": "dummy"}
+        if lora_rank is not None:
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(lora_rank)}
+        if max_num_seqs is not None:
+            options["max_num_seqs"] = max_num_seqs
+        self.version: str | None = None
+        self._sampling = sampling
+        self._end_ids = frozenset(end_ids)
+        self._max_model_len = max_model_len
+        self._has_adapter = lora_rank is not None
+        self._adapter_folder: Path | None = None
+        self._names: frozenset[str] | None = None
+        self._half_loaded = False
+        # vLLM joins the process group of the run, or makes one for itself, which it may also take down.
+        self._joined = dist.is_initialized()
+        self._closed = False
+        _import_vllm()
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self._sleeps = current_platform.is_sleep_mode_available()
+        with _process_unchanged(), _failing_as(f"vLLM cannot serve {model} in this process"):
+            self._llm: LLM = LLM(
+                model=model,
+                revision=revision,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max(_TOKENS_PER_STEP, max_num_seqs or 0),
+                gpu_memory_utilization=gpu_memory_utilization,
+                distributed_executor_backend=_launcher(),
+                enable_sleep_mode=self._sleeps,
+                # On a CPU compilation takes longer than it saves in the small runs that a CPU is for.
+                enforce_eager=current_platform.is_cpu(),
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                trust_remote_code=False,
+                use_tqdm_on_load=False,
+                **options,
+            )
+            self._vocabulary = self._llm.model_config.get_vocab_size()
+            if current_platform.is_cpu() and self._llm.model_config.is_moe and not self._has_adapter:
+                self.close()
+                raise GenerationError(
+                    f"vLLM on a CPU computes on with the old weights of experts when it is given new ones, and {model} "
+                    "has experts. Train an adapter, or use another generation backend."
+                )
+            self._rest()
+
+    def load(self, weights: Weights, version: str) -> None:
+        """Serve `weights`; see `Engine.load`."""
+        if isinstance(weights, Mapping):
+            self.load_tensors(weights.items(), version)
+            return
+        folder = weights
+        if not self._has_adapter:
+            self.load_tensors(_tensors_in(folder), version)
+            return
+        from vllm.lora.request import LoRARequest
+
+        name, number = _ADAPTER
+        self.version = None
+        with _random_state_kept(), _failing_as(f"vLLM cannot load the adapter in {folder}"):
+            self._wake()
+            swapped = self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
+        if not swapped:
+            raise GenerationError(f"vLLM did not load the adapter in {folder}; it does not say why.")
+        self._adapter_folder = folder
+        self._serve(version)
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Serve the weights `tensors`, which are copied into the engine's own one layer at a time.
+
+        Args:
+            tensors: all weights of the model by their names in a model folder, on any device and of any floating
+                type. Each must stay as it is until its layer is complete, so a generator that gathers weights
+                must yield a tensor of its own each time. It is read once, from start to end, also when another
+                process reads one like it.
+            version: names the weights; no two of a run's are alike.
+
+        Raises:
+            ConfigurationError: the engine serves adapters.
+            GenerationError: weights that are missing, too many or of other shapes; the engine then serves nothing
+                until it is given all of them, and if vLLM itself stopped half-way, nothing any more.
+        """
+        if self._has_adapter:
+            raise ConfigurationError("this engine serves LoRA adapters: load an adapter folder.")
+        if self._half_loaded:
+            raise GenerationError("an earlier loading of weights stopped half-way: start the engine anew.")
+        self.version = None
+        names: set[str] = set()
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors:
+                names.add(name)
+                yield name, tensor.detach()
+
+        with _random_state_kept(), _failing_as(f"vLLM cannot load the weights {version}"):
+            self._wake()
+            self._half_loaded = True
+            (missing,) = self._llm.collective_rpc(_copy_weights, args=(noted(),))
+            self._half_loaded = False
+        # vLLM fuses weights, and counts a fused one as loaded when it was given one part of it.
+        missing += sorted((self._names or names) - names)
+        if missing:
+            raise GenerationError(
+                f"the weights {version} lack {len(missing)} of those that the model has, such as {missing[0]}. "
+                "Give all of them."
+            )
+        self._names = frozenset(names)
+        self._serve(version)
+
+    def generate(
+        self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue each context; see `Generator.generate`.
+
+        Nothing that was computed in an earlier call is used.
+
+        Raises:
+            ConfigurationError: a request that breaks the contract, a row too long for the engine, or a token that the
+                model does not have.
+            GenerationError: the engine has no weights, fails, or answers what cannot be.
+        """
+        check_request(contexts, max_new_tokens, seeds)
+        for row, (context, budget) in enumerate(zip(contexts, max_new_tokens, strict=True)):
+            if len(context) + budget > self._max_model_len:
+                raise ConfigurationError(
+                    f"row {row}: {len(context)} tokens and {budget} new ones exceed max_model_len="
+                    f"{self._max_model_len} of the engine. Raise it to {len(context) + budget}."
+                )
+            if not 0 <= min(context) <= max(context) < self._vocabulary:
+                raise ConfigurationError(
+                    f"row {row}: the context holds tokens that are not among the model's {self._vocabulary}. Give "
+                    "the tokenizer of the model."
+                )
+        if self.version is None:
+            raise GenerationError("the engine has no weights to generate with. Load some first.")
+        rows = [row for row, budget in enumerate(max_new_tokens) if budget > 0]
+        replies: list[list[int]] = [[] for _ in contexts]
+        if not rows:
+            return replies
+        with _random_state_kept(), _failing_as("vLLM failed to generate"):
+            self._wake()
+            # Keys and values of other weights must not be used; those of an earlier call would make this one depend
+            # on it.
+            if not self._llm.reset_prefix_cache():
+                raise GenerationError("vLLM did not reset its prefix cache, so old keys and values might be used.")
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(contexts[row])} for row in rows],
+                [self._parameters(max_new_tokens[row], seeds[row]) for row in rows],
+                lora_request=self._adapter(),
+                use_tqdm=False,
+            )
+            self._rest()
+        if len(outputs) != len(rows):
+            raise GenerationError(f"vLLM answered {len(outputs)} of {len(rows)} rows.")
+        for row, output in zip(rows, outputs, strict=True):
+            (completion,) = output.outputs
+            other = {span.version for span in completion.weight_versions or ()} ^ {self.version}
+            if other:
+                raise GenerationError(f"row {row}: vLLM wrote with weights other than {self.version}: {sorted(other)}.")
+            replies[row] = self._checked(row, list(completion.token_ids), max_new_tokens[row])
+        return replies
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used any more."""
+        if self._closed:
+            return
+        from vllm.distributed.parallel_state import destroy_model_parallel
+        from vllm.v1.engine import core
+
+        clean_up = core.cleanup_dist_env_and_memory
+        if self._joined:
+            # Not the process group of the run, which vLLM would take down too.
+            core.cleanup_dist_env_and_memory = destroy_model_parallel
+        try:
+            self._llm.llm_engine.engine_core.shutdown()
+        finally:
+            core.cleanup_dist_env_and_memory = clean_up
+        self.version = None
+        self._closed = True
+        del self._llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _serve(self, version: str) -> None:
+        self._llm.llm_engine.set_weight_version(version)
+        self.version = version
+
+    def _adapter(self) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(*_ADAPTER, str(self._adapter_folder)) if self._has_adapter else None
+
+    def _parameters(self, budget: int, seed: int) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self._sampling.temperature,
+            top_k=self._sampling.top_k,
+            top_p=self._sampling.top_p,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            # Never -1, which stands for no seed.
+            seed=seed & (2**63 - 1),
+            max_tokens=budget,
+            stop_token_ids=sorted(self._end_ids),
+            # The end token of the model's configuration ends a row if it is among these, and only then.
+            ignore_eos=True,
+            detokenize=False,
+        )
+
+    def _checked(self, row: int, tokens: list[int], budget: int) -> list[int]:
+        """`tokens`, if they can be a reply."""
+        ends = [place for place, token in enumerate(tokens) if token in self._end_ids]
+        stopped = ends[:1] == [len(tokens) - 1]
+        if len(tokens) > budget or (ends and not stopped) or (len(tokens) < budget and not stopped):
+            raise GenerationError(
+                f"row {row}: vLLM wrote {len(tokens)} tokens of {budget} with end tokens at {ends}. A row ends with "
+                "its first end token or its budget."
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise GenerationError(f"row {row}: vLLM wrote tokens that are not among the model's {self._vocabulary}.")
+        return tokens
+
+    def _wake(self) -> None:
+        if self._sleeps and self._llm.llm_engine.is_sleeping():
+            if torch.cuda.is_available():
+                # What the allocator of the training has cached is of no use to that of the engine.
+                torch.cuda.empty_cache()
+            self._llm.wake_up()
+
+    def _rest(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+
+def _import_vllm() -> None:
+    """Import vLLM, quiet and in one process, unless the environment says otherwise.
+
+    Raises:
+        ConfigurationError: it is missing or too old.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigurationError(
+            f"vLLM cannot be imported: {brief(error)}. Install it beside sapo (docs/engines.md), or use another "
+            "generation backend."
+        ) from error
+    if Version(vllm.__version__) < Version(_OLDEST):
+        raise ConfigurationError(f"vLLM {vllm.__version__} is too old to run in this process: install {_OLDEST}.")
+
+
+def _launcher() -> str:
+    """Which executor of vLLM: one that joins the run's processes, where there are several."""
+    return "external_launcher" if dist.is_initialized() and dist.get_world_size() > 1 else "uni"
+
+
+def _copy_weights(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Copy `tensors` over the weights of vLLM's worker; the names of those of its weights that got nothing."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.platforms import current_platform
+
+    model = worker.model_runner.get_model()
+    with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        loaded = model.load_weights(tensors)
+        finalize_layerwise_reload(model, worker.model_config)
+        if current_platform.is_cpu():
+            # There a head has a packed copy of its weights, which is not made anew where they are the embedding's.
+            for module in model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+    # Some models of vLLM do not say what they loaded.
+    return [] if loaded is None else sorted(dict(model.named_parameters()).keys() - loaded)
+
+
+def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of a model folder, one in memory at a time."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise GenerationError(f"{folder} holds no weights: no file ends in .safetensors.")
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
+                yield name, weights.get_tensor(name)
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Raise what vLLM raises as one line that begins with `what`."""
+    from vllm.exceptions import VLLMError
+
+    try:
+        yield
+    except SapoError:
+        raise
+    except (VLLMError, ValueError, RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
+        raise GenerationError(f"{what}: {type(error).__name__} {brief(error)}".rstrip()) from error
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Keep the process's random numbers: vLLM seeds them when it starts, and on a CPU draws from them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def _process_unchanged() -> Iterator[None]:
+    """Undo what vLLM sets for the whole process when it starts, which it takes for its own."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with _random_state_kept():
+            yield
+    finally:
+        # On a CPU vLLM replaces the function by one that does nothing.
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,371 @@
+"""The opponent on vLLM servers: rows spread over all that answer, weights proved, faults outlived.
+
+A server may die, restart or hang at any time. Its weights are asked for before and after each batch of rows, so that
+whatever a restarted server wrote with the weights it was started with is thrown away and asked for again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from sapo.errors import ConfigurationError, GenerationError
+from sapo.generation.protocol import Weights, check_request
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.client import ADAPTER, CONNECTIONS, ServerUnavailableError, VLLMClient
+from sapo.generation.vllm.limits import check_temperature
+from sapo.generation.vllm.weight_stream import RECEIVER
+
+logger = logging.get_logger(__name__)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
+"""Seconds between two attempts; doubled each time."""
+
+_ATTEMPTS = 6
+"""Times that a row is asked for, from servers that answered when they were asked how they were."""
+
+_STARTED_WITH = "default"
+"""vLLM's tag of weights that nobody has changed."""
+
+_TOKENS_AT_A_TIME = 4096
+
+
+class VLLMServers:
+    """An `Engine` of one or several vLLM servers.
+
+    Args:
+        urls: one a server.
+        sampling: how the next token is drawn; greedy is exact, sampling has the distribution of the other backends.
+        end_ids: tokens that end a row.
+        vocabulary_size: token ids are below this.
+        stream: whether weights come as tensors rather than folders, which servers have to be started for.
+        adapter: whether the weights to load are those of an adapter on the servers' own base model.
+        loads: whether this process is the one that gives the servers weights; the others wait for it.
+        timeout: seconds to wait, in all, for a server that does not answer.
+        request_timeout: seconds until one request is given up and sent again.
+        sleep: of the time between two attempts.
+
+    Raises:
+        ConfigurationError: no server, the same twice, or a temperature that vLLM does not have.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        sampling: Sampling,
+        *,
+        end_ids: Collection[int],
+        vocabulary_size: int,
+        stream: bool = False,
+        adapter: bool = False,
+        loads: bool = True,
+        timeout: float = 240.0,
+        request_timeout: float = 300.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        check_temperature(sampling)
+        clients = [VLLMClient(url, request_timeout) for url in urls]
+        addresses = [client.url for client in clients]
+        if not clients or len(set(addresses)) < len(addresses):
+            raise ConfigurationError(f"vllm_server_url={' '.join(addresses)}: name each server once.")
+        for url in addresses:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigurationError(f"vllm_server_url={url}: must begin with http:// or https://.")
+        self._clients = clients
+        self._sampling = sampling
+        self._end_ids = frozenset(end_ids)
+        self._vocabulary_size = vocabulary_size
+        self._stream = stream
+        self._adapter = adapter
+        self._loads = loads
+        self._timeout = timeout
+        self._sleep = sleep
+        self._names: dict[str, str] = {}
+        self._lengths: dict[str, int] = {}
+        self._loaded: tuple[Weights, str] | None = None
+        self._lost: set[str] = set()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
+
+    # ---- Before the run ----
+
+    def check(self, tokenizer: Any, max_length: int, model_config: Any = None) -> None:
+        """Find out whether every server is there and serves a model with this tokenizer and enough room.
+
+        Args:
+            tokenizer: the policy's.
+            max_length: most tokens of prompt and response together.
+            model_config: of the policy, to find out whether new weights can be handed over; not needed for adapters.
+
+        Raises:
+            GenerationError: a server does not answer in time, or is none.
+            ConfigurationError: another tokenizer, too little room, or a model that a CPU server does not renew.
+        """
+        for client in self._clients:
+            self._insistently(client, lambda client: self._meet(client))
+            if self._lengths[client.url] < max_length:
+                raise ConfigurationError(
+                    f"{client.url} serves at most {self._lengths[client.url]} tokens, and max_length={max_length}. "
+                    f"Start it with --max-model-len {max_length}, or lower max_length."
+                )
+            self._insistently(client, lambda client: self._compare_tokenizer(client, tokenizer))
+            if self._stream and not self._insistently(client, lambda client: client.takes_streams()):
+                raise ConfigurationError(
+                    f"{client.url} cannot be sent weights. Start it with sapo serve, or with --worker-extension-cls "
+                    f"{RECEIVER}; or leave vllm_weights_transfer out."
+                )
+            # Of these, vLLM 0.32 on a CPU goes on computing with some old weights when it is given new ones.
+            text = None if model_config is None or self._adapter else model_config.get_text_config()
+            stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
+            if stale and self._insistently(client, lambda client: client.is_on_cpu()):
+                raise ConfigurationError(
+                    f"{client.url} computes on a CPU, where vLLM does not take over all new weights of a model with "
+                    "tied embeddings or experts. Train an adapter with --use_peft, or leave generation_backend out."
+                )
+
+    def token_logps(self, tokens: Sequence[int]) -> list[list[float]]:
+        """Each server's log-probabilities in nats of `tokens`, from the second on, by the weights last loaded.
+
+        Raises:
+            GenerationError: a server does not answer in time.
+        """
+        return [
+            self._insistently(client, lambda client: client.token_logps(tokens, self._model(client)))
+            for client in self._clients
+        ]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the servers are."""
+        return [client.url for client in self._clients]
+
+    def _meet(self, client: VLLMClient) -> None:
+        served = client.served_model()
+        self._names[client.url], self._lengths[client.url] = served.name, served.max_length
+
+    def _compare_tokenizer(self, client: VLLMClient, tokenizer: Any) -> None:
+        first, size = 0, len(tokenizer)
+        step = _TOKENS_AT_A_TIME
+        while first < size:
+            ids = list(range(first, min(first + step, size)))
+            if client.texts(ids, self._names[client.url]) == tokenizer.decode(ids):
+                first, step = first + step, _TOKENS_AT_A_TIME
+            elif len(ids) > 1:
+                # Somewhere among these.
+                step = max(1, len(ids) // 2)
+            else:
+                there = client.texts(ids, self._names[client.url])
+                raise ConfigurationError(
+                    f"{client.url} has another tokenizer: token {first} is {there!r} there and "
+                    f"{tokenizer.decode(ids)!r} in processing_class. Serve the model that is trained."
+                )
+
+    # ---- Weights ----
+
+    def load(self, weights: Weights, version: str) -> None:
+        """Serve `weights`; see `Engine.load`. Nothing may be generating.
+
+        A server that is away is given them when it is back.
+
+        Raises:
+            GenerationError: no server takes them in time.
+        """
+        if self._closed:
+            self._closed, self._pool = False, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
+            for client in self._clients:
+                client.open()
+        self._loaded = (weights.resolve() if isinstance(weights, Path) else weights, version)
+        self._servers()
+
+    def _servers(self) -> list[VLLMClient]:
+        """The servers that serve the weights loaded last: all that answer, at least one.
+
+        Raises:
+            GenerationError: none does in time.
+        """
+        if self._loaded is None:
+            raise GenerationError("the vLLM servers have been given no weights yet")
+        until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
+        while True:
+            trouble: list[str] = []
+            ready = [client for client in self._clients if self._is_ready(client, trouble)]
+            if ready:
+                return ready
+            if self._closed or time.monotonic() >= until:
+                raise GenerationError(
+                    f"{trouble[0]}; waited {self._timeout:g} s. Start vLLM again (sapo serve --config recipe.yaml) and "
+                    "continue with --resume_from_checkpoint true, or raise vllm_server_timeout."
+                )
+            self._sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _is_ready(self, client: VLLMClient, trouble: list[str]) -> bool:
+        assert self._loaded is not None
+        weights, version = self._loaded
+        try:
+            served = client.weight_version()
+            if served != version and self._loads:
+                if client.url in self._lost:
+                    # It may have come back as something else.
+                    self._meet(client)
+                client.load(weights, version)
+                served = client.weight_version()
+                if client.url in self._lost:
+                    logger.warning(f"{client.url} is back, and was given the opponent's weights again.")
+            if served != version:
+                trouble.append(f"{client.url} serves weights {served}, not {version}")
+                return False
+            if client.url not in self._names:
+                self._meet(client)
+        except ServerUnavailableError as error:
+            self._note_lost(client, error)
+            trouble.append(str(error))
+            return False
+        self._lost.discard(client.url)
+        return True
+
+    def _note_lost(self, client: VLLMClient, error: Exception) -> None:
+        if client.url not in self._lost:
+            self._lost.add(client.url)
+            logger.warning(f"A vLLM server does not answer, and is tried again: {error}.")
+
+    def _model(self, client: VLLMClient) -> str:
+        return ADAPTER if self._adapter else self._names[client.url]
+
+    # ---- Text ----
+
+    def generate(
+        self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue each context; see `Generator.generate`.
+
+        Raises:
+            ConfigurationError: a request that breaks the contract, or a row longer than the servers take.
+            GenerationError: no server answers in time, one answers what cannot be, or serves another run's weights.
+        """
+        check_request(contexts, max_new_tokens, seeds)
+        replies: list[list[int]] = [[] for _ in contexts]
+        missing = [row for row, budget in enumerate(max_new_tokens) if budget > 0]
+        attempts = 0
+        while missing:
+            servers = self._servers()
+            attempts += 1
+            if attempts > _ATTEMPTS:
+                raise GenerationError(
+                    f"{len(missing)} rows were asked for {_ATTEMPTS} times and never came, though servers say that "
+                    "they are well. Raise vllm_request_timeout, or look into the servers' logs."
+                )
+            self._check_lengths(servers, missing, contexts, max_new_tokens)
+            found = self._ask(servers, missing, contexts, max_new_tokens, seeds)
+            for row, tokens in found.items():
+                replies[row] = tokens
+            missing = [row for row in missing if row not in found]
+        return replies
+
+    def _ask(
+        self,
+        servers: list[VLLMClient],
+        rows: list[int],
+        contexts: Sequence[Sequence[int]],
+        budgets: Sequence[int],
+        seeds: Sequence[int],
+    ) -> dict[int, list[int]]:
+        """What came of `rows`, divided among the servers; without the rows of those that changed or vanished."""
+
+        def one(client: VLLMClient, row: int) -> list[int] | ServerUnavailableError:
+            try:
+                return client.continue_row(
+                    contexts[row],
+                    budgets[row],
+                    seeds[row],
+                    model=self._model(client),
+                    sampling=self._sampling,
+                    end_ids=self._end_ids,
+                )
+            except ServerUnavailableError as error:
+                return error
+
+        shares = {client.url: rows[place :: len(servers)] for place, client in enumerate(servers)}
+        asked = {
+            client.url: [(row, self._pool.submit(one, client, row)) for row in shares[client.url]] for client in servers
+        }
+        found: dict[int, list[int]] = {}
+        for client in servers:
+            own = {}
+            for row, future in asked[client.url]:
+                tokens = future.result()
+                if isinstance(tokens, ServerUnavailableError):
+                    self._note_lost(client, tokens)
+                else:
+                    self._check_tokens(client, tokens)
+                    own[row] = tokens
+            if self._still_serves(client):
+                found |= own
+        return found
+
+    def _still_serves(self, client: VLLMClient) -> bool:
+        assert self._loaded is not None
+        try:
+            served = client.weight_version()
+        except ServerUnavailableError as error:
+            self._note_lost(client, error)
+            return False
+        if served == self._loaded[1]:
+            return True
+        if served == _STARTED_WITH:
+            self._note_lost(client, GenerationError(f"{client.url} was restarted, and what it wrote is thrown away"))
+            return False
+        raise GenerationError(
+            f"{client.url} serves weights {served}, which this run has not given it. Does another run use it? Give "
+            "each run servers of its own."
+        )
+
+    def _check_tokens(self, client: VLLMClient, tokens: Sequence[int]) -> None:
+        if any(not 0 <= token < self._vocabulary_size for token in tokens):
+            raise GenerationError(
+                f"{client.url}: it wrote tokens that the policy does not know ({max(tokens)} of "
+                f"{self._vocabulary_size}). Serve the model that is trained."
+            )
+
+    def _check_lengths(
+        self,
+        servers: list[VLLMClient],
+        rows: list[int],
+        contexts: Sequence[Sequence[int]],
+        budgets: Sequence[int],
+    ) -> None:
+        shortest = min(self._lengths[client.url] for client in servers)
+        for row in rows:
+            if len(contexts[row]) + budgets[row] > shortest:
+                raise ConfigurationError(
+                    f"row {row}: {len(contexts[row])} tokens and {budgets[row]} new ones exceed the {shortest} that "
+                    f"the vLLM servers take. Start them with --max-model-len {len(contexts[row]) + budgets[row]}."
+                )
+
+    def close(self) -> None:
+        """Close all connections, also under requests that are under way; the servers go on."""
+        self._closed, self._loaded = True, None
+        for client in self._clients:
+            client.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _insistently(self, client: VLLMClient, do: Callable[[VLLMClient], Any]) -> Any:
+        """`do` with a server, again and again while it does not answer, up to the time limit."""
+        until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
+        while True:
+            try:
+                return do(client)
+            except ServerUnavailableError as error:
+                if time.monotonic() >= until:
+                    raise GenerationError(
+                        f"{error}: no vLLM server answers there after {self._timeout:g} s. Start one with sapo serve "
+                        "--config recipe.yaml, or set vllm_server_url."
+                    ) from error
+                self._note_lost(client, error)
+            self._sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)

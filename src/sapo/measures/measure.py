@@ -1,0 +1,259 @@
+"""A model's likelihood of held-out responses, its own samples, and what both say together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sapo.data.examples import Turn
+from sapo.errors import ConfigurationError
+from sapo.generation.protocol import Generator
+from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
+from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
+from sapo.preference.batches import collate_responses
+from sapo.preference.scoring import frozen, summed_logps
+from sapo.preference.segments import derive_seed
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """How responses are sampled and scored.
+
+    Attributes:
+        max_new_tokens: of a sampled response; one that has not ended by then counts as not ended.
+        max_length: tokens of prompt and response together, at most the model's positions.
+        batch_size: responses scored together.
+        seed: of the samples; each row's own seed derives from it and the row.
+    """
+
+    max_new_tokens: int = 256
+    max_length: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: must be 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found of one held-out response.
+
+    Attributes:
+        row: of the data set.
+        data_logp: log-probability of the data's response, nats.
+        data_tokens: its tokens, end token included.
+        own: the model's own sample, end token included if it ended.
+        own_logp: log-probability of it, nats.
+        opponent_logp: log-probability of the opponent's sample, nats; None without an opponent.
+        opponent_tokens: its tokens.
+    """
+
+    row: int
+    data_logp: float
+    data_tokens: int
+    own: tuple[int, ...]
+    own_logp: float
+    opponent_logp: float | None = None
+    opponent_tokens: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Measured:
+        """From JSON."""
+        return cls(**{**stored, "own": tuple(stored["own"])})
+
+
+def sample_responses(
+    generator: Generator, rows: Sequence[int], turns: Sequence[Turn], options: LocalOptions
+) -> list[tuple[int, ...]]:
+    """One response a prompt; a row's randomness depends on its number and the seed alone.
+
+    A prompt that leaves no room gets an empty response.
+    """
+    budgets = [max(0, min(options.max_new_tokens, options.max_length - len(turn.prompt_ids))) for turn in turns]
+    seeds = [derive_seed(options.seed, "local", row, turn.index) for row, turn in zip(rows, turns, strict=True)]
+    return [tuple(tokens) for tokens in generator.generate([turn.prompt_ids for turn in turns], budgets, seeds)]
+
+
+def score_responses(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+) -> list[float]:
+    """Log-probability in nats of each response after its prompt; 0 for an empty one."""
+    device = next(model.parameters()).device
+    # Of like length together, for little padding.
+    order = sorted(
+        (place for place, response in enumerate(responses) if len(response)),
+        key=lambda place: len(turns[place].prompt_ids) + len(responses[place]),
+    )
+    logps = [0.0] * len(responses)
+    with frozen(model):
+        for first in range(0, len(order), batch_size):
+            places = order[first : first + batch_size]
+            rows = collate_responses(
+                [(turns[place].prompt_ids, responses[place], len(responses[place])) for place in places],
+                pad_token_id=pad_token_id,
+            )
+            for place, logp in zip(places, summed_logps(model, rows.to(device))[0].tolist(), strict=True):
+                logps[place] = logp
+    return logps
+
+
+def measure(
+    policy: Callable[[], AbstractContextManager[nn.Module]],
+    generator: Generator,
+    rows: Sequence[int],
+    turns: Sequence[Turn],
+    options: LocalOptions,
+    *,
+    pad_token_id: int,
+    opponent: Sequence[Sequence[int]] | None = None,
+) -> list[Measured]:
+    """Sample and score one response a row.
+
+    Args:
+        policy: opens a context that yields the model to measure.
+        generator: writes with that model.
+        rows: numbers of the rows.
+        turns: their prompts and responses.
+        options: lengths, batch size, seed.
+        pad_token_id: fills the rows.
+        opponent: the opponent's samples, one a row.
+    """
+    own = sample_responses(generator, rows, turns, options)
+    with policy() as model:
+
+        def scored(responses: Sequence[Sequence[int]]) -> list[float]:
+            return score_responses(model, turns, responses, pad_token_id=pad_token_id, batch_size=options.batch_size)
+
+        data_logps, own_logps = scored([turn.response_ids for turn in turns]), scored(own)
+        other_logps = scored(opponent) if opponent is not None else None
+    return [
+        Measured(
+            row,
+            data_logps[place],
+            len(turns[place].response_ids),
+            own[place],
+            own_logps[place],
+            None if other_logps is None else other_logps[place],
+            None if opponent is None else len(opponent[place]),
+        )
+        for place, row in enumerate(rows)
+    ]
+
+
+def summarize(
+    measured: Sequence[Measured],
+    responses: Sequence[Sequence[int]],
+    end_ids: frozenset[int],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    halves: int = HALVES,
+) -> dict[str, Estimate]:
+    """All numbers of the local suite by name; what is not defined (no example long enough) is left out.
+
+    Args:
+        measured: one a row.
+        responses: the data's responses in the same order.
+        end_ids: tokens that end a response.
+        max_new_tokens: budget of the samples, so that the data is counted as ended by the same measure.
+        seed: of the resampling.
+        resamples: of each bootstrap; 0 for values without errors.
+        halves: ways to halve the rows for statistics of a corpus.
+    """
+    found: dict[str, Estimate | None] = {}
+    bootstrap = partial(bootstrap_ratio, seed=seed, resamples=resamples)
+
+    def mean(name: str, values: Sequence[float | None]) -> None:
+        found[name] = bootstrap([value for value in values if value is not None])
+
+    own = [one.own for one in measured]
+    bare = [_without_end(tokens, end_ids) for tokens in own]
+    bare_data = [_without_end(tokens, end_ids) for tokens in responses]
+    found["nll"] = bootstrap([-one.data_logp for one in measured], [one.data_tokens for one in measured])
+    mean("ended", [float(bool(tokens) and tokens[-1] in end_ids) for tokens in own])
+    mean("ended_data", [float(len(t) <= max_new_tokens and t[-1] in end_ids) for t in responses])
+    mean("length", [float(len(tokens)) for tokens in own])
+    mean("length_data", [float(len(tokens)) for tokens in responses])
+    found["length_ratio"] = bootstrap([len(t) for t in own], [len(t) for t in responses])
+    mean("seq_rep_4", [seq_rep(tokens) for tokens in bare])
+    mean("seq_rep_4_data", [seq_rep(tokens) for tokens in bare_data])
+    mean("loops", [float(ends_in_loop(tokens)) for tokens in bare])
+    found |= _corpus(bare, bare_data, partial(over_halves, len(own), seed=seed, halves=halves))
+    found |= _gap("own", measured, [one.own_logp for one in measured], [len(one.own) for one in measured], bootstrap)
+    faced = [one for one in measured if one.opponent_logp is not None]
+    others = [one.opponent_logp or 0.0 for one in faced]
+    found |= _gap("opponent", faced, others, [one.opponent_tokens or 0 for one in faced], bootstrap)
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _corpus(
+    own: Sequence[Sequence[int]], data: Sequence[Sequence[int]], halved: Callable[..., Estimate | None]
+) -> dict[str, Estimate | None]:
+    """Variety and distance, on halves of the rows so that model and data are seen through samples of one size."""
+    found: dict[str, Estimate | None] = {}
+    for n in (1, 2, 3):
+        # As many n-grams of either, for variety falls with the amount of text.
+        most = min(sum(max(0, len(tokens) - n + 1) for tokens in corpus) for corpus in (own, data)) // 3
+        for name, corpus in ((f"distinct_{n}", own), (f"distinct_{n}_data", data)):
+            found[name] = halved(
+                lambda half, _, corpus=corpus, n=n, most=most: distinct(
+                    [corpus[place] for place in half], n, most=most
+                ),
+            )
+    for n in (1, 2):
+        for name, corpus in ((f"ngram_distance_{n}", own), (f"ngram_distance_{n}_data", data)):
+            found[name] = halved(
+                lambda half, rest, corpus=corpus, n=n: jensen_shannon(
+                    ngram_counts([corpus[place] for place in half], n),
+                    ngram_counts([data[place] for place in rest], n),
+                ),
+            )
+    return found
+
+
+def _gap(
+    name: str,
+    measured: Sequence[Measured],
+    logps: Sequence[float],
+    lengths: Sequence[int],
+    bootstrap: Callable[..., Estimate | None],
+) -> dict[str, Estimate | None]:
+    """How often, and by how much, the data's response is preferred to another; equal ones count half."""
+    summed = [one.data_logp - logp for one, logp in zip(measured, logps, strict=True)]
+    each = [
+        one.data_logp / one.data_tokens - logp / length
+        for one, logp, length in zip(measured, logps, lengths, strict=True)
+        if length
+    ]
+    return {
+        f"prefers_data_to_{name}": bootstrap([wins(value) for value in summed]),
+        f"prefers_data_to_{name}_per_token": bootstrap([wins(value) for value in each]),
+        f"gap_to_{name}": bootstrap(each),
+    }
+
+
+def wins(difference: float) -> float:
+    """1 for a preference, 0 for the opposite, a half for none."""
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+
+
+def _without_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Sequence[int]:
+    return tokens[:-1] if tokens and tokens[-1] in end_ids else tokens

@@ -1,0 +1,1 @@
+"""The method: segments, pairs, replay buffer, layouts, objectives."""

@@ -1,0 +1,287 @@
+"""Pairs to model inputs, in two layouts: plain, one row a response; shared, one packed row without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from sapo.preference.objectives import IGNORE
+from sapo.preference.pairs import Pair
+from sapo.preference.segments import Suffix
+from sapo.preference.shared_prefix import PairSpan, SharedPrefixes
+
+Layout = Literal["plain", "shared"]
+Rows = TypeVar("Rows", bound="ScoredRows")
+
+_PARTS = 3
+"""Sums a pair: what only the chosen response has, what only the rejected one has, what they share."""
+
+
+MOST_PADDING = 0.15
+"""Share of padding that a pass of several pairs in the plain layout has at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Model inputs, and which predictions add up to which log-probability.
+
+    Attributes:
+        input_ids: `[R, L]` tokens, right-padded.
+        attention_mask: `[R, L]`, 1 where there is a token, by length and never by token value: a prompt may hold the
+            pad or end token (departure 4). None with shared prefixes.
+        targets: `[R, L]` the token that each position is to predict; `IGNORE` where it is not scored.
+        owners: `[R, L]` the sum that each scored position adds to, in `[0, sums)`.
+        places: `[M]` the scored positions of the flattened rows: found here, since an accelerator would have to be
+            waited for.
+        lengths: `[sums]` scored positions of each sum.
+        sums: number of sums.
+        tokens: tokens that are not padding.
+        position_ids: `[R, L]`; None where they are 0, 1, 2, ... in each row.
+        prefixes: with shared prefixes, where the pairs lie in the one row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    targets: Tensor
+    owners: Tensor
+    places: Tensor
+    lengths: Tensor
+    sums: int
+    tokens: int
+    position_ids: Tensor | None = None
+    prefixes: SharedPrefixes | None = None
+
+    def to(self: Rows, device: torch.device | str) -> Rows:
+        """The same on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch(ScoredRows):
+    """B pairs. Sum i is of chosen response i, B + i of rejected response i, 2B + i of what both share.
+
+    With `all_positions` there is one sum more, of all other positions of the chosen rows, padding included: with it
+    the published likelihood term of ORPO is a mean over `all_positions` predictions.
+    """
+
+    pairs: int = 0
+    all_positions: int = 0
+
+    def __len__(self) -> int:
+        return self.pairs
+
+
+def collate_pairs(
+    pairs: Sequence[Pair],
+    *,
+    pad_token_id: int,
+    suffix: Suffix = "keep",
+    layout: Layout = "plain",
+    score_shared: bool = True,
+    all_positions: bool = False,
+) -> PairBatch:
+    """Lay `pairs` out.
+
+    Args:
+        pairs: at least one.
+        pad_token_id: fills the rows; any token, since padding is known by length.
+        suffix: with "mask", what follows the rewritten segment of a rejected response is present and not scored.
+        layout: "plain" is `[2B, L]`, the chosen responses first; "shared" one row, see `shared_prefix`.
+        score_shared: also score the beginning A that both responses share. Its terms cancel in a difference of
+            log-probabilities, so the DPO loss does without.
+        all_positions: score everything in the chosen rows (plain layout only).
+
+    Raises:
+        ValueError: no pairs, or `all_positions` with shared prefixes.
+    """
+    if not pairs:
+        raise ValueError("a batch needs at least one pair")
+    if layout == "shared":
+        if all_positions:
+            raise ValueError("all_positions counts padding, and the shared layout has none")
+        return _packed(pairs, suffix, score_shared)
+    rows = [_Scored(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
+    count, places = len(pairs), list(range(len(pairs)))
+    for place, pair in enumerate(pairs):
+        if not pair.alone:
+            rows.append(_Scored(pair.prompt_ids, pair.rejected_ids, _first(pair, score_shared), _stop(pair, suffix)))
+            places.append(count + place)
+    input_ids, attention_mask, targets = _padded(rows, pad_token_id)
+    owners = torch.tensor(places)[:, None].expand_as(targets).contiguous()
+    sums, positions = _PARTS * count, 0
+    if all_positions:
+        others = targets[:count, :-1] == IGNORE
+        owners[:count, :-1][others] = sums
+        targets[:count, :-1] = input_ids[:count, 1:]
+        sums, positions = sums + 1, targets[:count, :-1].numel()
+    return PairBatch(
+        input_ids,
+        attention_mask,
+        targets,
+        owners,
+        *_scored(targets, owners, sums),
+        sums,
+        int(attention_mask.sum()),
+        pairs=count,
+        all_positions=positions,
+    )
+
+
+def split_pairs(
+    pairs: Sequence[Pair], most: int | None, *, layout: Layout, equal_passes: bool = False
+) -> list[list[Pair]]:
+    """Divide the pairs of a micro-batch into passes of at most `most` pairs; which pairs they are does not change.
+
+    In the plain layout pairs of like length go together, and a pass ends where one more pair would make its padding
+    more than `MOST_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
+    least memory.
+
+    Args:
+        pairs: at least one.
+        most: pairs of a pass; None for all.
+        layout: of each pass.
+        equal_passes: let the number of passes depend on the number of pairs alone, so that all processes take the same:
+            those that gather weights in each pass must.
+    """
+    if (most is None or most >= len(pairs)) and (layout == "shared" or equal_passes):
+        return [list(pairs)]
+    most = most or len(pairs)
+    longest_first = sorted(pairs, key=lambda p: -max(_lengths(p)))
+    if layout == "plain":
+        if equal_passes:
+            return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
+        return _alike(longest_first, most)
+    passes = -(-len(pairs) // most)
+    # Dealt forwards and backwards in turn, so that who gets the longer of one round gets the shorter of the next.
+    parts: list[list[Pair]] = [[] for _ in range(passes)]
+    for place, pair in enumerate(longest_first):
+        turn, seat = divmod(place, passes)
+        parts[seat if turn % 2 == 0 else passes - 1 - seat].append(pair)
+    return parts
+
+
+def padding_share(pairs: Sequence[Pair]) -> float:
+    """Share of the plain layout of `pairs` that is padding."""
+    lengths = [length for pair in pairs for length in _lengths(pair)]
+    return 1 - sum(lengths) / (len(lengths) * max(lengths))
+
+
+def _lengths(pair: Pair) -> tuple[int, int]:
+    return len(pair.prompt_ids) + len(pair.chosen_ids), len(pair.prompt_ids) + len(pair.rejected_ids)
+
+
+def _alike(longest_first: Sequence[Pair], most: int) -> list[list[Pair]]:
+    parts: list[list[Pair]] = []
+    for pair in longest_first:
+        if parts and len(parts[-1]) < most and padding_share([*parts[-1], pair]) <= MOST_PADDING:
+            parts[-1].append(pair)
+        else:
+            parts.append([pair])
+    return parts
+
+
+def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> ScoredRows:
+    """Lay out rows of (prompt, response, number of response tokens to score), one sum a row."""
+    input_ids, attention_mask, targets = _padded(
+        [_Scored(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
+    )
+    owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
+    scored, tokens = _scored(targets, owners, len(rows)), int(attention_mask.sum())
+    return ScoredRows(input_ids, attention_mask, targets, owners, *scored, len(rows), tokens)
+
+
+def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]:
+    """`places` and `lengths` of `ScoredRows`."""
+    places = (targets != IGNORE).flatten().nonzero()[:, 0]
+    return places, torch.bincount(owners.flatten()[places], minlength=sums)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A prompt and a response of which the tokens in `[first, stop)` are scored."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    first: int
+    stop: int
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+    @property
+    def targets(self) -> list[int]:
+        """For each position the token it predicts; the first token of all is predicted by none."""
+        start = len(self.prompt)
+        labels = [IGNORE] * (start + self.first) + list(self.response[self.first : self.stop])
+        labels += [IGNORE] * (start + len(self.response) - len(labels))
+        return [*labels[1:], IGNORE]
+
+
+def _first(pair: Pair, score_shared: bool) -> int:
+    return 0 if score_shared else pair.segment.start
+
+
+def _stop(pair: Pair, suffix: Suffix) -> int:
+    return pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids)
+
+
+def _padded(rows: Sequence[_Scored], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(row.prompt) + len(row.response) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE)
+    for place, row in enumerate(rows):
+        length = len(row.prompt) + len(row.response)
+        input_ids[place, :length] = torch.tensor(row.ids)
+        attention_mask[place, :length] = 1
+        targets[place, :length] = torch.tensor(row.targets)
+    return input_ids, attention_mask, targets
+
+
+def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBatch:
+    ids: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    spans = []
+    count = len(pairs)
+    for place, pair in enumerate(pairs):
+        shared = pair.segment.start
+        chosen = _Scored(pair.prompt_ids, pair.chosen_ids, _first(pair, score_shared), len(pair.chosen_ids))
+        rejected = _Scored(pair.prompt_ids, pair.rejected_ids, shared, _stop(pair, suffix))
+        prefix = len(pair.prompt_ids) + shared
+        # All of prompt and A but the last token, which the branch repeats; with neither there is nothing to repeat.
+        visible = max(0, prefix - 1)
+        branch = rejected.ids[visible:]
+        start, middle = len(ids), len(ids) + len(chosen.ids)
+        spans.append(PairSpan(start, middle, middle + len(branch), visible))
+        ids += chosen.ids + branch
+        positions += [*range(len(chosen.ids)), *range(visible, visible + len(branch))]
+        targets += chosen.targets + rejected.targets[visible:]
+        owners += [2 * count + place] * visible + [place] * (len(chosen.ids) - visible) + [count + place] * len(branch)
+    label, owner = torch.tensor([targets]), torch.tensor([owners])
+    places, lengths = _scored(label, owner, _PARTS * count)
+    return PairBatch(
+        input_ids=torch.tensor([ids]),
+        attention_mask=None,
+        targets=label,
+        owners=owner,
+        places=places,
+        lengths=lengths,
+        sums=_PARTS * count,
+        tokens=len(ids),
+        position_ids=torch.tensor([positions]),
+        prefixes=SharedPrefixes(tuple(spans)),
+        pairs=count,
+    )

@@ -1,0 +1,295 @@
+"""The run folder: models, checkpoints, metrics, the resolved configuration. Nothing in it is ever half written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from sapo.errors import CheckpointError, ConfigurationError, brief
+from sapo.runs import checkpoint as parts
+from sapo.runs.files import write_atomically
+from sapo.training.step_guard import Learnt, describe
+from sapo.weights.opponent import POLICY_ADAPTER, save_adapter, save_sharded
+
+if TYPE_CHECKING:
+    from sapo.training.trainer import SAPOTrainer
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "sapo_config.yaml"
+RECIPE_FILE = "recipe.yaml"
+TRACE_FILE = "trace-{process}.jsonl"
+BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
+PAIRS_FILE = "pairs.jsonl"
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+REPORT_FILES = (PAIRS_FILE, RUN_FILE, REPORT_FILE)
+_TRACE_BYTES = 16 * 2**20
+"""Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
+_STAGING = ".saving"
+_OLD = ".old"
+
+
+class RunFolder:
+    """The output folder of one run."""
+
+    def __init__(self, trainer: SAPOTrainer) -> None:
+        self._trainer = trainer
+        self.path = Path(trainer.args.output_dir)
+        self.staging: Path | None = None
+
+    # ---- Beginning ----
+
+    def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that or none.
+
+        Raises:
+            CheckpointError: it does not exist.
+        """
+        if wanted in (None, False, "false", "False"):
+            return None
+        self._recover()
+        if wanted in (True, "true", "True", "auto"):
+            newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+            if newest is None and wanted == "auto":
+                return None
+            if newest is None:
+                raise CheckpointError(
+                    f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
+                )
+            return Path(newest)
+        if self._trainer.is_world_process_zero():
+            _settle(Path(str(wanted)))
+        self._trainer.accelerator.wait_for_everyone()
+        if not Path(str(wanted)).is_dir():
+            raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
+        return Path(str(wanted))
+
+    def _recover(self) -> None:
+        """Finish or undo what a crash while saving has left half done."""
+        if self._trainer.is_world_process_zero():
+            for left in [self.path / _STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
+                shutil.rmtree(left, ignore_errors=True)
+            for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
+                _settle(old.with_name(old.name.removesuffix(_OLD)))
+        self._trainer.accelerator.wait_for_everyone()
+
+    def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
+        """Make sure that an earlier run is neither mixed with this one nor lost.
+
+        Args:
+            overwrite: whether it may be replaced.
+            restarted: whether what a run leaves before its first checkpoint is of this very run.
+
+        Raises:
+            ConfigurationError: the folder is not empty and may not be overwritten.
+        """
+        if not self._trainer.is_world_process_zero():
+            return
+        check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
+        for old in [
+            *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
+            self.path / "opponent",
+            self.path / f"opponent{_OLD}",
+            self.path / _STAGING,
+        ]:
+            shutil.rmtree(old, ignore_errors=True)
+        per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
+        for pattern in (METRICS_FILE, *REPORT_FILES, *per_process):
+            for file in self.path.glob(f"{pattern}*"):
+                file.unlink()
+
+    def begin(self, step: int) -> None:
+        """Write the resolved configuration, and drop metrics of steps that will be run again."""
+        if not self._trainer.is_world_process_zero():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        options = self._trainer.args.to_dict()
+        write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
+        for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                write_atomically(file, "".join(f"{line}\n" for line in kept))
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Write recipe.yaml, which gives the same run again."""
+        if self._trainer.is_world_process_zero():
+            write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
+
+    def append_metrics(self, line: str) -> None:
+        """Add one line to metrics.jsonl."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def append_trace(self, step: int, learnt: Sequence[Learnt]) -> None:
+        """Note which pairs a step learnt from: [row, turn, start of the segment, loss in nats] of each."""
+        file = self.path / TRACE_FILE.format(process=self._trainer.args.process_index)
+        pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in learnt]
+        if file.exists() and file.stat().st_size > _TRACE_BYTES:
+            file.replace(_aside(file))
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
+
+    def write_bad_pairs(self, learnt: Sequence[Learnt]) -> Path:
+        """Write pairs with their texts and losses, and tell where."""
+        file = self.path / BAD_PAIRS_FILE.format(process=self._trainer.args.process_index)
+        rows = describe(learnt, self._trainer.processing_class)
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    # ---- Checkpoints ----
+
+    def save_atomically(self, save: Callable[[], None]) -> None:
+        """Let Trainer write its checkpoint into a staging folder, seal it, and rename it to `checkpoint-N`."""
+        trainer = self._trainer
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        self.staging = self.path / _STAGING
+        try:
+            if trainer.args.should_save:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            with _writing(self.path / name, self.staging):
+                save()
+        finally:
+            staging, self.staging = self.staging, None
+            trainer.args.save_total_limit = limit
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            written = staging / name
+            best = trainer.state.best_model_checkpoint
+            if best is not None and Path(best) == written:
+                trainer.state.best_model_checkpoint = str(self.path / name)
+                trainer.state.save_to_json(str(written / "trainer_state.json"))
+            parts.seal(written)
+            _replace_folder(written, self.path / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            parts.rotate(self.path / name, limit, trainer.state.best_model_checkpoint)
+        trainer.accelerator.wait_for_everyone()
+
+    # ---- Models ----
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments.
+
+        All processes take part, the first writes.
+        """
+        trainer, policy = self._trainer, self._trainer.policy()
+        if trainer.twin is not None:
+            save_sharded(policy, trainer.twin, folder)
+        elif trainer.args.should_save and isinstance(policy, PeftModel):
+            save_adapter(policy, POLICY_ADAPTER, folder)
+        elif trainer.args.should_save:
+            policy.save_pretrained(folder)  # type: ignore[operator]
+        if trainer.args.should_save:
+            trainer.processing_class.save_pretrained(folder)
+
+    def save_models(self, folder: Path) -> None:
+        """Write policy and tokenizer into `folder`, and the opponent into `folder`/opponent, each a model folder."""
+        trainer = self._trainer
+        staging, opponent = folder / _STAGING, folder / _STAGING / "opponent"
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            opponent.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        with _writing(folder, staging):
+            self.save_policy(staging)
+            if trainer.opponent is not None and (trainer.twin is not None or trainer.args.should_save):
+                trainer.opponent.save_pretrained(opponent)
+        if trainer.args.should_save:
+            if trainer.opponent is not None:
+                trainer.processing_class.save_pretrained(opponent)
+                _replace_folder(opponent, folder / "opponent")
+            else:
+                opponent.rmdir()
+            for file in staging.iterdir():
+                file.replace(folder / file.name)
+            staging.rmdir()
+        trainer.accelerator.wait_for_everyone()
+
+
+def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:
+    """Refuse to start afresh over an earlier run.
+
+    Args:
+        path: of the run folder.
+        overwrite: whether anything may be replaced.
+        restarted: whether what a run leaves before its first checkpoint may be.
+
+    Raises:
+        ConfigurationError: `path` is not an empty folder, and may not be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
+    present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if restarted:
+        early = [METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial"]
+        early += [*REPORT_FILES, *(f".{name}.partial" for name in REPORT_FILES)]
+        present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
+    if present and not overwrite:
+        raise ConfigurationError(
+            f"output_dir={path} is not empty (it holds {present[0]}). Choose another, continue with "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
+        )
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put the complete folder `new` where `target` is; a crash at any point leaves one of the two for `_settle`."""
+    _settle(target)
+    if target.exists():
+        target.rename(_aside(target))
+    new.rename(target)
+    _settle(target)
+
+
+def _settle(target: Path) -> None:
+    """After a replacement, whole or cut short: remove the old folder, or put it back where the new one is missing."""
+    old = _aside(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(target.name + _OLD)
+
+
+@contextmanager
+def _writing(target: Path, staging: Path) -> Iterator[None]:
+    """Tell of a full disk in one line, and leave nothing half written.
+
+    Raises:
+        CheckpointError: `target` cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch tells of a full disk by a RuntimeError, as of much else.
+        if isinstance(error, RuntimeError) and "writ" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} cannot be written ({brief(error)}); what was there is as it was. Make room, "
+            "then continue with --resume_from_checkpoint true."
+        ) from error
+
+
+def _number(value: float) -> float | str:
+    """JSON has no number for what is not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _step_of(line: str) -> int:
+    return int(json.loads(line)["step"])

@@ -1,0 +1,1 @@
+"""The trainer and what only a running training needs."""

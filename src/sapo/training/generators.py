@@ -1,0 +1,179 @@
+"""What `generation_backend` names: made for a trainer, and checked against its opponent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from sapo.config import VLLM_URL, SAPOConfig
+from sapo.data.examples import Example, collate_examples
+from sapo.errors import ConfigurationError, GenerationError, SapoError
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.protocol import Engine, Generator
+from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.servers import VLLMServers
+from sapo.weights.opponent import POLICY_ADAPTER
+
+if TYPE_CHECKING:
+    from sapo.training.trainer import SAPOTrainer
+
+PROBE_TOKENS = 64
+LARGEST_DIFFERENCE = 0.1
+"""Mean absolute difference in nats a token between an engine and the opponent at which they are not the same model.
+
+In float32 the two differ by about 1e-6; two bfloat16 implementations of one model by some hundredths.
+"""
+
+
+def opponent_generator(trainer: SAPOTrainer) -> Generator:
+    """The generator that the options ask for; servers are looked for and asked what they serve.
+
+    Raises:
+        ConfigurationError, GenerationError: servers that are not there, or serve something else.
+    """
+    args = trainer.args
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.generation_backend != "transformers":
+        _check_adapter(trainer)
+    if args.generation_backend == "vllm_server":
+        return checked_servers(
+            args,
+            trainer.processing_class,
+            _config(trainer),
+            end_ids=trainer.end_ids,
+            adapter=trainer.is_adapter(),
+            stream=args.vllm_weights_transfer == "stream",
+        )
+    if args.generation_backend == "vllm_colocate":
+        from sapo.generation.vllm.colocated import ColocatedVLLM
+
+        policy = trainer.policy()
+        if _config(trainer).to_dict().get("quantization_config"):
+            raise ConfigurationError(
+                "generation_backend=vllm_colocate with a quantized model is not supported. Leave load_in_4bit and "
+                "load_in_8bit out, or serve the base model apart with vllm_server."
+            )
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        return ColocatedVLLM(
+            _config(trainer).name_or_path,
+            sampling,
+            end_ids=trainer.end_ids,
+            max_model_len=args.max_length,
+            dtype=half or next(policy.parameters()).dtype,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            lora_rank=policy.peft_config[POLICY_ADAPTER].r if isinstance(policy, PeftModel) else None,
+        )
+    return TransformersGenerator(
+        trainer.opponent_in_use,
+        sampling,
+        end_ids=trainer.end_ids,
+        pad_token_id=trainer.pad_token_id,
+        batch_size=args.generation_batch_size,
+    )
+
+
+def checked_servers(
+    args: SAPOConfig,
+    tokenizer: Any,
+    model_config: Any,
+    *,
+    end_ids: Collection[int],
+    adapter: bool,
+    stream: bool = False,
+) -> VLLMServers:
+    """The vLLM servers of a run, found and asked what they serve; the first process gives them weights.
+
+    Raises:
+        ConfigurationError, GenerationError: they are not there, or serve something else; all connections are closed.
+    """
+    servers = VLLMServers(
+        args.vllm_server_url or [VLLM_URL],
+        Sampling(args.temperature, args.top_k, args.top_p),
+        end_ids=end_ids,
+        vocabulary_size=model_config.get_text_config().vocab_size,
+        stream=stream,
+        adapter=adapter,
+        loads=args.process_index == 0,
+        timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+    )
+    try:
+        servers.check(tokenizer, args.max_length, model_config)
+    except SapoError:
+        servers.close()
+        raise
+    return servers
+
+
+def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:
+    """Compare what vLLM servers and opponent think of the first training example; all processes take part.
+
+    Args:
+        trainer: whose opponent has been loaded.
+        engine: any; one that is no vLLM server is taken at its word.
+
+    Raises:
+        GenerationError: they are not the same model, though the weights were loaded.
+    """
+    if not isinstance(engine, VLLMServers):
+        return
+    (example,) = collate_examples([trainer.train_dataset[0]])["examples"]
+    tokens = _tokens(example)[: trainer.args.max_length - 1]
+    with trainer.opponent_in_use() as model, torch.no_grad():
+        device = next(model.parameters()).device
+        logits = model(input_ids=torch.tensor([tokens], device=device)).logits[0].float()
+        logps = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:], device=device)[:, None])[:, 0].cpu()
+    for url, given in zip(engine.urls, engine.token_logps(tokens), strict=True):
+        difference = float((torch.tensor(given) - logps).abs().mean())
+        if not difference <= LARGEST_DIFFERENCE:
+            name = _config(trainer).name_or_path or "the model that is trained"
+            raise GenerationError(
+                f"{url}: with the opponent's weights it gives other probabilities than the opponent, {difference:.2g} "
+                f"nats a token on the first example. Serve {name} itself: same configuration, same base, not quantized."
+            )
+
+
+def _check_adapter(trainer: SAPOTrainer) -> None:
+    """Refuse an adapter that vLLM would refuse at the first hand-over; a server says so as if it had a passing trouble.
+
+    Raises:
+        ConfigurationError: anything that vLLM 0.32 does not compute (its `lora/peft_helper.py`).
+    """
+    policy = trainer.policy()
+    if not isinstance(policy, PeftModel):
+        return
+    if trainer.args.vllm_weights_transfer == "stream":
+        raise ConfigurationError(
+            "vllm_weights_transfer=stream with an adapter: vLLM reads adapters from folders. Leave it out, and name a "
+            "folder that the servers see by vllm_weights_dir."
+        )
+    adapter = policy.peft_config[POLICY_ADAPTER]
+    if not isinstance(adapter, LoraConfig):
+        raise ConfigurationError(f"an adapter of type {adapter.peft_type}: vLLM serves LoRA alone.")
+    start = adapter.init_lora_weights
+    refused = {
+        "use_dora": adapter.use_dora,
+        "modules_to_save": adapter.modules_to_save,
+        # Others change the base model.
+        "init_lora_weights": isinstance(start, str)
+        and start.lower() not in ("gaussian", "eva", "orthogonal")
+        and start,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ConfigurationError(
+                f"{name}={value} with generation_backend={trainer.args.generation_backend}: vLLM does not serve such "
+                "adapters. Leave one of the two out."
+            )
+
+
+def _config(trainer: SAPOTrainer) -> Any:
+    return trainer.policy().config
+
+
+def _tokens(example: Example) -> list[int]:
+    turn = example.turns[0]
+    return [*turn.prompt_ids, *turn.response_ids][:PROBE_TOKENS]

@@ -1,0 +1,252 @@
+"""What the report needs that nothing else keeps: a sample of pairs, and what the run runs on.
+
+Which pairs: with n = `report_pairs`, S = (n - 4) // 8 and T = the steps of the run, snapshots are taken at the steps
+ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step learnt
+from, on the first process: at most n in all. The followed prompts are the same at each snapshot (a sample of the
+training rows, seeded by (seed, "followed")); the opponent rewrites the same segment of each with the same random
+numbers (epoch -1), so that what changes from one snapshot to the next is the opponent and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sapo._version import __version__
+from sapo.data.examples import collate_examples
+from sapo.preference.pair_loss import pair_loss
+from sapo.preference.pairs import Pair, PairedData, SelfPlay
+from sapo.preference.reference_scores import ReferenceLogps
+from sapo.preference.scoring import PairScores
+from sapo.preference.segments import derive_seed
+from sapo.report.page import write_report
+from sapo.runs.files import write_atomically
+from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
+from sapo.training.tracking import log_pairs
+from sapo.weights.sharding import whole_size
+
+if TYPE_CHECKING:
+    from sapo.training.trainer import SAPOTrainer
+
+FOLLOWED = 4
+"""Prompts that are rewritten anew at each snapshot."""
+LEARNT = 4
+"""Pairs learnt from that are kept at each snapshot."""
+_SHARE_OF_TIME = 50
+"""A report is refreshed only when this many times its own duration has passed since the last."""
+_PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed"]
+
+
+def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
+    """The steps at which pairs are kept, 0 (before the first) included; none if `pairs` is 0."""
+    snapshots = (pairs - FOLLOWED) // (FOLLOWED + LEARNT)
+    if snapshots < 1:
+        return set()
+    return {math.ceil(j * max_steps / snapshots) for j in range(snapshots + 1)}
+
+
+class RunRecorder(TrainerCallback):
+    """Keeps pairs.jsonl and run.json while a run goes on, and writes its report now and then and at its end."""
+
+    def __init__(self, trainer: SAPOTrainer) -> None:
+        self._trainer = trainer
+        self._folder = Path(trainer.args.output_dir)
+        self._steps: set[int] = set()
+        self._followed: list[int] = []
+        self._refreshed, self._took = 0.0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Note what runs; drop pairs of steps that will be run again; keep the followed prompts as they start."""
+        trainer = self._trainer
+        has_pairs = isinstance(trainer.source, (SelfPlay, PairedData))
+        self._steps = snapshot_steps(state.max_steps, trainer.args.report_pairs if has_pairs else 0)
+        count = len(trainer.train_dataset)
+        rng = random.Random(derive_seed(trainer.args.seed, "followed"))
+        self._followed = sorted(rng.sample(range(count), min(FOLLOWED, count)))
+        if state.is_world_process_zero:
+            self._write_run(_describe(trainer, state))
+            _keep_until(self._folder / PAIRS_FILE, state.global_step)
+        if state.global_step == 0 and 0 in self._steps:
+            self._take(0)
+        self._refreshed = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Keep pairs and refresh the report, when they are due."""
+        if state.global_step in self._steps:
+            self._take(state.global_step)
+        every = self._trainer.args.report_steps
+        if every and state.global_step % every == 0 and state.is_world_process_zero:
+            began = time.perf_counter()
+            if began - self._refreshed >= _SHARE_OF_TIME * self._took:
+                write_report(self._folder / REPORT_FILE, [self._folder])
+                self._refreshed = time.perf_counter()
+                self._took = self._refreshed - began
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Write the report."""
+        if not state.is_world_process_zero:
+            return
+        run = json.loads((self._folder / RUN_FILE).read_text(encoding="utf-8"))
+        self._write_run(run | {"ended": _now(), "steps": state.global_step, "stopped": self._trainer.stop_reason})
+        write_report(self._folder / REPORT_FILE, [self._folder])
+
+    def _write_run(self, run: dict[str, Any]) -> None:
+        write_atomically(self._folder / RUN_FILE, json.dumps(run, indent=1))
+
+    def _take(self, step: int) -> None:
+        """Write and score the pairs of a snapshot: all processes take part, and the first keeps its own."""
+        trainer = self._trainer
+        kinds = {"followed": self._rewrite_followed()}
+        if step > 0:
+            # As many on every process: with sharded weights all must go through the same passes.
+            kinds["learnt"] = [trainer.last_pairs[i % len(trainer.last_pairs)] for i in range(LEARNT)]
+        rows = []
+        for kind, pairs in kinds.items():
+            scored = list(zip(pairs, self._scores(pairs), strict=True))
+            if kind == "learnt":
+                scored = scored[: len(trainer.last_pairs)]
+            for pair, scores in scored:
+                row = {"step": step, "kind": kind, **texts_of(pair, trainer.processing_class), **scores}
+                rows.append(row | (self._history(pair, step) if kind == "learnt" else {}))
+        if trainer.is_world_process_zero():
+            log_pairs(trainer.args.report_to, rows, step)
+            with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _rewrite_followed(self) -> list[Pair]:
+        trainer = self._trainer
+        examples = collate_examples([trainer.train_dataset[index] for index in self._followed])["examples"]
+        return trainer.eval_pairs.make(examples)
+
+    def _scores(self, pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
+        """Loss, rewards and log-probabilities of each pair, as the training would log them, and of the reference."""
+        args = self._trainer.args
+        size = args.pairs_per_forward or args.per_device_train_batch_size
+        for first in range(0, len(pairs), size):
+            part = pairs[first : first + size]
+            scores, reference = self._trainer.scores_of(part)
+            for place in range(len(part)):
+                one = slice(place, place + 1)
+                own = PairScores(*(tensor[one] for tensor in scores[:4]))
+                before = None
+                if reference is not None:
+                    before = ReferenceLogps(reference.chosen_logps[one], reference.rejected_logps[one])
+                metrics = pair_loss(own, before, args).metrics
+                found = {
+                    "loss": metrics["loss"],
+                    "margin": metrics["rewards/margins"],
+                    "chosen_logp": metrics["logps/chosen"],
+                    "rejected_logp": metrics["logps/rejected"],
+                }
+                if before is not None:
+                    found["reference_chosen_logp"] = before.chosen_logps.item()
+                    found["reference_rejected_logp"] = before.rejected_logps.item()
+                yield {name: round(value, 5) if math.isfinite(value) else None for name, value in found.items()}
+
+    def _history(self, pair: Pair, step: int) -> dict[str, int]:
+        """Steps since a pair was written and how often it was drawn, while it is in the buffer."""
+        if not isinstance(self._trainer.source, SelfPlay):
+            return {}
+        for entry in self._trainer.source.buffer.entries():
+            if entry.item is pair:
+                return {"age": step - 1 - entry.step, "draws": entry.draws}
+        return {}
+
+
+def texts_of(pair: Pair, tokenizer: Any) -> dict[str, Any]:
+    """A pair as text, each response in three parts: before the segment, the segment, after it.
+
+    The parts of a response joined are its text: it is decoded as a whole and cut, since a token decoded alone may lose
+    a space or half a character.
+    """
+
+    def parts(ids: tuple[int, ...], start: int, stop: int) -> list[str]:
+        text = tokenizer.decode([*pair.prompt_ids, *ids])
+        cuts = [0]
+        for count in (0, start, stop):
+            head = tokenizer.decode([*pair.prompt_ids, *ids[:count]])
+            cuts.append(max(cuts[-1], _shared(head, text)))
+        return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+    prompt, *chosen = parts(pair.chosen_ids, pair.segment.start, pair.segment.stop)
+    _, *rejected = parts(pair.rejected_ids, pair.rewritten.start, pair.rewritten.stop)
+    return {
+        "row": pair.row,
+        "turn": pair.turn,
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "tokens": [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)],
+        "segment_tokens": [len(pair.segment), len(pair.rewritten)],
+        "identical": pair.identical,
+    }
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    if other.startswith(one):
+        return len(one)
+    return next(place for place, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
+
+
+def _describe(trainer: SAPOTrainer, state: TrainerState) -> dict[str, Any]:
+    """Model, data, machine and versions of a run that begins."""
+    policy: Any = trainer.policy()
+    args, weights = trainer.args, list(policy.parameters())
+    gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
+    return {
+        "model": str(policy.config._name_or_path) or type(policy).__name__,
+        "parameters": sum(map(whole_size, weights)),
+        "trained_parameters": sum(whole_size(weight) for weight in weights if weight.requires_grad),
+        "adapter": trainer.is_adapter(),
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
+        "training_rows": len(trainer.train_dataset),
+        "max_steps": state.max_steps,
+        "first_step": state.global_step,
+        "processes": args.world_size,
+        "device": gpu or str(args.device),
+        "started": _now(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": {"sapo-llm": __version__, **{name: found for name in _PACKAGES if (found := _version(name))}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Leave of a file of JSON lines those up to `step`, or nothing of a run that starts afresh."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines() if step else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomically(file, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,1 @@
+"""Models: loading, policy, opponent, reference, sharding, memory."""

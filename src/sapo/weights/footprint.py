@@ -1,0 +1,288 @@
+"""What the models of a run take in memory, from a model's configuration alone: no weights are read.
+
+Policy, opponent and reference are built by the package's own functions on the meta device, whose tensors have shapes
+and no storage; what is counted is what a run makes. How the weights, gradients and optimizer states of each are divided
+over processes follows DeepSpeed (ZeRO-2, ZeRO-3) and accelerate (FSDP2); see docs/estimate.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig, get_peft_config
+from trl.trainer.utils import disable_dropout_in_model
+
+from sapo.config import SAPOConfig
+from sapo.weights.opponent import (
+    FrozenWeights,
+    ModelCopy,
+    make_opponent,
+    make_reference,
+    needs_float32_master,
+    policy_tensors,
+)
+from sapo.weights.policy import with_adapter
+
+StrategyName = Literal["none", "multi_gpu", "zero2", "zero3", "fsdp2"]
+
+_STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
+"""Optimizer states of a parameter's own size and type; Adam and everything else: 2."""
+
+_EIGHT_BIT_STATE = 1 + 4 / 256
+"""Bytes of a state in bitsandbytes' 8-bit optimizers: one, and a float32 scale for each block of 256."""
+
+_BUCKET = 500_000_000
+"""Elements of DeepSpeed's default reduce bucket."""
+
+_LIVE = 1_000_000_000
+"""Elements of gathered weights that ZeRO-3 keeps at most, by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How a run is divided over `processes`, one a GPU: by the names of the configurations of `--accelerate_config`."""
+
+    name: StrategyName = "none"
+    processes: int = 1
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.name in ("zero3", "fsdp2")
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether each process holds a part of the gradients only."""
+        return self.name in ("zero2", "zero3", "fsdp2")
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The models of a run on the meta device.
+
+    Attributes:
+        policy: with its adapter, if it has one.
+        opponent: None for paired data.
+        reference: None without one, with the live opponent, and where the base model under an adapter stands for it.
+        quantized: bytes of an element of those weights that are kept in 4 or 8 bits, by the weight's `id`.
+    """
+
+    policy: nn.Module
+    opponent: FrozenWeights | None
+    reference: FrozenWeights | None
+    quantized: dict[int, float]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Weights that the optimizer touches."""
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+
+def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy) -> Roles:
+    """Policy, opponent and reference of a run, without storage.
+
+    A new adapter is assumed: continuing from an existing one, `reference: initial` costs an adapter more.
+
+    Args:
+        config: of the model.
+        model_args: type of the weights, adapter and quantization.
+        args: of the run.
+        strategy: ZeRO changes the type of the weights.
+    """
+    if args.num_iterations is not None:
+        # An iteration trains on pairs that were written before: the opponent is not there any more.
+        args = copy.copy(args)
+        args.pair_source = "paired"
+    dtype = weight_type(config, model_args)
+    if strategy.name in ("zero2", "zero3") and args.bf16:
+        dtype = torch.bfloat16
+    # The kernels of another attention need not be installed here; unset, transformers takes what the model has.
+    attention = "eager" if model_args.attn_implementation == "eager" else None
+    with _without_partitioning(args), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        quantized = _quantize(model, model_args)
+        policy: Any = with_adapter(model, get_peft_config(model_args), args)
+        if args.disable_dropout:
+            disable_dropout_in_model(policy)
+        adapter = isinstance(policy, PeftModel)
+        if strategy.name == "fsdp2" and (args.bf16 or args.fp16):
+            # accelerate keeps what is trained in float32 beside mixed precision.
+            for weight in policy.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.float()
+        opponent = make_opponent(policy, decay=args.ema_decay) if args.pair_source == "self_play" else None
+        reference = None
+        if args.objective == "dpo" and args.reference in ("initial", "opponent_copy"):
+            base = adapter and args.reference == "initial"
+            reference = None if base else make_reference(policy, may_be_base=False)
+    return Roles(policy, opponent, reference, quantized)
+
+
+def model_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> dict[str, int]:
+    """Bytes on one device of what lasts from step to step, and of the gradients, by part."""
+    policy, trained = roles.policy, roles.trained
+    own = 1 / strategy.processes if strategy.shards_weights else 1
+    parts = {"policy": _size(_base(roles), roles.quantized) * own}
+    if isinstance(policy, PeftModel):
+        parts["policy's adapter"] = _size(policy_tensors(policy).values()) * own
+    if roles.opponent is not None:
+        kept = list(roles.opponent.tensors().values())
+        if isinstance(roles.opponent, ModelCopy) and not strategy.shards_weights:
+            parts["opponent"] = _size(roles.opponent.model.parameters()) * own
+            parts["opponent's float32 master"] = _size(kept) * own if _has_master(policy, args) else 0
+        else:
+            parts["opponent"] = _size(kept) * own
+    if roles.reference is not None:
+        parts["reference"] = _size(roles.reference.tensors().values()) * own
+    parts["gradients"] = gradient_memory(trained, args, strategy)
+    parts["optimizer"] = _optimizer_memory(trained, args, strategy)
+    return {name: round(size) for name, size in parts.items() if size}
+
+
+def gradient_memory(trained: Iterable[Tensor], args: SAPOConfig, strategy: Strategy) -> float:
+    """Bytes of the gradients on one device, and of what the processes exchange them in."""
+    trained = list(trained)
+    size = _size(trained)
+    if strategy.name == "multi_gpu":
+        # DistributedDataParallel keeps buckets of all gradients beside them.
+        return 2 * size
+    if strategy.name == "fsdp2":
+        # Between two passes without communication each process keeps whole gradients, in the type of the computation.
+        whole = _count(trained) * (2 if args.bf16 or args.fp16 else 4)
+        return size / strategy.processes + (whole if _several_passes(args) else 0)
+    if strategy.shards_gradients:
+        width = 2 if args.bf16 or args.fp16 else 4
+        return size / strategy.processes + min(_BUCKET, _count(trained)) * width
+    return size
+
+
+def gathered_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> int:
+    """Bytes of the weights that are whole at one time in a forward or backward pass of a sharded policy."""
+    if not strategy.shards_weights:
+        return 0
+    width = 2 if args.bf16 or args.fp16 else 4
+    if strategy.name == "zero3":
+        return min(_LIVE, _count(roles.policy.parameters())) * width
+    layers = _layers(roles.policy)
+    inside = sum(_count(layer.parameters()) for layer in layers)
+    largest = max((_count(layer.parameters()) for layer in layers), default=0)
+    # The layer at work, the one fetched ahead, its gradients; and what lies outside the layers.
+    return (3 * largest + _count(roles.policy.parameters()) - inside) * width
+
+
+def twin_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> int:
+    """Bytes of the weights gathered whole on each device while a sharded opponent or reference computes."""
+    if not strategy.shards_weights:
+        return 0
+    width = 2 if args.bf16 or args.fp16 else 4
+    return _count(roles.policy.parameters()) * width
+
+
+def optimizer_scratch(trained: list[Tensor], args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> int:
+    """Bytes that a step of the optimizer needs for itself."""
+    name = _optimizer(args)
+    if "fused" in name or "8bit" in name:
+        return 0
+    if strategy.name.startswith("zero"):
+        # Gradients of the own part in float32.
+        return 4 * _count(trained) // strategy.processes
+    size = _size(trained) / (strategy.processes if strategy.shards_gradients else 1)
+    # On a GPU torch steps all weights at once, elsewhere one by one.
+    largest = max((weight.numel() * weight.element_size() for weight in trained), default=0)
+    return round(size) if on_gpu else 2 * largest
+
+
+def weight_type(config: Any, model_args: ModelConfig) -> torch.dtype:
+    """The type in which the weights are loaded."""
+    name = model_args.dtype
+    if name in (None, "auto"):
+        own = config.get_text_config().dtype or torch.float32
+        return own if isinstance(own, torch.dtype) else getattr(torch, str(own))
+    return getattr(torch, str(name))  # type: ignore[no-any-return]
+
+
+def _optimizer(args: SAPOConfig) -> str:
+    return str(OptimizerNames(args.optim).value)
+
+
+def _optimizer_memory(trained: list[Tensor], args: SAPOConfig, strategy: Strategy) -> float:
+    name = _optimizer(args)
+    states = next((count for key, count in _STATES.items() if key in name), 2)
+    own = 1 / strategy.processes if strategy.shards_gradients else 1
+    if "8bit" in name:
+        size = _count(trained) * states * _EIGHT_BIT_STATE
+    elif strategy.name.startswith("zero"):
+        size = 4.0 * _count(trained) * states
+    else:
+        size = float(_size(trained) * states)
+    if strategy.name.startswith("zero"):
+        # DeepSpeed steps a float32 copy of what is trained.
+        size += 4 * _count(trained)
+    return size * own
+
+
+def _several_passes(args: SAPOConfig) -> bool:
+    most = args.pairs_per_forward or args.per_device_train_batch_size
+    return bool(args.gradient_accumulation_steps > 1 or most < args.per_device_train_batch_size)
+
+
+def _has_master(policy: nn.Module, args: SAPOConfig) -> bool:
+    return any(needs_float32_master(weight.dtype, args.ema_decay) for weight in policy.parameters())
+
+
+def _base(roles: Roles) -> list[Tensor]:
+    """The policy's weights, without those of adapters."""
+    adapters = isinstance(roles.policy, PeftModel)
+    return [w for name, w in roles.policy.named_parameters() if not (adapters and "lora_" in name)]
+
+
+def _count(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() for weight in {id(weight): weight for weight in weights}.values())
+
+
+def _size(weights: Iterable[Tensor], quantized: dict[int, float] | None = None) -> float:
+    known = quantized or {}
+    different = {id(weight): weight for weight in weights}
+    return sum(w.numel() * known.get(place, w.element_size()) for place, w in different.items())
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules: the decoder's layers."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _quantize(model: Any, model_args: ModelConfig) -> dict[int, float]:
+    """What bitsandbytes does to the linear layers, and peft to everything else."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return {}
+    # In 4 bits there is a scale for each 64 weights, in float32, or in 8 bits when that is quantized in turn.
+    width = 1.0 if model_args.load_in_8bit else 0.5 + (1 if model_args.use_bnb_nested_quant else 4) / 64
+    head = model.get_output_embeddings()
+    quantized = {id(m.weight): width for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    for weight in model.parameters():
+        if id(weight) not in quantized:
+            weight.data = weight.data.float()
+    return quantized
+
+
+@contextmanager
+def _without_partitioning(args: SAPOConfig) -> Iterator[None]:
+    """Keep transformers from cutting the model for ZeRO-3 as it is built."""
+    plugin = args.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()

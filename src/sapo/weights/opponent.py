@@ -1,0 +1,439 @@
+"""The models that follow the policy: the opponent, an exponential moving average, and the reference.
+
+Three kinds behind one small interface. Full models are copied. With LoRA there is one base model and one adapter a
+role ("default" is the policy's), so that a run costs hardly more memory than SFT with the same adapter. Of a policy
+whose weights are spread over processes each process keeps a copy of its shards.
+
+Source: section 3.3 of the paper; `performance.md` of the design notes for the float32 master.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
+
+from sapo.config import SAPOConfig
+from sapo.errors import ConfigurationError
+from sapo.weights.sharding import Twin, cut, gather_all, named_weights, shard_of
+
+POLICY_ADAPTER = "default"
+
+LARGEST_DECAY_IN_HALF_PRECISION = 0.5
+"""Above this a moving average kept in bfloat16 stalls: at 0.992 it follows 4 to 23 % of the movement, at 0.999 none."""
+
+
+class FrozenWeights(Protocol):
+    """Weights of the policy's architecture that no optimizer touches."""
+
+    def using(self) -> Any:
+        """A context manager that yields a module computing with these weights."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name, in the precision in which they are kept; empty when nothing has to be saved.
+
+        Of sharded weights, the shards of this process.
+        """
+        ...
+
+    def whole(self) -> dict[str, Tensor]:
+        """`tensors()` of all processes together, on the first of them; all take part."""
+        ...
+
+    @torch.no_grad()
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Self <- decay x self + (1 - decay) x policy."""
+        ...
+
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`, which have the names and shapes of `self.tensors()`."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `whole()` gave, on each process."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write an ordinary model folder (with LoRA, an ordinary adapter folder); sharded, all processes take part."""
+        ...
+
+
+def needs_float32_master(dtype: torch.dtype, decay: float) -> bool:
+    """Whether a moving average of weights of `dtype` has to be kept in float32 to follow them at all."""
+    return dtype in (torch.float16, torch.bfloat16) and LARGEST_DECAY_IN_HALF_PRECISION < decay < 1
+
+
+def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """The weights that the opponent follows: all parameters, or those of the policy's adapter.
+
+    Tied parameters appear once.
+    """
+    if isinstance(policy, PeftModel):
+        return _adapter_tensors(policy, POLICY_ADAPTER)
+    return named_weights(policy)
+
+
+class _Whole(ABC):
+    """Weights that each process holds entirely: nothing to gather, nothing to cut."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name."""
+
+    @abstractmethod
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`."""
+
+    def whole(self) -> dict[str, Tensor]:
+        """All weights by name."""
+        return self.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`."""
+        self.copy_from(tensors)
+
+
+class ModelCopy(_Whole):
+    """A frozen copy of a whole model, in evaluation mode.
+
+    Args:
+        policy: copied as it is now. Copy before anything closes over the policy's modules (a fused head does).
+        decay: of the moving average that it will be; decides about the float32 master. 1 when it is only copied to.
+    """
+
+    def __init__(self, policy: nn.Module, *, decay: float = 1.0) -> None:
+        self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+        weights = dict(self.model.named_parameters())
+        self._master = {
+            name: weight.detach().float()
+            for name, weight in weights.items()
+            if needs_float32_master(weight.dtype, decay)
+        }
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """Yield the copy."""
+        yield self.model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters, the float32 master where there is one."""
+        return {**dict(self.model.named_parameters()), **self._master}
+
+    @torch.no_grad()
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Move towards `policy`; see `FrozenWeights.follow`."""
+        _lerp(self.tensors(), policy, 1 - decay)
+        self._publish_master()
+
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`; see `FrozenWeights.copy_from`."""
+        _copy(self.tensors(), tensors)
+        self._publish_master()
+
+    def _publish_master(self) -> None:
+        weights = dict(self.model.named_parameters())
+        for name, master in self._master.items():
+            weights[name].copy_(master)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the copy as a model folder."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+
+
+class AdapterCopy(_Whole):
+    """A frozen adapter beside the policy's on the same base model.
+
+    Args:
+        policy: the model; its adapter "default" is copied.
+        name: of the new adapter: "opponent" or "reference".
+
+    Raises:
+        ConfigurationError: a PEFT method other than LoRA.
+    """
+
+    def __init__(self, policy: PeftModel, name: str) -> None:
+        config = policy.peft_config[POLICY_ADAPTER]
+        if config.peft_type != PeftType.LORA:
+            raise ConfigurationError(
+                f"the adapter is of type {config.peft_type}: opponent and reference adapters need LoRA."
+            )
+        self._policy = policy
+        self.name = name
+        with _adapter_state_restored(policy):
+            policy.add_adapter(name, copy.deepcopy(config))
+        self.copy_from(policy_tensors(policy))
+        for weight in self.tensors().values():
+            weight.requires_grad_(False)
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """Yield the base model with this adapter active, then activate the policy's again."""
+        with _adapter_state_restored(self._policy):
+            self._policy.set_adapter(self.name)
+            yield self._policy
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's weights under the policy adapter's names."""
+        return _adapter_tensors(self._policy, self.name)
+
+    @torch.no_grad()
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Move towards `policy`, factor by factor.
+
+        The average of the factors A and B is not the average of their product; for factors 5 % apart the two differ
+        by 6e-4 of its norm (departure 13).
+        """
+        _lerp(self.tensors(), policy, 1 - decay)
+
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`; see `FrozenWeights.copy_from`."""
+        _copy(self.tensors(), tensors)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the adapter as an adapter folder."""
+        save_adapter(self._policy, self.name, folder)
+
+
+class BaseModel(_Whole):
+    """The base model with its adapters off: what a fresh LoRA adapter starts from, so a reference for nothing."""
+
+    def __init__(self, policy: PeftModel) -> None:
+        self._policy = policy
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """Yield the model with adapters off, then turn them on again."""
+        with _adapter_state_restored(self._policy), self._policy.disable_adapter():
+            yield self._policy
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: the base model never changes."""
+        return {}
+
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Not possible.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("the base model is not a moving average")
+
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+        _copy({}, tensors)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Not possible: the base model lies where it was loaded from.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("the base model is not saved")
+
+
+class ShardedCopy:
+    """The shards that this process holds of a frozen copy, cut like the policy's.
+
+    With LoRA only those of the adapter; everything else is the policy's own.
+
+    Args:
+        policy: wrapped, its weights spread over the processes; copied as it is now.
+        twin: computes with the weights while they are gathered.
+        decay: see `ModelCopy`.
+    """
+
+    def __init__(self, policy: nn.Module, twin: Twin, *, decay: float = 1.0) -> None:
+        self._policy = policy
+        self._twin = twin
+        self._shards = {}
+        for name, weight in policy_tensors(policy).items():
+            dtype = torch.float32 if needs_float32_master(weight.dtype, decay) else weight.dtype
+            self._shards[name] = shard_of(weight).detach().to(dtype, copy=True)
+
+    @contextmanager
+    def using(self) -> Iterator[nn.Module]:
+        """Yield a module that computes with the gathered weights, and free them; all processes take part."""
+        with self._twin.filled(named_weights(self._policy), self._shards) as module:
+            yield module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The shards of this process by name."""
+        return self._shards
+
+    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
+        """Move towards `policy`, shard by shard: no communication."""
+        _lerp(self._shards, {name: shard_of(policy[name]) for name in self._shards}, 1 - decay)
+
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the shards of another copy."""
+        _copy(self._shards, tensors)
+
+    def whole(self) -> dict[str, Tensor]:
+        """All weights on the first process, gathered one at a time; empty elsewhere."""
+        return gather_all(policy_tensors(self._policy), self._shards)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over this process's part of whole tensors."""
+        cuts = policy_tensors(self._policy)
+        _same_names(self._shards, tensors)
+        self.copy_from({name: cut(whole, cuts[name]) for name, whole in tensors.items()})
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a model folder, with LoRA an adapter folder, on the first process."""
+        cuts = policy_tensors(self._policy)
+        save_whole(self._twin, {name: weight.to(cuts[name].dtype) for name, weight in self.whole().items()}, folder)
+
+
+def make_copies(
+    policy: nn.Module, args: SAPOConfig, twin: Twin | None
+) -> tuple[FrozenWeights | None, FrozenWeights | None]:
+    """Opponent and reference that a run asks for, equal to `policy` now; None where it needs none.
+
+    Args:
+        policy: with `twin`, wrapped and sharded; else before anything closes over its modules (a fused head does).
+        args: `pair_source`, `objective`, `reference` and `ema_decay` decide.
+        twin: of a sharded policy.
+    """
+    opponent: FrozenWeights | None = None
+    if args.pair_source == "self_play":
+        decay = args.ema_decay
+        opponent = make_opponent(policy, decay=decay) if twin is None else ShardedCopy(policy, twin, decay=decay)
+    if args.objective != "dpo" or args.reference == "none":
+        return opponent, None
+    if args.reference == "opponent":
+        return opponent, opponent
+    if twin is not None:
+        return opponent, ShardedCopy(policy, twin)
+    return opponent, make_reference(policy, may_be_base=args.reference == "initial")
+
+
+def make_opponent(policy: nn.Module, *, decay: float) -> FrozenWeights:
+    """The opponent of `policy`, equal to it now."""
+    if isinstance(policy, PeftModel):
+        return AdapterCopy(policy, "opponent")
+    return ModelCopy(policy, decay=decay)
+
+
+def make_reference(policy: nn.Module, *, may_be_base: bool) -> FrozenWeights:
+    """A reference equal to `policy` now.
+
+    Args:
+        policy: copied, unless it is a base model under an adapter that does nothing yet.
+        may_be_base: whether the reference never changes, so that the base with adapters off can stand for it.
+    """
+    if not isinstance(policy, PeftModel):
+        return ModelCopy(policy)
+    if may_be_base and _is_neutral(policy):
+        return BaseModel(policy)
+    return AdapterCopy(policy, "reference")
+
+
+@torch.no_grad()
+def squared_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> Tensor:
+    """Squared norms of policy - weights and of the policy, `[2]`; of sharded weights, this process's part of both."""
+    # One tensor at a time and summed on the device: no second copy of the model.
+    parts = []
+    for name, weight in weights.items():
+        own = shard_of(policy[name]).float()
+        parts.append(torch.stack([(own - weight.float()).pow(2).sum().double(), own.pow(2).sum().double()]))
+    return torch.stack(parts).sum(0)
+
+
+def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write adapter `name` alone into `folder`, as the folder's only adapter; with the weights of `state_dict`."""
+    policy.save_pretrained(str(folder), selected_adapters=[name], state_dict=state_dict)
+    nested = folder / name
+    # PEFT puts every adapter but "default" into a folder of its own.
+    if nested.is_dir():
+        for file in nested.iterdir():
+            file.replace(folder / file.name)
+        nested.rmdir()
+
+
+def save_sharded(policy: nn.Module, twin: Twin, folder: Path) -> None:
+    """Write a sharded policy as an ordinary folder on the first process; all take part."""
+    tensors = policy_tensors(policy)
+    save_whole(twin, gather_all(tensors, {name: shard_of(weight) for name, weight in tensors.items()}), folder)
+
+
+def save_whole(twin: Twin, whole: Mapping[str, Tensor], folder: Path) -> None:
+    """Write gathered weights with the architecture of `twin`; nothing where nothing was gathered."""
+    if not whole:
+        return
+    architecture = twin.architecture
+    if isinstance(architecture, PeftModel):
+        save_adapter(architecture, POLICY_ADAPTER, folder, whole)
+    else:
+        buffers = {name: buffer for name, buffer in architecture.state_dict().items() if not buffer.is_meta}
+        architecture.save_pretrained(folder, state_dict={**buffers, **whole})
+
+
+def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    tensors = {}
+    for name, weight in named_weights(model).items():
+        parts = name.split(".")
+        if adapter in parts:
+            place = len(parts) - 1 - parts[::-1].index(adapter)
+            tensors[".".join([*parts[:place], POLICY_ADAPTER, *parts[place + 1 :]])] = weight
+    return tensors
+
+
+def _is_neutral(model: PeftModel) -> bool:
+    """Whether the policy's adapter adds nothing: every factor B is zero, as LoRA starts."""
+    factors = [
+        weight
+        for name, weight in _adapter_tensors(model, POLICY_ADAPTER).items()
+        if "lora_B" in name or "lora_embedding_B" in name
+    ]
+    return bool(factors) and not any(bool(weight.any()) for weight in factors)
+
+
+@contextmanager
+def _adapter_state_restored(model: PeftModel) -> Iterator[None]:
+    """Restore the active adapter and every `requires_grad`: PEFT moves both when it switches."""
+    active = model.active_adapter
+    trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(trainable.get(name, False))
+
+
+def _lerp(own: Mapping[str, Tensor], policy: Mapping[str, Tensor], weight: float) -> None:
+    targets = list(own.values())
+    sources = [policy[name].detach() for name in own]
+    same = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == s.dtype]
+    if same:
+        torch._foreach_lerp_([t for t, _ in same], [s for _, s in same], weight)
+    for target, source in zip(targets, sources, strict=True):
+        if target.dtype != source.dtype:
+            target.lerp_(source.to(target.dtype), weight)
+
+
+def _same_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    if own.keys() != tensors.keys():
+        different = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"weights do not match: {len(different)} names differ, such as {different[0]}")
+
+
+def _copy(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    _same_names(own, tensors)
+    for name, target in own.items():
+        if target.shape != tensors[name].shape:
+            raise ValueError(
+                f"weights do not match: {name} is {list(tensors[name].shape)}, expected {list(target.shape)}"
+            )
+        target.copy_(tensors[name])

@@ -35,13 +35,13 @@ def main() -> None:
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval() if arguments.model else build_model()
-    plain = TransformersGenerator(lambda: contextlib.nullcontext(model), Sampling(), end_ids=(), pad_token_id=0)
+    plain = TransformersGenerator(lambda: contextlib.nullcontext(model), Sampling(), eos_ids=(), pad_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = ColocatedVLLM(
             folder,
             Sampling(),
-            end_ids=(),
+            eos_ids=(),
             max_model_len=arguments.prompt + max(arguments.new),
             dtype=torch.float32,
             gpu_memory_utilization=0.2,

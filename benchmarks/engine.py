@@ -2,7 +2,7 @@
 
 First text alone: both backends write the same requests with the published sampling and no end token, in turn, each
 figure a median. Then real runs of `SAPOTrainer`, dense and LoRA, whose text comes from this process or from the server,
-which writes coming batches or not. The variants take turns for a few rounds, the first steps of each run are left out.
+which writes pending batches or not. The variants take turns for a few rounds, the first steps of each run are left out.
 
 The server is started here, by an interpreter that has vLLM, the way `sapo serve` does. Trainer and server have one core
 each if the machine has two that nobody else uses; otherwise they take time from each other:
@@ -94,8 +94,8 @@ def compare_text(
     server: psutil.Process, url: str, folder: Path, batches: Sequence[int], news: Sequence[int], repeats: int
 ) -> None:
     model = build_model(SETTING).eval()
-    plain = TransformersGenerator(lambda: nullcontext(model), Sampling(), end_ids=(), pad_token_id=0)
-    engine = VLLMServers([url], Sampling(), end_ids=(), vocabulary_size=model.config.vocab_size)
+    plain = TransformersGenerator(lambda: nullcontext(model), Sampling(), eos_ids=(), pad_token_id=0)
+    engine = VLLMServers([url], Sampling(), eos_ids=(), vocabulary_size=model.config.vocab_size)
     model.save_pretrained(folder / "text")
     engine.load(folder / "text", "text")
     print(f"{model.num_parameters():,} parameters, context {SETTING.prompt}, tokens a second, median of {repeats}")

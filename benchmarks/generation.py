@@ -52,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = build_model()
     sampling = Sampling()
-    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), sampling, end_ids=(), pad_token_id=PAD)
+    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), sampling, eos_ids=(), pad_token_id=PAD)
 
     def ours(prompts: torch.Tensor) -> None:
         rows = len(prompts)

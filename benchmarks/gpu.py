@@ -32,7 +32,7 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.preference.batches import collate_pairs
 from sapo.preference.scoring import prepare_shared_layout, summed_logps
-from sapo.weights.footprint import Strategy, build_roles
+from sapo.weights.footprint import Strategy, build_run_models
 
 SIZES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -98,7 +98,7 @@ def counted(config: Any, options: Any, dtype: torch.dtype) -> Trace:
         output_dir="unused", use_cpu=True, report_to="none", gradient_checkpointing=False,
         per_device_train_batch_size=options.pairs,
     )  # fmt: skip
-    roles = build_roles(config, ModelConfig(dtype=str(dtype)[6:]), args, Strategy())
+    roles = build_run_models(config, ModelConfig(dtype=str(dtype)[6:]), args, Strategy())
     given = {"pairs": options.pairs, "rows": 0, "fused_lm_head": False}
     return trace_passes(roles, args, Strategy(), LENGTHS[options.size], **given).learning
 
@@ -170,7 +170,7 @@ def decoding(config: Any, options: Any, device: Device, dtype: torch.dtype) -> N
     weights = sum(weight.numel() for weight in model.parameters()) - config.vocab_size * config.hidden_size
     head = config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
-    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), Sampling(), end_ids=(), pad_token_id=0)
+    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), Sampling(), eos_ids=(), pad_token_id=0)
     print(f"\ndecoding {lengths.segment} tokens after {lengths.context}")
     for rows in options.rows:
         contexts = [[2 + place % 1000 for place in range(lengths.context)]] * rows

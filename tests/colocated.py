@@ -48,11 +48,11 @@ def contexts_of(count, length, seed=0):
     return [[rng.randrange(3, 63) for _ in range(length)] for _ in range(count)]
 
 
-def by_transformers(policy, contexts, budgets, end_ids=(END,)):
-    generator = TransformersGenerator(lambda: nullcontext(policy), GREEDY, end_ids=end_ids, pad_token_id=0)
+def by_transformers(policy, contexts, budgets, eos_ids=(END,)):
+    generator = TransformersGenerator(lambda: nullcontext(policy), GREEDY, eos_ids=eos_ids, pad_token_id=0)
     return generator.generate(contexts, budgets, [0] * len(contexts))
 
 
 def start(folder, sampling=GREEDY, **options):
     settings = {"max_model_len": LENGTH, "dtype": torch.float32, "gpu_memory_utilization": 0.2} | options
-    return ColocatedVLLM(str(folder), sampling, end_ids=settings.pop("end_ids", (END,)), **settings)
+    return ColocatedVLLM(str(folder), sampling, eos_ids=settings.pop("eos_ids", (END,)), **settings)

@@ -35,7 +35,7 @@ def make_trainer(tokenizer, tmp_path):
             "save_strategy": "no",
             "segment_length": 4,
             "max_length": 32,
-            "reference_sync_steps": 2,
+            "ref_model_sync_steps": 2,
             "chosen_probe_size": 4,
             "use_cpu": True,
             "gradient_checkpointing": False,

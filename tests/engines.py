@@ -44,7 +44,7 @@ class FolderEngine:
         model.eval()
         self._version = version
         self.events.append(("load", int(version.rsplit("-", 1)[1])))
-        self._generator = TransformersGenerator(lambda: nullcontext(model), self._sampling, end_ids=[1], pad_token_id=0)
+        self._generator = TransformersGenerator(lambda: nullcontext(model), self._sampling, eos_ids=[1], pad_token_id=0)
 
     def generate(self, contexts, max_new_tokens, seeds):
         self.before("rows")
@@ -66,4 +66,4 @@ class TurnsEngine(FolderEngine):
         model.load_state_dict(dict(named_tensors))
         model.eval()
         self.events.append(("tensors", int(version.rsplit("-", 1)[1])))
-        self._generator = TransformersGenerator(lambda: nullcontext(model), self._sampling, end_ids=[1], pad_token_id=0)
+        self._generator = TransformersGenerator(lambda: nullcontext(model), self._sampling, eos_ids=[1], pad_token_id=0)

@@ -39,7 +39,7 @@ def logged(step, steps):
         "time/optimizer": 0.05,
         "tokens_per_second": 5000.0 + 200 * wave,
         "memory/process_mb": 1500.0,
-        "bad_step_fraction": 0.0,
+        "nonfinite_step_fraction": 0.0,
     }
 
 

@@ -223,7 +223,7 @@ class StandIn:
             return 200, {"choices": [{"prompt_logprobs": given}]}
         sampling = Sampling(body["temperature"], body["top_k"], body["top_p"])
         ends = body["stop_token_ids"]
-        generator = TransformersGenerator(lambda: nullcontext(self._model), sampling, end_ids=ends, pad_token_id=0)
+        generator = TransformersGenerator(lambda: nullcontext(self._model), sampling, eos_ids=ends, pad_token_id=0)
         (tokens,) = generator.generate([prompt], [body["max_tokens"]], [body["seed"]])
         reason = "stop" if tokens[-1] in ends else "length"
         return 200, {"choices": [{"token_ids": tokens, "prompt_token_ids": prompt, "finish_reason": reason}]}

@@ -132,7 +132,7 @@ class Cell:
             "max_steps": str(each),
             "per_device_train_batch_size": str(task.BATCH),
             "gradient_accumulation_steps": "1",
-            "reference_sync_steps": str(max(1, self.steps // 4)),
+            "ref_model_sync_steps": str(max(1, self.steps // 4)),
             "save_steps": str(max(1, self.steps // self.task.POINTS)),
             "logging_steps": str(max(1, self.steps // 12)),
             "resume_from_checkpoint": "auto",
@@ -160,7 +160,7 @@ class Cell:
         run, method = self.folder / "run", self.method
         if method.iterations > 1:
             each = self.steps // method.iterations
-            parts = [(each * n, each, run / f"iteration-{n}") for n in range(method.iterations)]
+            parts = [(each * n, each, run / f"round-{n}") for n in range(method.iterations)]
         else:
             parts = [(0, self.steps, run)]
         found = {}

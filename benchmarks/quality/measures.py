@@ -44,7 +44,7 @@ def measure(
         generator = TransformersGenerator(
             lambda: nullcontext(model),
             Sampling(temperature, 0, 1.0),
-            end_ids=[end],
+            eos_ids=[end],
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
             batch_size=batch,
         )

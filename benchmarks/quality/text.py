@@ -107,6 +107,6 @@ def split(name: str) -> dict:
     first = 0 if name == "test" else ASIDE["test"]
     options = DataOptions(max_length=LONGEST_PROMPT + ROOM, max_prompt_length=LONGEST_PROMPT)
     wanted = rows[first : first + ROWS[name]]
-    prepared, _ = prepare_dataset(wanted, tokenizer, options, end_ids={tokenizer.eos_token_id})
+    prepared, _ = prepare_dataset(wanted, tokenizer, options, eos_ids={tokenizer.eos_token_id})
     examples = [(tuple(row["prompt_ids"][0]), tuple(row["response_ids"][0])) for row in prepared]
     return {"examples": examples, "batch": 120}

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from sapo.errors import ConfigurationError, brief
 
 Objective = Literal["dpo", "orpo", "sft"]
-PairSourceName = Literal["self_play", "paired", "responses"]
+PairSourceName = Literal["self_play", "paired", "none"]
 GenerationBackend = Literal["transformers", "vllm_server", "vllm_colocate"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
@@ -97,7 +97,7 @@ class SAPOConfig(TrainingArguments):
     chosen_drop_limit: float | None = _option(
         None, "Stop when the chosen log-probability has fallen by more than this many nats per response."
     )
-    max_bad_steps: int = _option(
+    max_nonfinite_steps: int = _option(
         10,
         "Stop after so many optimizer steps in a row whose loss or gradient is not finite; such a step changes "
         "nothing.",
@@ -106,7 +106,7 @@ class SAPOConfig(TrainingArguments):
         16,
         "Training examples whose chosen log-probability is followed from the start of the run; 0 for none.",
     )
-    nll_positions: Literal["response", "all"] = _option(
+    nll_scope: Literal["response", "all"] = _option(
         "response",
         'Where ORPO\'s likelihood term looks; "all" adds prompt and padding, as published (departure 8).',
     )
@@ -115,16 +115,16 @@ class SAPOConfig(TrainingArguments):
     pair_source: PairSourceName = _option(
         "self_play",
         'Where pairs come from: the opponent, or the data\'s own chosen and rejected ("paired"). Objective sft has '
-        'none and sets "responses".',
+        'none and sets "none".',
     )
-    num_iterations: int | None = _option(
+    num_rounds: int | None = _option(
         None,
         "Play in rounds, as SPIN does: the opponent, frozen, writes the pairs of the whole data set, the policy trains "
         "on them for num_train_epochs, and becomes the next round's opponent and reference. Each has a folder of its "
-        "own, iteration-N. Unset: one run in which the opponent follows.",
+        "own, round-N. Unset: one run in which the opponent follows.",
     )
-    mix_previous_iteration: bool = _option(
-        False, "With num_iterations: from iteration 1 on, train on the pairs of the iteration before too."
+    mix_previous_round: bool = _option(
+        False, "With num_rounds: from round 1 on, train on the pairs of the round before too."
     )
     segment_length: float | None = _option(
         256, "Tokens to rewrite; between 0 and 1 a fraction of the response; none for the whole response."
@@ -199,7 +199,7 @@ class SAPOConfig(TrainingArguments):
     max_staleness: int = _option(
         0,
         "With vllm_server: most optimizer steps that the opponent may have been behind the policy when it wrote a pair "
-        "that is learnt from for the first time. Above 0 the server writes coming batches while the policy trains; 0 "
+        "that is learnt from for the first time. Above 0 the server writes pending batches while the policy trains; 0 "
         "waits for it in each step.",
     )
 
@@ -210,10 +210,10 @@ class SAPOConfig(TrainingArguments):
     )
     reference: Reference | None = _option(
         None,
-        "Reference of DPO: initial; opponent_copy (every reference_sync_steps, published); opponent (live, one model "
+        "Reference of DPO: initial; opponent_copy (every ref_model_sync_steps, published); opponent (live, one model "
         "fewer); none. Unset: opponent_copy for self-play DPO, initial for paired data, none for ORPO.",
     )
-    reference_sync_steps: int = _option(
+    ref_model_sync_steps: int = _option(
         108, "With reference opponent_copy: optimizer steps between two copies (published: 108)."
     )
 
@@ -232,10 +232,10 @@ class SAPOConfig(TrainingArguments):
         "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length (less a quarter, if that is "
         "not in tokens), at least half.",
     )
-    truncation_mode: Literal["keep_end", "keep_start"] = _option(
+    prompt_truncation: Literal["keep_end", "keep_start"] = _option(
         "keep_end", "Which end of a prompt that is too long is kept."
     )
-    overlong: Literal["truncate", "drop", "error"] = _option(
+    max_length_policy: Literal["truncate", "drop", "error"] = _option(
         "truncate", "What happens to rows longer than max_length; they are counted and reported in any case."
     )
 
@@ -261,7 +261,7 @@ class SAPOConfig(TrainingArguments):
         "lengths, repetition, variety, distance to the data, self-play gap.",
     )
     eval_local_size: int = _option(32, "Rows of the evaluation set that eval_local samples.")
-    eval_local_share: float = _option(
+    eval_local_max_time_fraction: float = _option(
         0.05, "Share of the run's time that eval_local may take; what does not fit waits for a later evaluation."
     )
 
@@ -332,7 +332,7 @@ class SAPOConfig(TrainingArguments):
                 )
             self.segment_length = int(self.segment_length)
         if self.objective == "sft" and self.pair_source == "self_play":
-            self.pair_source = "responses"
+            self.pair_source = "none"
         self.reference = self.reference or self._default_reference()
         for name, low, high in _RANGES:
             value = getattr(self, name)
@@ -387,7 +387,7 @@ class SAPOConfig(TrainingArguments):
     def _default_reference(self) -> Reference:
         if self.objective != "dpo":
             return "none"
-        if self.num_iterations is not None:
+        if self.num_rounds is not None:
             return "initial"
         return "opponent_copy" if self.pair_source == "self_play" else "initial"
 
@@ -410,7 +410,7 @@ class SAPOConfig(TrainingArguments):
             )
 
     def _check_objective(self) -> None:
-        if (self.objective == "sft") != (self.pair_source == "responses"):
+        if (self.objective == "sft") != (self.pair_source == "none"):
             raise ConfigurationError(
                 f"pair_source={self.pair_source} with objective={self.objective}: sft learns from responses alone, dpo "
                 "and orpo from pairs. Leave pair_source out, or set objective."
@@ -431,15 +431,14 @@ class SAPOConfig(TrainingArguments):
                     f"loss_type={self.loss_type} with objective={self.objective}: it is a form of the DPO loss. "
                     "Leave the option out, or set objective to dpo."
                 )
-            if self.nll_positions == "all" and self.layout == "shared":
+            if self.nll_scope == "all" and self.layout == "shared":
                 raise ConfigurationError(
-                    "nll_positions=all with layout=shared: the published term averages over padding, and this layout "
+                    "nll_scope=all with layout=shared: the published term averages over padding, and this layout "
                     "has none. Set layout to plain."
                 )
-        if self.objective != "orpo" and self.nll_positions != "response":
+        if self.objective != "orpo" and self.nll_scope != "response":
             raise ConfigurationError(
-                f"nll_positions={self.nll_positions} with objective={self.objective}: it concerns ORPO's likelihood "
-                "term only."
+                f"nll_scope={self.nll_scope} with objective={self.objective}: it concerns ORPO's likelihood term only."
             )
         if self.objective == "dpo" and self.reference == "none" and self.dpop_weight:
             raise ConfigurationError(
@@ -461,24 +460,24 @@ class SAPOConfig(TrainingArguments):
                 f"max_new_tokens={self.max_new_tokens} with segment_length={self.segment_length}: a segment takes its "
                 "own number of tokens. Set segment_length to none, or leave max_new_tokens out."
             )
-        if self.num_iterations is None:
-            if self.mix_previous_iteration:
-                raise ConfigurationError("mix_previous_iteration needs iterations. Set num_iterations.")
+        if self.num_rounds is None:
+            if self.mix_previous_round:
+                raise ConfigurationError("mix_previous_round needs rounds. Set num_rounds.")
             return
         if self.pair_source != "self_play":
             raise ConfigurationError(
-                f"num_iterations={self.num_iterations} with pair_source={self.pair_source}: iterations write pairs of "
+                f"num_rounds={self.num_rounds} with pair_source={self.pair_source}: rounds write pairs of "
                 "their own. Leave one of the two out."
             )
         if self.ema_decay != 1:
             raise ConfigurationError(
-                f"num_iterations={self.num_iterations} with ema_decay={self.ema_decay}: within an iteration the "
-                "opponent is frozen. Set ema_decay to 1, or leave num_iterations out."
+                f"num_rounds={self.num_rounds} with ema_decay={self.ema_decay}: within a round the "
+                "opponent is frozen. Set ema_decay to 1, or leave num_rounds out."
             )
         if self.reference not in ("initial", "none"):
             raise ConfigurationError(
-                f"reference={self.reference} with num_iterations={self.num_iterations}: the reference is renewed with "
-                "the opponent, at the start of an iteration. Leave the option out."
+                f"reference={self.reference} with num_rounds={self.num_rounds}: the reference is renewed with "
+                "the opponent, at the start of a round. Leave the option out."
             )
 
     def _check_engine(self) -> None:
@@ -495,9 +494,9 @@ class SAPOConfig(TrainingArguments):
             raise ConfigurationError(
                 f"generation_backend={backend} with pair_source={self.pair_source}: nothing is written. Leave one out."
             )
-        if self.num_iterations is not None and (backend == "vllm_colocate" or self.max_staleness):
+        if self.num_rounds is not None and (backend == "vllm_colocate" or self.max_staleness):
             raise ConfigurationError(
-                f"generation_backend={backend} with num_iterations and max_staleness={self.max_staleness}: rounds "
+                f"generation_backend={backend} with num_rounds and max_staleness={self.max_staleness}: rounds "
                 "write all their pairs before they train. Use vllm_server, and leave max_staleness out."
             )
         if self.vllm_weights_transfer == "stream" and backend != "vllm_server":
@@ -519,7 +518,7 @@ class SAPOConfig(TrainingArguments):
             )
         if self.steps_per_generation > 1:
             raise ConfigurationError(
-                f"steps_per_generation={self.steps_per_generation} with max_staleness={self.max_staleness}: coming "
+                f"steps_per_generation={self.steps_per_generation} with max_staleness={self.max_staleness}: pending "
                 "batches are written ahead anyway. Leave one of the two out."
             )
         if self.max_staleness < self.sync_opponent_steps:
@@ -563,11 +562,11 @@ _RANGES: list[tuple[str, float, float]] = [
     ("dpop_weight", 0, _INF),
     ("chosen_drop_limit", 0, _INF),
     ("chosen_probe_size", 0, _INF),
-    ("max_bad_steps", 1, _INF),
+    ("max_nonfinite_steps", 1, _INF),
     ("segment_length", 0, _INF),
     ("tail_margin", 0, _INF),
     ("max_new_tokens", 1, _INF),
-    ("num_iterations", 1, _INF),
+    ("num_rounds", 1, _INF),
     ("num_generations", 1, _INF),
     ("generation_interval", 1, _INF),
     ("steps_per_generation", 1, _INF),
@@ -577,14 +576,14 @@ _RANGES: list[tuple[str, float, float]] = [
     ("top_k", 0, _INF),
     ("top_p", 0, 1),
     ("eval_local_size", 1, _INF),
-    ("eval_local_share", 0, 1),
+    ("eval_local_max_time_fraction", 0, 1),
     ("vllm_server_timeout", 0, _INF),
     ("vllm_request_timeout", 0.001, _INF),
     ("vllm_gpu_memory_utilization", 0, 1),
     ("sync_opponent_steps", 1, _INF),
     ("max_staleness", 0, _INF),
     ("ema_decay", 0, 1),
-    ("reference_sync_steps", 1, _INF),
+    ("ref_model_sync_steps", 1, _INF),
     ("replay_buffer_size", 1, _INF),
     ("replay_max_age", 0, _INF),
     ("max_length", 2, _INF),

@@ -11,7 +11,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo import dpo_loss
 from sapo.commands.main import main
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.preference.batches import collate_pairs
@@ -78,7 +78,7 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     theirs.train()
     expected = theirs.state.log_history[0]["loss"]
     options = DataOptions(max_length=64, max_prompt_length=32, paired=True)
-    prepared, _ = prepare_dataset(rows, tokenizer, options, end_ids=end_token_ids(tokenizer, 1))
+    prepared, _ = prepare_dataset(rows, tokenizer, options, eos_ids=eos_token_ids(tokenizer, 1))
     batch = collate_pairs([paired(e) for e in collate_examples(list(prepared))["examples"]], pad_token_id=0)
     with torch.no_grad():
         ours, frozen = score(tiny_llama(0), batch), score(tiny_llama(1), batch)

@@ -17,7 +17,7 @@ from tests.vllm_servers import StandIn
 SLOW = pytest.mark.slow
 
 VARIANTS = {
-    "dpo": {"objective": "dpo", "reference_sync_steps": 2},
+    "dpo": {"objective": "dpo", "ref_model_sync_steps": 2},
     "orpo-lora": {"objective": "orpo", "lora": True},
     "paired": {"objective": "dpo", "pair_source": "paired"},
     "passes": {"objective": "dpo", "pairs_per_forward": 1, "steps_per_generation": 2},
@@ -195,13 +195,13 @@ def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path
     # The second step did nothing, to the opponent either.
     assert all(torch.equal(bad[name], weight) for name, weight in good.items())
     rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["bad_step_fraction"] for row in rows if "loss" in row] == [0, 1]
+    assert [row["nonfinite_step_fraction"] for row in rows if "loss" in row] == [0, 1]
 
 
 @SLOW
 def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
     options = FIXED_DRAWS | {"objective": "orpo", "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
-    options |= {"eval_local": True, "eval_local_size": 3, "eval_local_share": 1.0}
+    options |= {"eval_local": True, "eval_local_size": 3, "eval_local_max_time_fraction": 1.0}
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
 from sapo.weights.opponent import policy_tensors
-from sapo.weights.sharding import gather_all, leave_processes, shard_of
+from sapo.weights.sharding import gather_full_state_dict, local_shard, shutdown_process_group
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
@@ -71,17 +71,17 @@ def build(asked):
     assert state.distributed_type is DistributedType(asked["distributed_type"]), state
     if zero:
         assert state.deepspeed_plugin.zero_stage == int(asked["strategy"][-1])
-    assert (trainer.twin is not None) == (asked["strategy"] in ("fsdp2", "zero3"))
+    assert (trainer.shell is not None) == (asked["strategy"] in ("fsdp2", "zero3"))
     return trainer
 
 
 def weights(trainer):
     """Policy and opponent on the first process, whole."""
     tensors = policy_tensors(trainer.policy())
-    if trainer.twin is None:
+    if trainer.shell is None:
         policy = tensors
     else:
-        policy = gather_all(tensors, {name: shard_of(weight) for name, weight in tensors.items()})
+        policy = gather_full_state_dict(tensors, {name: local_shard(weight) for name, weight in tensors.items()})
     opponent = {} if trainer.opponent is None else trainer.opponent.whole()
     named = {f"policy.{name}": weight for name, weight in policy.items()}
     named |= {f"opponent.{name}": weight for name, weight in opponent.items()}
@@ -110,7 +110,7 @@ class WithoutCollectives(TrainerCallback):
         def gathering_once(*given):
             with Collectives() as seen:
                 written = generate(*given)
-            weights = 0 if self.trainer.twin is None else len(list(self.trainer.policy().parameters()))
+            weights = 0 if self.trainer.shell is None else len(list(self.trainer.policy().parameters()))
             assert len(seen.names) == weights, (weights, seen.names)
             return written
 
@@ -159,7 +159,7 @@ def main(file: str) -> None:
             if expected:
                 check_folder(folder, expected, asked["lora"])
         save_file(own, Path(asked["options"]["output_dir"]) / "end.safetensors")
-    leave_processes()
+    shutdown_process_group()
 
 
 if __name__ == "__main__":

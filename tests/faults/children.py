@@ -31,7 +31,7 @@ def build(folder, *, lora=False, **options):
         "segment_length": 4,
         "steps_per_generation": 3,
         "max_length": 32,
-        "reference_sync_steps": 2,
+        "ref_model_sync_steps": 2,
         "chosen_probe_size": 2,
         "use_cpu": True,
         "gradient_checkpointing": False,

@@ -22,7 +22,7 @@ from tests.faults.mutations import damaged, mutated
 from tests.faults.trials import check_one_line, trials
 
 STEPS = 2
-OPTIONS = {"max_steps": STEPS + 1, "save_steps": STEPS, "max_bad_steps": 1, "steps_per_generation": 4}
+OPTIONS = {"max_steps": STEPS + 1, "save_steps": STEPS, "max_nonfinite_steps": 1, "steps_per_generation": 4}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "lora"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
@@ -72,7 +72,7 @@ def accepted_or_refused(file, content, rng):
     options = DataOptions(rng.choice([64, 4096]), 32, assistant_turns=turns, paired=rng.random() < 0.3)
     try:
         prepared, report = prepare_dataset(
-            load_rows(file), tokenizer, options, end_ids=end_token_ids(tokenizer, None), source=file.name
+            load_rows(file), tokenizer, options, eos_ids=eos_token_ids(tokenizer, None), source=file.name
         )
     except SapoError as error:
         check_one_line(error)
@@ -102,7 +102,7 @@ def test_a_chat_template_that_reaches_out_is_refused_in_one_line(template):
     tokenizer = byte_tokenizer(HOSTILE_TEMPLATES[template])
     with pytest.raises(DatasetError, match="the chat template refuses it") as error:
         prepare_dataset(
-            [{"messages": talk("a", "b")}], tokenizer, DataOptions(64, 32), end_ids=end_token_ids(tokenizer, None)
+            [{"messages": talk("a", "b")}], tokenizer, DataOptions(64, 32), eos_ids=eos_token_ids(tokenizer, None)
         )
     assert "\n" not in str(error.value)
 

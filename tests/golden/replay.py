@@ -78,7 +78,7 @@ class _RecordedSelfPlay(SelfPlay):
             self,
             _RecordedBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
             given._settings,
-            end_ids=trainer.end_ids,
+            eos_ids=trainer.eos_ids,
             seed=args.seed,
             batch_size=args.per_device_train_batch_size,
         )
@@ -99,10 +99,10 @@ class _RecordedSelfPlay(SelfPlay):
         ]
         return super().pairs(examples, epoch=epoch, step=step, micro_batch=micro_batch)
 
-    def write_ahead(self, coming, step, *, due=False):
+    def prefetch(self, pending, step, *, due=False):
         # The record names its examples one micro-batch at a time, when that is due.
         if due:
-            super().write_ahead(coming, step, due=True)
+            super().prefetch(pending, step, due=True)
 
     def _drafts(self, example, epoch):
         (draft,) = super()._drafts(example, epoch)
@@ -180,7 +180,7 @@ def replay(trace: dict, model_folder: Path) -> Differences:
             output_dir=folder,
             objective=objective,
             loss_type=hyper.get("loss_type", "sigmoid"),
-            nll_positions="all" if objective == "orpo" else "response",
+            nll_scope="all" if objective == "orpo" else "response",
             beta=hyper["beta"],
             per_device_train_batch_size=hyper["per_device_train_batch_size"],
             gradient_accumulation_steps=hyper["gradient_accumulation_steps"],

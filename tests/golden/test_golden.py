@@ -94,7 +94,7 @@ def test_segment_geometry_is_the_published_one_or_better():
             range(given["response_tokens_before_eos"] + 1),
             max_length=given["max_length"],
             max_prompt_length=given["max_prompt_length"],
-            truncation_mode=given["truncation_mode"],
+            prompt_truncation=given["prompt_truncation"],
         )
         assert len(prompt) + len(response) <= given["max_length"]
         whole = len(response) == given["response_tokens_before_eos"] + 1

@@ -115,7 +115,7 @@ def test_cut_prompts_and_responses_are_the_published_ones_wherever_the_published
             range(given["response_tokens_before_eos"] + 1),
             max_length=given["max_length"],
             max_prompt_length=given["max_prompt_length"],
-            truncation_mode=given["truncation_mode"],
+            prompt_truncation=given["prompt_truncation"],
         )
         first, last = expected["prompt_first_kept_index"], expected["prompt_last_kept_index"]
         assert prompt == list(range(first, last + 1))
@@ -146,7 +146,7 @@ def test_self_play_asks_for_and_lays_out_what_the_published_step_does(case, monk
         generator,
         ReplayBuffer(count * each),
         SelfPlaySettings(num_generations=each),
-        end_ids={given["eos_token_id"]},
+        eos_ids={given["eos_token_id"]},
         seed=0,
         batch_size=1,
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from sapo.commands.chat import Talk
-from sapo.commands.chat_models import Cast, Voice, load_cast, prompt_ids, reply
+from sapo.commands.chat import ChatSession
+from sapo.commands.chat_models import ChatModel, ChatModels, load_chat_models, prompt_ids, reply
 from sapo.commands.main import main
 from sapo.generation.sampling import Sampling
 from tests.integration.test_readme import TEMPLATE
@@ -35,21 +35,21 @@ def make_run(make_trainer, tokenizer, tmp_path):
 def answers(cast, text="w1 w2"):
     ids = prompt_ids(cast.tokenizer, [{"role": "user", "content": text}], plain=False)
     found = {}
-    for voice in cast.voices:
-        found[voice.name] = reply(
-            voice, cast.tokenizer, ids, GREEDY, max_new_tokens=12, seed=0, write=lambda piece: None
+    for model in cast.models:
+        found[model.name] = reply(
+            model, cast.tokenizer, ids, GREEDY, max_new_tokens=12, seed=0, write=lambda piece: None
         )
     return found
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_answers_as_start_opponent_and_policy(lora, make_run, tmp_path):
-    cast = load_cast(str(make_run(lora=lora)))
-    assert [voice.name for voice in cast.voices] == ["start", "opponent", "policy"]
-    assert (len({id(voice.model) for voice in cast.voices}) == 1) == lora
+    cast = load_chat_models(str(make_run(lora=lora)))
+    assert [model.name for model in cast.models] == ["start", "opponent", "policy"]
+    assert (len({id(model.model) for model in cast.models}) == 1) == lora
     logits = []
-    for voice in cast.voices:
-        with voice.speaking() as model, torch.no_grad():
+    for model in cast.models:
+        with model.active() as model, torch.no_grad():
             logits.append(model(torch.tensor([[5, 6, 7]])).logits)
     with torch.no_grad():
         start = tiny_llama().from_pretrained(tmp_path / "start").eval()(torch.tensor([[5, 6, 7]])).logits
@@ -64,7 +64,7 @@ def test_what_is_streamed_is_the_reply_and_a_seed_gives_the_same_draws(tokenizer
     pieces: list[str] = []
     heard = [
         reply(
-            Voice(name, model),
+            ChatModel(name, model),
             tokenizer,
             [5, 6, 7],
             Sampling(1.0, 0, 1.0),
@@ -110,12 +110,12 @@ def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal
     out = io.StringIO()
     console = Console(file=out, width=160, force_terminal=True, highlight=False)
     tokenizer.chat_template = TEMPLATE
-    cast = Cast([Voice("one", tiny_llama()), Voice("two", tiny_llama(seed=1))], tokenizer)
-    talk = Talk(cast, console, GREEDY, 4, 0, None, plain=False)
+    cast = ChatModels([ChatModel("one", tiny_llama()), ChatModel("two", tiny_llama(seed=1))], tokenizer)
+    talk = ChatSession(cast, console, GREEDY, 4, 0, None, plain=False)
 
-    def answer(voice, *args, write, **kwargs):
+    def answer(model, *args, write, **kwargs):
         write("[bold]\x1b[2Jhi")
-        return f"I am {voice.name}"
+        return f"I am {model.name}"
 
     monkeypatch.setattr("sapo.commands.chat.reply", answer)
     talk.say("w1")
@@ -130,4 +130,4 @@ def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal
 
 def test_a_conversation_that_fills_the_model_is_told(tokenizer):
     with pytest.raises(Exception, match=r"has 64 tokens, one takes 64. Start anew with /new"):
-        reply(Voice("one", tiny_llama()), tokenizer, [5] * 64, GREEDY, max_new_tokens=4, seed=0, write=print)
+        reply(ChatModel("one", tiny_llama()), tokenizer, [5] * 64, GREEDY, max_new_tokens=4, seed=0, write=print)

@@ -16,7 +16,7 @@ def logged(trainer):
 
 
 def make(make_trainer, name, *, local, **options):
-    extra = {"eval_local": True, "eval_local_size": 4, "eval_local_share": 1.0} if local else {}
+    extra = {"eval_local": True, "eval_local_size": 4, "eval_local_max_time_fraction": 1.0} if local else {}
     model = tiny_llama(attention_dropout=0.3)
     settings = EVALUATED | {"disable_dropout": False, "model": model, "eval_rows": tiny_rows(6, seed=5)}
     return make_trainer(name, **(settings | extra | options))
@@ -58,7 +58,7 @@ class Clock:
 
 
 def test_measurements_wait_until_their_share_allows_them(make_trainer, monkeypatch):
-    trainer = make(make_trainer, "run", local=True, eval_local_share=0.1)
+    trainer = make(make_trainer, "run", local=True, eval_local_max_time_fraction=0.1)
     clock = Clock()
     signals = LocalSignals(trainer, trainer.eval_dataset, clock)
     measured = []

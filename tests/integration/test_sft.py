@@ -28,10 +28,10 @@ def test_sft_loss_is_the_likelihood_of_the_responses(layout, make_trainer):
 
 def test_a_response_alone_takes_one_row():
     from sapo.data.examples import Example, Turn
-    from sapo.preference.pairs import response_alone
+    from sapo.preference.pairs import sft_pair
 
     turn = Turn(0, (5, 6), (7, 8, 1))
-    pairs = [response_alone(Example(0, (turn,)), turn)] * 2
+    pairs = [sft_pair(Example(0, (turn,)), turn)] * 2
     assert collate_pairs(pairs, pad_token_id=0, layout="plain").input_ids.shape == (2, 5)
 
 

@@ -109,7 +109,7 @@ def test_what_cannot_share_falls_back_and_says_so_once(make_trainer, caplog):
 
 def test_the_published_likelihood_term_asks_for_the_plain_layout(make_trainer):
     with pytest.raises(ConfigurationError, match="layout"):
-        make_trainer(objective="orpo", nll_positions="all", layout="shared")
+        make_trainer(objective="orpo", nll_scope="all", layout="shared")
 
 
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
@@ -120,9 +120,9 @@ def test_a_fused_head_trains_to_the_same_weights(make_trainer):
 
 
 def test_keeping_the_scores_of_the_reference_changes_nothing(make_trainer, monkeypatch):
-    kept = trained(make_trainer, "kept", reference_sync_steps=3, replay_buffer_size=4)
+    kept = trained(make_trainer, "kept", ref_model_sync_steps=3, replay_buffer_size=4)
     monkeypatch.setattr(ReferenceScores, "of", lambda self, pairs, form, stored: form(list(pairs)))
-    formed = trained(make_trainer, "formed", reference_sync_steps=3, replay_buffer_size=4)
+    formed = trained(make_trainer, "formed", ref_model_sync_steps=3, replay_buffer_size=4)
     assert_same_run(kept, formed)
 
 

@@ -183,7 +183,7 @@ def test_bfloat16_run_keeps_a_float32_master_when_it_has_to(decay, kept, make_tr
         {"loss_type": "ipo", "reference": "opponent"},
         {"loss_type": "hinge", "reference": "initial"},
         {"reference": "none", "generation_interval": 2},
-        {"objective": "orpo", "nll_positions": "all"},
+        {"objective": "orpo", "nll_scope": "all"},
         {"segment_length": 0.3, "num_generations": 2, "replay_draw": "uniform", "replay_replacement": False},
         {"gradient_checkpointing": True, "generation_batch_size": 1},
         {"lora": True, "gradient_checkpointing": True},

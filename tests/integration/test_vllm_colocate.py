@@ -109,7 +109,7 @@ def test_rows_end_with_their_budget_or_first_end_token(served, monkeypatch):
     seeds = list(range(40))
     monkeypatch.setattr(engine, "_end_ids", frozenset())
     free = engine.generate(contexts, budgets, seeds)
-    # The end token of the model's configuration means nothing unless it is among `end_ids`.
+    # The end token of the model's configuration means nothing unless it is among `eos_ids`.
     assert [len(reply) for reply in free] == budgets
     assert any(END in reply for reply in free)
     ends = frozenset({END, 7, 20})

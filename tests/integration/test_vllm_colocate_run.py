@@ -35,7 +35,7 @@ def begin(tmp_path):
             "--use_cpu", "--gradient_checkpointing", "false", "--generation_backend", "vllm_colocate",
             "--max_steps", "12", "--per_device_train_batch_size", "2", "--max_length", "32", "--segment_length", "4",
             "--logging_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "steps", "--save_steps", "2",
-            "--reference_sync_steps", "3", "--chosen_probe_size", "2", "--report_to", "none", "--output_dir",
+            "--ref_model_sync_steps", "3", "--chosen_probe_size", "2", "--report_to", "none", "--output_dir",
             str(folder), "--resume_from_checkpoint", "auto", *more,
         ]  # fmt: skip
         own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}

@@ -26,7 +26,7 @@ from sapo.generation.sampling import Sampling, filtered_probabilities
 from sapo.generation.vllm.servers import VLLMServers
 from sapo.generation.vllm.weight_stream import send_weights
 from sapo.generation.vllm.worker import receive
-from tests.integration.test_engine_play import same
+from tests.integration.test_engine_queue import same
 from tests.integration.test_resume import weights
 from tests.tiny import tiny_rows, tiny_tokenizer
 from tests.vllm_servers import LENGTH, RealVLLM, StandIn, save_servable, servable_llama, vllm_python
@@ -78,7 +78,7 @@ def servers_of():
     made = []
 
     def make(*urls, sampling=None, **options):
-        settings = {"end_ids": [1], "vocabulary_size": len(tiny_tokenizer()), "timeout": 20.0, "request_timeout": 20.0}
+        settings = {"eos_ids": [1], "vocabulary_size": len(tiny_tokenizer()), "timeout": 20.0, "request_timeout": 20.0}
         settings |= options
         made.append(VLLMServers(urls, sampling or Sampling(0, 0, 1.0), **settings))
         made[-1].check(tiny_tokenizer(), LENGTH)
@@ -91,7 +91,7 @@ def servers_of():
 
 def own_text(model, sampling=None, contexts=CONTEXTS, budgets=BUDGETS, seeds=SEEDS):
     generator = TransformersGenerator(
-        lambda: nullcontext(model.eval()), sampling or Sampling(0, 0, 1.0), end_ids=[1], pad_token_id=0
+        lambda: nullcontext(model.eval()), sampling or Sampling(0, 0, 1.0), eos_ids=[1], pad_token_id=0
     )
     return generator.generate(contexts, budgets, seeds)
 

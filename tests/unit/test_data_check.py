@@ -19,7 +19,7 @@ def tokenizer():
 def shown(rows, tokenizer, *, segment_length=5, width=80, encoding="utf-8", paired=False, color=None):
     options = DataOptions(4000, 2000, paired=paired)
     prepared, report = prepare_dataset(
-        rows, tokenizer, options, end_ids=[tokenizer.eos_token_id], source="talks [bold].jsonl"
+        rows, tokenizer, options, eos_ids=[tokenizer.eos_token_id], source="talks [bold].jsonl"
     )
     sink = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     console = Console(file=sink, width=width, force_terminal=color is not None, color_system=color)

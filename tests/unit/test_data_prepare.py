@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sapo.config import SAPOConfig
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, Example, Turn, collate_examples, dataset_digest
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
@@ -38,7 +38,7 @@ def talk(*texts, system=None):
 
 
 def prepare(rows, tokenizer, options=WIDE, *, source="train.jsonl"):
-    prepared, report = prepare_dataset(rows, tokenizer, options, end_ids=end_token_ids(tokenizer, None), source=source)
+    prepared, report = prepare_dataset(rows, tokenizer, options, eos_ids=eos_token_ids(tokenizer, None), source=source)
     return collate_examples(list(prepared))["examples"], report
 
 
@@ -81,7 +81,7 @@ def test_prompt_is_prefix_of_response_context(chatml, pairs):
     st.sampled_from(["keep_end", "keep_start"]),
 )
 def test_truncation_budget_is_never_exceeded(chatml, prompt, completion, max_length, max_prompt, mode):
-    options = DataOptions(max_length, min(max_prompt, max_length), truncation_mode=mode)
+    options = DataOptions(max_length, min(max_prompt, max_length), prompt_truncation=mode)
     rows = [{"prompt": prompt, "completion": completion}, {"prompt": "a", "completion": "b"}]
     turns = [turn for example in prepare(rows, chatml, options)[0] for turn in example.turns]
     full = [turn for example in prepare(rows, chatml)[0] for turn in example.turns]
@@ -243,10 +243,10 @@ def test_overlong_rows_are_cut_dropped_or_refused():
     assert (report.truncated_prompts, report.truncated_responses) == (1, 1)
     assert (report.prompt_lengths, report.response_lengths) == ([5, 1], [5, 2])
     assert "cut to fit: 1 prompts, 1 responses" in "\n".join(report.lines())
-    (_, report) = prepare(rows, tokenizer, DataOptions(10, 5, overlong="drop"))
+    (_, report) = prepare(rows, tokenizer, DataOptions(10, 5, max_length_policy="drop"))
     assert report.dropped == {"longer than max_length=10": 1}
     with pytest.raises(DatasetError, match=r"row 1 of train\.jsonl: 8 prompt tokens and 9 response .* to 17"):
-        prepare(rows, tokenizer, DataOptions(10, 5, overlong="error"))
+        prepare(rows, tokenizer, DataOptions(10, 5, max_length_policy="error"))
 
 
 def test_pair_shares_one_prompt_and_one_budget():
@@ -277,11 +277,11 @@ def test_pair_of_equals_is_dropped(chatml):
 
 def test_columns_of_the_prepared_dataset(chatml):
     rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
-    end_ids = end_token_ids(chatml, None)
-    prepared, _ = prepare_dataset(rows, chatml, WIDE, end_ids=end_ids)
+    eos_ids = eos_token_ids(chatml, None)
+    prepared, _ = prepare_dataset(rows, chatml, WIDE, eos_ids=eos_ids)
     assert prepared.column_names == ["row", "turn", "prompt_ids", "response_ids"]
     assert prepared.cache_files == []
-    prepared, _ = prepare_dataset(rows, chatml, DataOptions(99, 50, paired=True), end_ids=end_ids)
+    prepared, _ = prepare_dataset(rows, chatml, DataOptions(99, 50, paired=True), eos_ids=eos_ids)
     assert prepared.column_names == ["row", "turn", "prompt_ids", "response_ids", "rejected_ids"]
     assert prepared.features["row"].dtype == "int64"
 
@@ -308,7 +308,7 @@ def test_collator_pickles_and_keeps_order():
 def test_digest_identifies_rows_and_tokens(chatml):
     def digest(rows, **options):
         options = DataOptions(4096, 2048, **options)
-        prepared, _ = prepare_dataset(rows, chatml, options, end_ids=end_token_ids(chatml, None))
+        prepared, _ = prepare_dataset(rows, chatml, options, eos_ids=eos_token_ids(chatml, None))
         return dataset_digest(prepared), prepared
 
     rows = [{"messages": talk("a", "b", "c", "d")}, {"messages": talk("e", "f")}]
@@ -335,27 +335,27 @@ def test_digest_tells_where_a_prompt_ends():
 
 def test_end_tokens_come_from_all_three_places(chatml):
     ids = {token: chatml.convert_tokens_to_ids(token) for token in BYTE_SPECIAL_TOKENS}
-    assert end_token_ids(chatml, None) == {ids["</s>"], ids["<|im_end|>"]}
-    assert end_token_ids(byte_tokenizer(), None) == {ids["</s>"]}
-    assert end_token_ids(byte_tokenizer(), 7) == {7, ids["</s>"]}
-    assert end_token_ids(chatml, [7, 8]) == {7, 8, ids["</s>"], ids["<|im_end|>"]}
+    assert eos_token_ids(chatml, None) == {ids["</s>"], ids["<|im_end|>"]}
+    assert eos_token_ids(byte_tokenizer(), None) == {ids["</s>"]}
+    assert eos_token_ids(byte_tokenizer(), 7) == {7, ids["</s>"]}
+    assert eos_token_ids(chatml, [7, 8]) == {7, 8, ids["</s>"], ids["<|im_end|>"]}
 
 
 def test_end_token_survives_an_odd_template():
     refusing = byte_tokenizer("{{ raise_exception('Only tools here') }}")
-    assert end_token_ids(refusing, None) == {refusing.eos_token_id}
+    assert eos_token_ids(refusing, None) == {refusing.eos_token_id}
     silent = byte_tokenizer("nothing")
-    assert end_token_ids(silent, None) == {silent.eos_token_id}
+    assert eos_token_ids(silent, None) == {silent.eos_token_id}
     spoken = byte_tokenizer("{% for m in messages %}{{ m['content'] }} END <s>{% endfor %}")
-    assert end_token_ids(spoken, None) == {spoken.eos_token_id}
+    assert eos_token_ids(spoken, None) == {spoken.eos_token_id}
 
 
 def test_no_end_token_at_all_is_refused():
     tokenizer = byte_tokenizer(eos=None)
     with pytest.raises(TokenizerError, match=r"no end token: .*Set tokenizer\.eos_token"):
-        end_token_ids(tokenizer, None)
+        eos_token_ids(tokenizer, None)
     with pytest.raises(TokenizerError, match=r"Set tokenizer\.eos_token"):
-        prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, end_ids=[3])
+        prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, eos_ids=[3])
 
 
 def test_options_without_room_are_refused():
@@ -371,8 +371,8 @@ def test_options_follow_the_configuration(tmp_path):
     given = {
         "max_length": 9,
         "max_prompt_length": 4,
-        "truncation_mode": "keep_start",
-        "overlong": "drop",
+        "prompt_truncation": "keep_start",
+        "max_length_policy": "drop",
         "assistant_turns": "all",
     }
     config = SAPOConfig(
@@ -399,7 +399,7 @@ def test_published_templates_give_clean_turns(name):
         (folder / f"{name}.jinja").read_text(encoding="utf-8"),
         special=(*dict.fromkeys((*BYTE_SPECIAL_TOKENS, end, *others)),),
     )
-    assert tokenizer.convert_tokens_to_ids(end) in end_token_ids(tokenizer, None)
+    assert tokenizer.convert_tokens_to_ids(end) in eos_token_ids(tokenizer, None)
     rows = [{"messages": talk("hi", "yo", "and?", "so")}]
     examples, report = prepare(rows, tokenizer, DataOptions(4096, 2048, assistant_turns="all"))
     assert report.boundary_merges == 0

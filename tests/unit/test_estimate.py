@@ -22,7 +22,7 @@ from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
 from sapo.estimate.passes import Lengths, trace_passes
 from sapo.estimate.tracing import Account
-from sapo.weights.footprint import Strategy, build_roles
+from sapo.weights.footprint import Strategy, build_run_models
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def options(**more):
 
 def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, **more):
     args, strategy = options(**more), strategy or Strategy()
-    roles = build_roles(ARCHITECTURES[name], ModelConfig(**(model or {})), args, strategy)
+    roles = build_run_models(ARCHITECTURES[name], ModelConfig(**(model or {})), args, strategy)
     return trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
 
 
@@ -112,7 +112,7 @@ def test_the_fused_head_holds_no_logits():
 def test_sharded_gradients_leave_the_device_as_they_are_formed():
     assert not passes(strategy=Strategy("fsdp2", 4)).learning.most["gradients"]
     args = options()
-    trained = build_roles(ARCHITECTURES["llama"], ModelConfig(), args, Strategy()).trained
+    trained = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy()).trained
     assert passes().learning.most["gradients"] == sum(4 * weight.numel() for weight in trained)
 
 
@@ -130,9 +130,9 @@ def test_parts_that_a_run_does_not_have_are_not_estimated():
 
 
 def test_the_published_likelihood_term_and_flash_attention_take_the_plain_layout():
-    assert passes(objective="orpo", nll_positions="all").why_plain == "nll_positions=all"
+    assert passes(objective="orpo", nll_scope="all").why_plain == "nll_scope=all"
     args = options()
-    roles = build_roles(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
+    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
     given = {"pairs": 4, "rows": 0, "fused_lm_head": False}
     found = trace_passes(roles, args, Strategy(), LENGTHS, attention="flash_attention_2", **given)
     assert (found.layout, found.why_plain) == ("plain", "attn_implementation is flash_attention_2")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from sapo import SAPOConfig
-from sapo.weights.footprint import Strategy, build_roles, gradient_memory, model_memory
+from sapo.weights.footprint import Strategy, build_run_models, gradient_memory, model_memory
 from tests.tiny import tiny_llama
 from tests.unit.test_shared_prefix import ARCHITECTURES, UNABLE
 
@@ -31,7 +31,7 @@ def options(**more):
 
 def parts(config, *, strategy=ALONE, model=None, **more):
     args, model_args = options(**more), ModelConfig(**(model or {}))
-    return model_memory(build_roles(config, model_args, args, strategy), args, strategy)
+    return model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
 
 
 def size(tensors):
@@ -40,21 +40,21 @@ def size(tensors):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parameters_counted_from_a_configuration_are_those_of_the_model(name):
-    roles = build_roles(ARCHITECTURES[name], ModelConfig(), options(), ALONE)
+    roles = build_run_models(ARCHITECTURES[name], ModelConfig(), options(), ALONE)
     counted = sum(weight.numel() for weight in roles.trained)
     assert counted == AutoModelForCausalLM.from_config(ARCHITECTURES[name]).num_parameters()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_models_have_the_parameters_that_they_are_known_for(name):
-    roles = build_roles(published(name), ModelConfig(dtype="bfloat16"), options(bf16=True), ALONE)
+    roles = build_run_models(published(name), ModelConfig(dtype="bfloat16"), options(bf16=True), ALONE)
     assert sum(weight.numel() for weight in roles.trained) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", None])
 def test_adapter_parameters_are_those_that_peft_makes(targets):
     model = {"use_peft": True, "lora_r": 4, "lora_target_modules": targets}
-    roles = build_roles(ARCHITECTURES["llama"], ModelConfig(**model), options(), ALONE)
+    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(**model), options(), ALONE)
     lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     made = get_peft_model(AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]), lora)
     assert sum(weight.numel() for weight in roles.trained) == made.get_nb_trainable_parameters()[0]
@@ -151,7 +151,7 @@ def test_zero_keeps_a_float32_copy_and_divides_what_is_stepped():
 
 def test_data_parallel_processes_hold_buckets_beside_the_gradients():
     args = options()
-    trained = build_roles(ARCHITECTURES["llama"], ModelConfig(), args, ALONE).trained
+    trained = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, ALONE).trained
     both = gradient_memory(trained, args, Strategy("multi_gpu", 2))
     assert both == 2 * gradient_memory(trained, args, ALONE)
 
@@ -169,5 +169,5 @@ def test_four_bits_shrink_the_linear_layers_alone():
 @pytest.mark.parametrize("attention", ["flash_attention_2", "eager", None])
 def test_any_attention_and_any_architecture_can_be_counted(attention):
     for config in [ARCHITECTURES["llama"], *UNABLE.values()]:
-        roles = build_roles(config, ModelConfig(attn_implementation=attention), options(), ALONE)
+        roles = build_run_models(config, ModelConfig(attn_implementation=attention), options(), ALONE)
         assert model_memory(roles, options(), ALONE)["policy"] == 4 * sum(weight.numel() for weight in roles.trained)

@@ -71,11 +71,11 @@ def llama():
     return copy.deepcopy(built("llama"))
 
 
-def generator_for(model, sampling=None, *, end_ids=(), batch_size=None):
+def generator_for(model, sampling=None, *, eos_ids=(), batch_size=None):
     return TransformersGenerator(
         lambda: contextlib.nullcontext(model),
         sampling or Sampling(),
-        end_ids=end_ids,
+        eos_ids=eos_ids,
         pad_token_id=PAD,
         batch_size=batch_size,
     )
@@ -89,13 +89,13 @@ def request(rows=9, seed=0, longest=14):
     return contexts, budgets, [rng.getrandbits(63) for _ in range(rows)]
 
 
-def greedy_text(model, context, budget, end_ids=()):
+def greedy_text(model, context, budget, eos_ids=()):
     """What `generate` writes after one context, without any padding."""
     if budget == 0:
         return []
     ids = torch.tensor([list(context)])
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=budget, eos_token_id=list(end_ids) or None, pad_token_id=PAD
+        do_sample=False, max_new_tokens=budget, eos_token_id=list(eos_ids) or None, pad_token_id=PAD
     )
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return out[0, len(context) :].tolist()
@@ -119,7 +119,7 @@ def test_greedy_equals_generate(name):
     model = built(name)
     contexts, budgets, seeds = request()
     expected = [greedy_text(model, c, b, [END, OTHER_END]) for c, b in zip(contexts, budgets, strict=True)]
-    got = generator_for(model, GREEDY, end_ids=[END, OTHER_END]).generate(contexts, budgets, seeds)
+    got = generator_for(model, GREEDY, eos_ids=[END, OTHER_END]).generate(contexts, budgets, seeds)
     assert got == expected
     assert len({token for row in got for token in row}) > 5  # the comparison means something
 
@@ -128,19 +128,19 @@ def test_greedy_equals_generate(name):
 def test_text_does_not_depend_on_batch_composition(name):
     model = built(name)
     contexts, budgets, seeds = request(rows=10, seed=1)
-    together = generator_for(model, end_ids=[END]).generate(contexts, budgets, seeds)
+    together = generator_for(model, eos_ids=[END]).generate(contexts, budgets, seeds)
     alone = [
-        generator_for(model, end_ids=[END]).generate([c], [b], [s])[0]
+        generator_for(model, eos_ids=[END]).generate([c], [b], [s])[0]
         for c, b, s in zip(contexts, budgets, seeds, strict=True)
     ]
     assert together == alone
     order = random.Random(2).sample(range(10), 10)
-    shuffled = generator_for(model, end_ids=[END]).generate(
+    shuffled = generator_for(model, eos_ids=[END]).generate(
         *([values[i] for i in order] for values in (contexts, budgets, seeds))
     )
     assert shuffled == [together[i] for i in order]
     for batch_size in (1, 3):
-        chunked = generator_for(model, end_ids=[END], batch_size=batch_size)
+        chunked = generator_for(model, eos_ids=[END], batch_size=batch_size)
         assert chunked.generate(contexts, budgets, seeds) == together
 
 
@@ -181,7 +181,7 @@ def test_nothing_to_write_runs_no_forward_yet_enters_the_context(llama):
         entered.append(True)
         yield llama
 
-    generator = TransformersGenerator(model_context, Sampling(), end_ids=[END], pad_token_id=PAD)
+    generator = TransformersGenerator(model_context, Sampling(), eos_ids=[END], pad_token_id=PAD)
     assert generator.generate([[3], [4, 5]], [0, 0], [1, 2]) == [[], []]
     assert generator.generate([], [], []) == []
     assert spy.shapes == []
@@ -193,13 +193,13 @@ def test_every_end_token_stops(llama):
     for place in range(1, 18):
         ends = {free[place], free[min(17, place + 3)]}
         stop = next(i for i, token in enumerate(free) if token in ends)
-        assert generator_for(llama, end_ids=ends).generate([[5, 6, 7]], [18], [4]) == [free[: stop + 1]]
+        assert generator_for(llama, eos_ids=ends).generate([[5, 6, 7]], [18], [4]) == [free[: stop + 1]]
 
 
 def test_an_end_token_inside_a_prompt_changes_nothing(llama):
     contexts = [[END, 5, END, 6], [7, END]]
     free = generator_for(llama, GREEDY).generate(contexts, [6, 6], [1, 2])
-    stopping = generator_for(llama, GREEDY, end_ids=[63]).generate(contexts, [6, 6], [1, 2])
+    stopping = generator_for(llama, GREEDY, eos_ids=[63]).generate(contexts, [6, 6], [1, 2])
     assert free == [greedy_text(llama, c, 6) for c in contexts]
     assert [row[:1] for row in stopping] == [row[:1] for row in free]
 
@@ -333,7 +333,7 @@ def test_peft_adapter(llama, adapter):
         model.set_adapter("default")
 
     contexts, budgets, seeds = request()
-    got = TransformersGenerator(model_context, GREEDY, end_ids=(), pad_token_id=PAD).generate(contexts, budgets, seeds)
+    got = TransformersGenerator(model_context, GREEDY, eos_ids=(), pad_token_id=PAD).generate(contexts, budgets, seeds)
     assert all(module.training for module in model.modules())
     plain = copy.deepcopy(model)
     if adapter is None:
@@ -387,7 +387,7 @@ def test_a_model_without_a_cache_is_an_error():
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"pad_token_id": -100}])
 def test_settings_out_of_range_are_refused(options):
-    arguments = {"end_ids": [END], "pad_token_id": PAD} | options
+    arguments = {"eos_ids": [END], "pad_token_id": PAD} | options
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         TransformersGenerator(lambda: contextlib.nullcontext(nn.Identity()), Sampling(), **arguments)
 

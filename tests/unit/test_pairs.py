@@ -47,7 +47,7 @@ def self_play(script=new_tokens, *, capacity=100, batch_size=2, seed=0, process=
         generator,
         ReplayBuffer(capacity),
         SelfPlaySettings(**({"segment_length": 3} | options)),
-        end_ids={EOS},
+        eos_ids={EOS},
         seed=seed,
         batch_size=batch_size,
         process=process,
@@ -100,7 +100,7 @@ def test_what_a_generator_writes_beyond_its_budget_or_an_end_token_is_cut(writte
             return [written] * len(contexts)
 
     settings = SelfPlaySettings(segment_length=3)
-    source = SelfPlay(Careless(), ReplayBuffer(1), settings, end_ids={EOS}, seed=0, batch_size=1)
+    source = SelfPlay(Careless(), ReplayBuffer(1), settings, eos_ids={EOS}, seed=0, batch_size=1)
     (pair,) = source.rewrite([example(0, 30)], epoch=0)
     kept = written[:2] if EOS in written else written[:3]
     after = () if EOS in written else pair.chosen_ids[pair.segment.stop :]

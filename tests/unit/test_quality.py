@@ -85,7 +85,7 @@ def test_all_methods_have_equal_budgets_and_recipes_that_load(tmp_path):
     for name, method in [*arms.items(), *ABLATIONS.items()]:
         flags = [part for option, value in method.flags for part in (f"--{option}", value)]
         run = parse(["--config", str(method.recipe()), *flags, "--report_to", "none"], "sapo train")
-        assert (run.config.num_iterations or 1) == method.iterations, name
+        assert (run.config.num_rounds or 1) == method.iterations, name
 
 
 def test_a_trial_shows_in_the_table_with_the_others(tmp_path):

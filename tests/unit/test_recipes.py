@@ -48,7 +48,7 @@ def test_every_preset_differs_from_its_neighbour_in_the_named_line_only(preset):
 def test_presets_cover_every_method_and_ablation():
     configs = [parse(["--config", str(preset), "--report_to", "none"], "sapo train").config for preset in PRESETS]
     names = (
-        "objective", "suffix", "pair_source", "reference", "ema_decay", "segment_length", "num_iterations",
+        "objective", "suffix", "pair_source", "reference", "ema_decay", "segment_length", "num_rounds",
         "chosen_nll_weight", "replay_buffer_size",
     )  # fmt: skip
     values = {name: {getattr(config, name) for config in configs} for name in names}
@@ -58,7 +58,7 @@ def test_presets_cover_every_method_and_ablation():
     assert values["reference"] == {"initial", "opponent", "opponent_copy", "none"}
     assert values["ema_decay"] == {0, 0.5, 1}
     assert None in values["segment_length"]
-    assert 3 in values["num_iterations"]
+    assert 3 in values["num_rounds"]
     assert {0, 10} <= values["chosen_nll_weight"]
     assert {4, 2000} <= values["replay_buffer_size"]
 
@@ -90,8 +90,8 @@ def test_published_recipes_hold_published_settings(model, objective):
         config.warmup_steps,
         config.optim.value,
         config.reference,
-        config.reference_sync_steps,
-        config.nll_positions,
+        config.ref_model_sync_steps,
+        config.nll_scope,
     ) == own[objective]
     assert run.data.dataset_name == "argilla/distilabel-capybara-dpo-7k-binarized"
     assert (config.assistant_turns, config.pair_source) == ("last", "self_play")

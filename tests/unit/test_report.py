@@ -145,10 +145,10 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
 
 def test_iterations_are_overlaid_in_their_order(tmp_path, capsys):
     for number in (0, 2, 10):
-        write_run(tmp_path / f"spin/iteration-{number}", steps=5)
+        write_run(tmp_path / f"spin/round-{number}", steps=5)
     assert main(["report", str(tmp_path / "spin")]) == 0
     data = data_of((tmp_path / "spin/report.html").read_text())
-    assert [run["name"] for run in data["runs"]] == ["iteration-0", "iteration-2", "iteration-10"]
+    assert [run["name"] for run in data["runs"]] == ["round-0", "round-2", "round-10"]
 
 
 def test_every_metric_of_a_chart_is_documented():
@@ -173,7 +173,7 @@ def test_a_calm_run_gives_no_warning(tmp_path):
         ("The rejected responses grow shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
         ("The rejected responses grow longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
         ("The pairs have become easy", {"rewards/accuracies": lambda step: 1.0}),
-        ("Steps without a finite loss or gradient", {"bad_step_fraction": lambda step: float(step == 50)}),
+        ("Steps without a finite loss or gradient", {"nonfinite_step_fraction": lambda step: float(step == 50)}),
     ],
 )
 def test_what_goes_wrong_is_warned_of(title, changed, tmp_path):

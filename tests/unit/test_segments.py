@@ -166,7 +166,7 @@ modes = st.sampled_from(["keep_end", "keep_start"])
 @given(tokens, tokens, st.integers(1, 40), st.integers(1, 40), modes)
 def test_truncation_never_exceeds_the_budget(prompt, response, most_prompt, room, mode):
     limits = {"max_length": most_prompt + room, "max_prompt_length": most_prompt}
-    kept, rest = truncate(prompt, response, truncation_mode=mode, **limits)
+    kept, rest = truncate(prompt, response, prompt_truncation=mode, **limits)
     assert len(kept) + len(rest) <= limits["max_length"]
 
 
@@ -175,7 +175,7 @@ def test_truncation_never_exceeds_the_budget(prompt, response, most_prompt, room
 def test_truncation_cuts_the_prompt_first_and_no_more_than_it_must(prompt, response, most, most_prompt, mode):
     most_prompt = min(most_prompt, most)
     limits = {"max_length": most, "max_prompt_length": most_prompt}
-    kept, rest = truncate(prompt, response, truncation_mode=mode, **limits)
+    kept, rest = truncate(prompt, response, prompt_truncation=mode, **limits)
     if len(prompt) + len(response) <= most:
         assert (kept, rest) == (prompt, response)
         return
@@ -189,7 +189,7 @@ def test_truncation_cuts_the_prompt_first_and_no_more_than_it_must(prompt, respo
 @pytest.mark.parametrize("most_prompt", [-1, 0, 11])
 def test_truncation_to_an_impossible_prompt_is_refused(most_prompt, mode):
     with pytest.raises(ValueError, match=rf"max_prompt_length={most_prompt}: must be between 1 and max_length=10"):
-        truncate([1] * 20, [2], max_length=10, max_prompt_length=most_prompt, truncation_mode=mode)
+        truncate([1] * 20, [2], max_length=10, max_prompt_length=most_prompt, prompt_truncation=mode)
 
 
 parts = st.lists(st.integers(-(2**40), 2**40) | st.sampled_from(["segment", "draw"]), min_size=1, max_size=5)

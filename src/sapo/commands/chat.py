@@ -12,13 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sapo.commands.chat_models import Cast, Message, load_cast, prompt_ids, reply
+from sapo.commands.chat_models import ChatModels, Message, load_chat_models, prompt_ids, reply
 from sapo.errors import ConfigurationError
 from sapo.generation.sampling import Sampling
 from sapo.training.progress import visible
 
 _COLUMN = 32
-"""Below this many characters for each voice they answer one below the other."""
+"""Below this many characters for each model they answer one below the other."""
 _HELP = "/new starts anew, /system TEXT sets a system message, /quit or Ctrl-D ends."
 
 
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def chat(arguments: Sequence[str]) -> None:
-    """Talk to a model or to a run, in the terminal or line by line from a pipe.
+    """ChatSession to a model or to a run, in the terminal or line by line from a pipe.
 
     Raises:
         ConfigurationError, ModelError, TokenizerError: what is missing, and the way out.
@@ -41,7 +41,7 @@ def chat(arguments: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy (default 0.7)")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0, help="of the first turn; all voices draw with the same numbers")
+    parser.add_argument("--seed", type=int, default=0, help="of the first turn; all models draw with the same numbers")
     parser.add_argument("--revision", default="main", help="of a hub id")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--plain", action="store_true", help="no chat template: each turn is sent alone, as it is")
@@ -50,9 +50,11 @@ def chat(arguments: Sequence[str]) -> None:
     if options.max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens={options.max_new_tokens}: must be 1 or more.")
     console = Console(highlight=False)
-    cast = load_cast(options.target, revision=options.revision, device=options.device)
-    talk = Talk(cast, console, sampling, options.max_new_tokens, options.seed, options.system, plain=options.plain)
-    for said in options.prompt or _lines(console, [voice.name for voice in cast.voices]):
+    cast = load_chat_models(options.target, revision=options.revision, device=options.device)
+    talk = ChatSession(
+        cast, console, sampling, options.max_new_tokens, options.seed, options.system, plain=options.plain
+    )
+    for said in options.prompt or _lines(console, [model.name for model in cast.models]):
         if said in ("/quit", "/exit"):
             return
         talk.say(said)
@@ -76,8 +78,8 @@ def _lines(console: Console, names: list[str]) -> Iterator[str]:
             yield said
 
 
-class Talk:
-    """A conversation with each voice of a cast: all hear the user, and each its own replies.
+class ChatSession:
+    """A conversation with each model of a cast: all hear the user, and each its own replies.
 
     Args:
         cast: who answers.
@@ -91,7 +93,7 @@ class Talk:
 
     def __init__(
         self,
-        cast: Cast,
+        cast: ChatModels,
         console: Console,
         sampling: Sampling,
         max_new_tokens: int,
@@ -112,10 +114,10 @@ class Talk:
 
     def _start_anew(self) -> None:
         first = [{"role": "system", "content": self._system}] if self._system else []
-        self.turns = {voice.name: list(first) for voice in self._cast.voices}
+        self.turns = {model.name: list(first) for model in self._cast.models}
 
     def say(self, text: str) -> None:
-        """One turn of the user, answered by all voices; or a command.
+        """One turn of the user, answered by all models; or a command.
 
         Raises:
             ConfigurationError: an unknown command, or no room for a reply.
@@ -133,7 +135,7 @@ class Talk:
             self._seed += 1
 
     def _answer(self, text: str) -> None:
-        names = [voice.name for voice in self._cast.voices]
+        names = [model.name for model in self._cast.models]
         for turns in self.turns.values():
             turns.append({"role": "user", "content": text})
         room = self._console.width // len(names)
@@ -154,10 +156,10 @@ class Talk:
                 self._reply(name, show)
 
     def _reply(self, name: str, write: Callable[[str], None]) -> None:
-        (voice,) = (voice for voice in self._cast.voices if voice.name == name)
+        (model,) = (model for model in self._cast.models if model.name == name)
         prompt = prompt_ids(self._cast.tokenizer, self.turns[name], plain=self._plain)
         answer = reply(
-            voice,
+            model,
             self._cast.tokenizer,
             prompt,
             self._sampling,

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.generation.sampling import Sampling
 from sapo.runs.folder import CONFIG_FILE, RUN_FILE
@@ -22,12 +22,12 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
+class ChatModel:
     """A model under a name.
 
     Attributes:
         name: "policy", "opponent", "start", or the model's own.
-        model: a causal language model, perhaps shared with other voices.
+        model: a causal language model, perhaps shared with other models.
         adapter: the adapter that is active while it speaks; None for none.
     """
 
@@ -36,8 +36,8 @@ class Voice:
     adapter: str | None = None
 
     @contextmanager
-    def speaking(self) -> Iterator[Any]:
-        """The model with this voice's adapter, or without one."""
+    def active(self) -> Iterator[Any]:
+        """The model with this model's adapter, or without one."""
         if self.adapter is not None:
             self.model.set_adapter(self.adapter)
         if self.adapter is None and isinstance(self.model, PeftModel):
@@ -48,10 +48,10 @@ class Voice:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class ChatModels:
     """Voices that share a tokenizer."""
 
-    voices: list[Voice]
+    models: list[ChatModel]
     tokenizer: Any
 
 
@@ -60,7 +60,7 @@ def is_run(target: str) -> bool:
     return (Path(target) / CONFIG_FILE).is_file()
 
 
-def load_cast(target: str, *, revision: str = "main", device: str | None = None) -> Cast:
+def load_chat_models(target: str, *, revision: str = "main", device: str | None = None) -> ChatModels:
     """Load a model, or the start, the opponent and the policy of a run.
 
     Args:
@@ -74,25 +74,25 @@ def load_cast(target: str, *, revision: str = "main", device: str | None = None)
     """
     if not is_run(target):
         model, adapter = _load(target, target, revision, device)
-        return Cast([Voice(Path(target).name, model, adapter)], _tokenizer(target, revision))
+        return ChatModels([ChatModel(Path(target).name, model, adapter)], _tokenizer(target, revision))
     folder = Path(target)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigurationError(
             f"{target}: this run has not saved its policy yet. Wait for its end, or chat with one of its checkpoints."
         )
     policy, adapter = _load(target, "policy", "main", device)
-    voices = [Voice("policy", policy, adapter)]
+    models = [ChatModel("policy", policy, adapter)]
     opponent = folder / "opponent"
     if opponent.is_dir() and adapter is not None:
         policy.load_adapter(str(opponent), adapter_name="opponent")
-        voices.insert(0, Voice("opponent", policy, "opponent"))
+        models.insert(0, ChatModel("opponent", policy, "opponent"))
     elif opponent.is_dir():
-        voices.insert(0, Voice("opponent", _load(str(opponent), "opponent", "main", device)[0]))
+        models.insert(0, ChatModel("opponent", _load(str(opponent), "opponent", "main", device)[0]))
     if adapter is not None:
-        voices.insert(0, Voice("start", policy))
+        models.insert(0, ChatModel("start", policy))
     elif (start := _start_of(folder)) is not None:
-        voices.insert(0, Voice("start", _load(start, "start", "main", device)[0]))
-    return Cast(voices, _tokenizer(target, "main"))
+        models.insert(0, ChatModel("start", _load(start, "start", "main", device)[0]))
+    return ChatModels(models, _tokenizer(target, "main"))
 
 
 def _start_of(folder: Path) -> str | None:
@@ -150,7 +150,7 @@ def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[
 
 
 def reply(
-    voice: Voice,
+    chat_model: ChatModel,
     tokenizer: Any,
     prompt: list[int],
     sampling: Sampling,
@@ -159,9 +159,9 @@ def reply(
     seed: int,
     write: Callable[[str], None],
 ) -> str:
-    """Let a voice answer; `write` receives the text as it comes.
+    """Let a model answer; `write` receives the text as it comes.
 
-    Every voice that is given the same seed draws with the same random numbers.
+    Every model that is given the same seed draws with the same random numbers.
 
     Raises:
         ConfigurationError: the conversation leaves no room for a reply.
@@ -173,14 +173,14 @@ def reply(
             pieces.append(text)
             write(text)
 
-    with voice.speaking() as model:
+    with chat_model.active() as model:
         positions = model.config.get_text_config().max_position_embeddings
         room = min(max_new_tokens, positions - len(prompt))
         if room < 1:
             raise ConfigurationError(
-                f"the conversation has {len(prompt)} tokens, {voice.name} takes {positions}. Start anew with /new."
+                f"the conversation has {len(prompt)} tokens, {chat_model.name} takes {positions}. Start anew with /new."
             )
-        ends = sorted(end_token_ids(tokenizer, model.generation_config.eos_token_id))
+        ends = sorted(eos_token_ids(tokenizer, model.generation_config.eos_token_id))
         inputs = torch.tensor([prompt], device=model.device)
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         config = GenerationConfig(

@@ -56,7 +56,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         ConfigurationError: an unknown option, a folder that is not a run's, or a metric that no run has.
     """
     parser = _Parser(prog="sapo compare", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one that holds iterations")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one that holds rounds")
     parser.add_argument("--metrics", help="names, divided by commas, of the metrics to show")
     parser.add_argument("--json", type=Path, help="file to write everything to, curves included")
     parser.add_argument("--markdown", type=Path, help="file to write the tables to")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sapo.commands.arguments import RunArguments, parse
 from sapo.commands.inputs import load_inputs, load_texts
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import dataset_digest
 from sapo.data.texts import PromptTexts
 from sapo.errors import CheckpointError, ConfigurationError
@@ -27,7 +27,7 @@ from sapo.generation.vllm.servers import VLLMServers
 from sapo.preference.pairs import self_play
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
-from sapo.weights.loading import check_model, generation_end_ids, load_config, load_policy
+from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
 from sapo.weights.policy import padding_token_id
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def write_pairs(
         "epoch": epoch,
         "generation_batch_size": batch,
     }
-    ends = end_token_ids(tokenizer, generation_end_ids(name, run.model.model_revision, load_config(run.model)))
+    ends = eos_token_ids(tokenizer, generation_eos_ids(name, run.model.model_revision, load_config(run.model)))
     writer = PairWriter(
         file,
         facts,
@@ -148,7 +148,7 @@ def write_pairs(
         generator = TransformersGenerator(
             lambda: nullcontext(model),
             Sampling(config.temperature, config.top_k, config.top_p),
-            end_ids=ends,
+            eos_ids=ends,
             pad_token_id=padding_token_id(tokenizer, ends),
             batch_size=batch,
         )
@@ -164,7 +164,7 @@ def write_pairs(
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task(f"parts of {file.name}", total=writer.remaining(dataset))
-        source = self_play(generator, config, end_ids=ends)
+        source = self_play(generator, config, eos_ids=ends)
         writer.write_parts(dataset, source, epoch=epoch, each=lambda: progress.advance(task))
     writer.join(dataset, tokenizer, texts, skip_identical=config.skip_identical)
     if isinstance(generator, VLLMServers):
@@ -190,7 +190,7 @@ def _servers(
             f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "
             "folder. Name a local one."
         )
-    servers = checked_servers(config, tokenizer, load_config(run.model), end_ids=ends, adapter=adapter is not None)
+    servers = checked_servers(config, tokenizer, load_config(run.model), eos_ids=ends, adapter=adapter is not None)
     state.wait_for_everyone()
     servers.load(folder, version)
     return servers

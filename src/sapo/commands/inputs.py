@@ -11,13 +11,13 @@ from typing import Any
 import datasets
 
 from sapo.commands.arguments import RunArguments
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport
 from sapo.data.loading import load_rows
 from sapo.data.mixture import Member, load_mixture, prepare_mixture, split_rows
 from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import ConfigurationError, DatasetError
-from sapo.weights.loading import generation_end_ids, load_config, load_tokenizer
+from sapo.weights.loading import generation_eos_ids, load_config, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ def load_inputs(run: RunArguments) -> Inputs:
     config.check_positions(model_config)
     tokenizer = load_tokenizer(name, revision)
     options = DataOptions.of(config)
-    end_ids = end_token_ids(tokenizer, generation_end_ids(name, revision, model_config))
-    train, train_reports = prepare_mixture(_training_rows(run), tokenizer, options, end_ids=end_ids)
+    eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
+    train, train_reports = prepare_mixture(_training_rows(run), tokenizer, options, eos_ids=eos_ids)
     aside: datasets.Dataset | None = None
     if run.mixture.datasets and run.mixture.test_split_size is not None:
         train, aside = split_rows(train, run.mixture.test_split_size, config.seed)
@@ -60,7 +60,7 @@ def load_inputs(run: RunArguments) -> Inputs:
         return Inputs(tokenizer, train, None, train_reports, [])
     if aside is not None and not run.data.eval_dataset_name:
         return Inputs(tokenizer, train, aside, train_reports, [])
-    evaluation, eval_reports = prepare_mixture([_evaluation_rows(run)], tokenizer, options, end_ids=end_ids)
+    evaluation, eval_reports = prepare_mixture([_evaluation_rows(run)], tokenizer, options, eos_ids=eos_ids)
     return Inputs(tokenizer, train, evaluation, train_reports, eval_reports)
 
 

@@ -79,10 +79,10 @@ def _dispatch(given: list[str]) -> int:
         case ["train", *rest] if is_asked_for(rest):
             launch("train", rest)
         case ["train", *rest]:
-            from sapo.weights.sharding import leave_processes
+            from sapo.weights.sharding import shutdown_process_group
 
             train(rest)
-            leave_processes()
+            shutdown_process_group()
         case ["serve", *rest]:
             from sapo.commands.serve import run_serve
 
@@ -131,7 +131,7 @@ def train(arguments: Sequence[str]) -> None:
 
     from sapo.commands.arguments import parse
     from sapo.commands.inputs import load_inputs
-    from sapo.commands.rounds import iterations
+    from sapo.commands.rounds import rounds
     from sapo.runs.folder import check_output_dir
     from sapo.weights.loading import check_model, load_policy
 
@@ -140,10 +140,10 @@ def train(arguments: Sequence[str]) -> None:
     config = run.config
     # Of several processes the first speaks.
     console = Console(quiet=quiet or config.process_index > 0)
-    if config.num_iterations is not None:
+    if config.num_rounds is not None:
         _quiet()
-        for iteration in iterations(run, console):
-            if not _train(iteration.run, iteration.inputs, *iteration.policy(), console, recipe=iteration.recipe):
+        for round in rounds(run, console):
+            if not _train(round.run, round.inputs, *round.policy(), console, recipe=round.recipe):
                 return
         return
     if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
@@ -160,7 +160,7 @@ def train(arguments: Sequence[str]) -> None:
 def _train(
     run: RunArguments, inputs: Inputs, model: Any, peft_config: Any, console: Console, *, recipe: Path | None = None
 ) -> bool:
-    """One run, or the iteration of the one that `recipe` gives again; whether it came to its end."""
+    """One run, or the round of the one that `recipe` gives again; whether it came to its end."""
     from sapo.commands.arguments import as_recipe
     from sapo.hub.card import write_card
     from sapo.training.callbacks import StopOnSignal

@@ -20,9 +20,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parts(run: Path) -> list[Path]:
-    """A run, or the iterations that it consists of."""
-    iterations = sorted(run.glob("iteration-*"), key=lambda part: int(part.name.rsplit("-", 1)[1]))
-    started = [part for part in iterations if (part / METRICS_FILE).is_file()]
+    """A run, or the rounds that it consists of."""
+    rounds = sorted(run.glob("round-*"), key=lambda part: int(part.name.rsplit("-", 1)[1]))
+    started = [part for part in rounds if (part / METRICS_FILE).is_file()]
     return [run] if (run / METRICS_FILE).is_file() or not started else started
 
 

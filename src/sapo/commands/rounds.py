@@ -1,7 +1,7 @@
-"""Self-play in rounds, as SPIN does it (arXiv 2401.01335): one run an iteration, each from the last one's policy.
+"""Self-play in rounds, as SPIN does it (arXiv 2401.01335): one run a round, each from the last one's policy.
 
-Within an iteration nothing moves but the policy: the model that it starts from writes the pairs of the whole data set
-and is the reference. So an iteration is a run on paired data, with the same trainer, checkpoints and metrics.
+Within a round nothing moves but the policy: the model that it starts from writes the pairs of the whole data set
+and is the reference. So a round is a run on paired data, with the same trainer, checkpoints and metrics.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from sapo.runs.folder import RECIPE_FILE, check_output_dir
 from sapo.runs.pair_files import PairsReport, read_pairs
 from sapo.weights.loading import check_model, load_policy
 
-FOLDER = "iteration-{number}"
+FOLDER = "round-{number}"
 PAIRS_FILE = "pairs.parquet"
 EVAL_PAIRS_FILE = "eval_pairs.parquet"
-DONE_FILE = "iteration.json"
-"""Written when the training of an iteration has come to its end."""
+DONE_FILE = "round.json"
+"""Written when the training of a round has come to its end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Iteration:
-    """One iteration, ready to be trained.
+class Round:
+    """One round, ready to be trained.
 
     Attributes:
-        run: what to train: from the policy of the iteration before, on pairs, into a folder of its own.
+        run: what to train: from the policy of the round before, on pairs, into a folder of its own.
         inputs: tokenizer and pairs.
         adapter: with LoRA, the folder of the adapter to continue; None for a new one.
-        recipe: gives all iterations again.
+        recipe: gives all rounds again.
     """
 
     run: RunArguments
@@ -62,16 +62,16 @@ class Iteration:
         return PeftModel.from_pretrained(model, str(self.adapter), is_trainable=True), None
 
 
-def iterations(run: RunArguments, console: Console) -> Iterator[Iteration]:
-    """The iterations that are still to be trained; to ask for the next says that the last one came to its end.
+def rounds(run: RunArguments, console: Console) -> Iterator[Round]:
+    """The rounds that are still to be trained; to ask for the next says that the last one came to its end.
 
     Args:
-        run: with `num_iterations`. `resume_from_checkpoint` true or auto continues in the middle of any part.
+        run: with `num_rounds`. `resume_from_checkpoint` true or auto continues in the middle of any part.
         console: for what the user should see.
 
     Raises:
-        ConfigurationError: options that iterations do not have, or a folder that is not empty.
-        CheckpointError: nothing to resume, or an iteration that was begun from something else.
+        ConfigurationError: options that rounds do not have, or a folder that is not empty.
+        CheckpointError: nothing to resume, or a round that was begun from something else.
     """
     config = run.config
     root = Path(config.output_dir or "")
@@ -82,20 +82,20 @@ def iterations(run: RunArguments, console: Console) -> Iterator[Iteration]:
         for line in report.lines():
             console.print(line, markup=False, highlight=False)
     state = PartialState()
-    for number in range(config.num_iterations or 0):
+    for number in range(config.num_rounds or 0):
         folder = root / FOLDER.format(number=number)
         if (folder / DONE_FILE).is_file():
             continue
-        # The models of the iteration before are held by cycles; two iterations' would not fit.
+        # The models of the round before are held by cycles; two rounds' would not fit.
         gc.collect()
-        console.rule(f"Iteration {number} of {config.num_iterations}")
+        console.rule(f"Round {number} of {config.num_rounds}")
         started_from, adapter = run, None
         if number:
             started_from, adapter = _from(run, root / FOLDER.format(number=number - 1))
         written = _write_files(started_from, inputs, folder, number, adapter, console)
         yield _iteration(started_from, inputs, folder, number, adapter)
         if state.is_main_process:
-            done = {"iteration": number, "policy_from": str(adapter or started_from.model.model_name_or_path)}
+            done = {"round": number, "policy_from": str(adapter or started_from.model.model_name_or_path)}
             write_atomically(folder / DONE_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
         state.wait_for_everyone()
 
@@ -104,26 +104,26 @@ def _begin(run: RunArguments, root: Path) -> None:
     config = run.config
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise ConfigurationError(
-            "num_iterations with a quantized model is not supported: leave load_in_4bit and load_in_8bit out, or write "
+            "num_rounds with a quantized model is not supported: leave load_in_4bit and load_in_8bit out, or write "
             "pairs with sapo generate and train on them with pair_source=paired."
         )
     if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
         raise ConfigurationError(
-            "num_iterations with sharded weights is not supported: each process holds a whole model while it writes. "
+            "num_rounds with sharded weights is not supported: each process holds a whole model while it writes. "
             "Use --accelerate_config multi_gpu."
         )
     if config.suffix == "mask" and config.segment_length is not None:
         raise ConfigurationError(
-            "suffix=mask with num_iterations: files of pairs do not keep where a segment ended. Set suffix to drop."
+            "suffix=mask with num_rounds: files of pairs do not keep where a segment ended. Set suffix to drop."
         )
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "true", "True", "auto", "false", "False"):
         raise ConfigurationError(
-            f"resume_from_checkpoint={wanted} with num_iterations: give true or auto; the newest part is continued."
+            f"resume_from_checkpoint={wanted} with num_rounds: give true or auto; the newest part is continued."
         )
     begun = sorted(root.glob(FOLDER.format(number="*")))
     if wanted in ("true", "True") and not begun:
-        raise CheckpointError(f"{root}: no iteration to resume. Leave resume_from_checkpoint out to start afresh.")
+        raise CheckpointError(f"{root}: no round to resume. Leave resume_from_checkpoint out to start afresh.")
     if wanted in (None, "false", "False") and config.process_index == 0:
         check_output_dir(root, overwrite=config.overwrite_output_dir)
         for folder in begun:
@@ -150,7 +150,7 @@ def _write_files(
     texts, eval_texts = load_texts(run, inputs)
     files = [(PAIRS_FILE, inputs.train, texts, number)]
     if inputs.eval is not None and eval_texts is not None:
-        # Epoch -1: no iteration has these seeds.
+        # Epoch -1: no round has these seeds.
         files.append((EVAL_PAIRS_FILE, inputs.eval, eval_texts, -1))
     reports = []
     for name, dataset, text, epoch in files:
@@ -163,15 +163,15 @@ def _write_files(
     return reports[0]
 
 
-def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None) -> Iteration:
+def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None) -> Round:
     files = [folder / PAIRS_FILE]
-    if number and run.config.mix_previous_iteration:
+    if number and run.config.mix_previous_round:
         files.append(folder.with_name(FOLDER.format(number=number - 1)) / PAIRS_FILE)
     config = copy.copy(run.config)
     config.output_dir = str(folder)
-    config.pair_source, config.num_iterations, config.mix_previous_iteration = "paired", None, False
+    config.pair_source, config.num_rounds, config.mix_previous_round = "paired", None, False
     config.generation_backend = "transformers"
-    # The pairs are in the folder already, and whatever else is there is of this very iteration.
+    # The pairs are in the folder already, and whatever else is there is of this very round.
     config.overwrite_output_dir, config.resume_from_checkpoint = True, "auto"
     train = read_pairs(files, max_length=config.max_length)
     evaluation = None
@@ -182,4 +182,4 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     data.eval_dataset_name = str(folder / EVAL_PAIRS_FILE) if evaluation is not None else None
     mixture.datasets = [DatasetConfig(path=str(file)) for file in files] if len(files) > 1 else []
     own = RunArguments(data=data, mixture=mixture, config=config, model=run.model)
-    return Iteration(own, Inputs(inputs.tokenizer, train, evaluation, [], []), adapter, folder.parent / RECIPE_FILE)
+    return Round(own, Inputs(inputs.tokenizer, train, evaluation, [], []), adapter, folder.parent / RECIPE_FILE)

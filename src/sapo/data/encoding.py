@@ -41,7 +41,7 @@ class Draft:
     plain: bool
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
     """All tokens that end a reply: the tokenizer's, the generation configuration's, and the chat template's.
 
     Args:
@@ -83,12 +83,12 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class Encoder:
     """Renders and tokenizes turns, and counts what it meets in `report`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], report: DataReport) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], report: DataReport) -> None:
         if tokenizer.eos_token_id is None:
             raise TokenizerError("the tokenizer has no end token to close a response with. Set tokenizer.eos_token.")
         self.chat = bool(tokenizer.chat_template)
         self._tokenizer = tokenizer
-        self._ends = frozenset({*end_ids, tokenizer.eos_token_id})
+        self._ends = frozenset({*eos_ids, tokenizer.eos_token_id})
         self._report = report
         self._blank: dict[int, bool] = {}
         self._start = self._start_ids()

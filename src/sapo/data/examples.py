@@ -56,16 +56,16 @@ class DataOptions:
     Attributes:
         max_length: tokens of prompt and response together.
         max_prompt_length: tokens the prompt keeps when both together are too long.
-        truncation_mode: which side of a prompt is kept.
-        overlong: cut what exceeds `max_length`, leave it out, or stop.
+        prompt_truncation: which side of a prompt is kept.
+        max_length_policy: cut what exceeds `max_length`, leave it out, or stop.
         assistant_turns: learn from the last reply, from one drawn each epoch, or from each.
         paired: rows hold chosen and rejected, and both are wanted.
     """
 
     max_length: int
     max_prompt_length: int
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    max_length_policy: Literal["truncate", "drop", "error"] = "truncate"
     assistant_turns: Literal["last", "random", "all"] = "last"
     paired: bool = False
 
@@ -87,8 +87,8 @@ class DataOptions:
         return cls(
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length or config.max_length,
-            truncation_mode=config.truncation_mode,
-            overlong=config.overlong,
+            prompt_truncation=config.prompt_truncation,
+            max_length_policy=config.max_length_policy,
             assistant_turns=config.assistant_turns,
             paired=config.pair_source == "paired",
         )

@@ -55,7 +55,7 @@ def prepare_mixture(
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions,
     *,
-    end_ids: Collection[int],
+    eos_ids: Collection[int],
 ) -> tuple[datasets.Dataset, list[DataReport]]:
     """`prepare_dataset` on each member; row numbers go on from one to the next, so that none occurs twice."""
     parts: list[datasets.Dataset] = []
@@ -65,7 +65,7 @@ def prepare_mixture(
             member.rows,
             tokenizer,
             options,
-            end_ids=end_ids,
+            eos_ids=eos_ids,
             source=member.name,
             first_row=sum(report.rows for report in reports),
         )

@@ -26,7 +26,7 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions,
     *,
-    end_ids: Collection[int],
+    eos_ids: Collection[int],
     source: str = "dataset",
     first_row: int = 0,
 ) -> tuple[datasets.Dataset, DataReport]:
@@ -36,7 +36,7 @@ def prepare_dataset(
         rows: what `load_rows` returned, or any iterable of rows.
         tokenizer: the model's tokenizer.
         options: lengths, turns, pairs.
-        end_ids: see `end_token_ids`. A response that ends with none of them gets the tokenizer's own.
+        eos_ids: see `eos_token_ids`. A response that ends with none of them gets the tokenizer's own.
         source: the dataset's name in messages.
         first_row: number of the first row in the result; messages count from 1 in any case.
 
@@ -45,7 +45,7 @@ def prepare_dataset(
         `response_ids` and, if paired, `rejected_ids`, each a list of lists of int32), and the report.
 
     Raises:
-        DatasetError: a malformed row, a too long one if `overlong="error"`, or nothing left.
+        DatasetError: a malformed row, a too long one if `max_length_policy="error"`, or nothing left.
         TokenizerError: no chat template, no end token, or a template that rewrites the history.
     """
     numbered = enumerate(rows)
@@ -54,7 +54,7 @@ def prepare_dataset(
         raise DatasetError(f"{source}: holds no rows. Give a dataset that does.")
     layout = detect_format(head[1], paired=options.paired, source=source)
     report = DataReport(source, layout)
-    encoder = Encoder(tokenizer, end_ids, report)
+    encoder = Encoder(tokenizer, eos_ids, report)
     table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
     stream = chain([head], numbered)
     while chunk := list(islice(stream, _CHUNK)):
@@ -99,13 +99,13 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         return None
     longest = max(sides, key=len)
     total = len(prompt) + len(longest)
-    if total > options.max_length and options.overlong == "error":
+    if total > options.max_length and options.max_length_policy == "error":
         raise DatasetError(
             f"row {row + 1} of {report.source}: {len(prompt)} prompt tokens and {len(longest)} response "
-            f"tokens exceed max_length={options.max_length}. Raise it to {total}, or set overlong to "
+            f"tokens exceed max_length={options.max_length}. Raise it to {total}, or set max_length_policy to "
             "truncate or drop."
         )
-    if total > options.max_length and options.overlong == "drop":
+    if total > options.max_length and options.max_length_policy == "drop":
         report.drop(f"longer than max_length={options.max_length}")
         return None
     # Both sides of a pair share one prompt, so the longer side decides whether the prompt is cut.
@@ -114,7 +114,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         longest,
         max_length=options.max_length,
         max_prompt_length=options.max_prompt_length,
-        truncation_mode=options.truncation_mode,
+        prompt_truncation=options.prompt_truncation,
     )
     if not response:
         report.drop("no room for a response after the prompt")

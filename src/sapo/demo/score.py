@@ -54,7 +54,7 @@ def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], *, batch_size: 
     generator = TransformersGenerator(
         lambda: nullcontext(model),
         Sampling(temperature=0.0),
-        end_ids=[tokenizer.eos_token_id],
+        eos_ids=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
         batch_size=batch_size,
     )

@@ -12,13 +12,13 @@ from sapo.estimate.devices import Device
 from sapo.estimate.passes import Lengths, Passes, trace_passes
 from sapo.estimate.tracing import Trace
 from sapo.weights.footprint import (
-    Roles,
+    RunModels,
     Strategy,
-    build_roles,
+    build_run_models,
+    gather_shell_memory,
     gathered_memory,
     model_memory,
     optimizer_scratch,
-    twin_memory,
 )
 
 RESERVED = 1e9
@@ -107,7 +107,7 @@ def estimate(
         strategy: how the run is divided over them.
         lengths: of every pair, for the memory; seconds are those of `usual(lengths)`.
     """
-    roles = build_roles(config, model_args, args, strategy)
+    roles = build_run_models(config, model_args, args, strategy)
     fused = args.fused_lm_head if args.fused_lm_head is not None else device.overlaps and HAS_FUSED_LM_HEAD
     pairs = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
     rows = _rows(args)
@@ -151,11 +151,11 @@ def _rows(args: SAPOConfig) -> int:
     return int(micro * steps * args.num_generations)
 
 
-def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> Memory:
+def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> Memory:
     parts = model_memory(roles, args, strategy)
     gradients = parts.pop("gradients", 0)
     lasting = sum(parts.values())
-    twin, gathered = twin_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
+    shell, gathered = gather_shell_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
     learning = passes.learning
     beside = gradients - learning.most["gradients"]
     phases = {"learning": lasting + gathered + learning.bytes + beside}
@@ -168,20 +168,20 @@ def _memory(passes: Passes, roles: Roles, args: SAPOConfig, strategy: Strategy, 
     if passes.reference is not None:
         # It scores a micro-batch before the policy learns from it; only earlier micro-batches have left gradients.
         earlier = gradients if args.gradient_accumulation_steps > 1 else 0
-        phases["reference"] = lasting + twin + passes.reference.bytes + earlier
+        phases["reference"] = lasting + shell + passes.reference.bytes + earlier
     if passes.prefill is not None:
-        phases["generation"] = lasting + twin + max(passes.prefill.bytes, passes.cache)
+        phases["generation"] = lasting + shell + max(passes.prefill.bytes, passes.cache)
         passing["keys and values of generation"] = passes.cache
     if gathered:
         passing["weights gathered to learn"] = gathered
-    if twin and ("reference" in phases or "generation" in phases):
-        passing["weights gathered for opponent and reference"] = twin
+    if shell and ("reference" in phases or "generation" in phases):
+        passing["weights gathered for opponent and reference"] = shell
     return Memory(parts, passing, phases)
 
 
 def _seconds(
     passes: Passes,
-    roles: Roles,
+    roles: RunModels,
     args: SAPOConfig,
     device: Device,
     strategy: Strategy,
@@ -224,7 +224,13 @@ def trace_seconds(trace: Trace, device: Device) -> float:
 
 
 def _communication(
-    passes: Passes, roles: Roles, args: SAPOConfig, device: Device, strategy: Strategy, number: float, computing: float
+    passes: Passes,
+    roles: RunModels,
+    args: SAPOConfig,
+    device: Device,
+    strategy: Strategy,
+    number: float,
+    computing: float,
 ) -> float:
     """Seconds that are not hidden behind the policy's computation; the ring's share of each device."""
     share = (strategy.processes - 1) / strategy.processes

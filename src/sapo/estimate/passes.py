@@ -21,8 +21,8 @@ from sapo.preference.batches import Layout, PairBatch, collate_pairs
 from sapo.preference.pairs import Pair
 from sapo.preference.scoring import head_at, model_inputs, summed_logps
 from sapo.preference.segments import Segment
-from sapo.preference.shared_prefix import use_shared_attention, why_not_shared
-from sapo.weights.footprint import Roles, Strategy
+from sapo.preference.shared_prefix import shared_layout_unsupported_reason, use_shared_attention
+from sapo.weights.footprint import RunModels, Strategy
 
 _TILE = (4096, 32768)
 """Positions and vocabulary entries that trl's fused head works on at a time."""
@@ -65,7 +65,7 @@ class Passes:
 
 
 def trace_passes(
-    roles: Roles,
+    roles: RunModels,
     args: SAPOConfig,
     strategy: Strategy,
     lengths: Lengths,
@@ -111,11 +111,11 @@ def trace_passes(
 
 
 def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> str | None:
-    if args.layout == "plain" or args.nll_positions == "all":
-        return "layout=plain" if args.layout == "plain" else "nll_positions=all"
+    if args.layout == "plain" or args.nll_scope == "all":
+        return "layout=plain" if args.layout == "plain" else "nll_scope=all"
     if attention is not None and attention not in ("sdpa", "flex_attention"):
         return f"attn_implementation is {attention}"
-    return why_not_shared(policy)
+    return shared_layout_unsupported_reason(policy)
 
 
 def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
@@ -248,7 +248,7 @@ def _batch(lengths: Lengths, pairs: int, layout: Layout, args: SAPOConfig) -> Pa
         suffix=args.suffix,
         layout=layout,
         score_shared=args.scores_shared,
-        all_positions=args.nll_positions == "all",
+        all_positions=args.nll_scope == "all",
     )
 
 

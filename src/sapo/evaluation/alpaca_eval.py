@@ -17,7 +17,7 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError, EvaluationError
-from sapo.evaluation.generate import chat_ids, generator_of, require_chat_template, room, text_of, why_ended
+from sapo.evaluation.generate import chat_ids, finish_reason, generator_of, require_chat_template, room, text_of
 from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
@@ -203,7 +203,7 @@ def _answers(session: Session, target: Target, instructions: Sequence[Instructio
                 "output": text_of(loaded, tokens).strip(),
                 "generator": target.slug,
                 "dataset": instructions[place].dataset,
-                "finish": why_ended(loaded, tokens, own),
+                "finish": finish_reason(loaded, tokens, own),
             }
             parts.add(keys[place], record)
         session.say(f"{target.name}: {span.stop} of {len(keys)} answers")

@@ -1,4 +1,4 @@
-"""Responses of a loaded model through the package's own generator, a batch at a time."""
+"""SFTSource of a loaded model through the package's own generator, a batch at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generator_of(loaded: LoadedModel, sampling: Sampling, batch_size: int) -> Tr
     return TransformersGenerator(
         lambda: in_use(loaded),
         sampling,
-        end_ids=loaded.end_ids,
+        eos_ids=loaded.eos_ids,
         pad_token_id=loaded.pad_token_id,
         batch_size=batch_size,
     )
@@ -82,8 +82,8 @@ def text_of(loaded: LoadedModel, tokens: Sequence[int]) -> str:
     return str(decoded)
 
 
-def why_ended(loaded: LoadedModel, tokens: Sequence[int], budget: int) -> str:
+def finish_reason(loaded: LoadedModel, tokens: Sequence[int], budget: int) -> str:
     """Why a response ended: "stop" at an end token, "length" at the budget, "no_room" where the prompt left none."""
     if budget == 0:
         return "no_room"
-    return "stop" if tokens and tokens[-1] in loaded.end_ids else "length"
+    return "stop" if tokens and tokens[-1] in loaded.eos_ids else "length"

@@ -132,7 +132,7 @@ def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
         load_rows(name, split=options.dataset_split),
         loaded.tokenizer,
         DataOptions(max_length=length, max_prompt_length=max(1, length - length // 4)),
-        end_ids=loaded.end_ids,
+        eos_ids=loaded.eos_ids,
         source=name,
     )
     wanted = min(options.limit or ROWS, len(prepared))
@@ -155,7 +155,7 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
     measures = summarize(
         found,
         [turn.response_ids for turn in data.turns],
-        loaded.end_ids,
+        loaded.eos_ids,
         max_new_tokens=budget,
         seed=session.options.seed,
     )
@@ -167,7 +167,7 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
         items["prefers_data_to_own"][row] = wins(one.data_logp - one.own_logp)
         if one.own:
             items["gap_to_own"][row] = one.data_logp / one.data_tokens - one.own_logp / len(one.own)
-        ended = bool(one.own) and one.own[-1] in loaded.end_ids
+        ended = bool(one.own) and one.own[-1] in loaded.eos_ids
         bare = one.own[:-1] if ended else one.own
         items["ended"][row] = float(ended)
         items["length"][row] = float(len(one.own))

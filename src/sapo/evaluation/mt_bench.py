@@ -16,7 +16,7 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError
-from sapo.evaluation.generate import chat_ids, generator_of, require_chat_template, room, text_of, why_ended
+from sapo.evaluation.generate import chat_ids, finish_reason, generator_of, require_chat_template, room, text_of
 from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.results import SuiteResult
@@ -209,7 +209,7 @@ def _two_turns(
         replies = generator.generate(prompts, budgets, seeds)
         for talk, finish, tokens, budget in zip(talks, finishes, replies, budgets, strict=True):
             talk.append({"role": "assistant", "content": text_of(loaded, tokens).strip()})
-            finish.append(why_ended(loaded, tokens, budget))
+            finish.append(finish_reason(loaded, tokens, budget))
     return [
         {
             "question_id": question["question_id"],

@@ -114,7 +114,7 @@ def chunks(size: int, total: int) -> list[range]:
 
 
 def finish_notes(finishes: Sequence[str]) -> list[str]:
-    """What a reader has to know of responses that did not end by themselves; see `generate.why_ended`."""
+    """What a reader has to know of responses that did not end by themselves; see `generate.finish_reason`."""
     notes = []
     for finish, meaning in (("length", "reached max_new_tokens or the end of the context"), ("no_room", "had no room")):
         count = sum(one == finish for one in finishes)

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.errors import EvaluationError, ModelError, TokenizerError
 from sapo.weights.loading import load_tokenizer
 from sapo.weights.policy import padding_token_id
@@ -59,14 +59,14 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: with the chat template to use, if there is one.
-        end_ids: tokens that end a response.
+        eos_ids: tokens that end a response.
         pad_token_id: fills rows.
         positions: tokens that prompt and response may have together; None if the configuration does not say.
     """
 
     model: Any
     tokenizer: Any
-    end_ids: frozenset[int]
+    eos_ids: frozenset[int]
     pad_token_id: int
     positions: int | None
 
@@ -223,9 +223,9 @@ def load_target(
         raise ModelError(f"{target.path}: the model cannot be loaded ({reason}).") from error
     model = model.to(torch.device(device)).eval()
     try:
-        end_ids = end_token_ids(tokenizer, model.generation_config.eos_token_id)
+        eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
     except TokenizerError as error:
         raise TokenizerError(f"{target.path}: {error}") from error
     config = model.config.get_text_config().to_dict()
     positions = config.get("max_position_embeddings")
-    return LoadedModel(model, tokenizer, end_ids, padding_token_id(tokenizer, end_ids), positions)
+    return LoadedModel(model, tokenizer, eos_ids, padding_token_id(tokenizer, eos_ids), positions)

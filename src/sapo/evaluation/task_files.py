@@ -11,7 +11,15 @@ import yaml
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError
-from sapo.evaluation.generate import chat_ids, generator_of, plain_ids, require_chat_template, room, text_of, why_ended
+from sapo.evaluation.generate import (
+    chat_ids,
+    finish_reason,
+    generator_of,
+    plain_ids,
+    require_chat_template,
+    room,
+    text_of,
+)
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes
 from sapo.evaluation.store import part_key
@@ -165,7 +173,7 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
         generator = generator_of(loaded, Sampling(task.temperature, 0, 1.0), session.options.batch_size)
         seeds = [derive_seed(session.options.seed, "task", place) for place in missing]
         for place, tokens, budget in zip(missing, generator.generate(prompts, budgets, seeds), budgets, strict=True):
-            finish = why_ended(loaded, tokens, budget)
+            finish = finish_reason(loaded, tokens, budget)
             parts.add(
                 keys[place],
                 {"task": task.name, "row": place, "response": text_of(loaded, tokens), "finish": finish},

@@ -31,7 +31,7 @@ class TransformersGenerator:
             collectives, in which every process must take part. Processes may then take different numbers of
             steps, zero included.
         sampling: how the next token is drawn.
-        end_ids: tokens that end a row; may be empty.
+        eos_ids: tokens that end a row; may be empty.
         pad_token_id: any valid token id; it fills the space before shorter contexts and is never attended to.
         batch_size: rows decoded together, None for all. When set, rows are grouped by context length.
 
@@ -44,7 +44,7 @@ class TransformersGenerator:
         model_context: Callable[[], AbstractContextManager[nn.Module]],
         sampling: Sampling,
         *,
-        end_ids: Collection[int],
+        eos_ids: Collection[int],
         pad_token_id: int,
         batch_size: int | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class TransformersGenerator:
             raise ConfigurationError(f"pad_token_id={pad_token_id}: must be a token id; any valid one will do")
         self._model_context = model_context
         self._sampling = sampling
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = frozenset(eos_ids)
         self._pad_token_id = pad_token_id
         self._batch_size = batch_size
 

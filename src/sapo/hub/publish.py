@@ -39,7 +39,7 @@ def uploaded(*, opponent: bool) -> list[str]:
 _KEPT = [".*", "checkpoint-*", "*.jsonl", "report.html", "run.json", "optimizer*", "training_args.bin"]
 
 
-class Publishes:
+class HubMixin:
     """The part of a trainer that speaks with the hub; `push_to_hub` pushes at the end of a run, not its checkpoints."""
 
     args: SAPOConfig

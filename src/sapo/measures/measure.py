@@ -160,7 +160,7 @@ def measure(
 def summarize(
     measured: Sequence[Measured],
     responses: Sequence[Sequence[int]],
-    end_ids: frozenset[int],
+    eos_ids: frozenset[int],
     *,
     max_new_tokens: int,
     seed: int = 0,
@@ -172,7 +172,7 @@ def summarize(
     Args:
         measured: one a row.
         responses: the data's responses in the same order.
-        end_ids: tokens that end a response.
+        eos_ids: tokens that end a response.
         max_new_tokens: budget of the samples, so that the data is counted as ended by the same measure.
         seed: of the resampling.
         resamples: of each bootstrap; 0 for values without errors.
@@ -185,11 +185,11 @@ def summarize(
         found[name] = bootstrap([value for value in values if value is not None])
 
     own = [one.own for one in measured]
-    bare = [_without_end(tokens, end_ids) for tokens in own]
-    bare_data = [_without_end(tokens, end_ids) for tokens in responses]
+    bare = [_without_end(tokens, eos_ids) for tokens in own]
+    bare_data = [_without_end(tokens, eos_ids) for tokens in responses]
     found["nll"] = bootstrap([-one.data_logp for one in measured], [one.data_tokens for one in measured])
-    mean("ended", [float(bool(tokens) and tokens[-1] in end_ids) for tokens in own])
-    mean("ended_data", [float(len(t) <= max_new_tokens and t[-1] in end_ids) for t in responses])
+    mean("ended", [float(bool(tokens) and tokens[-1] in eos_ids) for tokens in own])
+    mean("ended_data", [float(len(t) <= max_new_tokens and t[-1] in eos_ids) for t in responses])
     mean("length", [float(len(tokens)) for tokens in own])
     mean("length_data", [float(len(tokens)) for tokens in responses])
     found["length_ratio"] = bootstrap([len(t) for t in own], [len(t) for t in responses])
@@ -255,5 +255,5 @@ def wins(difference: float) -> float:
     return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
 
 
-def _without_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Sequence[int]:
-    return tokens[:-1] if tokens and tokens[-1] in end_ids else tokens
+def _without_end(tokens: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
+    return tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens

@@ -110,11 +110,13 @@ def collate_pairs(
         if all_positions:
             raise ValueError("all_positions counts padding, and the shared layout has none")
         return _packed(pairs, suffix, score_shared)
-    rows = [_Scored(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
+    rows = [_ScoredSequence(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
     count, places = len(pairs), list(range(len(pairs)))
     for place, pair in enumerate(pairs):
-        if not pair.alone:
-            rows.append(_Scored(pair.prompt_ids, pair.rejected_ids, _first(pair, score_shared), _stop(pair, suffix)))
+        if not pair.is_sft:
+            rows.append(
+                _ScoredSequence(pair.prompt_ids, pair.rejected_ids, _first(pair, score_shared), _stop(pair, suffix))
+            )
             places.append(count + place)
     input_ids, attention_mask, targets = _padded(rows, pad_token_id)
     owners = torch.tensor(places)[:, None].expand_as(targets).contiguous()
@@ -193,7 +195,7 @@ def _alike(longest_first: Sequence[Pair], most: int) -> list[list[Pair]]:
 def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> ScoredRows:
     """Lay out rows of (prompt, response, number of response tokens to score), one sum a row."""
     input_ids, attention_mask, targets = _padded(
-        [_Scored(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
+        [_ScoredSequence(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
     )
     owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
     scored, tokens = _scored(targets, owners, len(rows)), int(attention_mask.sum())
@@ -207,7 +209,7 @@ def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Scored:
+class _ScoredSequence:
     """A prompt and a response of which the tokens in `[first, stop)` are scored."""
 
     prompt: Sequence[int]
@@ -236,7 +238,7 @@ def _stop(pair: Pair, suffix: Suffix) -> int:
     return pair.rewritten.stop if suffix == "mask" else len(pair.rejected_ids)
 
 
-def _padded(rows: Sequence[_Scored], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(rows: Sequence[_ScoredSequence], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     width = max(len(row.prompt) + len(row.response) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -258,8 +260,8 @@ def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBa
     count = len(pairs)
     for place, pair in enumerate(pairs):
         shared = pair.segment.start
-        chosen = _Scored(pair.prompt_ids, pair.chosen_ids, _first(pair, score_shared), len(pair.chosen_ids))
-        rejected = _Scored(pair.prompt_ids, pair.rejected_ids, shared, _stop(pair, suffix))
+        chosen = _ScoredSequence(pair.prompt_ids, pair.chosen_ids, _first(pair, score_shared), len(pair.chosen_ids))
+        rejected = _ScoredSequence(pair.prompt_ids, pair.rejected_ids, shared, _stop(pair, suffix))
         prefix = len(pair.prompt_ids) + shared
         # All of prompt and A but the last token, which the branch repeats; with neither there is nothing to repeat.
         visible = max(0, prefix - 1)

@@ -54,8 +54,8 @@ class Pair:
         return self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
 
     @property
-    def alone(self) -> bool:
-        """Whether there is a chosen response and nothing beside it (`Responses`)."""
+    def is_sft(self) -> bool:
+        """Whether there is a chosen response and nothing beside it (`SFTSource`)."""
         return len(self.segment) == 0 and len(self.rewritten) == 0
 
 
@@ -97,7 +97,7 @@ class _Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
+class PendingBatch:
     """The examples of a micro-batch that is yet to come."""
 
     examples: Sequence[Example]
@@ -107,7 +107,7 @@ class Coming:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class GeneratedPairs:
     """Pairs made ahead of the micro-batch that will store them, and the step whose opponent wrote them."""
 
     pairs: tuple[Pair, ...]
@@ -121,7 +121,7 @@ class SelfPlay:
         generator: lets the opponent write.
         buffer: this process's replay buffer.
         settings: see `SelfPlaySettings`.
-        end_ids: tokens that end a response.
+        eos_ids: tokens that end a response.
         seed: the run's seed. What concerns an example is seeded by (seed, epoch, row, turn, draw), draws from the
             buffer by (seed, step, micro-batch, process); nothing else is random.
         batch_size: pairs drawn per micro-batch.
@@ -138,7 +138,7 @@ class SelfPlay:
         buffer: ReplayBuffer[Pair],
         settings: SelfPlaySettings,
         *,
-        end_ids: Collection[int],
+        eos_ids: Collection[int],
         seed: int,
         batch_size: int,
         process: int = 0,
@@ -147,10 +147,10 @@ class SelfPlay:
         written_by: Callable[[int], int] = int,
     ) -> None:
         self.buffer = buffer
-        self.pool: dict[tuple[int, int], Written] = {}
+        self.pool: dict[tuple[int, int], GeneratedPairs] = {}
         self._generator = generator
         self._settings = settings
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = frozenset(eos_ids)
         self._seed = seed
         self._batch_size = batch_size
         self._process = process
@@ -165,7 +165,7 @@ class SelfPlay:
             self.buffer.expire(step - settings.replay_max_age)
         # An empty buffer collects out of turn: a step always has pairs.
         if self._due(step) or self._any_process(len(self.buffer) == 0):
-            self.write_ahead([Coming(examples, epoch, step, micro_batch)], step, due=True)
+            self.prefetch([PendingBatch(examples, epoch, step, micro_batch)], step, due=True)
             written = self.pool.pop((step, micro_batch))
             self._record("self_play/staleness", step - written.step)
             self._store(written.pairs, written.step)
@@ -179,33 +179,35 @@ class SelfPlay:
     def _due(self, step: int) -> bool:
         return step % self._settings.generation_interval == 0
 
-    def write_ahead(self, coming: Sequence[Coming], step: int, *, due: bool = False) -> None:
-        """Write the pairs of `coming` micro-batches in one call of the generator, and keep them until their turn.
+    def prefetch(self, pending: Sequence[PendingBatch], step: int, *, due: bool = False) -> None:
+        """Write the pairs of `pending` micro-batches in one call of the generator, and keep them until their turn.
 
         What is written already stays; so do micro-batches whose step passes its examples over, unless `due`. A row's
         text is drawn from the row's own seed, so that pooling changes when it is written and nothing else.
         """
-        new = self.unwritten(coming, due=due)
+        new = self.unwritten(pending, due=due)
         if new:
             self.pool.update(self.write(self._generator, new, self._written_by(step)))
 
-    def unwritten(self, coming: Sequence[Coming], *, due: bool = False) -> list[Coming]:
-        """Those of `coming` whose pairs are to be made and are not waiting yet."""
-        return [c for c in coming if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
+    def unwritten(self, pending: Sequence[PendingBatch], *, due: bool = False) -> list[PendingBatch]:
+        """Those of `pending` whose pairs are to be made and are not waiting yet."""
+        return [c for c in pending if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
 
-    def write(self, generator: Generator, coming: Sequence[Coming], step: int) -> dict[tuple[int, int], Written]:
+    def write(
+        self, generator: Generator, pending: Sequence[PendingBatch], step: int
+    ) -> dict[tuple[int, int], GeneratedPairs]:
         """The pairs of micro-batches, by step and micro-batch, in one call of `generator`; nothing is kept.
 
         Args:
             generator: lets the opponent write.
-            coming: the micro-batches.
+            pending: the micro-batches.
             step: number of optimizer steps that the opponent who writes them has followed.
         """
-        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in coming]
+        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in pending]
         pairs = iter(self._written(generator, itertools.chain.from_iterable(drafts)))
         return {
-            (micro_batch.step, micro_batch.micro_batch): Written(tuple(itertools.islice(pairs, len(own))), step)
-            for micro_batch, own in zip(coming, drafts, strict=True)
+            (micro_batch.step, micro_batch.micro_batch): GeneratedPairs(tuple(itertools.islice(pairs, len(own))), step)
+            for micro_batch, own in zip(pending, drafts, strict=True)
         }
 
     def rewrite(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
@@ -231,7 +233,7 @@ class SelfPlay:
         return min(most, self._settings.max_length - len(draft.turn.prompt_ids))
 
     def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
-        turn = drawn_turn(example, seed=self._seed, epoch=epoch)
+        turn = turn_of_epoch(example, seed=self._seed, epoch=epoch)
         drafts = []
         for draw in range(self._settings.num_generations):
             what = (epoch, example.row, turn.index, draw)
@@ -281,7 +283,7 @@ def self_play(
     generator: Generator,
     args: SAPOConfig,
     *,
-    end_ids: Collection[int],
+    eos_ids: Collection[int],
     record: Record = _ignore,
     any_process: Callable[[bool], bool] = bool,
     written_by: Callable[[int], int] = int,
@@ -291,7 +293,7 @@ def self_play(
         generator,
         ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
         SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
-        end_ids=end_ids,
+        eos_ids=eos_ids,
         seed=args.seed,
         batch_size=args.per_device_train_batch_size,
         process=args.process_index,
@@ -301,7 +303,7 @@ def self_play(
     )
 
 
-def drawn_turn(example: Example, *, seed: int, epoch: int) -> Turn:
+def turn_of_epoch(example: Example, *, seed: int, epoch: int) -> Turn:
     """The reply of an example that is learnt from in this epoch: the only one, or one drawn anew in each."""
     turns = example.turns
     if len(turns) == 1:
@@ -309,7 +311,7 @@ def drawn_turn(example: Example, *, seed: int, epoch: int) -> Turn:
     return random.Random(derive_seed(seed, "turn", epoch, example.row)).choice(turns)
 
 
-class Responses:
+class SFTSource:
     """Good responses with nothing beside them: SFT on the same trainer, for comparison at equal steps."""
 
     def __init__(self, *, seed: int) -> None:
@@ -317,11 +319,11 @@ class Responses:
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """One pair an example, of which only the chosen response counts."""
-        return [response_alone(example, drawn_turn(example, seed=self._seed, epoch=epoch)) for example in examples]
+        return [sft_pair(example, turn_of_epoch(example, seed=self._seed, epoch=epoch)) for example in examples]
 
 
-def response_alone(example: Example, turn: Turn) -> Pair:
-    """A response as a pair in which nothing is rewritten; see `Pair.alone`."""
+def sft_pair(example: Example, turn: Turn) -> Pair:
+    """A response as a pair in which nothing is rewritten; see `Pair.is_sft`."""
     end = Segment(len(turn.response_ids), len(turn.response_ids))
     return Pair(example.row, turn.index, turn.prompt_ids, turn.response_ids, turn.response_ids, end, end)
 

@@ -15,7 +15,7 @@ from sapo.preference.batches import PairBatch, ScoredRows, collate_pairs
 from sapo.preference.objectives import token_logps
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
-from sapo.preference.shared_prefix import attention_arguments, use_shared_attention, why_not_shared
+from sapo.preference.shared_prefix import attention_arguments, shared_layout_unsupported_reason, use_shared_attention
 
 
 class PairScores(NamedTuple):
@@ -136,7 +136,7 @@ def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> s
         What keeps the model from sharing prefixes, or None.
     """
     inner = extract_model_from_parallel(model)
-    reason = why_not_shared(inner)
+    reason = shared_layout_unsupported_reason(inner)
     if reason is not None:
         return reason
     use_shared_attention(inner)

@@ -99,7 +99,7 @@ def truncate(
     *,
     max_length: int,
     max_prompt_length: int,
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end",
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
 ) -> tuple[list[int], list[int]]:
     """Cut a prompt and a response to `max_length` tokens together, as the published collator does.
 
@@ -116,7 +116,7 @@ def truncate(
         raise ValueError(f"max_prompt_length={max_prompt_length}: must be between 1 and max_length={max_length}")
     prompt, response = list(prompt), list(response)
     if len(prompt) + len(response) > max_length and len(prompt) > max_prompt_length:
-        prompt = prompt[-max_prompt_length:] if truncation_mode == "keep_end" else prompt[:max_prompt_length]
+        prompt = prompt[-max_prompt_length:] if prompt_truncation == "keep_end" else prompt[:max_prompt_length]
     return prompt, response[: max(0, max_length - len(prompt))]
 
 

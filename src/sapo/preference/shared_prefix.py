@@ -180,7 +180,7 @@ def _block_mask(prefixes: SharedPrefixes, window: int | None, device: torch.devi
     return create_block_mask(may_attend(prefixes, window, device), None, None, tokens, tokens, device=str(device))
 
 
-def why_not_shared(model: nn.Module) -> str | None:
+def shared_layout_unsupported_reason(model: nn.Module) -> str | None:
     """What keeps `model` from sharing prefixes, as far as its configuration tells; None when nothing does."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     attention = config._attn_implementation

@@ -122,7 +122,7 @@ CHARTS = [
         "Steps that changed nothing",
         "share",
         "Their loss or gradient was not finite.",
-        {"bad_step_fraction": "share of steps"},
+        {"nonfinite_step_fraction": "share of steps"},
     ),
 ]
 

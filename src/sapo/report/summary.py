@@ -192,7 +192,7 @@ def _stopped(run: RunData) -> Warn | None:
 
 
 def _bad_steps(run: RunData) -> Warn | None:
-    values = run.series("bad_step_fraction")
+    values = run.series("nonfinite_step_fraction")
     if not any(values):
         return None
     return Warn(

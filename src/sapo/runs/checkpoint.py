@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapo.errors import CheckpointError
-from sapo.preference.pairs import Pair, Written
+from sapo.preference.pairs import GeneratedPairs, Pair
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
 
@@ -133,7 +133,7 @@ def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair
     return entries
 
 
-def pool_to_tensors(pool: Mapping[tuple[int, int], Written]) -> dict[str, Tensor]:
+def pool_to_tensors(pool: Mapping[tuple[int, int], GeneratedPairs]) -> dict[str, Tensor]:
     """Pairs written ahead: as a buffer's contents, and for each the step and micro-batch that it waits for."""
     waiting = [(place, pair, written.step) for place, written in sorted(pool.items()) for pair in written.pairs]
     tensors = entries_to_tensors([BufferEntry(pair, step, 0) for _, pair, step in waiting])
@@ -141,12 +141,12 @@ def pool_to_tensors(pool: Mapping[tuple[int, int], Written]) -> dict[str, Tensor
     return tensors
 
 
-def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Written]:
+def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], GeneratedPairs]:
     """The inverse of `pool_to_tensors`."""
-    pool: dict[tuple[int, int], Written] = {}
+    pool: dict[tuple[int, int], GeneratedPairs] = {}
     for (step, micro_batch), entry in zip(tensors["waits_for"].tolist(), entries_from_tensors(tensors), strict=True):
         earlier = pool.get((step, micro_batch))
-        pool[step, micro_batch] = Written((*(earlier.pairs if earlier else ()), entry.item), entry.step)
+        pool[step, micro_batch] = GeneratedPairs((*(earlier.pairs if earlier else ()), entry.item), entry.step)
     return pool
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import write_atomically
-from sapo.training.step_guard import Learnt, describe
+from sapo.training.step_guard import TrainedPair, describe
 from sapo.weights.opponent import POLICY_ADAPTER, save_adapter, save_sharded
 
 if TYPE_CHECKING:
@@ -132,19 +132,19 @@ class RunFolder:
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def append_trace(self, step: int, learnt: Sequence[Learnt]) -> None:
+    def append_trace(self, step: int, trained: Sequence[TrainedPair]) -> None:
         """Note which pairs a step learnt from: [row, turn, start of the segment, loss in nats] of each."""
         file = self.path / TRACE_FILE.format(process=self._trainer.args.process_index)
-        pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in learnt]
+        pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in trained]
         if file.exists() and file.stat().st_size > _TRACE_BYTES:
             file.replace(_aside(file))
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
 
-    def write_bad_pairs(self, learnt: Sequence[Learnt]) -> Path:
+    def write_bad_pairs(self, trained: Sequence[TrainedPair]) -> Path:
         """Write pairs with their texts and losses, and tell where."""
         file = self.path / BAD_PAIRS_FILE.format(process=self._trainer.args.process_index)
-        rows = describe(learnt, self._trainer.processing_class)
+        rows = describe(trained, self._trainer.processing_class)
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return file
 
@@ -186,8 +186,8 @@ class RunFolder:
         All processes take part, the first writes.
         """
         trainer, policy = self._trainer, self._trainer.policy()
-        if trainer.twin is not None:
-            save_sharded(policy, trainer.twin, folder)
+        if trainer.shell is not None:
+            save_sharded(policy, trainer.shell, folder)
         elif trainer.args.should_save and isinstance(policy, PeftModel):
             save_adapter(policy, POLICY_ADAPTER, folder)
         elif trainer.args.should_save:
@@ -205,7 +205,7 @@ class RunFolder:
         trainer.accelerator.wait_for_everyone()
         with _writing(folder, staging):
             self.save_policy(staging)
-            if trainer.opponent is not None and (trainer.twin is not None or trainer.args.should_save):
+            if trainer.opponent is not None and (trainer.shell is not None or trainer.args.should_save):
                 trainer.opponent.save_pretrained(opponent)
         if trainer.args.should_save:
             if trainer.opponent is not None:

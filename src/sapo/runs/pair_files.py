@@ -69,7 +69,7 @@ class PairWriter:
     Attributes:
         file: the result; parts lie beside it, in a folder named after it, until it is complete.
         facts: what the pairs depend on; a part with other facts is refused.
-        end_ids: tokens that end a response.
+        eos_ids: tokens that end a response.
         rows_a_part: examples written between two points at which a killed run can go on.
         process: index of this process.
         processes: how many share the work; they see the same folder.
@@ -78,7 +78,7 @@ class PairWriter:
 
     file: Path
     facts: dict[str, Any]
-    end_ids: frozenset[int]
+    eos_ids: frozenset[int]
     rows_a_part: int
     process: int = 0
     processes: int = 1
@@ -171,7 +171,7 @@ class PairWriter:
         report = PairsReport(
             written=count,
             identical=count - len(different),
-            ended=sum(bool(ids) and ids[-1] in self.end_ids for ids in rejected) / count,
+            ended=sum(bool(ids) and ids[-1] in self.eos_ids for ids in rejected) / count,
             chosen_length=sum(map(len, chosen)) / count,
             rejected_length=sum(map(len, rejected)) / count,
             wall_seconds=sum(part["wall"] for part in spent),

@@ -39,7 +39,7 @@ class Cost:
 
     Attributes:
         steps: optimizer steps.
-        wall_seconds: from the first step to the last, without the time between a stop and a resume; of an iteration,
+        wall_seconds: from the first step to the last, without the time between a stop and a resume; of a round,
             with the time to write its pairs.
         cpu_seconds: of all processes and threads.
         tokens: learnt from, without padding; of self-play the rejected responses are among them.
@@ -66,7 +66,7 @@ class RunRecord:
         folder: where it lies.
         settings: every option of the run, and model and data where the run has ended.
         rows: lines of its metrics, oldest first.
-        written: of an iteration, what its pairs were and what it took to write them before the first step.
+        written: of a round, what its pairs were and what it took to write them before the first step.
     """
 
     name: str
@@ -128,14 +128,14 @@ class RunRecord:
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
-    """Read run folders; one that holds iterations stands for all of them.
+    """Read run folders; one that holds rounds stands for all of them.
 
     Raises:
         ConfigurationError: a folder that is not a run's, or a file in it that cannot be read.
     """
     found = []
     for folder in folders:
-        rounds = sorted(folder.glob(f"iteration-*/{METRICS_FILE}"), key=lambda file: _number(file.parent))
+        rounds = sorted(folder.glob(f"round-*/{METRICS_FILE}"), key=lambda file: _number(file.parent))
         found += [file.parent for file in rounds] if rounds else [folder]
     names = _short_names(found)
     return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
@@ -170,8 +170,8 @@ def _read(folder: Path, name: str) -> RunRecord:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{metrics}, line {number}: not a line of metrics ({error}).") from error
         rows.append(row)
-    iteration = folder / DONE_FILE
-    written = json.loads(iteration.read_text(encoding="utf-8"))["pairs"] if iteration.is_file() else {}
+    round = folder / DONE_FILE
+    written = json.loads(round.read_text(encoding="utf-8"))["pairs"] if round.is_file() else {}
     return RunRecord(name, folder, settings, rows, written)
 
 

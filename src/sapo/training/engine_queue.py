@@ -1,4 +1,4 @@
-"""The opponent on an engine: its weights go out, coming batches come back, in one order fixed by the settings.
+"""The opponent on an engine: its weights go out, pending batches come back, in one order fixed by the settings.
 
 Everything that concerns the engine is a task of one queue, worked off by one thread in the order in which the training
 put it there: weights after every `sync_opponent_steps` steps, the pairs of a step `lookahead_steps` before their turn.
@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from sapo.config import SAPOConfig
 from sapo.errors import CheckpointError
 from sapo.generation.protocol import Engine, InProcessEngine, Weights
-from sapo.preference.pairs import Coming, SelfPlay, Written
-from sapo.weights.opponent import FrozenWeights, ModelCopy, ShardedCopy
+from sapo.preference.pairs import GeneratedPairs, PendingBatch, SelfPlay
+from sapo.weights.opponent import ModelCopy, ShadowModel, ShardedCopy
 
 FOLDER = "engine"
 """In the run folder: weights on their way to the engine. In a checkpoint: those that it has, if not the opponent's."""
@@ -47,10 +47,10 @@ def _weights_folder(args: SAPOConfig) -> Path:
     return Path(args.vllm_weights_dir).absolute() / f"{output.name}-{crc32(str(output).encode()):08x}"
 
 
-class _Later(Generic[T]):
-    """What `_TakingTurns` gives for a task: done when somebody needs its result."""
+class _LazyFuture(Generic[T]):
+    """What `_InlineExecutor` gives for a task: done when somebody needs its result."""
 
-    def __init__(self, task: Callable[[], T], tasks: deque[_Later[Any]]) -> None:
+    def __init__(self, task: Callable[[], T], tasks: deque[_LazyFuture[Any]]) -> None:
         self._task = task
         self._tasks = tasks
         self._results: list[T] = []
@@ -68,14 +68,14 @@ class _Later(Generic[T]):
         self._results.append(self._task())
 
 
-class _TakingTurns:
+class _InlineExecutor:
     """In the place of a thread, for an engine that shares its device with the training: it works when it is needed."""
 
     def __init__(self) -> None:
-        self._tasks: deque[_Later[Any]] = deque()
+        self._tasks: deque[_LazyFuture[Any]] = deque()
 
-    def submit(self, task: Callable[[], T]) -> _Later[T]:
-        later = _Later(task, self._tasks)
+    def submit(self, task: Callable[[], T]) -> _LazyFuture[T]:
+        later = _LazyFuture(task, self._tasks)
         self._tasks.append(later)
         return later
 
@@ -83,10 +83,10 @@ class _TakingTurns:
         self._tasks.clear()
 
 
-Task: TypeAlias = "Future[T] | _Later[T]"
+Task: TypeAlias = "Future[T] | _LazyFuture[T]"
 
 
-class EnginePlay:
+class EngineQueue:
     """A `Generator` that hands requests and weights to an engine, one after the other.
 
     Args:
@@ -100,7 +100,7 @@ class EnginePlay:
         self,
         engine: Engine,
         args: SAPOConfig,
-        opponent: Callable[[], FrozenWeights],
+        opponent: Callable[[], ShadowModel],
         record: Callable[[str, float], None],
     ) -> None:
         self.engine = engine
@@ -111,8 +111,8 @@ class EnginePlay:
         self._run = ""
         self._step: int | None = None
         self._held: Weights | None = None
-        self._queue: ThreadPoolExecutor | _TakingTurns | None = None
-        self._asked: deque[tuple[frozenset[int], Task[dict[tuple[int, int], Written]]]] = deque()
+        self._queue: ThreadPoolExecutor | _InlineExecutor | None = None
+        self._asked: deque[tuple[frozenset[int], Task[dict[tuple[int, int], GeneratedPairs]]]] = deque()
         self._busy = 0.0
         self._group: Any = None
 
@@ -208,7 +208,7 @@ class EnginePlay:
     def _load(self, step: int, weights: Weights) -> None:
         earlier, self._held, self._step = self._held, weights, step
 
-        def load() -> dict[tuple[int, int], Written]:
+        def load() -> dict[tuple[int, int], GeneratedPairs]:
             if self._group is not None:
                 # Nobody may still be writing with the weights that are about to go.
                 dist.barrier(self._group)
@@ -227,14 +227,14 @@ class EnginePlay:
         """Continue each context once everything asked for before is done; see `Generator.generate`."""
         return self._submit(lambda: self.engine.generate(contexts, max_new_tokens, seeds)).result()
 
-    def write_ahead(self, source: SelfPlay, coming: Sequence[Coming], step: int) -> None:
-        """Ask for the pairs of `coming` micro-batches, and wait for those of `step`; they are put into the pool.
+    def prefetch(self, source: SelfPlay, pending: Sequence[PendingBatch], step: int) -> None:
+        """Ask for the pairs of `pending` micro-batches, and wait for those of `step`; they are put into the pool.
 
         Raises:
             GenerationError: what became of the engine.
         """
         ahead = self._args.lookahead_steps > 0
-        new, by = source.unwritten(coming), self.written_by(step)
+        new, by = source.unwritten(pending), self.written_by(step)
         # Looking ahead, each step is a task of its own, so that the next one has not to wait for all of them.
         steps = [frozenset({c.step}) for c in new] if ahead else [frozenset(c.step for c in new)]
         for part in dict.fromkeys(steps):
@@ -292,7 +292,7 @@ class EnginePlay:
     def _submit(self, task: Callable[[], T]) -> Task[T]:
         if self._queue is None:
             turns = isinstance(self.engine, InProcessEngine)
-            self._queue = _TakingTurns() if turns else ThreadPoolExecutor(1, thread_name_prefix="engine")
+            self._queue = _InlineExecutor() if turns else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
         def timed() -> T:
             started = time.perf_counter()

@@ -43,7 +43,7 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
             args,
             trainer.processing_class,
             _config(trainer),
-            end_ids=trainer.end_ids,
+            eos_ids=trainer.eos_ids,
             adapter=trainer.is_adapter(),
             stream=args.vllm_weights_transfer == "stream",
         )
@@ -60,7 +60,7 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
         return ColocatedVLLM(
             _config(trainer).name_or_path,
             sampling,
-            end_ids=trainer.end_ids,
+            eos_ids=trainer.eos_ids,
             max_model_len=args.max_length,
             dtype=half or next(policy.parameters()).dtype,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -69,7 +69,7 @@ def opponent_generator(trainer: SAPOTrainer) -> Generator:
     return TransformersGenerator(
         trainer.opponent_in_use,
         sampling,
-        end_ids=trainer.end_ids,
+        eos_ids=trainer.eos_ids,
         pad_token_id=trainer.pad_token_id,
         batch_size=args.generation_batch_size,
     )
@@ -80,7 +80,7 @@ def checked_servers(
     tokenizer: Any,
     model_config: Any,
     *,
-    end_ids: Collection[int],
+    eos_ids: Collection[int],
     adapter: bool,
     stream: bool = False,
 ) -> VLLMServers:
@@ -92,7 +92,7 @@ def checked_servers(
     servers = VLLMServers(
         args.vllm_server_url or [VLLM_URL],
         Sampling(args.temperature, args.top_k, args.top_p),
-        end_ids=end_ids,
+        eos_ids=eos_ids,
         vocabulary_size=model_config.get_text_config().vocab_size,
         stream=stream,
         adapter=adapter,

@@ -31,7 +31,7 @@ class LocalSignals:
 
     The rows are spread evenly over the first evaluation set; each process takes its part of them. Samples are seeded by
     row, so nothing that the training draws is touched. `eval_local/time_share` is the time spent here over the time of
-    the run so far; a measurement that would carry it above `eval_local_share` is put off to a later evaluation.
+    the run so far; a measurement that would exceed `eval_local_max_time_fraction` is put off to a later evaluation.
 
     Args:
         trainer: of the run.
@@ -44,7 +44,7 @@ class LocalSignals:
 
     def __init__(self, trainer: SAPOTrainer, rows: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         args = trainer.args
-        if trainer.twin is not None:
+        if trainer.shell is not None:
             raise ConfigurationError(
                 "eval_local=true with sharded weights: the policy cannot generate then. Leave it out, and run "
                 "sapo evaluate on a checkpoint."
@@ -83,8 +83,8 @@ class LocalSignals:
         elif not self._told:
             self._told = True
             logger.warning(
-                f"Local measures on {len(self._examples)} rows would take more than eval_local_share="
-                f"{self._trainer.args.eval_local_share:g} of the run's time so far; they wait for a later evaluation. "
+                f"Local measures on {len(self._examples)} rows would take more than eval_local_max_time_fraction="
+                f"{self._trainer.args.eval_local_max_time_fraction:g} of the run's time so far; they are postponed. "
                 "Lower eval_local_size, or raise the share, for more of them."
             )
         elapsed = self._clock() - self._began
@@ -100,7 +100,7 @@ class LocalSignals:
             self._spent += trial
             processes = self._trainer.args.world_size
             self._cost = trial * max(1, len(self._examples)) / (len(batch) * processes)
-        share = self._trainer.args.eval_local_share
+        share = self._trainer.args.eval_local_max_time_fraction
         elapsed = self._clock() - self._began
         return bool(self._spent + self._cost <= share * (elapsed + self._cost))
 
@@ -131,7 +131,7 @@ class LocalSignals:
         return TransformersGenerator(
             weights,
             Sampling(args.temperature, args.top_k, args.top_p),
-            end_ids=self._trainer.end_ids,
+            eos_ids=self._trainer.eos_ids,
             pad_token_id=self._trainer.pad_token_id,
             batch_size=self._options.batch_size,
         )
@@ -145,7 +145,7 @@ class LocalSignals:
         found = summarize(
             measured,
             [self._examples[one.row].turns[0].response_ids for one in measured],
-            self._trainer.end_ids,
+            self._trainer.eos_ids,
             max_new_tokens=self._options.max_new_tokens,
             resamples=0,
             halves=_HALVES,

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from sapo.training.metrics import SPENT, MetricAverages, memory_use
-from sapo.weights.opponent import FrozenWeights, policy_tensors, squared_distance
+from sapo.weights.opponent import ShadowModel, policy_tensors, squared_distance
 
 if TYPE_CHECKING:
     from sapo.training.trainer import SAPOTrainer
@@ -91,11 +91,11 @@ class TrainingLog:
         own.drain()
         return everyone.drain()
 
-    def _opponent_distance(self, opponent: FrozenWeights) -> float:
+    def _opponent_distance(self, opponent: ShadowModel) -> float:
         """Norm of policy - opponent over the norm of the policy: how far the opponent is behind."""
         trainer = self._trainer
         squares = squared_distance(opponent.tensors(), policy_tensors(trainer.policy()))
-        if trainer.twin is not None:
+        if trainer.shell is not None:
             squares = trainer.accelerator.reduce(squares, "sum")
         difference, norm = squares.tolist()
         return float((difference / max(norm, 1e-30)) ** 0.5)

@@ -108,7 +108,7 @@ class ChosenProbe:
         return self._logps(collate_examples([self._dataset[index] for index in indices])["examples"])
 
 
-def each_dataset(datasets: Any) -> list[Any]:
+def as_list_of_datasets(datasets: Any) -> list[Any]:
     """The evaluation sets in what Trainer calls `eval_dataset`: none, one, or several by name."""
     several = datasets.values() if isinstance(datasets, Mapping) else [datasets]
     return [dataset for dataset in several if dataset is not None]

@@ -35,7 +35,7 @@ from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.training.tracking import log_pairs
-from sapo.weights.sharding import whole_size
+from sapo.weights.sharding import global_numel
 
 if TYPE_CHECKING:
     from sapo.training.trainer import SAPOTrainer
@@ -214,8 +214,8 @@ def _describe(trainer: SAPOTrainer, state: TrainerState) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
     return {
         "model": str(policy.config._name_or_path) or type(policy).__name__,
-        "parameters": sum(map(whole_size, weights)),
-        "trained_parameters": sum(whole_size(weight) for weight in weights if weight.requires_grad),
+        "parameters": sum(map(global_numel, weights)),
+        "trained_parameters": sum(global_numel(weight) for weight in weights if weight.requires_grad),
         "adapter": trainer.is_adapter(),
         "dtype": str(weights[0].dtype).removeprefix("torch."),
         "training_rows": len(trainer.train_dataset),

@@ -15,8 +15,8 @@ from sapo.preference.pairs import Pair, SelfPlay
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.runs import checkpoint as parts
 from sapo.runs import untrusted
-from sapo.weights.opponent import POLICY_ADAPTER, FrozenWeights
-from sapo.weights.sharding import sharding_of, whole_size, zero_stage
+from sapo.weights.opponent import POLICY_ADAPTER, ShadowModel
+from sapo.weights.sharding import global_numel, sharding_of, zero_stage
 
 if TYPE_CHECKING:
     from sapo.training.trainer import SAPOTrainer
@@ -27,7 +27,7 @@ _FACTS = [
     "beta",
     "chosen_nll_weight",
     "dpop_weight",
-    "nll_positions",
+    "nll_scope",
     "pair_source",
     "segment_length",
     "tail_margin",
@@ -46,15 +46,15 @@ _FACTS = [
     "skip_identical",
     "ema_decay",
     "reference",
-    "reference_sync_steps",
+    "ref_model_sync_steps",
     "replay_buffer_size",
     "replay_draw",
     "replay_replacement",
     "replay_max_age",
     "max_length",
     "max_prompt_length",
-    "truncation_mode",
-    "overlong",
+    "prompt_truncation",
+    "max_length_policy",
     "disable_dropout",
     "seed",
     "learning_rate",
@@ -87,7 +87,7 @@ def facts(trainer: SAPOTrainer) -> dict[str, Any]:
     )
     facts["sharding"] = sharding_of(trainer.accelerator)
     facts["dataset"] = trainer.eval_pairs.digest(trainer.train_dataset)
-    facts["parameters"] = sum(map(whole_size, trainer.policy().parameters()))
+    facts["parameters"] = sum(map(global_numel, trainer.policy().parameters()))
     return facts
 
 
@@ -178,11 +178,11 @@ def restore(trainer: SAPOTrainer, folder: Path) -> None:
         processes = state["facts"]["world_size"]
         if isinstance(trainer.source, SelfPlay):
             _restore_play(trainer, folder, trainer.source, processes)
-        heirs = [process]
+        sources = [process]
         if processes != trainer.args.world_size:
             # Metrics are summed over all processes: it does not matter which of them has them.
-            heirs = list(range(processes)) if process == 0 else []
-        trainer.training_log.restore([parts.read_json(folder, f"sapo_process_{heir}.json") for heir in heirs])
+            sources = list(range(processes)) if process == 0 else []
+        trainer.training_log.restore([parts.read_json(folder, f"sapo_process_{one}.json") for one in sources])
         if trainer.probe is not None:
             trainer.probe.restore(state["probe"])
         for digest in state["eval_pairs"]:
@@ -190,10 +190,10 @@ def restore(trainer: SAPOTrainer, folder: Path) -> None:
                 raise ValueError(f"{digest!r} is not the digest of a data set")
             entries = _entries(trainer, parts.read_tensors(folder, f"eval_pairs_{digest}"))
             trainer.eval_pairs.made[digest] = [entry.item for entry in entries]
-        _settle_best(trainer, folder)
+        _relocate_best_checkpoint(trainer, folder)
 
 
-def _settle_best(trainer: SAPOTrainer, folder: Path) -> None:
+def _relocate_best_checkpoint(trainer: SAPOTrainer, folder: Path) -> None:
     """The best checkpoint is one beside `folder`, wherever the run folder lay when it was written."""
     best = trainer.state.best_model_checkpoint
     if best is not None:
@@ -223,7 +223,7 @@ def _restore_play(trainer: SAPOTrainer, folder: Path, source: SelfPlay, processe
     trainer.reference_scores.restore(source.buffer.items(), scores)
 
 
-def _frozen(trainer: SAPOTrainer) -> dict[str, FrozenWeights]:
+def _frozen(trainer: SAPOTrainer) -> dict[str, ShadowModel]:
     frozen = {}
     if trainer.opponent is not None:
         frozen["opponent"] = trainer.opponent
@@ -254,12 +254,12 @@ def _entries(trainer: SAPOTrainer, tensors: Mapping[str, torch.Tensor]) -> list[
             raise ValueError(f"{field} holds tokens that the model does not know")
     entries = parts.entries_from_tensors(tensors)
     for entry in entries:
-        if not (_is_sound(entry.item) and entry.step >= 0 and entry.draws >= 0):
+        if not (_is_valid(entry.item) and entry.step >= 0 and entry.draws >= 0):
             raise ValueError(f"an entry of row {entry.item.row} is not one that a replay buffer held")
     return entries
 
 
-def _is_sound(pair: Pair) -> bool:
+def _is_valid(pair: Pair) -> bool:
     """Whether both responses are there, and the two spans lie in them after a common beginning."""
     own, new = pair.segment, pair.rewritten
     inside = 0 <= own.start <= own.stop <= len(pair.chosen_ids) and new.start <= new.stop <= len(pair.rejected_ids)

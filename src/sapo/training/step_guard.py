@@ -17,14 +17,14 @@ from sapo.preference.replay_buffer import ReplayBuffer, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
-class Learnt:
+class TrainedPair:
     """A pair of the current optimizer step and what it lost, in nats."""
 
     pair: Pair
     loss: float
 
 
-class BadSteps:
+class NonFiniteStepGuard:
     """Follows one optimizer step after another, and undoes in the buffer what a bad one did there.
 
     Args:
@@ -34,7 +34,7 @@ class BadSteps:
     def __init__(self, buffer: ReplayBuffer[Pair] | None) -> None:
         self._buffer = buffer
         self._before: Snapshot[Pair] | None = None
-        self.learnt: list[Learnt] = []
+        self.trained: list[TrainedPair] = []
         """The pairs of the current step, in the order of its micro-batches."""
         self.bad = False
         """Whether the last step that ended was bad."""
@@ -43,12 +43,12 @@ class BadSteps:
 
     def begin(self) -> None:
         """A step begins."""
-        self.learnt = []
+        self.trained = []
         self._before = None if self._buffer is None else self._buffer.snapshot()
 
     def note(self, pairs: Iterable[Pair], losses: Iterable[float]) -> None:
         """These pairs were learnt from in this step."""
-        self.learnt += [Learnt(pair, loss) for pair, loss in zip(pairs, losses, strict=True)]
+        self.trained += [TrainedPair(pair, loss) for pair, loss in zip(pairs, losses, strict=True)]
 
     def end(self, accelerator: Accelerator, model: nn.Module) -> bool:
         """Before the optimizer acts: whether the step is bad on any process. If so the buffer is as it was before it.
@@ -57,7 +57,7 @@ class BadSteps:
             accelerator: of the run; all processes take part.
             model: wrapped, with the gradients of the whole step.
         """
-        finite = all(math.isfinite(one.loss) for one in self.learnt)
+        finite = all(math.isfinite(one.loss) for one in self.trained)
         flags = torch.tensor([float(not finite), float(not _gradient_is_finite(accelerator, model))])
         if accelerator.num_processes > 1:
             flags = accelerator.reduce(flags.to(accelerator.device), "sum")
@@ -80,7 +80,7 @@ def _gradient_is_finite(accelerator: Accelerator, model: Any) -> bool:
     return bool(torch.isfinite(norm))
 
 
-def describe(learnt: Iterable[Learnt], tokenizer: Any) -> list[dict[str, Any]]:
+def describe(trained: Iterable[TrainedPair], tokenizer: Any) -> list[dict[str, Any]]:
     """Pairs and their losses as rows that a person can read and a program can use."""
     return [
         {
@@ -99,5 +99,5 @@ def describe(learnt: Iterable[Learnt], tokenizer: Any) -> list[dict[str, Any]]:
             "chosen_ids": one.pair.chosen_ids,
             "rejected_ids": one.pair.rejected_ids,
         }
-        for one in learnt
+        for one in trained
     ]

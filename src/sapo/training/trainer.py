@@ -21,42 +21,42 @@ from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
-from sapo.data.encoding import end_token_ids
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport, Example, collate_examples, is_prepared
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, TrainingError
 from sapo.generation.protocol import Engine, Generator
-from sapo.hub.publish import Publishes
+from sapo.hub.publish import HubMixin
 from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.preference.pair_loss import pair_loss
-from sapo.preference.pairs import Coming, Pair, PairedData, PairSource, Responses, SelfPlay, self_play
+from sapo.preference.pairs import Pair, PairedData, PairSource, PendingBatch, SelfPlay, SFTSource, self_play
 from sapo.preference.reference_scores import ReferenceLogps, ReferenceScores
 from sapo.preference.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
 from sapo.runs import untrusted
 from sapo.runs.folder import RunFolder
 from sapo.training import state as run_state
 from sapo.training.callbacks import RunCallback
-from sapo.training.engine_queue import EnginePlay
+from sapo.training.engine_queue import EngineQueue
 from sapo.training.generators import check_engine, opponent_generator
 from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
-from sapo.training.probes import ChosenProbe, EvaluationPairs, each_dataset
+from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
-from sapo.training.step_guard import BadSteps
+from sapo.training.step_guard import NonFiniteStepGuard
 from sapo.weights.opponent import (
-    FrozenWeights,
     ModelCopy,
+    ShadowModel,
     ShardedCopy,
     make_copies,
     policy_tensors,
 )
 from sapo.weights.policy import model_keyword_arguments, padding_token_id, with_adapter
-from sapo.weights.sharding import Twin, shards_weights, whole_size, zero_stage
+from sapo.weights.sharding import GatherShell, global_numel, shards_weights, zero_stage
 
 logger = logging.get_logger(__name__)
 
 
-class SAPOTrainer(Publishes, Trainer):
+class SAPOTrainer(HubMixin, Trainer):
     """Self-Augmented Preference Optimization on top of `transformers.Trainer`.
 
     Args:
@@ -104,8 +104,8 @@ class SAPOTrainer(Publishes, Trainer):
         policy = with_adapter(model, peft_config, args)
         if args.disable_dropout:
             disable_dropout_in_model(policy)
-        self.end_ids = end_token_ids(processing_class, policy.generation_config.eos_token_id)
-        self.pad_token_id = padding_token_id(processing_class, self.end_ids)
+        self.eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
+        self.pad_token_id = padding_token_id(processing_class, self.eos_ids)
         self._options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
         super().__init__(
@@ -124,19 +124,19 @@ class SAPOTrainer(Publishes, Trainer):
         self.averages = self.training_log.averages
         self.last_pairs: list[Pair] = []
         self._micro_batch, self._micro_batch_of = 0, -1
-        self._flops_per_token = 6.0 * sum(map(whole_size, policy.parameters()))
+        self._flops_per_token = 6.0 * sum(map(global_numel, policy.parameters()))
         self._current_eval: dict[tuple[int, int], Pair] = {}
-        self.opponent: FrozenWeights | None = None
-        self.reference: FrozenWeights | None = None
+        self.opponent: ShadowModel | None = None
+        self.reference: ShadowModel | None = None
         self.reference_scores = ReferenceScores(2 * args.replay_buffer_size)
         if zero_stage(self.accelerator) in (1, 2) and (args.bf16 or args.fp16):
             # As DeepSpeed will when it takes over the policy; the copies must be like it.
             self.model.to(torch.bfloat16 if args.bf16 else torch.float16)
-        self.twin: Twin | None = None
+        self.shell: GatherShell | None = None
         if shards_weights(self.accelerator):
             # The copies are cut like the policy, which is yet to be cut.
             half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            self.twin = Twin(self.model, args.device, half)
+            self.shell = GatherShell(self.model, args.device, half)
         else:
             self._make_copies()
         on_cuda = HAS_FUSED_LM_HEAD and args.device.type == "cuda"
@@ -144,10 +144,10 @@ class SAPOTrainer(Publishes, Trainer):
         if self._fused:
             self._fuse_heads()
         self._layout: Layout | None = None
-        self.engine: EnginePlay | None = None
+        self.engine: EngineQueue | None = None
         self.source = self._make_source(generator)
         self._ahead: list[dict[str, Any]] = []
-        self._coming: list[Coming] = []
+        self._coming: list[PendingBatch] = []
         self.eval_pairs = EvaluationPairs(
             self.source, num_generations=args.num_generations, batch_size=args.per_device_eval_batch_size
         )
@@ -156,9 +156,9 @@ class SAPOTrainer(Publishes, Trainer):
             if self.train_dataset is not None
             else None
         )
-        evaluated = each_dataset(self.eval_dataset)
+        evaluated = as_list_of_datasets(self.eval_dataset)
         self.local_signals = LocalSignals(self, evaluated[0]) if args.eval_local and evaluated else None
-        self.bad_steps = BadSteps(self.source.buffer if isinstance(self.source, SelfPlay) else None)
+        self.step_guard = NonFiniteStepGuard(self.source.buffer if isinstance(self.source, SelfPlay) else None)
         self.run_folder = RunFolder(self)
         self.add_callback(RunCallback(self))
         self.add_callback(RunRecorder(self))
@@ -170,13 +170,13 @@ class SAPOTrainer(Publishes, Trainer):
             return rows
         if isinstance(rows, Mapping):
             return {key: self._prepare(value, tokenizer, f"{name}_{key}") for key, value in rows.items()}
-        prepared, report = prepare_dataset(rows, tokenizer, self._options, end_ids=self.end_ids, source=name)
+        prepared, report = prepare_dataset(rows, tokenizer, self._options, eos_ids=self.eos_ids, source=name)
         self.data_reports[name] = report
         return prepared
 
     def _make_copies(self) -> None:
         """Opponent and reference, equal to the policy now; before anything closes over the policy's modules."""
-        self.opponent, self.reference = make_copies(self.policy(), self.args, self.twin)
+        self.opponent, self.reference = make_copies(self.policy(), self.args, self.shell)
 
     def _fuse_heads(self) -> None:
         """Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights."""
@@ -189,24 +189,24 @@ class SAPOTrainer(Publishes, Trainer):
     def _make_source(self, generator: Generator | None) -> PairSource:
         args = self.args
         if args.pair_source != "self_play":
-            return PairedData() if args.pair_source == "paired" else Responses(seed=args.seed)
+            return PairedData() if args.pair_source == "paired" else SFTSource(seed=args.seed)
         if generator is None:
             generator = opponent_generator(self)
         if isinstance(generator, Engine):
-            self.engine = EnginePlay(generator, args, self._ready_opponent, self.averages["train"].add)
+            self.engine = EngineQueue(generator, args, self._ready_opponent, self.averages["train"].add)
             generator = self.engine
         # Sharded weights are gathered to write with, which takes all processes; an engine has its own.
-        together = self.twin is not None and self.engine is None
+        together = self.shell is not None and self.engine is None
         return self_play(
             generator,
             args,
-            end_ids=self.end_ids,
+            eos_ids=self.eos_ids,
             record=self.averages["train"].add,
             any_process=(lambda holds: any(gather_object([holds]))) if together else bool,
             written_by=int if self.engine is None else self.engine.written_by,
         )
 
-    def _ready_opponent(self) -> FrozenWeights:
+    def _ready_opponent(self) -> ShadowModel:
         if self.opponent is None:
             raise ConfigurationError("a sharded run has no opponent before training: evaluate after train() has begun.")
         return self.opponent
@@ -250,7 +250,7 @@ class SAPOTrainer(Publishes, Trainer):
             each, there = self.args.gradient_accumulation_steps, len(self._ahead)
             self._ahead += itertools.islice(epoch_iterator, max(num_batches, steps * each) - there)
             self._coming = [
-                Coming(inputs["examples"], self._epoch, step + place // each, place % each)
+                PendingBatch(inputs["examples"], self._epoch, step + place // each, place % each)
                 for place, inputs in enumerate(self._ahead)
             ][there:]
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
@@ -265,20 +265,20 @@ class SAPOTrainer(Publishes, Trainer):
         self._micro_batch = self._micro_batch + 1 if step == self._micro_batch_of else 0
         self._micro_batch_of = step
         if self._micro_batch == 0:
-            self.bad_steps.begin()
+            self.step_guard.begin()
         started = time.perf_counter()
         if isinstance(self.source, SelfPlay):
             if self.engine is None:
-                self.source.write_ahead(self._coming, step)
+                self.source.prefetch(self._coming, step)
             else:
-                self.engine.write_ahead(self.source, self._coming, step)
+                self.engine.prefetch(self.source, self._coming, step)
             self._coming = []
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self.last_pairs = pairs
         # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
         # counts padding.
-        together = self.twin is not None or zero_stage(self.accelerator) > 0
-        equal = together or self.args.nll_positions == "all"
+        together = self.shell is not None or zero_stage(self.accelerator) > 0
+        equal = together or self.args.nll_scope == "all"
         parts = split_pairs(pairs, self.args.pairs_per_forward, layout=layout, equal_passes=equal)
         passes = [(part, self._collate(part).to(self.args.device)) for part in parts]
         generated = time.perf_counter()
@@ -318,7 +318,7 @@ class SAPOTrainer(Publishes, Trainer):
         """How pairs are laid out, settled when the first of them is: only a wrapped model on its device can tell."""
         if self._layout is None:
             args = self.args
-            reason = "layout=plain" if args.layout == "plain" or args.nll_positions == "all" else None
+            reason = "layout=plain" if args.layout == "plain" or args.nll_scope == "all" else None
             for weights in (None, self.reference):
                 if reason is None and (weights is None or isinstance(weights, (ModelCopy, ShardedCopy))):
                     own = nullcontext(self.model) if weights is None else weights.using()
@@ -326,7 +326,7 @@ class SAPOTrainer(Publishes, Trainer):
                         reason = prepare_shared_layout(model, fused_lm_head=self._fused)
             if reason is not None and args.layout == "shared":
                 raise ConfigurationError(f"layout=shared: {reason}. Set layout to auto or plain.")
-            if reason is not None and args.layout == "auto" and args.nll_positions != "all":
+            if reason is not None and args.layout == "auto" and args.nll_scope != "all":
                 logger.warning(f"The plain layout is used, in which prompts are computed twice: {reason}.")
             self._layout = "shared" if reason is None else "plain"
         return self._layout
@@ -338,7 +338,7 @@ class SAPOTrainer(Publishes, Trainer):
             suffix=self.args.suffix,
             layout=self._resolved_layout(),
             score_shared=self.args.scores_shared,
-            all_positions=self.args.nll_positions == "all",
+            all_positions=self.args.nll_scope == "all",
         )
 
     def compute_loss(
@@ -359,7 +359,7 @@ class SAPOTrainer(Publishes, Trainer):
             if finite or mode == "eval":
                 self.averages[mode].add(name, value, len(batch))
         if mode == "train":
-            self.bad_steps.note(inputs["pairs"], losses)
+            self.step_guard.note(inputs["pairs"], losses)
             if finite:
                 self.training_log.note_loss(metrics["loss"], inputs["share"])
         loss = loss * inputs["share"]
@@ -396,8 +396,8 @@ class SAPOTrainer(Publishes, Trainer):
 
     def before_optimizer_step(self) -> None:
         """Keep a loss or gradient that is not finite from touching anything."""
-        bad = self.bad_steps.end(self.accelerator, self.model_wrapped)
-        self.averages["train"].add("bad_step_fraction", float(bad))
+        bad = self.step_guard.end(self.accelerator, self.model_wrapped)
+        self.averages["train"].add("nonfinite_step_fraction", float(bad))
         # Without gradients the optimizer does nothing. A scaler of float16 refrains by itself, and insists on them;
         # so does DeepSpeed.
         if bad and self.accelerator.scaler is None and not zero_stage(self.accelerator):
@@ -409,24 +409,24 @@ class SAPOTrainer(Publishes, Trainer):
         Once per optimizer step, not per micro-batch: accumulation must not speed up the moving average.
 
         Raises:
-            TrainingError: `max_bad_steps` bad steps in a row.
+            TrainingError: `max_nonfinite_steps` bad steps in a row.
         """
-        self.run_folder.append_trace(self.state.global_step, self.bad_steps.learnt)
-        if self.bad_steps.in_a_row >= self.args.max_bad_steps:
-            file = self.run_folder.write_bad_pairs(self.bad_steps.learnt)
+        self.run_folder.append_trace(self.state.global_step, self.step_guard.trained)
+        if self.step_guard.in_a_row >= self.args.max_nonfinite_steps:
+            file = self.run_folder.write_bad_pairs(self.step_guard.trained)
             raise TrainingError(
-                f"the loss or its gradient was not finite in {self.bad_steps.in_a_row} steps in a row, up to step "
+                f"the loss or its gradient was not finite in {self.step_guard.in_a_row} steps in a row, up to step "
                 f"{self.state.global_step}; weights, moving average and buffer are as before them, the pairs of the "
                 f"last one are in {file}. Lower the learning rate, leave these rows out, or resume in bfloat16 or "
                 "float32 if this is float16."
             )
         if self.opponent is None:
             return
-        if not self.bad_steps.bad:
+        if not self.step_guard.bad:
             self.opponent.follow(policy_tensors(self.policy()), self.args.ema_decay)
         if self.engine is not None and self.state.global_step < self.state.max_steps:
             self.engine.follow(self.state.global_step)
-        due = self.state.global_step % self.args.reference_sync_steps == 0
+        due = self.state.global_step % self.args.ref_model_sync_steps == 0
         if self.args.reference == "opponent_copy" and self.reference is not None and due:
             self.reference.copy_from(self.opponent.tensors())
             self.reference_scores.clear()
@@ -496,7 +496,7 @@ class SAPOTrainer(Publishes, Trainer):
             self.probe.begin()
         if self.args.eval_strategy != "no":
             with _random_state_restored():
-                for dataset in each_dataset(self.eval_dataset):
+                for dataset in as_list_of_datasets(self.eval_dataset):
                     self.eval_pairs.of(dataset)
 
     def prediction_step(
@@ -564,7 +564,7 @@ class SAPOTrainer(Publishes, Trainer):
         folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         with nullcontext() if folder is None else untrusted.reading(folder):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.twin is not None and self.opponent is None and self.reference is None:
+        if self.shell is not None and self.opponent is None and self.reference is None:
             self._make_copies()
         if folder is not None:
             run_state.restore(self, folder)

@@ -24,8 +24,8 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from sapo.config import SAPOConfig
 from sapo.weights.opponent import (
-    FrozenWeights,
     ModelCopy,
+    ShadowModel,
     make_opponent,
     make_reference,
     needs_float32_master,
@@ -67,7 +67,7 @@ class Strategy:
 
 
 @dataclass(frozen=True, slots=True)
-class Roles:
+class RunModels:
     """The models of a run on the meta device.
 
     Attributes:
@@ -78,8 +78,8 @@ class Roles:
     """
 
     policy: nn.Module
-    opponent: FrozenWeights | None
-    reference: FrozenWeights | None
+    opponent: ShadowModel | None
+    reference: ShadowModel | None
     quantized: dict[int, float]
 
     @property
@@ -88,7 +88,7 @@ class Roles:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
 
-def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy) -> Roles:
+def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy) -> RunModels:
     """Policy, opponent and reference of a run, without storage.
 
     A new adapter is assumed: continuing from an existing one, `reference: initial` costs an adapter more.
@@ -99,8 +99,8 @@ def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy
         args: of the run.
         strategy: ZeRO changes the type of the weights.
     """
-    if args.num_iterations is not None:
-        # An iteration trains on pairs that were written before: the opponent is not there any more.
+    if args.num_rounds is not None:
+        # An round trains on pairs that were written before: the opponent is not there any more.
         args = copy.copy(args)
         args.pair_source = "paired"
     dtype = weight_type(config, model_args)
@@ -125,10 +125,10 @@ def build_roles(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy
         if args.objective == "dpo" and args.reference in ("initial", "opponent_copy"):
             base = adapter and args.reference == "initial"
             reference = None if base else make_reference(policy, may_be_base=False)
-    return Roles(policy, opponent, reference, quantized)
+    return RunModels(policy, opponent, reference, quantized)
 
 
-def model_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> dict[str, int]:
+def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict[str, int]:
     """Bytes on one device of what lasts from step to step, and of the gradients, by part."""
     policy, trained = roles.policy, roles.trained
     own = 1 / strategy.processes if strategy.shards_weights else 1
@@ -166,7 +166,7 @@ def gradient_memory(trained: Iterable[Tensor], args: SAPOConfig, strategy: Strat
     return size
 
 
-def gathered_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> int:
+def gathered_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> int:
     """Bytes of the weights that are whole at one time in a forward or backward pass of a sharded policy."""
     if not strategy.shards_weights:
         return 0
@@ -180,7 +180,7 @@ def gathered_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> int:
     return (3 * largest + _count(roles.policy.parameters()) - inside) * width
 
 
-def twin_memory(roles: Roles, args: SAPOConfig, strategy: Strategy) -> int:
+def gather_shell_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> int:
     """Bytes of the weights gathered whole on each device while a sharded opponent or reference computes."""
     if not strategy.shards_weights:
         return 0
@@ -240,7 +240,7 @@ def _has_master(policy: nn.Module, args: SAPOConfig) -> bool:
     return any(needs_float32_master(weight.dtype, args.ema_decay) for weight in policy.parameters())
 
 
-def _base(roles: Roles) -> list[Tensor]:
+def _base(roles: RunModels) -> list[Tensor]:
     """The policy's weights, without those of adapters."""
     adapters = isinstance(roles.policy, PeftModel)
     return [w for name, w in roles.policy.named_parameters() if not (adapters and "lora_" in name)]

@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, brief
-from sapo.weights.footprint import Strategy, build_roles, model_memory
+from sapo.weights.footprint import Strategy, build_run_models, model_memory
 from sapo.weights.policy import model_keyword_arguments
 
 
@@ -47,14 +47,14 @@ def _load(what: str, kind: Any, name: str, revision: str) -> Any:
         raise ModelError(_cannot_load(what, name, error)) from error
 
 
-def generation_end_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
+def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
     try:
         generation = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
-    end_ids: int | list[int] | None = generation.eos_token_id
-    return end_ids
+    eos_ids: int | list[int] | None = generation.eos_token_id
+    return eos_ids
 
 
 def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
@@ -104,7 +104,7 @@ def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None
         ConfigurationError: it does not fit; names the parts and what makes them smaller.
     """
     strategy = _strategy(args)
-    parts = model_memory(build_roles(config, model_args, args, strategy), args, strategy)
+    parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
     needed = sum(parts.values())
     if torch.cuda.is_available() and not args.use_cpu:
         available, where = torch.cuda.mem_get_info()[0], "on the GPU"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
-from sapo.weights.sharding import Twin, cut, gather_all, named_weights, shard_of
+from sapo.weights.sharding import GatherShell, gather_full_state_dict, local_shard, named_weights, shard_like
 
 POLICY_ADAPTER = "default"
 
@@ -30,7 +30,7 @@ LARGEST_DECAY_IN_HALF_PRECISION = 0.5
 """Above this a moving average kept in bfloat16 stalls: at 0.992 it follows 4 to 23 % of the movement, at 0.999 none."""
 
 
-class FrozenWeights(Protocol):
+class ShadowModel(Protocol):
     """Weights of the policy's architecture that no optimizer touches."""
 
     def using(self) -> Any:
@@ -129,13 +129,13 @@ class ModelCopy(_Whole):
 
     @torch.no_grad()
     def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Move towards `policy`; see `FrozenWeights.follow`."""
+        """Move towards `policy`; see `ShadowModel.follow`."""
         _lerp(self.tensors(), policy, 1 - decay)
         self._publish_master()
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`; see `FrozenWeights.copy_from`."""
+        """Take over `tensors`; see `ShadowModel.copy_from`."""
         _copy(self.tensors(), tensors)
         self._publish_master()
 
@@ -196,7 +196,7 @@ class AdapterCopy(_Whole):
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`; see `FrozenWeights.copy_from`."""
+        """Take over `tensors`; see `ShadowModel.copy_from`."""
         _copy(self.tensors(), tensors)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -248,17 +248,17 @@ class ShardedCopy:
 
     Args:
         policy: wrapped, its weights spread over the processes; copied as it is now.
-        twin: computes with the weights while they are gathered.
+        shell: computes with the weights while they are gathered.
         decay: see `ModelCopy`.
     """
 
-    def __init__(self, policy: nn.Module, twin: Twin, *, decay: float = 1.0) -> None:
+    def __init__(self, policy: nn.Module, shell: GatherShell, *, decay: float = 1.0) -> None:
         self._policy = policy
-        self._twin = twin
+        self._twin = shell
         self._shards = {}
         for name, weight in policy_tensors(policy).items():
             dtype = torch.float32 if needs_float32_master(weight.dtype, decay) else weight.dtype
-            self._shards[name] = shard_of(weight).detach().to(dtype, copy=True)
+            self._shards[name] = local_shard(weight).detach().to(dtype, copy=True)
 
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
@@ -272,7 +272,7 @@ class ShardedCopy:
 
     def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
         """Move towards `policy`, shard by shard: no communication."""
-        _lerp(self._shards, {name: shard_of(policy[name]) for name in self._shards}, 1 - decay)
+        _lerp(self._shards, {name: local_shard(policy[name]) for name in self._shards}, 1 - decay)
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
@@ -281,13 +281,13 @@ class ShardedCopy:
 
     def whole(self) -> dict[str, Tensor]:
         """All weights on the first process, gathered one at a time; empty elsewhere."""
-        return gather_all(policy_tensors(self._policy), self._shards)
+        return gather_full_state_dict(policy_tensors(self._policy), self._shards)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over this process's part of whole tensors."""
         cuts = policy_tensors(self._policy)
         _same_names(self._shards, tensors)
-        self.copy_from({name: cut(whole, cuts[name]) for name, whole in tensors.items()})
+        self.copy_from({name: shard_like(whole, cuts[name]) for name, whole in tensors.items()})
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a model folder, with LoRA an adapter folder, on the first process."""
@@ -296,36 +296,36 @@ class ShardedCopy:
 
 
 def make_copies(
-    policy: nn.Module, args: SAPOConfig, twin: Twin | None
-) -> tuple[FrozenWeights | None, FrozenWeights | None]:
+    policy: nn.Module, args: SAPOConfig, shell: GatherShell | None
+) -> tuple[ShadowModel | None, ShadowModel | None]:
     """Opponent and reference that a run asks for, equal to `policy` now; None where it needs none.
 
     Args:
-        policy: with `twin`, wrapped and sharded; else before anything closes over its modules (a fused head does).
+        policy: with `shell`, wrapped and sharded; else before anything closes over its modules (a fused head does).
         args: `pair_source`, `objective`, `reference` and `ema_decay` decide.
-        twin: of a sharded policy.
+        shell: of a sharded policy.
     """
-    opponent: FrozenWeights | None = None
+    opponent: ShadowModel | None = None
     if args.pair_source == "self_play":
         decay = args.ema_decay
-        opponent = make_opponent(policy, decay=decay) if twin is None else ShardedCopy(policy, twin, decay=decay)
+        opponent = make_opponent(policy, decay=decay) if shell is None else ShardedCopy(policy, shell, decay=decay)
     if args.objective != "dpo" or args.reference == "none":
         return opponent, None
     if args.reference == "opponent":
         return opponent, opponent
-    if twin is not None:
-        return opponent, ShardedCopy(policy, twin)
+    if shell is not None:
+        return opponent, ShardedCopy(policy, shell)
     return opponent, make_reference(policy, may_be_base=args.reference == "initial")
 
 
-def make_opponent(policy: nn.Module, *, decay: float) -> FrozenWeights:
+def make_opponent(policy: nn.Module, *, decay: float) -> ShadowModel:
     """The opponent of `policy`, equal to it now."""
     if isinstance(policy, PeftModel):
         return AdapterCopy(policy, "opponent")
     return ModelCopy(policy, decay=decay)
 
 
-def make_reference(policy: nn.Module, *, may_be_base: bool) -> FrozenWeights:
+def make_reference(policy: nn.Module, *, may_be_base: bool) -> ShadowModel:
     """A reference equal to `policy` now.
 
     Args:
@@ -345,7 +345,7 @@ def squared_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]
     # One tensor at a time and summed on the device: no second copy of the model.
     parts = []
     for name, weight in weights.items():
-        own = shard_of(policy[name]).float()
+        own = local_shard(policy[name]).float()
         parts.append(torch.stack([(own - weight.float()).pow(2).sum().double(), own.pow(2).sum().double()]))
     return torch.stack(parts).sum(0)
 
@@ -361,17 +361,19 @@ def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping
         nested.rmdir()
 
 
-def save_sharded(policy: nn.Module, twin: Twin, folder: Path) -> None:
+def save_sharded(policy: nn.Module, shell: GatherShell, folder: Path) -> None:
     """Write a sharded policy as an ordinary folder on the first process; all take part."""
     tensors = policy_tensors(policy)
-    save_whole(twin, gather_all(tensors, {name: shard_of(weight) for name, weight in tensors.items()}), folder)
+    save_whole(
+        shell, gather_full_state_dict(tensors, {name: local_shard(weight) for name, weight in tensors.items()}), folder
+    )
 
 
-def save_whole(twin: Twin, whole: Mapping[str, Tensor], folder: Path) -> None:
-    """Write gathered weights with the architecture of `twin`; nothing where nothing was gathered."""
+def save_whole(shell: GatherShell, whole: Mapping[str, Tensor], folder: Path) -> None:
+    """Write gathered weights with the architecture of `shell`; nothing where nothing was gathered."""
     if not whole:
         return
-    architecture = twin.architecture
+    architecture = shell.architecture
     if isinstance(architecture, PeftModel):
         save_adapter(architecture, POLICY_ADAPTER, folder, whole)
     else:

@@ -47,7 +47,7 @@ def with_adapter(
     return model
 
 
-def padding_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:
+def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
     """What fills rows: the tokenizer's pad token, else an end token; it is never attended to.
 
     Raises:
@@ -55,6 +55,6 @@ def padding_token_id(tokenizer: Any, end_ids: frozenset[int]) -> int:
     """
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
-    if not end_ids:
+    if not eos_ids:
         raise TokenizerError("the tokenizer has neither a pad nor an end token. Set tokenizer.eos_token.")
-    return min(end_ids)
+    return min(eos_ids)

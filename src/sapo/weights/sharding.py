@@ -2,7 +2,7 @@
 
 A sharded model computes by gathering a layer at a time, which decoding would repeat for each token. So nothing here
 computes with a sharded copy: a copy is kept as bare shards, cut like the policy's, and for one call its weights are
-gathered into a twin, a module of the same architecture without weights or hooks of its own.
+gathered into a shell, a module of the same architecture without weights or hooks of its own.
 
 Sources: `distributed.md` of the design notes; torch.distributed.fsdp.fully_shard; DeepSpeed's ZeRO-3 attributes of a
 parameter (`ds_tensor`, `ds_shape`, `ds_numel`, `ds_process_group`).
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from sapo.errors import ConfigurationError
 
 
-def leave_processes() -> None:
+def shutdown_process_group() -> None:
     """At the end of a run, once: wait for the other processes, and take leave of them.
 
     The threads of their connections must not outlive them: one that does aborts its process as it exits.
@@ -69,7 +69,7 @@ def sharding_of(accelerator: Accelerator) -> str:
     return f"zero{stage}" if stage else "none"
 
 
-def shard_of(weight: Any) -> Tensor:
+def local_shard(weight: Any) -> Tensor:
     """What this process holds of `weight`, sharing its memory; the weight itself where it is whole."""
     if isinstance(weight, DTensor):
         local: Tensor = weight.to_local()
@@ -93,7 +93,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def whole_size(weight: Any) -> int:
+def global_numel(weight: Any) -> int:
     """Number of elements of `weight` over all processes."""
     return int(weight.ds_numel) if hasattr(weight, "ds_numel") else weight.numel()
 
@@ -102,7 +102,7 @@ def gather(shard: Tensor, weight: Any, device: torch.device) -> Tensor:
     """The whole of which every process holds a shard, cut as `weight` is; all processes take part.
 
     Args:
-        shard: of any floating type, with the shape of `shard_of(weight)`.
+        shard: of any floating type, with the shape of `local_shard(weight)`.
         weight: tells how the whole was cut.
         device: where the result lies, and where the collective runs.
     """
@@ -123,7 +123,7 @@ def gather(shard: Tensor, weight: Any, device: torch.device) -> Tensor:
     return shard
 
 
-def gather_all(weights: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_full_state_dict(weights: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of `shards`, cut as `weights` are, on the first process and in its main memory; empty elsewhere.
 
     One at a time, so that no device holds them all; all processes take part.
@@ -137,13 +137,13 @@ def gather_all(weights: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> d
     return whole
 
 
-def cut(whole: Tensor, weight: Any) -> Tensor:
+def shard_like(whole: Tensor, weight: Any) -> Tensor:
     """This process's shard of `whole`, cut as `weight` is; no communication.
 
     Raises:
         ValueError: the shapes differ.
     """
-    shape = _whole_shape(weight)
+    shape = _global_shape(weight)
     if tuple(whole.shape) != shape:
         raise ValueError(f"weights do not match: {list(whole.shape)}, expected {list(shape)}")
     if isinstance(weight, DTensor):
@@ -154,15 +154,15 @@ def cut(whole: Tensor, weight: Any) -> Tensor:
                 whole = parts[place] if place < len(parts) else whole.narrow(placement.dim, 0, 0)
     elif hasattr(weight, "ds_tensor"):
         start = _partition_start(weight)
-        whole = whole.flatten()[start : start + len(shard_of(weight))]
+        whole = whole.flatten()[start : start + len(local_shard(weight))]
     return whole
 
 
-class Twin:
+class GatherShell:
     """A module of the policy's architecture, empty but while its weights are gathered.
 
     Args:
-        policy: not yet wrapped; may already be partitioned by ZeRO-3. Build the twin before anything closes over the
+        policy: not yet wrapped; may already be partitioned by ZeRO-3. Build the shell before anything closes over the
             policy's modules (a fused head does).
         device: to compute on.
         dtype: to compute in; None for that of each weight.
@@ -170,7 +170,7 @@ class Twin:
 
     def __init__(self, policy: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         empty: dict[int, Any] = {
-            id(weight): nn.Parameter(torch.empty(_whole_shape(weight), device="meta"), requires_grad=False)
+            id(weight): nn.Parameter(torch.empty(_global_shape(weight), device="meta"), requires_grad=False)
             for weight in policy.parameters()
         }
         self._device, self._dtype = device, dtype
@@ -200,7 +200,7 @@ class Twin:
         try:
             whole: dict[str, nn.Parameter] = {}
             for name, weight in policy.items():
-                shard = own[name] if name in own else shard_of(weight)
+                shard = own[name] if name in own else local_shard(weight)
                 gathered = gather(shard.to(self._dtype or shard.dtype), weight, self._device)
                 whole[name] = nn.Parameter(gathered, requires_grad=False)
             for module, name, weight in self._slots:
@@ -225,5 +225,5 @@ def _partition_start(weight: Any) -> int:
     return len(weight.ds_tensor.data) * dist.get_rank(weight.ds_process_group)
 
 
-def _whole_shape(weight: Any) -> tuple[int, ...]:
+def _global_shape(weight: Any) -> tuple[int, ...]:
     return tuple(weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape)

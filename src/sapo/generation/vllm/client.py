@@ -189,9 +189,9 @@ class VLLMClient:
         *,
         model: str,
         sampling: Sampling,
-        end_ids: Collection[int],
+        eos_ids: Collection[int],
     ) -> list[int]:
-        """The tokens after `context`, at most `budget`, up to and including the first of `end_ids`.
+        """The tokens after `context`, at most `budget`, up to and including the first of `eos_ids`.
 
         Nothing of the server's own defaults (of the model's generation configuration) takes part.
 
@@ -214,7 +214,7 @@ class VLLMClient:
                 "repetition_penalty": 1.0,
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
-                "stop_token_ids": sorted(end_ids),
+                "stop_token_ids": sorted(eos_ids),
                 # Its own idea of an end token must not end a row: only ours does.
                 "ignore_eos": True,
                 "skip_special_tokens": False,
@@ -233,7 +233,7 @@ class VLLMClient:
             )
         if reason == "abort":
             raise ServerUnavailableError(f"{self.url}: it gave up a request")
-        check_reply(self.url, tokens, budget, end_ids)
+        check_reply(self.url, tokens, budget, eos_ids)
         return list(tokens)
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class VLLMClient:
         return content if isinstance(content, dict) else {}
 
 
-def check_reply(who: str, tokens: Any, budget: int, end_ids: Collection[int]) -> None:
+def check_reply(who: str, tokens: Any, budget: int, eos_ids: Collection[int]) -> None:
     """Refuse a reply that breaks the rules of `Generator`; tokens unknown to the model are for the caller to find.
 
     Raises:
@@ -273,13 +273,13 @@ def check_reply(who: str, tokens: Any, budget: int, end_ids: Collection[int]) ->
     """
     if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
         raise GenerationError(f"{who}: its answer holds no token ids.")
-    ended = bool(tokens) and tokens[-1] in end_ids
+    ended = bool(tokens) and tokens[-1] in eos_ids
     if len(tokens) > budget or (len(tokens) < budget and not ended):
         raise GenerationError(
             f"{who}: it wrote {len(tokens)} tokens where {budget} were asked for, and no end token. Start it with a "
             "larger --max-model-len and with --generation-config vllm."
         )
-    if any(token in end_ids for token in tokens[:-1]):
+    if any(token in eos_ids for token in tokens[:-1]):
         raise GenerationError(f"{who}: it wrote on after an end token. Is it a proxy that drops stop_token_ids?")
 
 

@@ -51,7 +51,7 @@ class ColocatedVLLM:
     Args:
         model: folder or Hub name; without LoRA only its configuration is read.
         sampling: how the next token is drawn.
-        end_ids: tokens that end a row, and no others do; may be empty.
+        eos_ids: tokens that end a row, and no others do; may be empty.
         max_model_len: most tokens of context and reply together.
         dtype: of weights and computation.
         gpu_memory_utilization: share of the device's memory for weights, activations and cache of the engine, between
@@ -73,7 +73,7 @@ class ColocatedVLLM:
         model: str,
         sampling: Sampling,
         *,
-        end_ids: Collection[int],
+        eos_ids: Collection[int],
         max_model_len: int,
         dtype: torch.dtype,
         gpu_memory_utilization: float,
@@ -89,7 +89,7 @@ class ColocatedVLLM:
             options["max_num_seqs"] = max_num_seqs
         self.version: str | None = None
         self._sampling = sampling
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = frozenset(eos_ids)
         self._max_model_len = max_model_len
         self._has_adapter = lora_rank is not None
         self._adapter_folder: Path | None = None
@@ -103,7 +103,7 @@ class ColocatedVLLM:
         from vllm.platforms import current_platform
 
         self._sleeps = current_platform.is_sleep_mode_available()
-        with _process_unchanged(), _failing_as(f"vLLM cannot serve {model} in this process"):
+        with _restore_process_state(), _as_generation_error(f"vLLM cannot serve {model} in this process"):
             self._llm: LLM = LLM(
                 model=model,
                 revision=revision,
@@ -128,7 +128,7 @@ class ColocatedVLLM:
                     f"vLLM on a CPU computes on with the old weights of experts when it is given new ones, and {model} "
                     "has experts. Train an adapter, or use another generation backend."
                 )
-            self._rest()
+            self._sleep()
 
     def load(self, weights: Weights, version: str) -> None:
         """Serve `weights`; see `Engine.load`."""
@@ -143,8 +143,8 @@ class ColocatedVLLM:
 
         name, number = _ADAPTER
         self.version = None
-        with _random_state_kept(), _failing_as(f"vLLM cannot load the adapter in {folder}"):
-            self._wake()
+        with _random_state_kept(), _as_generation_error(f"vLLM cannot load the adapter in {folder}"):
+            self._wake_up()
             swapped = self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
         if not swapped:
             raise GenerationError(f"vLLM did not load the adapter in {folder}; it does not say why.")
@@ -178,8 +178,8 @@ class ColocatedVLLM:
                 names.add(name)
                 yield name, tensor.detach()
 
-        with _random_state_kept(), _failing_as(f"vLLM cannot load the weights {version}"):
-            self._wake()
+        with _random_state_kept(), _as_generation_error(f"vLLM cannot load the weights {version}"):
+            self._wake_up()
             self._half_loaded = True
             (missing,) = self._llm.collective_rpc(_copy_weights, args=(noted(),))
             self._half_loaded = False
@@ -223,8 +223,8 @@ class ColocatedVLLM:
         replies: list[list[int]] = [[] for _ in contexts]
         if not rows:
             return replies
-        with _random_state_kept(), _failing_as("vLLM failed to generate"):
-            self._wake()
+        with _random_state_kept(), _as_generation_error("vLLM failed to generate"):
+            self._wake_up()
             # Keys and values of other weights must not be used; those of an earlier call would make this one depend
             # on it.
             if not self._llm.reset_prefix_cache():
@@ -235,7 +235,7 @@ class ColocatedVLLM:
                 lora_request=self._adapter(),
                 use_tqdm=False,
             )
-            self._rest()
+            self._sleep()
         if len(outputs) != len(rows):
             raise GenerationError(f"vLLM answered {len(outputs)} of {len(rows)} rows.")
         for row, output in zip(rows, outputs, strict=True):
@@ -310,14 +310,14 @@ class ColocatedVLLM:
             raise GenerationError(f"row {row}: vLLM wrote tokens that are not among the model's {self._vocabulary}.")
         return tokens
 
-    def _wake(self) -> None:
+    def _wake_up(self) -> None:
         if self._sleeps and self._llm.llm_engine.is_sleeping():
             if torch.cuda.is_available():
                 # What the allocator of the training has cached is of no use to that of the engine.
                 torch.cuda.empty_cache()
             self._llm.wake_up()
 
-    def _rest(self) -> None:
+    def _sleep(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=1)
 
@@ -380,7 +380,7 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def _as_generation_error(what: str) -> Iterator[None]:
     """Raise what vLLM raises as one line that begins with `what`."""
     from vllm.exceptions import VLLMError
 
@@ -405,7 +405,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _process_unchanged() -> Iterator[None]:
+def _restore_process_state() -> Iterator[None]:
     """Undo what vLLM sets for the whole process when it starts, which it takes for its own."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     precision = torch.get_float32_matmul_precision()

@@ -41,7 +41,7 @@ class VLLMServers:
     Args:
         urls: one a server.
         sampling: how the next token is drawn; greedy is exact, sampling has the distribution of the other backends.
-        end_ids: tokens that end a row.
+        eos_ids: tokens that end a row.
         vocabulary_size: token ids are below this.
         stream: whether weights come as tensors rather than folders, which servers have to be started for.
         adapter: whether the weights to load are those of an adapter on the servers' own base model.
@@ -59,7 +59,7 @@ class VLLMServers:
         urls: Sequence[str],
         sampling: Sampling,
         *,
-        end_ids: Collection[int],
+        eos_ids: Collection[int],
         vocabulary_size: int,
         stream: bool = False,
         adapter: bool = False,
@@ -78,7 +78,7 @@ class VLLMServers:
                 raise ConfigurationError(f"vllm_server_url={url}: must begin with http:// or https://.")
         self._clients = clients
         self._sampling = sampling
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = frozenset(eos_ids)
         self._vocabulary_size = vocabulary_size
         self._stream = stream
         self._adapter = adapter
@@ -107,14 +107,14 @@ class VLLMServers:
             ConfigurationError: another tokenizer, too little room, or a model that a CPU server does not renew.
         """
         for client in self._clients:
-            self._insistently(client, lambda client: self._meet(client))
+            self._retry(client, lambda client: self._handshake(client))
             if self._lengths[client.url] < max_length:
                 raise ConfigurationError(
                     f"{client.url} serves at most {self._lengths[client.url]} tokens, and max_length={max_length}. "
                     f"Start it with --max-model-len {max_length}, or lower max_length."
                 )
-            self._insistently(client, lambda client: self._compare_tokenizer(client, tokenizer))
-            if self._stream and not self._insistently(client, lambda client: client.takes_streams()):
+            self._retry(client, lambda client: self._compare_tokenizer(client, tokenizer))
+            if self._stream and not self._retry(client, lambda client: client.takes_streams()):
                 raise ConfigurationError(
                     f"{client.url} cannot be sent weights. Start it with sapo serve, or with --worker-extension-cls "
                     f"{RECEIVER}; or leave vllm_weights_transfer out."
@@ -122,7 +122,7 @@ class VLLMServers:
             # Of these, vLLM 0.32 on a CPU goes on computing with some old weights when it is given new ones.
             text = None if model_config is None or self._adapter else model_config.get_text_config()
             stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
-            if stale and self._insistently(client, lambda client: client.is_on_cpu()):
+            if stale and self._retry(client, lambda client: client.is_on_cpu()):
                 raise ConfigurationError(
                     f"{client.url} computes on a CPU, where vLLM does not take over all new weights of a model with "
                     "tied embeddings or experts. Train an adapter with --use_peft, or leave generation_backend out."
@@ -135,7 +135,7 @@ class VLLMServers:
             GenerationError: a server does not answer in time.
         """
         return [
-            self._insistently(client, lambda client: client.token_logps(tokens, self._model(client)))
+            self._retry(client, lambda client: client.token_logps(tokens, self._model(client)))
             for client in self._clients
         ]
 
@@ -144,7 +144,7 @@ class VLLMServers:
         """Where the servers are."""
         return [client.url for client in self._clients]
 
-    def _meet(self, client: VLLMClient) -> None:
+    def _handshake(self, client: VLLMClient) -> None:
         served = client.served_model()
         self._names[client.url], self._lengths[client.url] = served.name, served.max_length
 
@@ -212,7 +212,7 @@ class VLLMServers:
             if served != version and self._loads:
                 if client.url in self._lost:
                     # It may have come back as something else.
-                    self._meet(client)
+                    self._handshake(client)
                 client.load(weights, version)
                 served = client.weight_version()
                 if client.url in self._lost:
@@ -221,15 +221,15 @@ class VLLMServers:
                 trouble.append(f"{client.url} serves weights {served}, not {version}")
                 return False
             if client.url not in self._names:
-                self._meet(client)
+                self._handshake(client)
         except ServerUnavailableError as error:
-            self._note_lost(client, error)
+            self._mark_unavailable(client, error)
             trouble.append(str(error))
             return False
         self._lost.discard(client.url)
         return True
 
-    def _note_lost(self, client: VLLMClient, error: Exception) -> None:
+    def _mark_unavailable(self, client: VLLMClient, error: Exception) -> None:
         if client.url not in self._lost:
             self._lost.add(client.url)
             logger.warning(f"A vLLM server does not answer, and is tried again: {error}.")
@@ -285,7 +285,7 @@ class VLLMServers:
                     seeds[row],
                     model=self._model(client),
                     sampling=self._sampling,
-                    end_ids=self._end_ids,
+                    eos_ids=self._end_ids,
                 )
             except ServerUnavailableError as error:
                 return error
@@ -300,7 +300,7 @@ class VLLMServers:
             for row, future in asked[client.url]:
                 tokens = future.result()
                 if isinstance(tokens, ServerUnavailableError):
-                    self._note_lost(client, tokens)
+                    self._mark_unavailable(client, tokens)
                 else:
                     self._check_tokens(client, tokens)
                     own[row] = tokens
@@ -313,12 +313,12 @@ class VLLMServers:
         try:
             served = client.weight_version()
         except ServerUnavailableError as error:
-            self._note_lost(client, error)
+            self._mark_unavailable(client, error)
             return False
         if served == self._loaded[1]:
             return True
         if served == _STARTED_WITH:
-            self._note_lost(client, GenerationError(f"{client.url} was restarted, and what it wrote is thrown away"))
+            self._mark_unavailable(client, GenerationError(f"{client.url} was restarted; its output is discarded"))
             return False
         raise GenerationError(
             f"{client.url} serves weights {served}, which this run has not given it. Does another run use it? Give "
@@ -354,7 +354,7 @@ class VLLMServers:
             client.close()
         self._pool.shutdown(cancel_futures=True)
 
-    def _insistently(self, client: VLLMClient, do: Callable[[VLLMClient], Any]) -> Any:
+    def _retry(self, client: VLLMClient, do: Callable[[VLLMClient], Any]) -> Any:
         """`do` with a server, again and again while it does not answer, up to the time limit."""
         until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
         while True:
@@ -366,6 +366,6 @@ class VLLMServers:
                         f"{error}: no vLLM server answers there after {self._timeout:g} s. Start one with sapo serve "
                         "--config recipe.yaml, or set vllm_server_url."
                     ) from error
-                self._note_lost(client, error)
+                self._mark_unavailable(client, error)
             self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

@@ -44,21 +44,21 @@ class Watch(TrainerCallback):
         self.after[state.global_step] = state_of(self.trainer)
 
 
-def faulty(bad_steps, spoil, micro_batch=0):
+def faulty(step_guard, spoil, micro_batch=0):
     """A trainer whose loss is spoilt in some steps."""
 
     class Faulty(SAPOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            here = model.training and self.state.global_step + 1 in bad_steps and self._micro_batch == micro_batch
+            here = model.training and self.state.global_step + 1 in step_guard and self._micro_batch == micro_batch
             return spoil(self, loss) if here else loss
 
     return Faulty
 
 
 def nan_loss(trainer, loss):
-    learnt = trainer.bad_steps.learnt
-    learnt[-1] = type(learnt[-1])(learnt[-1].pair, math.nan)
+    trained = trainer.step_guard.trained
+    trained[-1] = type(trained[-1])(trained[-1].pair, math.nan)
     return loss * math.nan
 
 
@@ -91,12 +91,12 @@ def test_a_bad_step_changes_nothing_and_the_next_one_learns(make_trainer, fault,
     for step in (2, 4):
         assert not any(map(same, watch.before[step], watch.after[step]))
     rows = lines(trainer.run_folder.path / "metrics.jsonl")
-    assert [row["bad_step_fraction"] for row in rows if "loss" in row] == [0, 0, 1, 0]
+    assert [row["nonfinite_step_fraction"] for row in rows if "loss" in row] == [0, 0, 1, 0]
     assert all(torch.isfinite(weight).all() for weight in trainer.policy().parameters())
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_their_pairs_in_a_file(make_trainer):
-    trainer = make_trainer(trainer=faulty({2, 4, 5, 6}, nan_loss), max_bad_steps=3, max_steps=8)
+    trainer = make_trainer(trainer=faulty({2, 4, 5, 6}, nan_loss), max_nonfinite_steps=3, max_steps=8)
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, up to step 6;.*bad_pairs-0\.jsonl"):
         trainer.train()
     rows = lines(trainer.run_folder.path / BAD_PAIRS_FILE.format(process=0))
@@ -105,13 +105,13 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_their_pairs_in_a_file(make
     texts = {(row["prompt"], row["chosen"].strip()) for row in rows}
     known = {
         (trainer.processing_class.decode(pair.prompt_ids), trainer.processing_class.decode(pair.chosen_ids).strip())
-        for pair in (one.pair for one in trainer.bad_steps.learnt)
+        for pair in (one.pair for one in trainer.step_guard.trained)
     }
     assert texts == known
 
 
 def test_bad_steps_apart_do_not_end_the_run(make_trainer):
-    trainer = make_trainer(trainer=faulty({1, 2, 4, 5}, nan_gradient), max_bad_steps=3)
+    trainer = make_trainer(trainer=faulty({1, 2, 4, 5}, nan_gradient), max_nonfinite_steps=3)
     assert trainer.train().global_step == 6
 
 

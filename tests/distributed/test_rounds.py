@@ -25,7 +25,7 @@ def test_two_processes_write_the_pairs_and_train_to_the_weights_of_one(tmp_path)
         out = tmp_path / str(processes)
         options = {
             "model_name_or_path": MODEL_FOLDER, "dataset_name": data, "output_dir": out, "max_length": 64,
-            "segment_length": "none", "ema_decay": 1, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-4,
+            "segment_length": "none", "ema_decay": 1, "num_rounds": 2, "max_steps": 2, "learning_rate": 1e-4,
             "per_device_train_batch_size": 4 // processes, "use_cpu": "true", "gradient_checkpointing": "false",
             "temperature": 1.5, "log_pairs_steps": 0, "report_to": "none",
         }  # fmt: skip
@@ -36,7 +36,7 @@ def test_two_processes_write_the_pairs_and_train_to_the_weights_of_one(tmp_path)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
-        folders = [out / f"iteration-{number}" for number in range(2)]
+        folders = [out / f"round-{number}" for number in range(2)]
         pairs = [pyarrow.parquet.read_table(folder / "pairs.parquet").to_pydict() for folder in folders]
         found[processes] = pairs, [load_file(folder / "model.safetensors") for folder in folders]
     assert found[1][0] == found[2][0]

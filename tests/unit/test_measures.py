@@ -137,7 +137,7 @@ def test_likelihood_is_what_the_model_gives_token_by_token():
 
 def test_a_rows_sample_does_not_depend_on_the_other_rows():
     model = tiny_llama().eval()
-    generator = TransformersGenerator(lambda: nullcontext(model), Sampling(1.0, 0, 1.0), end_ids={1}, pad_token_id=0)
+    generator = TransformersGenerator(lambda: nullcontext(model), Sampling(1.0, 0, 1.0), eos_ids={1}, pad_token_id=0)
     options, given = LocalOptions(max_new_tokens=12, max_length=32), turns(6)
     together = sample_responses(generator, range(6), given, options)
     alone = [sample_responses(generator, [row], [given[row]], options)[0] for row in range(6)]

@@ -50,8 +50,8 @@ def pairs_flags(model, data):
 
 def spin(model, data, out, *more):
     return [
-        "train", *pairs_flags(model, data), "--output_dir", str(out), "--ema_decay", "1", "--num_iterations",
-        str(ITERATIONS), "--mix_previous_iteration", "true", "--max_steps", "4", "--save_steps", "2",
+        "train", *pairs_flags(model, data), "--output_dir", str(out), "--ema_decay", "1", "--num_rounds",
+        str(ITERATIONS), "--mix_previous_round", "true", "--max_steps", "4", "--save_steps", "2",
         "--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--logging_steps", "1",
         "--log_pairs_steps", "0", "--report_to", "none", *more,
     ]  # fmt: skip
@@ -66,10 +66,10 @@ def same(one, other):
 
 
 def outcome(root):
-    """All that later iterations depend on: policies, pairs, metrics that are not times."""
+    """All that later rounds depend on: policies, pairs, metrics that are not times."""
     found = {}
     for number in range(ITERATIONS):
-        folder = root / f"iteration-{number}"
+        folder = root / f"round-{number}"
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         kept = ("loss", "rewards/margins", "logps/chosen", "self_play/chosen_logp_change")
         found[number] = (
@@ -88,17 +88,17 @@ def whole(model, data, base):
 
 def test_opponent_and_reference_of_an_iteration_are_the_policy_of_the_one_before(whole, model, data, tmp_path):
     for number in range(ITERATIONS):
-        before = whole / f"iteration-{number - 1}" if number else model
-        folder = whole / f"iteration-{number}"
+        before = whole / f"round-{number - 1}" if number else model
+        folder = whole / f"round-{number}"
         assert same(load_file(folder / "checkpoint-4" / "reference.safetensors"), dict(tiny_like(before)))
         if number == 0:
-            # Iteration k writes with the seeds of epoch k, the command with those of epoch 0.
+            # Round k writes with the seeds of epoch k, the command with those of epoch 0.
             file = tmp_path / "again.parquet"
             assert main(["generate", *pairs_flags(before, data), "--output_file", str(file)]) == 0
             ours, theirs = (pyarrow.parquet.read_table(f).to_pydict() for f in (folder / "pairs.parquet", file))
             assert ours == theirs
         assert not same(tensors(folder), dict(tiny_like(before)))
-    # A policy written over changes what the next iteration's pairs would be: they do come from it.
+    # A policy written over changes what the next round's pairs would be: they do come from it.
     facts = [json.loads(pyarrow.parquet.read_schema(f).metadata[b"sapo_facts"]) for f in whole.glob("*/pairs.parquet")]
     assert len({fact["model"] for fact in facts}) == ITERATIONS
 
@@ -111,11 +111,11 @@ def tiny_like(folder):
 
 def test_each_iteration_is_an_ordinary_run(whole):
     for number in range(ITERATIONS):
-        folder = whole / f"iteration-{number}"
+        folder = whole / f"round-{number}"
         present = {file.name for file in folder.iterdir()}
         assert {"model.safetensors", "tokenizer.json", "metrics.jsonl", "recipe.yaml", "pairs.parquet"} <= present
         assert "pairs.parquet.parts" not in present
-        # Mixed with the pairs of the iteration before.
+        # Mixed with the pairs of the round before.
         assert ("datasets:" in (folder / "recipe.yaml").read_text()) == (number > 0)
 
 
@@ -127,7 +127,7 @@ PLACES = {
     "while pairs are written": ("sapo.runs.pair_files._table", 3),
     "between parts and their file": ("sapo.runs.pair_files.PairWriter.join", 1),
     "while a policy trains": ("sapo.training.trainer.SAPOTrainer.after_optimizer_step", 7),
-    "before an iteration is marked as done": ("sapo.commands.rounds.asdict", 1),
+    "before a round is marked as done": ("sapo.commands.rounds.asdict", 1),
 }
 
 
@@ -154,7 +154,7 @@ def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, mo
     assert main(["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
     assert outcome(out) == outcome(whole)
     for number in range(ITERATIONS):
-        assert same(tensors(out / f"iteration-{number}"), tensors(whole / f"iteration-{number}"))
+        assert same(tensors(out / f"round-{number}"), tensors(whole / f"round-{number}"))
 
 
 @pytest.mark.slow
@@ -166,19 +166,19 @@ def test_a_signal_stops_the_loop_and_it_goes_on_to_the_same_end(whole, model, da
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 120
-    while not (out / "iteration-1" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (out / "round-1" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=120)
     assert "Traceback" not in shown
     assert main(["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true"]) == 0
-    last = f"iteration-{ITERATIONS - 1}"
+    last = f"round-{ITERATIONS - 1}"
     assert same(tensors(out / last), tensors(whole / last))
 
 
 def test_more_iterations_are_added_to_those_that_are_there(model, data, tmp_path, whole):
     out = tmp_path / "grown"
-    assert main(spin(model, data, out, "--num_iterations", "1")) == 0
+    assert main(spin(model, data, out, "--num_rounds", "1")) == 0
     assert main(spin(model, data, out, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(out) == outcome(whole)
 
@@ -187,8 +187,8 @@ def test_adapters_go_on_from_iteration_to_iteration(model, data, tmp_path):
     out = tmp_path / "lora"
     lora = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear", "--max_steps", "2")
     assert main(spin(model, data, out, *lora)) == 0
-    first = load_file(out / "iteration-0" / "adapter_model.safetensors")
-    reference = load_file(out / "iteration-1" / "checkpoint-2" / "reference.safetensors")
+    first = load_file(out / "round-0" / "adapter_model.safetensors")
+    reference = load_file(out / "round-1" / "checkpoint-2" / "reference.safetensors")
     assert len(first) == len(reference) > 0
     values = sorted((list(t.shape), t.flatten()[:3].tolist()) for t in first.values())
     assert values == sorted((list(t.shape), t.flatten()[:3].tolist()) for t in reference.values())
@@ -248,15 +248,15 @@ def test_what_cannot_be_is_refused_in_one_line(whole, model, data, tmp_path, cap
     assert "Set ema_decay to 1" in refused(spin(model, data, out, "--ema_decay", "0.5"), capsys)
     assert "renewed with the opponent" in refused(spin(model, data, out, "--reference", "opponent"), capsys)
     assert "Leave one of the two out" in refused(spin(model, data, out, "--pair_source", "paired"), capsys)
-    assert "no iteration to resume" in refused(spin(model, data, out, "--resume_from_checkpoint", "true"), capsys)
+    assert "no round to resume" in refused(spin(model, data, out, "--resume_from_checkpoint", "true"), capsys)
     assert "is not empty" in refused(spin(model, data, whole), capsys)
     undone = tmp_path / "undone"
     shutil.copytree(whole, undone)
-    (undone / "iteration-1" / "iteration.json").unlink()
+    (undone / "round-1" / "round.json").unlink()
     changed = spin(model, data, undone, "--resume_from_checkpoint", "true", "--temperature", "0.9")
     assert "temperature was 0.7, is 0.9" in refused(changed, capsys)
     assert "output_file is missing" in refused(["generate", *pairs_flags(model, data)], capsys)
-    taken = whole / "iteration-0" / "pairs.parquet"
+    taken = whole / "round-0" / "pairs.parquet"
     again = ["generate", *pairs_flags(model, data), "--output_file", str(taken)]
     assert "exists already" in refused(again, capsys)
 
@@ -288,7 +288,7 @@ def test_rounds_on_a_server_equal_rounds_in_this_process(lora, model, data, serv
     assert main(spin(model, data, tmp_path / "there", *lora, *on(server))) == 0
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     for number in range(ITERATIONS):
-        ours, theirs = (load_file(tmp_path / run / f"iteration-{number}" / name) for run in ("here", "there"))
+        ours, theirs = (load_file(tmp_path / run / f"round-{number}" / name) for run in ("here", "there"))
         assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
 
 

@@ -11,7 +11,7 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.preference.batches import collate_responses
 from sapo.preference.scoring import frozen, summed_logps
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 Tokens = tuple[int, ...]
 Right = Callable[[int, Sequence[int]], bool]

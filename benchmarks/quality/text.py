@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from sapo.data.examples import DataOptions
 from sapo.data.prepare import prepare_dataset
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 NAME = "text"
 DATA = Path("../shared/data")

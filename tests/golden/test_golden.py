@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sapo import ReplayBuffer, Segment, choose_segment, dpo_loss, orpo_loss, sequence_logps, splice
+from sapo.data.prepare import truncate
 from sapo.preference.objectives import chosen_nll, log_odds, token_logps
-from sapo.preference.segments import cut_at_end, truncate
+from sapo.preference.segments import cut_at_end
 from sapo.weights.opponent import ModelCopy
 
 HERE = Path(__file__).parent

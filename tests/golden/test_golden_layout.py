@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from sapo.data.examples import Example, Turn
+from sapo.data.prepare import truncate
 from sapo.generation.scripted import ScriptedGenerator
 from sapo.preference.batches import collate_pairs, collate_responses
 from sapo.preference.objectives import dpo_loss, log_odds, orpo_loss, sequence_logps
 from sapo.preference.pairs import Pair, SelfPlay, SelfPlaySettings
 from sapo.preference.replay_buffer import ReplayBuffer
-from sapo.preference.segments import Segment, truncate
+from sapo.preference.segments import Segment
 from sapo.weights.opponent import ModelCopy
 from tests.golden.test_golden import OneWeight, cases, tensor
 

@@ -11,7 +11,7 @@ import torch
 from sapo.errors import ConfigurationError, GenerationError
 from sapo.generation.protocol import Engine
 from sapo.generation.sampling import Sampling, filtered_probabilities
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 from tests.colocated import END, LENGTH, NEEDS_VLLM, adapted, by_transformers, contexts_of, model, start
 
 pytestmark = NEEDS_VLLM

@@ -15,7 +15,7 @@ from sapo.generation.scripted import ScriptedGenerator
 from sapo.measures.intervals import bootstrap_ratio, over_halves, paired_change
 from sapo.measures.measure import LocalOptions, Measured, measure, sample_responses, summarize
 from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 from tests.tiny import tiny_llama
 
 TOKENS = st.lists(st.integers(0, 5), max_size=40)

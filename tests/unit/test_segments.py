@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.preference.segments import Segment, choose_segment, cut_at_end, derive_seed, segment_tokens, splice, truncate
+from sapo.data.prepare import truncate
+from sapo.preference.segments import Segment, choose_segment, cut_at_end, segment_tokens, splice
+from sapo.seeds import derive_seed
 
 settings.register_profile("laws", derandomize=True, deadline=None)
 laws = settings(settings.get_profile("laws"))

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.data.examples import DataReport, Example, Turn, collate_examples
-from sapo.preference.segments import Segment, choose_segment, derive_seed, segment_tokens
+from sapo.preference.segments import Segment, choose_segment, segment_tokens
+from sapo.seeds import derive_seed
 
 if TYPE_CHECKING:
     import datasets

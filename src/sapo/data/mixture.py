@@ -15,7 +15,7 @@ from sapo.data.examples import DataOptions, DataReport
 from sapo.data.loading import Rows, load_files, load_hub, load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 
@@ -12,7 +12,6 @@ from sapo.data.encoding import Draft, Encoder
 from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn
 from sapo.data.formats import Dropped, PlainText, detect_format, parse_row
 from sapo.errors import DatasetError
-from sapo.preference.segments import truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,3 +127,30 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     report.prompt_lengths.append(len(kept))
     report.response_lengths.append(len(cut[0]))
     return Turn(turn.index, tuple(kept), cut[0], cut[1] if len(cut) == 2 else None)
+
+
+def truncate(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
+) -> tuple[list[int], list[int]]:
+    """Cut a prompt and a response to `max_length` tokens together, as the published collator does.
+
+    Only when both together are too long: first the prompt is cut to `max_prompt_length` (its end or its start is
+    kept), then, if that is not enough, the response is cut at the end, and its end token goes with it.
+
+    Returns:
+        The prompt and the response that remain; the response may be empty when the prompt alone fills `max_length`.
+
+    Raises:
+        ValueError: a cut prompt would keep nothing, or more than `max_length`.
+    """
+    if not 1 <= max_prompt_length <= max_length:
+        raise ValueError(f"max_prompt_length={max_prompt_length}: must be between 1 and max_length={max_length}")
+    prompt, response = list(prompt), list(response)
+    if len(prompt) + len(response) > max_length and len(prompt) > max_prompt_length:
+        prompt = prompt[-max_prompt_length:] if prompt_truncation == "keep_end" else prompt[:max_prompt_length]
+    return prompt, response[: max(0, max_length - len(prompt))]

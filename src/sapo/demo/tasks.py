@@ -16,7 +16,7 @@ from typing import Final, TypedDict
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789 +-=:;,>?|"
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"

@@ -27,7 +27,7 @@ from sapo.evaluation.store import part_key, write_atomically
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate, bootstrap_ratio
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 2048
 TEMPERATURE = 0.7

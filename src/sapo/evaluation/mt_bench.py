@@ -25,7 +25,7 @@ from sapo.evaluation.store import part_key, write_atomically
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 1024
 JUDGE_TOKENS = 2048

@@ -27,7 +27,7 @@ from sapo.evaluation.targets import LoadedModel, Target
 from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 _FIELDS = {
     "name",

@@ -17,7 +17,7 @@ from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio
 from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
 from sapo.preference.batches import collate_responses
 from sapo.preference.scoring import frozen, summed_logps
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True)

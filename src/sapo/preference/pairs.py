@@ -16,15 +16,8 @@ from sapo.config import SAPOConfig
 from sapo.data.examples import Example, Turn
 from sapo.generation.protocol import Generator
 from sapo.preference.replay_buffer import ReplayBuffer
-from sapo.preference.segments import (
-    PUBLISHED_TAIL_MARGIN,
-    Segment,
-    Suffix,
-    choose_segment,
-    cut_at_end,
-    derive_seed,
-    splice,
-)
+from sapo.preference.segments import PUBLISHED_TAIL_MARGIN, Segment, Suffix, choose_segment, cut_at_end, splice
+from sapo.seeds import derive_seed
 
 Record = Callable[[str, float], None]
 """Takes one observation of a metric: its name and its value."""

@@ -6,7 +6,6 @@ response. Geometry from the published collator (`sapo/utils.py`, revision 5d7a21
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -31,22 +30,6 @@ class Segment:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on `parts` alone.
-
-    All randomness of a run is drawn from such seeds: `parts` says what the draw concerns (run seed, purpose, epoch,
-    row, draw), so nothing depends on batch composition, on the number of processes or on what was drawn before.
-
-    Raises:
-        ValueError: a part holds "/", which separates the parts: others would give the same seed.
-    """
-    for part in parts:
-        if "/" in str(part):
-            raise ValueError(f'derive_seed: part {part!r} holds "/", which separates the parts')
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def segment_tokens(response_length: int, segment_length: float | None) -> int:
@@ -91,33 +74,6 @@ def choose_segment(
     uniform = rng.random()
     start = int(uniform * (last_start + 1)) if last_start > 0 else 0
     return Segment(start, start + tokens)
-
-
-def truncate(
-    prompt: Sequence[int],
-    response: Sequence[int],
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
-) -> tuple[list[int], list[int]]:
-    """Cut a prompt and a response to `max_length` tokens together, as the published collator does.
-
-    Only when both together are too long: first the prompt is cut to `max_prompt_length` (its end or its start is
-    kept), then, if that is not enough, the response is cut at the end, and its end token goes with it.
-
-    Returns:
-        The prompt and the response that remain; the response may be empty when the prompt alone fills `max_length`.
-
-    Raises:
-        ValueError: a cut prompt would keep nothing, or more than `max_length`.
-    """
-    if not 1 <= max_prompt_length <= max_length:
-        raise ValueError(f"max_prompt_length={max_prompt_length}: must be between 1 and max_length={max_length}")
-    prompt, response = list(prompt), list(response)
-    if len(prompt) + len(response) > max_length and len(prompt) > max_prompt_length:
-        prompt = prompt[-max_prompt_length:] if prompt_truncation == "keep_end" else prompt[:max_prompt_length]
-    return prompt, response[: max(0, max_length - len(prompt))]
 
 
 def cut_at_end(tokens: Sequence[int], eos_ids: Collection[int]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sapo.data.examples import Example, collate_examples, dataset_digest
 from sapo.preference.pairs import Pair, PairSource, SelfPlay
-from sapo.preference.segments import derive_seed
+from sapo.seeds import derive_seed
 
 
 class EvaluationPairs:

@@ -30,10 +30,10 @@ from sapo.preference.pair_loss import pair_loss
 from sapo.preference.pairs import Pair, PairedData, SelfPlay
 from sapo.preference.reference_scores import ReferenceLogps
 from sapo.preference.scoring import PairScores
-from sapo.preference.segments import derive_seed
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
+from sapo.seeds import derive_seed
 from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel
 

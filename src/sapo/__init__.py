@@ -13,9 +13,10 @@ from sapo._version import __version__
 if TYPE_CHECKING:
     from sapo.config import SAPOConfig
     from sapo.preference.objectives import dpo_loss, orpo_loss, sequence_logps
-    from sapo.preference.pairs import Pair, PairedData, PairSource, SelfPlay
+    from sapo.preference.pairs import Pair, PairedData, PairSource
     from sapo.preference.replay_buffer import ReplayBuffer
     from sapo.preference.segments import Segment, choose_segment, splice
+    from sapo.preference.self_play import SelfPlay
     from sapo.training.trainer import SAPOTrainer
 
 _HOMES = {
@@ -26,7 +27,7 @@ _HOMES = {
     "PairedData": "sapo.preference.pairs",
     "ReplayBuffer": "sapo.preference.replay_buffer",
     "Segment": "sapo.preference.segments",
-    "SelfPlay": "sapo.preference.pairs",
+    "SelfPlay": "sapo.preference.self_play",
     "choose_segment": "sapo.preference.segments",
     "dpo_loss": "sapo.preference.objectives",
     "orpo_loss": "sapo.preference.objectives",

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo import SAPOConfig, SAPOTrainer, Segment
 from sapo.data.examples import Example, Turn
-from sapo.preference.pairs import SelfPlay
 from sapo.preference.replay_buffer import ReplayBuffer
+from sapo.preference.self_play import SelfPlay
 
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5

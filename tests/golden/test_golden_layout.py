@@ -8,9 +8,10 @@ from sapo.data.prepare import truncate
 from sapo.generation.scripted import ScriptedGenerator
 from sapo.preference.batches import collate_pairs, collate_responses
 from sapo.preference.objectives import dpo_loss, log_odds, orpo_loss, sequence_logps
-from sapo.preference.pairs import Pair, SelfPlay, SelfPlaySettings
+from sapo.preference.pairs import Pair
 from sapo.preference.replay_buffer import ReplayBuffer
 from sapo.preference.segments import Segment
+from sapo.preference.self_play import SelfPlay, SelfPlaySettings
 from sapo.weights.opponent import ModelCopy
 from tests.golden.test_golden import OneWeight, cases, tensor
 
@@ -136,7 +137,7 @@ def test_self_play_asks_for_and_lays_out_what_the_published_step_does(case, monk
         for start, length in zip(given["truncate_at"], given["actual_token_generate_length"], strict=True)
     ]
     chosen = iter([segment for segment in segments for _ in range(each)])
-    monkeypatch.setattr("sapo.preference.pairs.choose_segment", lambda *args, **options: next(chosen))
+    monkeypatch.setattr("sapo.preference.self_play.choose_segment", lambda *args, **options: next(chosen))
     # Recorded rows may run beyond their own segment: our generators get a budget per row.
     written = []
     for number, row in enumerate(given["model_output_rows"]):
@@ -155,7 +156,7 @@ def test_self_play_asks_for_and_lays_out_what_the_published_step_does(case, monk
         Example(row, (Turn(0, tuple(real[:cut]), tuple(real[cut:])),))
         for row, (real, cut) in enumerate(zip(given["real_input_ids"], given["prompt_length"], strict=True))
     ]
-    pairs = source.rewrite(examples, epoch=0)
+    pairs = source.regenerate(examples, epoch=0)
     masks = expected["generation_attention_mask"]
     for index, (ids, mask) in enumerate(zip(expected["generation_input_ids"], masks, strict=True)):
         context = [token for token, seen in zip(ids, mask, strict=True) if seen]

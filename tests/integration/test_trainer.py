@@ -113,13 +113,13 @@ def test_only_the_policy_adapter_learns_and_the_opponent_follows(make_trainer):
 def test_the_opponent_writes_with_its_own_weights(make_trainer):
     trainer = make_trainer(lora=True, temperature=0.0, segment_length=None, learning_rate=0.0)
     examples = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["examples"]
-    before = trainer.source.rewrite(examples, epoch=0)
+    before = trainer.source.regenerate(examples, epoch=0)
     with torch.no_grad():
         for weight in policy_tensors(trainer.policy()).values():
             weight.normal_()
-    assert trainer.source.rewrite(examples, epoch=0) == before
+    assert trainer.source.regenerate(examples, epoch=0) == before
     trainer.opponent.copy_from(policy_tensors(trainer.policy()))
-    assert trainer.source.rewrite(examples, epoch=0) != before
+    assert trainer.source.regenerate(examples, epoch=0) != before
 
 
 def test_frozen_opponent_writes_what_the_initial_model_would(make_trainer):

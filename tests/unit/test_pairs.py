@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from sapo.data.examples import Example, Turn
 from sapo.generation.scripted import ScriptedGenerator
-from sapo.preference.pairs import Pair, PairedData, SelfPlay, SelfPlaySettings, paired
+from sapo.preference.pairs import Pair, PairedData, paired
 from sapo.preference.replay_buffer import ReplayBuffer
 from sapo.preference.segments import Segment
+from sapo.preference.self_play import SelfPlay, SelfPlaySettings
 
 EOS = 1
 PROMPT = (4, 5)
@@ -64,7 +65,7 @@ def stored(source):
 @given(st.integers(1, 40), st.sampled_from([None, 0.4, 1, 5, 100]), st.sampled_from(["keep", "drop", "mask"]))
 def test_a_pair_shares_everything_before_the_segment_and_after_it_if_kept(length, segment_length, suffix):
     source, generator = self_play(segment_length=segment_length, suffix=suffix)
-    (pair,) = source.rewrite([example(7, length)], epoch=0)
+    (pair,) = source.regenerate([example(7, length)], epoch=0)
     written = new_tokens(**vars_of(generator.calls[-1]))[0]
     assert (pair.row, pair.turn, pair.prompt_ids) == (7, 0, PROMPT)
     assert pair.segment.start == pair.rewritten.start
@@ -80,7 +81,7 @@ def vars_of(call):
 
 def test_the_opponent_continues_the_prompt_and_what_comes_before_the_segment_for_as_many_tokens():
     source, generator = self_play()
-    (pair,) = source.rewrite([example(0, 30)], epoch=0)
+    (pair,) = source.regenerate([example(0, 30)], epoch=0)
     call = generator.calls[0]
     assert call.contexts == [[*PROMPT, *pair.chosen_ids[: pair.segment.start]]]
     assert call.max_new_tokens == [3]
@@ -88,7 +89,7 @@ def test_the_opponent_continues_the_prompt_and_what_comes_before_the_segment_for
 
 def test_a_replacement_that_ends_the_response_loses_what_follows_its_end_token():
     source, _ = self_play(lambda contexts, budgets, seeds: [[99, EOS]] * len(contexts))
-    (pair,) = source.rewrite([example(0, 30)], epoch=0)
+    (pair,) = source.regenerate([example(0, 30)], epoch=0)
     assert pair.rejected_ids == (*pair.chosen_ids[: pair.segment.start], 99, EOS)
     assert pair.rewritten == Segment(pair.segment.start, pair.segment.start + 2)
 
@@ -101,7 +102,7 @@ def test_what_a_generator_writes_beyond_its_budget_or_an_end_token_is_cut(writte
 
     settings = SelfPlaySettings(segment_length=3)
     source = SelfPlay(Careless(), ReplayBuffer(1), settings, eos_ids={EOS}, seed=0, batch_size=1)
-    (pair,) = source.rewrite([example(0, 30)], epoch=0)
+    (pair,) = source.regenerate([example(0, 30)], epoch=0)
     kept = written[:2] if EOS in written else written[:3]
     after = () if EOS in written else pair.chosen_ids[pair.segment.stop :]
     assert pair.rejected_ids == (*pair.chosen_ids[: pair.segment.start], *kept, *after)
@@ -174,7 +175,7 @@ def test_an_empty_buffer_is_filled_out_of_turn():
 @pytest.mark.parametrize("count", [1, 3])
 def test_each_example_is_rewritten_num_generations_times_with_draws_of_their_own(count):
     source, generator = self_play(num_generations=count)
-    pairs = source.rewrite([example(row, 60) for row in range(20)], epoch=0)
+    pairs = source.regenerate([example(row, 60) for row in range(20)], epoch=0)
     assert [pair.row for pair in pairs] == [row for row in range(20) for _ in range(count)]
     assert len(generator.calls) == 1
     assert len(set(generator.calls[0].seeds)) == len(pairs)
@@ -183,7 +184,7 @@ def test_each_example_is_rewritten_num_generations_times_with_draws_of_their_own
 
 
 def test_the_first_generation_is_the_same_however_many_follow():
-    one, three = (self_play(num_generations=n)[0].rewrite([example(5, 60)], epoch=2) for n in (1, 3))
+    one, three = (self_play(num_generations=n)[0].regenerate([example(5, 60)], epoch=2) for n in (1, 3))
     assert three[0] == one[0]
 
 
@@ -195,7 +196,7 @@ def test_an_example_gets_the_same_segment_and_seed_in_any_batch(rows, epoch, rng
     for batches in [*([order] for order in orders), [[row] for row in rows]]:
         source, generator = self_play()
         for batch in batches:
-            pairs = source.rewrite([example(row, 40) for row in batch], epoch=epoch)
+            pairs = source.regenerate([example(row, 40) for row in batch], epoch=epoch)
             for pair, seed in zip(pairs, generator.calls[-1].seeds, strict=True):
                 seen[pair.row].add((pair.segment, seed, pair))
     assert all(len(kinds) == 1 for kinds in seen.values())
@@ -206,12 +207,12 @@ def test_processes_and_earlier_steps_do_not_change_what_an_example_gets():
     other, _ = self_play(process=3)
     for step in range(5):
         other.pairs([example(step)], epoch=0, step=step, micro_batch=0)
-    assert one.rewrite([example(9, 40)], epoch=1) == other.rewrite([example(9, 40)], epoch=1)
+    assert one.regenerate([example(9, 40)], epoch=1) == other.regenerate([example(9, 40)], epoch=1)
 
 
 def test_another_epoch_row_or_run_seed_draws_anew():
     draws = [
-        self_play(seed=seed)[0].rewrite([example(row, 400)], epoch=epoch)[0].segment.start
+        self_play(seed=seed)[0].regenerate([example(row, 400)], epoch=epoch)[0].segment.start
         for seed, row, epoch in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     ]
     assert len(set(draws)) == 4
@@ -250,9 +251,9 @@ def test_a_draw_depends_on_step_micro_batch_and_process_and_repeats_with_them():
 
 def test_one_turn_is_drawn_per_epoch_and_every_turn_in_time():
     source, _ = self_play()
-    turns = [source.rewrite([example(3, 20, turns=3)], epoch=epoch)[0].turn for epoch in range(40)]
+    turns = [source.regenerate([example(3, 20, turns=3)], epoch=epoch)[0].turn for epoch in range(40)]
     assert set(turns) == {0, 1, 2}
-    assert turns == [source.rewrite([example(3, 20, turns=3)], epoch=epoch)[0].turn for epoch in range(40)]
+    assert turns == [source.regenerate([example(3, 20, turns=3)], epoch=epoch)[0].turn for epoch in range(40)]
 
 
 def test_metrics_tell_what_was_written_and_what_is_held():

@@ -2,8 +2,9 @@
 
 import torch
 
+from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair
-from sapo.preference.reference_scores import ReferenceLogps, ReferenceScores
+from sapo.preference.reference_scores import ReferenceScores
 from sapo.preference.segments import Segment
 
 

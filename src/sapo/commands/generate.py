@@ -24,7 +24,7 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
-from sapo.preference.pairs import self_play
+from sapo.preference.self_play import self_play
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy

@@ -28,6 +28,17 @@ class PairLosses(NamedTuple):
     rejected_rewards: Tensor
 
 
+class ReferenceLogps(NamedTuple):
+    """Summed log-probabilities in nats under the reference, each `[B]`."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+
+    def to(self, device: torch.device | str) -> ReferenceLogps:
+        """The same on `device`."""
+        return ReferenceLogps(self.chosen_logps.to(device), self.rejected_logps.to(device))
+
+
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token, in float32 at least.
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sapo.config import SAPOConfig
-from sapo.preference.objectives import chosen_nll, dpo_loss, orpo_loss
-from sapo.preference.reference_scores import ReferenceLogps
+from sapo.preference.objectives import ReferenceLogps, chosen_nll, dpo_loss, orpo_loss
 from sapo.preference.scoring import PairScores
 
 

@@ -1,26 +1,28 @@
-"""Where pairs come from: the model playing against its own moving average, or rows that already hold them.
+"""Pairs, and where they come from: the protocol of a pair source, and the sources that only read the data.
 
-From an example to a drawn batch, in the order of the published training step: choose a segment, let the opponent
-write it anew, splice, store, draw.
+`self_play` has the source that generates.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from sapo.config import SAPOConfig
+from torch import Tensor
+
 from sapo.data.examples import Example, Turn
-from sapo.generation.protocol import Generator
-from sapo.preference.replay_buffer import ReplayBuffer
-from sapo.preference.segments import PUBLISHED_TAIL_MARGIN, Segment, Suffix, choose_segment, cut_at_end, splice
+from sapo.preference.segments import Segment
 from sapo.seeds import derive_seed
 
-Record = Callable[[str, float], None]
-"""Takes one observation of a metric: its name and its value."""
+if TYPE_CHECKING:
+    from sapo.preference.objectives import ReferenceLogps
+
+SourceState: TypeAlias = "dict[str, dict[str, Tensor]]"
+"""What one process's source keeps in a checkpoint: tensors by name, in parts by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,43 +54,6 @@ class Pair:
         return len(self.segment) == 0 and len(self.rewritten) == 0
 
 
-class PairSource(Protocol):
-    """Turns the dataloader's examples into the pairs that the policy learns from now."""
-
-    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """Pairs for one micro-batch; never empty when `examples` is not."""
-        ...
-
-
-def _ignore(name: str, value: float) -> None:
-    """Where nobody asks for metrics."""
-
-
-@dataclass(frozen=True, slots=True)
-class SelfPlaySettings:
-    """How pairs are made; every field is an option of `SAPOConfig`, described there."""
-
-    segment_length: float | None = 256
-    tail_margin: int = PUBLISHED_TAIL_MARGIN
-    suffix: Suffix = "keep"
-    num_generations: int = 1
-    generation_interval: int = 1
-    skip_identical: bool = True
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    replay_max_age: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A response whose segment is chosen and not yet rewritten."""
-
-    row: int
-    turn: Turn
-    segment: Segment
-    seed: int
-
-
 @dataclass(frozen=True, slots=True)
 class PendingBatch:
     """The examples of a micro-batch that is yet to come."""
@@ -107,204 +72,95 @@ class GeneratedPairs:
     step: int
 
 
-class SelfPlay:
-    """Pairs that the opponent makes from good responses (section 3.2 and algorithm 1 of the paper).
+class PairSource:
+    """Turns the dataloader's examples into the pairs that the policy is trained on now.
 
-    Args:
-        generator: lets the opponent write.
-        buffer: this process's replay buffer.
-        settings: see `SelfPlaySettings`.
-        eos_ids: tokens that end a response.
-        seed: the run's seed. What concerns an example is seeded by (seed, epoch, row, turn, draw), draws from the
-            buffer by (seed, step, micro-batch, process); nothing else is random.
-        batch_size: pairs drawn per micro-batch.
-        process: index of this process.
-        record: receives `self_play/*` and `replay/*` metrics.
-        any_process: whether something holds for any of the processes. To be given when the generator needs all of
-            them at once, as with sharded weights; by default each decides for itself.
-        written_by: the step whose opponent writes at a given step; by default the opponent of that very step.
+    `pairs` is all that a source must have. The rest is the life of a source that keeps something from step to step
+    (pairs, text generated ahead, weights on an engine): empty here, to be overridden where it is needed. A step is
+    `begin_step`, `prefetch`, one `pairs` for each micro-batch, then `undo` if the step changed nothing, and
+    `opponent_moved`.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        buffer: ReplayBuffer[Pair],
-        settings: SelfPlaySettings,
-        *,
-        eos_ids: Collection[int],
-        seed: int,
-        batch_size: int,
-        process: int = 0,
-        record: Record = _ignore,
-        any_process: Callable[[bool], bool] = bool,
-        written_by: Callable[[int], int] = int,
-    ) -> None:
-        self.buffer = buffer
-        self.pool: dict[tuple[int, int], GeneratedPairs] = {}
-        self._generator = generator
-        self._settings = settings
-        self._end_ids = frozenset(eos_ids)
-        self._seed = seed
-        self._batch_size = batch_size
-        self._process = process
-        self._record = record
-        self._any_process = any_process
-        self._written_by = written_by
-
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """Rewrite `examples`, store the new pairs, and draw a batch from everything stored."""
-        settings = self._settings
-        if settings.replay_max_age is not None:
-            self.buffer.expire(step - settings.replay_max_age)
-        # An empty buffer collects out of turn: a step always has pairs.
-        if self._due(step) or self._any_process(len(self.buffer) == 0):
-            self.prefetch([PendingBatch(examples, epoch, step, micro_batch)], step, due=True)
-            written = self.pool.pop((step, micro_batch))
-            self._record("self_play/staleness", step - written.step)
-            self._store(written.pairs, written.step)
-        rng = random.Random(derive_seed(self._seed, "draw", step, micro_batch, self._process))
-        drawn = self.buffer.draw(self._batch_size, rng)
-        self._record("replay/size", len(self.buffer))
-        self._record("replay/mean_age", self.buffer.mean_age(step))
-        self._record("replay/mean_draws", self.buffer.mean_draws())
-        return drawn
+        """Pairs for one micro-batch; never empty when `examples` is not."""
+        raise NotImplementedError
 
-    def _due(self, step: int) -> bool:
-        return step % self._settings.generation_interval == 0
+    def evaluation_pairs(self, examples: Sequence[Example]) -> list[Pair]:
+        """One pair for each example, from seeds that training never uses; nothing is kept."""
+        return self.pairs(examples, epoch=-1, step=0, micro_batch=0)
 
-    def prefetch(self, pending: Sequence[PendingBatch], step: int, *, due: bool = False) -> None:
-        """Write the pairs of `pending` micro-batches in one call of the generator, and keep them until their turn.
+    def begin(self, step: int, checkpoint: Path | None = None) -> None:
+        """Training starts at `step`, perhaps from a checkpoint that `restore` has read; all processes take part."""
 
-        What is written already stays; so do micro-batches whose step passes its examples over, unless `due`. A row's
-        text is drawn from the row's own seed, so that pooling changes when it is written and nothing else.
-        """
-        new = self.unwritten(pending, due=due)
-        if new:
-            self.pool.update(self.write(self._generator, new, self._written_by(step)))
+    def begin_step(self) -> None:
+        """An optimizer step begins: what happens from here on may be undone."""
 
-    def unwritten(self, pending: Sequence[PendingBatch], *, due: bool = False) -> list[PendingBatch]:
-        """Those of `pending` whose pairs are to be made and are not waiting yet."""
-        return [c for c in pending if (due or self._due(c.step)) and (c.step, c.micro_batch) not in self.pool]
+    def prefetch(self, pending: Sequence[PendingBatch], step: int) -> None:
+        """Be told which micro-batches come next, those of `step` first."""
 
-    def write(
-        self, generator: Generator, pending: Sequence[PendingBatch], step: int
-    ) -> dict[tuple[int, int], GeneratedPairs]:
-        """The pairs of micro-batches, by step and micro-batch, in one call of `generator`; nothing is kept.
+    def undo(self) -> None:
+        """Take back what the step that has begun did to this source."""
+
+    def opponent_moved(self, step: int) -> None:
+        """Optimizer step number `step` is over and the opponent has followed it; all processes take part."""
+
+    def ready(self, step: int) -> AbstractContextManager[None]:
+        """Within it `evaluation_pairs` can be called, in a run or outside of one."""
+        return nullcontext()
+
+    def clear(self) -> None:
+        """Forget what belongs to an earlier start of the run."""
+
+    def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
+        """Log-probabilities of `pairs` under a reference that stands still.
 
         Args:
-            generator: lets the opponent write.
-            pending: the micro-batches.
-            step: number of optimizer steps that the opponent who writes them has followed.
+            pairs: what `pairs` has returned.
+            score: computes those that are not known yet; called at most once.
         """
-        drafts = [[d for example in c.examples for d in self._drafts(example, c.epoch)] for c in pending]
-        pairs = iter(self._written(generator, itertools.chain.from_iterable(drafts)))
-        return {
-            (micro_batch.step, micro_batch.micro_batch): GeneratedPairs(tuple(itertools.islice(pairs, len(own))), step)
-            for micro_batch, own in zip(pending, drafts, strict=True)
-        }
+        return score(list(pairs))
 
-    def rewrite(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
-        """One pair per example and generation, the buffer untouched."""
-        return self._written(self._generator, (d for example in examples for d in self._drafts(example, epoch)))
+    def reference_moved(self) -> None:
+        """What `reference_logps` has seen is true no longer."""
 
-    def _written(self, generator: Generator, chosen: Iterable[_Draft]) -> list[Pair]:
-        drafts = list(chosen)
-        written = generator.generate(
-            [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
-            [self._budget(d) for d in drafts],
-            [d.seed for d in drafts],
-        )
-        return [self._pair(draft, replacement) for draft, replacement in zip(drafts, written, strict=True)]
+    def history(self, pair: Pair, step: int) -> dict[str, int]:
+        """For the report: `age` in steps and `draws` of a pair that is stored; else nothing."""
+        return {}
 
-    def _budget(self, draft: _Draft) -> int:
-        """Most tokens that may replace the segment."""
-        most = self._settings.max_new_tokens
-        if most is None:
-            return len(draft.segment)
-        if self._settings.max_length is None:
-            return most
-        return min(most, self._settings.max_length - len(draft.turn.prompt_ids))
+    def state(self) -> SourceState:
+        """What a checkpoint keeps of this process."""
+        return {}
 
-    def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
-        turn = turn_of_epoch(example, seed=self._seed, epoch=epoch)
-        drafts = []
-        for draw in range(self._settings.num_generations):
-            what = (epoch, example.row, turn.index, draw)
-            segment = choose_segment(
-                len(turn.response_ids),
-                self._settings.segment_length,
-                random.Random(derive_seed(self._seed, "segment", *what)),
-                tail_margin=self._settings.tail_margin,
-            )
-            drafts.append(_Draft(example.row, turn, segment, derive_seed(self._seed, "tokens", *what)))
-        return drafts
+    def restore(
+        self, states: Sequence[SourceState], *, vocabulary_size: int, share: tuple[int, int] | None = None
+    ) -> None:
+        """Continue from a checkpoint.
 
-    def _pair(self, draft: _Draft, written: Sequence[int]) -> Pair:
-        replacement = cut_at_end(written[: self._budget(draft)], self._end_ids)
-        rejected = splice(
-            draft.turn.response_ids,
-            draft.segment,
-            replacement,
-            eos_ids=self._end_ids,
-            suffix=self._settings.suffix,
-        )
-        return Pair(
-            row=draft.row,
-            turn=draft.turn.index,
-            prompt_ids=draft.turn.prompt_ids,
-            chosen_ids=draft.turn.response_ids,
-            rejected_ids=tuple(rejected),
-            segment=draft.segment,
-            rewritten=Segment(draft.segment.start, draft.segment.start + len(replacement)),
-        )
+        Args:
+            states: this process's own; with `share` those of all processes that wrote the checkpoint.
+            vocabulary_size: token ids lie below it.
+            share: (index, count) of this process where the number of processes has changed: take this part of all.
 
-    def _store(self, pairs: Sequence[Pair], step: int) -> None:
-        stored = [pair for pair in pairs if not (self._settings.skip_identical and pair.identical)]
-        if not stored and len(self.buffer) == 0:
-            stored = list(pairs)
-        for pair in stored:
-            self.buffer.add(pair, step)
-        for pair in pairs:
-            ended = bool(pair.rejected_ids) and pair.rewritten.stop == len(pair.rejected_ids)
-            self._record("self_play/identical_fraction", float(pair.identical))
-            self._record("self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._end_ids))
-            self._record("self_play/rejected_length", len(pair.rejected_ids))
-            self._record("self_play/segment_length", len(pair.segment))
+        Raises:
+            ValueError, CheckpointError: no state that this source can have had.
+        """
 
+    def save(self, folder: Path, step: int) -> None:
+        """Add files of its own to a checkpoint, after `state`."""
 
-def self_play(
-    generator: Generator,
-    args: SAPOConfig,
-    *,
-    eos_ids: Collection[int],
-    record: Record = _ignore,
-    any_process: Callable[[bool], bool] = bool,
-    written_by: Callable[[int], int] = int,
-) -> SelfPlay:
-    """`SelfPlay` with an empty buffer, as the options of a run ask for it; see there."""
-    return SelfPlay(
-        generator,
-        ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
-        SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
-        eos_ids=eos_ids,
-        seed=args.seed,
-        batch_size=args.per_device_train_batch_size,
-        process=args.process_index,
-        record=record,
-        any_process=any_process,
-        written_by=written_by,
-    )
+    def close(self) -> None:
+        """Training has ended, as it should or not."""
 
 
 def turn_of_epoch(example: Example, *, seed: int, epoch: int) -> Turn:
-    """The reply of an example that is learnt from in this epoch: the only one, or one drawn anew in each."""
+    """The reply of an example that is trained on in this epoch: the only one, or one drawn for each epoch."""
     turns = example.turns
     if len(turns) == 1:
         return turns[0]
     return random.Random(derive_seed(seed, "turn", epoch, example.row)).choice(turns)
 
 
-class SFTSource:
+class SFTSource(PairSource):
     """Good responses with nothing beside them: SFT on the same trainer, for comparison at equal steps."""
 
     def __init__(self, *, seed: int) -> None:
@@ -321,7 +177,7 @@ def sft_pair(example: Example, turn: Turn) -> Pair:
     return Pair(example.row, turn.index, turn.prompt_ids, turn.response_ids, turn.response_ids, end, end)
 
 
-class PairedData:
+class PairedData(PairSource):
     """Pairs of a preference dataset, as they are: plain offline DPO and ORPO on the same trainer."""
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:

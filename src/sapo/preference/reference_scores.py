@@ -1,27 +1,15 @@
-"""What the reference thinks of a pair, kept for as long as the reference stands still."""
+"""The reference's log-probabilities of stored pairs, kept for as long as the reference stands still."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLogps:
-    """Summed log-probabilities in nats under the reference, each `[B]`."""
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-
-    def to(self, device: torch.device | str) -> ReferenceLogps:
-        """The same on `device`."""
-        return ReferenceLogps(self.chosen_logps.to(device), self.rejected_logps.to(device))
 
 
 class ReferenceScores:
@@ -30,11 +18,11 @@ class ReferenceScores:
     A pair is known by identity: the buffer gives out the very objects that it holds.
 
     Args:
-        most: entries beyond which those of pairs that left the buffer are dropped.
+        capacity: entries beyond which those of pairs that left the buffer are dropped.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._known: dict[int, tuple[Pair, float, float]] = {}
 
     def __len__(self) -> int:
@@ -45,21 +33,21 @@ class ReferenceScores:
         self._known.clear()
 
     def of(
-        self, pairs: Sequence[Pair], form: Callable[[list[Pair]], ReferenceLogps], stored: Callable[[], Iterable[Pair]]
+        self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps], stored: Callable[[], Iterable[Pair]]
     ) -> ReferenceLogps:
         """Scores of `pairs`.
 
         Args:
             pairs: at least one.
-            form: scores pairs with the reference; called at most once, with those not known yet.
+            score: computes pairs with the reference; called at most once, with those not known yet.
             stored: what the buffer holds; asked for only to drop the rest.
         """
         missing = list({id(pair): pair for pair in pairs if id(pair) not in self._known}.values())
         if missing:
-            if len(self._known) + len(missing) > self._most:
+            if len(self._known) + len(missing) > self._capacity:
                 kept = {id(pair) for pair in stored()}
                 self._known = {key: entry for key, entry in self._known.items() if key in kept}
-            formed = form(missing)
+            formed = score(missing)
             values = zip(missing, formed.chosen_logps.tolist(), formed.rejected_logps.tolist(), strict=True)
             self._known |= {id(pair): (pair, chosen, rejected) for pair, chosen, rejected in values}
         entries = [self._known[id(pair)] for pair in pairs]

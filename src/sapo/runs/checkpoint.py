@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapo.errors import CheckpointError
-from sapo.preference.pairs import GeneratedPairs, Pair
-from sapo.preference.replay_buffer import BufferEntry
-from sapo.preference.segments import Segment
 
 FORMAT = 5
 STATE_FILE = "sapo_state.json"
@@ -30,10 +26,6 @@ REMOVING = ".removing-"
 
 _READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
 """Of files that a library may take up on its own."""
-
-T = TypeVar("T")
-
-_LENGTH_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -96,72 +88,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {FORMAT}.")
     return state
-
-
-def entries_to_tensors(entries: Sequence[BufferEntry[Pair]]) -> dict[str, Tensor]:
-    """A buffer's contents as flat integer tensors, oldest first."""
-    pairs = [entry.item for entry in entries]
-    tensors = {
-        "steps": torch.tensor([entry.step for entry in entries], dtype=torch.int64),
-        "draws": torch.tensor([entry.draws for entry in entries], dtype=torch.int64),
-        "places": torch.tensor(
-            [[p.row, p.turn, p.segment.start, p.segment.stop, p.rewritten.start, p.rewritten.stop] for p in pairs],
-            dtype=torch.int64,
-        ).reshape(len(pairs), 6),
-    }
-    for field in _LENGTH_FIELDS:
-        values = [getattr(pair, field) for pair in pairs]
-        tensors[field] = torch.tensor([token for value in values for token in value], dtype=torch.int64)
-        tensors[f"{field}_lengths"] = torch.tensor([len(value) for value in values], dtype=torch.int64)
-    return tensors
-
-
-def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair]]:
-    """The inverse of `entries_to_tensors`."""
-    columns = [
-        [tuple(part.tolist()) for part in torch.split(tensors[field], tensors[f"{field}_lengths"].tolist())]
-        for field in _LENGTH_FIELDS
-    ]
-    entries = []
-    for index, (place, step, draws) in enumerate(
-        zip(tensors["places"].tolist(), tensors["steps"].tolist(), tensors["draws"].tolist(), strict=True)
-    ):
-        row, turn, start, stop, new_start, new_stop = place
-        prompt, chosen, rejected = (column[index] for column in columns)
-        pair = Pair(row, turn, prompt, chosen, rejected, Segment(start, stop), Segment(new_start, new_stop))
-        entries.append(BufferEntry(pair, step, draws))
-    return entries
-
-
-def pool_to_tensors(pool: Mapping[tuple[int, int], GeneratedPairs]) -> dict[str, Tensor]:
-    """Pairs written ahead: as a buffer's contents, and for each the step and micro-batch that it waits for."""
-    waiting = [(place, pair, written.step) for place, written in sorted(pool.items()) for pair in written.pairs]
-    tensors = entries_to_tensors([BufferEntry(pair, step, 0) for _, pair, step in waiting])
-    tensors["waits_for"] = torch.tensor([place for place, _, _ in waiting], dtype=torch.int64).reshape(-1, 2)
-    return tensors
-
-
-def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], GeneratedPairs]:
-    """The inverse of `pool_to_tensors`."""
-    pool: dict[tuple[int, int], GeneratedPairs] = {}
-    for (step, micro_batch), entry in zip(tensors["waits_for"].tolist(), entries_from_tensors(tensors), strict=True):
-        earlier = pool.get((step, micro_batch))
-        pool[step, micro_batch] = GeneratedPairs((*(earlier.pairs if earlier else ()), entry.item), entry.step)
-    return pool
-
-
-def redistribute(parts: Sequence[Sequence[T]], processes: int, *, step: Callable[[T], int]) -> list[list[T]]:
-    """Deal the contents of several processes' buffers out to `processes` others: nothing is lost, nothing doubled.
-
-    The oldest first, in turn, so that each gets as many as the others (but one) and like ages.
-
-    Args:
-        parts: of each earlier process, oldest first.
-        processes: how many there are now.
-        step: at which optimizer step an entry was written.
-    """
-    everything = sorted((entry for part in parts for entry in part), key=step)
-    return [everything[place::processes] for place in range(processes)]
 
 
 def seal(folder: Path) -> None:

@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import write_atomically
-from sapo.training.step_guard import TrainedPair, describe
-from sapo.weights.opponent import POLICY_ADAPTER, save_adapter, save_sharded
-
-if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
+from sapo.runs.trace import TrainedPair, describe
+from sapo.weights.roles import Roles
+from sapo.weights.world import World
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "sapo_config.yaml"
@@ -41,12 +38,18 @@ _OLD = ".old"
 
 
 class RunFolder:
-    """The output folder of one run."""
+    """The output folder of one run.
 
-    def __init__(self, trainer: SAPOTrainer) -> None:
-        self._trainer = trainer
-        self.path = Path(trainer.args.output_dir)
+    Args:
+        path: of the folder; need not exist.
+        world: the first process writes.
+    """
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path = path
+        self._world = world
         self.staging: Path | None = None
+        """Where a checkpoint is being written; None in between."""
 
     # ---- Beginning ----
 
@@ -68,21 +71,21 @@ class RunFolder:
                     f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
                 )
             return Path(newest)
-        if self._trainer.is_world_process_zero():
+        if self._world.first:
             _settle(Path(str(wanted)))
-        self._trainer.accelerator.wait_for_everyone()
+        self._world.barrier()
         if not Path(str(wanted)).is_dir():
             raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
         return Path(str(wanted))
 
     def _recover(self) -> None:
         """Finish or undo what a crash while saving has left half done."""
-        if self._trainer.is_world_process_zero():
+        if self._world.first:
             for left in [self.path / _STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
                 shutil.rmtree(left, ignore_errors=True)
             for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
                 _settle(old.with_name(old.name.removesuffix(_OLD)))
-        self._trainer.accelerator.wait_for_everyone()
+        self._world.barrier()
 
     def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
         """Make sure that an earlier run is neither mixed with this one nor lost.
@@ -94,7 +97,7 @@ class RunFolder:
         Raises:
             ConfigurationError: the folder is not empty and may not be overwritten.
         """
-        if not self._trainer.is_world_process_zero():
+        if not self._world.first:
             return
         check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
         for old in [
@@ -109,12 +112,11 @@ class RunFolder:
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
 
-    def begin(self, step: int) -> None:
-        """Write the resolved configuration, and drop metrics of steps that will be run again."""
-        if not self._trainer.is_world_process_zero():
+    def begin(self, step: int, options: dict[str, Any]) -> None:
+        """Write the resolved `options`, and drop metrics of steps after `step`, which will be run again."""
+        if not self._world.first:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        options = self._trainer.args.to_dict()
         write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
         for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
             if file.exists():
@@ -123,7 +125,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml, which gives the same run again."""
-        if self._trainer.is_world_process_zero():
+        if self._world.first:
             write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
     def append_metrics(self, line: str) -> None:
@@ -134,89 +136,83 @@ class RunFolder:
 
     def append_trace(self, step: int, trained: Sequence[TrainedPair]) -> None:
         """Note which pairs a step learnt from: [row, turn, start of the segment, loss in nats] of each."""
-        file = self.path / TRACE_FILE.format(process=self._trainer.args.process_index)
+        file = self.path / TRACE_FILE.format(process=self._world.process)
         pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in trained]
         if file.exists() and file.stat().st_size > _TRACE_BYTES:
             file.replace(_aside(file))
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
 
-    def write_bad_pairs(self, trained: Sequence[TrainedPair]) -> Path:
-        """Write pairs with their texts and losses, and tell where."""
-        file = self.path / BAD_PAIRS_FILE.format(process=self._trainer.args.process_index)
-        rows = describe(trained, self._trainer.processing_class)
+    def write_bad_pairs(self, trained: Sequence[TrainedPair], tokenizer: Any) -> Path:
+        """Write pairs with their texts and losses; where."""
+        file = self.path / BAD_PAIRS_FILE.format(process=self._world.process)
+        rows = describe(trained, tokenizer)
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return file
 
     # ---- Checkpoints ----
 
-    def save_atomically(self, save: Callable[[], None]) -> None:
-        """Let Trainer write its checkpoint into a staging folder, seal it, and rename it to `checkpoint-N`."""
-        trainer = self._trainer
-        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    def save_checkpoint(self, step: int, write: Callable[[], None], finish: Callable[[Path, Path], None]) -> Path:
+        """Let `write` fill a staging folder, seal it, and rename it to `checkpoint-N`; all processes take part.
+
+        Args:
+            step: N.
+            write: writes `staging`/checkpoint-N.
+            finish: on the first process, before the checkpoint is sealed: given the folder in staging and its place.
+
+        Raises:
+            CheckpointError: it cannot be written; nothing half written is left.
+        """
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         self.staging = self.path / _STAGING
         try:
-            if trainer.args.should_save:
+            if self._world.first:
                 shutil.rmtree(self.staging, ignore_errors=True)
-            trainer.accelerator.wait_for_everyone()
+            self._world.barrier()
             with _writing(self.path / name, self.staging):
-                save()
+                write()
         finally:
             staging, self.staging = self.staging, None
-            trainer.args.save_total_limit = limit
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            written = staging / name
-            best = trainer.state.best_model_checkpoint
-            if best is not None and Path(best) == written:
-                trainer.state.best_model_checkpoint = str(self.path / name)
-                trainer.state.save_to_json(str(written / "trainer_state.json"))
-            parts.seal(written)
-            _replace_folder(written, self.path / name)
+        self._world.barrier()
+        if self._world.first:
+            finish(staging / name, self.path / name)
+            parts.seal(staging / name)
+            _replace_folder(staging / name, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
-            parts.rotate(self.path / name, limit, trainer.state.best_model_checkpoint)
-        trainer.accelerator.wait_for_everyone()
+        self._world.barrier()
+        return self.path / name
 
     # ---- Models ----
 
-    def save_policy(self, folder: Path) -> None:
+    def save_policy(self, folder: Path, roles: Roles, tokenizer: Any) -> None:
         """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments.
 
         All processes take part, the first writes.
         """
-        trainer, policy = self._trainer, self._trainer.policy()
-        if trainer.shell is not None:
-            save_sharded(policy, trainer.shell, folder)
-        elif trainer.args.should_save and isinstance(policy, PeftModel):
-            save_adapter(policy, POLICY_ADAPTER, folder)
-        elif trainer.args.should_save:
-            policy.save_pretrained(folder)  # type: ignore[operator]
-        if trainer.args.should_save:
-            trainer.processing_class.save_pretrained(folder)
+        roles.save_policy(folder, writes=self._world.first)
+        if self._world.first:
+            tokenizer.save_pretrained(folder)
 
-    def save_models(self, folder: Path) -> None:
+    def save_models(self, folder: Path, roles: Roles, tokenizer: Any) -> None:
         """Write policy and tokenizer into `folder`, and the opponent into `folder`/opponent, each a model folder."""
-        trainer = self._trainer
         staging, opponent = folder / _STAGING, folder / _STAGING / "opponent"
-        if trainer.args.should_save:
+        if self._world.first:
             shutil.rmtree(staging, ignore_errors=True)
             opponent.mkdir(parents=True)
-        trainer.accelerator.wait_for_everyone()
+        self._world.barrier()
         with _writing(folder, staging):
-            self.save_policy(staging)
-            if trainer.opponent is not None and (trainer.shell is not None or trainer.args.should_save):
-                trainer.opponent.save_pretrained(opponent)
-        if trainer.args.should_save:
-            if trainer.opponent is not None:
-                trainer.processing_class.save_pretrained(opponent)
+            self.save_policy(staging, roles, tokenizer)
+            has_opponent = roles.save_opponent(opponent, writes=self._world.first)
+        if self._world.first:
+            if has_opponent:
+                tokenizer.save_pretrained(opponent)
                 _replace_folder(opponent, folder / "opponent")
             else:
                 opponent.rmdir()
             for file in staging.iterdir():
                 file.replace(folder / file.name)
             staging.rmdir()
-        trainer.accelerator.wait_for_everyone()
+        self._world.barrier()
 
 
 def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:

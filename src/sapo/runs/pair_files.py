@@ -22,7 +22,8 @@ import pyarrow.parquet
 from sapo.data.examples import ExampleTable, Turn, collate_examples
 from sapo.data.texts import PromptTexts
 from sapo.errors import CheckpointError, DatasetError
-from sapo.preference.pairs import Pair, SelfPlay
+from sapo.preference.pairs import Pair
+from sapo.preference.self_play import SelfPlay
 from sapo.runs.checkpoint import compare_facts
 
 _FACTS = b"sapo_facts"
@@ -121,7 +122,7 @@ class PairWriter:
                 rows = range(first, min(first + self.rows_a_part, len(dataset)))
                 began = time.perf_counter(), time.process_time()
                 examples = collate_examples([dataset[row] for row in rows])["examples"]
-                table = _table(source.rewrite(examples, epoch=epoch))
+                table = _table(source.regenerate(examples, epoch=epoch))
                 spent = {"wall": time.perf_counter() - began[0], "cpu": time.process_time() - began[1]}
                 _write(part, table, {_FACTS: _json(self.facts), _SPENT: _json(spent)})
             each()

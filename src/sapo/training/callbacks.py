@@ -28,23 +28,23 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Fix what is measured against the start of the run."""
-        self._trainer.fix_measures()
-        self._trainer.run_folder.begin(state.global_step)
+        self._trainer._fix_measures()
+        self._trainer.run_folder.begin(state.global_step, args.to_dict())
         self._step_began = (time.perf_counter(), time.process_time())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Look at the gradients, and start the clock of the optimizer."""
-        self._trainer.before_optimizer_step()
+        self._trainer._before_optimizer_step()
         self._optimizer_started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """The moving average, before a checkpoint of this step is written."""
-        self._trainer.after_optimizer_step()
-        averages, (wall, cpu) = self._trainer.averages["train"], self._step_began
+        self._trainer._after_optimizer_step()
+        averages, (wall, cpu) = self._trainer._averages["train"], self._step_began
         self._step_began = (time.perf_counter(), time.process_time())
         averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
         averages.add("time/step", self._step_began[0] - wall)

@@ -1,8 +1,9 @@
-"""What `generation_backend` names: made for a trainer, and checked against its opponent."""
+"""Pair sources and the generators behind them, made as the options ask for, and checked against the opponent."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,16 @@ from sapo.errors import ConfigurationError, GenerationError, SapoError
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Engine, Generator
 from sapo.generation.sampling import Sampling
-from sapo.generation.vllm.servers import VLLMServers
+from sapo.preference.pairs import PairedData, PairSource, SFTSource
+from sapo.preference.self_play import self_play
+from sapo.training.context import RunContext
+from sapo.training.engine_queue import EngineQueue
+from sapo.training.engine_tasks import EngineTasks
+from sapo.training.engine_weights import EngineWeights
 from sapo.weights.opponent import POLICY_ADAPTER
 
 if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
+    from sapo.generation.vllm.servers import VLLMServers
 
 PROBE_TOKENS = 64
 LARGEST_DIFFERENCE = 0.1
@@ -28,49 +34,78 @@ In float32 the two differ by about 1e-6; two bfloat16 implementations of one mod
 """
 
 
-def opponent_generator(trainer: SAPOTrainer) -> Generator:
+def make_source(
+    context: RunContext, generator: Generator | None, record: Callable[[str, float], None], dataset: Any
+) -> PairSource:
+    """The pair source that the options ask for.
+
+    Args:
+        context: of the run.
+        generator: generates the rejected text; None for what `generation_backend` names.
+        record: receives metrics.
+        dataset: prepared training rows; an engine is checked on the first.
+
+    Raises:
+        ConfigurationError, GenerationError: an engine that is not there, or serves something else.
+    """
+    args, roles, world = context.args, context.roles, context.world
+    if args.pair_source != "self_play":
+        return PairedData() if args.pair_source == "paired" else SFTSource(seed=args.seed)
+    if generator is None:
+        generator = opponent_generator(context)
+    if not isinstance(generator, Engine):
+        # Sharded weights are gathered to generate with, which takes all processes.
+        together = (lambda empty: any(world.gather(empty))) if roles.sharded else bool
+        return self_play(generator, args, eos_ids=context.eos_ids, record=record, any_process=together)
+    tasks = EngineTasks(generator)
+    weights = EngineWeights(tasks, args, roles, world, record)
+    play = self_play(tasks, args, eos_ids=context.eos_ids, record=record, opponent_step=weights.opponent_step)
+    return EngineQueue(play, tasks, weights, args, record, partial(check_engine, context, generator, dataset))
+
+
+def opponent_generator(context: RunContext) -> Generator:
     """The generator that the options ask for; servers are looked for and asked what they serve.
 
     Raises:
         ConfigurationError, GenerationError: servers that are not there, or serve something else.
     """
-    args = trainer.args
+    args = context.args
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.generation_backend != "transformers":
-        _check_adapter(trainer)
+        _check_adapter(context)
     if args.generation_backend == "vllm_server":
         return checked_servers(
             args,
-            trainer.processing_class,
-            _config(trainer),
-            eos_ids=trainer.eos_ids,
-            adapter=trainer.is_adapter(),
+            context.tokenizer,
+            context.model_config,
+            eos_ids=context.eos_ids,
+            adapter=context.roles.is_adapter,
             stream=args.vllm_weights_transfer == "stream",
         )
     if args.generation_backend == "vllm_colocate":
         from sapo.generation.vllm.colocated import ColocatedVLLM
 
-        policy = trainer.policy()
-        if _config(trainer).to_dict().get("quantization_config"):
+        policy = context.roles.policy()
+        if context.model_config.to_dict().get("quantization_config"):
             raise ConfigurationError(
                 "generation_backend=vllm_colocate with a quantized model is not supported. Leave load_in_4bit and "
                 "load_in_8bit out, or serve the base model apart with vllm_server."
             )
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return ColocatedVLLM(
-            _config(trainer).name_or_path,
+            context.model_config.name_or_path,
             sampling,
-            eos_ids=trainer.eos_ids,
+            eos_ids=context.eos_ids,
             max_model_len=args.max_length,
             dtype=half or next(policy.parameters()).dtype,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             lora_rank=policy.peft_config[POLICY_ADAPTER].r if isinstance(policy, PeftModel) else None,
         )
     return TransformersGenerator(
-        trainer.opponent_in_use,
+        context.roles.opponent_module,
         sampling,
-        eos_ids=trainer.eos_ids,
-        pad_token_id=trainer.pad_token_id,
+        eos_ids=context.eos_ids,
+        pad_token_id=context.pad_token_id,
         batch_size=args.generation_batch_size,
     )
 
@@ -89,6 +124,8 @@ def checked_servers(
     Raises:
         ConfigurationError, GenerationError: they are not there, or serve something else; all connections are closed.
     """
+    from sapo.generation.vllm.servers import VLLMServers
+
     servers = VLLMServers(
         args.vllm_server_url or [VLLM_URL],
         Sampling(args.temperature, args.top_k, args.top_p),
@@ -108,44 +145,47 @@ def checked_servers(
     return servers
 
 
-def check_engine(trainer: SAPOTrainer, engine: Engine) -> None:
+def check_engine(context: RunContext, engine: Engine, dataset: Any) -> None:
     """Compare what vLLM servers and opponent think of the first training example; all processes take part.
 
     Args:
-        trainer: whose opponent has been loaded.
+        context: whose opponent has been loaded.
         engine: any; one that is no vLLM server is taken at its word.
+        dataset: prepared training rows.
 
     Raises:
         GenerationError: they are not the same model, though the weights were loaded.
     """
+    from sapo.generation.vllm.servers import VLLMServers
+
     if not isinstance(engine, VLLMServers):
         return
-    (example,) = collate_examples([trainer.train_dataset[0]])["examples"]
-    tokens = _tokens(example)[: trainer.args.max_length - 1]
-    with trainer.opponent_in_use() as model, torch.no_grad():
+    (example,) = collate_examples([dataset[0]])["examples"]
+    tokens = _tokens(example)[: context.args.max_length - 1]
+    with context.roles.opponent_module() as model, torch.no_grad():
         device = next(model.parameters()).device
         logits = model(input_ids=torch.tensor([tokens], device=device)).logits[0].float()
         logps = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:], device=device)[:, None])[:, 0].cpu()
     for url, given in zip(engine.urls, engine.token_logps(tokens), strict=True):
         difference = float((torch.tensor(given) - logps).abs().mean())
         if not difference <= LARGEST_DIFFERENCE:
-            name = _config(trainer).name_or_path or "the model that is trained"
+            name = context.model_config.name_or_path or "the model that is trained"
             raise GenerationError(
                 f"{url}: with the opponent's weights it gives other probabilities than the opponent, {difference:.2g} "
                 f"nats a token on the first example. Serve {name} itself: same configuration, same base, not quantized."
             )
 
 
-def _check_adapter(trainer: SAPOTrainer) -> None:
+def _check_adapter(context: RunContext) -> None:
     """Refuse an adapter that vLLM would refuse at the first hand-over; a server says so as if it had a passing trouble.
 
     Raises:
         ConfigurationError: anything that vLLM 0.32 does not compute (its `lora/peft_helper.py`).
     """
-    policy = trainer.policy()
+    policy = context.roles.policy()
     if not isinstance(policy, PeftModel):
         return
-    if trainer.args.vllm_weights_transfer == "stream":
+    if context.args.vllm_weights_transfer == "stream":
         raise ConfigurationError(
             "vllm_weights_transfer=stream with an adapter: vLLM reads adapters from folders. Leave it out, and name a "
             "folder that the servers see by vllm_weights_dir."
@@ -165,13 +205,9 @@ def _check_adapter(trainer: SAPOTrainer) -> None:
     for name, value in refused.items():
         if value:
             raise ConfigurationError(
-                f"{name}={value} with generation_backend={trainer.args.generation_backend}: vLLM does not serve such "
+                f"{name}={value} with generation_backend={context.args.generation_backend}: vLLM does not serve such "
                 "adapters. Leave one of the two out."
             )
-
-
-def _config(trainer: SAPOTrainer) -> Any:
-    return trainer.policy().config
 
 
 def _tokens(example: Example) -> list[int]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from sapo.training.context import RunContext
 from sapo.training.metrics import SPENT, MetricAverages, memory_use
-from sapo.weights.opponent import ShadowModel, policy_tensors, squared_distance
-
-if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
+from sapo.training.probes import ChosenProbe
 
 logger = logging.get_logger(__name__)
 
@@ -21,11 +18,18 @@ _IDENTICAL_WARNING = 0.9
 
 
 class TrainingLog:
-    """Collects the metrics of a trainer, and adds them to what Trainer logs."""
+    """Collects the metrics of a run, and adds them to what Trainer logs.
 
-    def __init__(self, trainer: SAPOTrainer) -> None:
-        self._trainer = trainer
-        self.averages = {"train": MetricAverages(), "eval": MetricAverages()}
+    Args:
+        context: of the run.
+        averages: "train" and "eval", to which the parts of the run add what they observe.
+        probe: the examples whose likelihood is followed; None without.
+    """
+
+    def __init__(self, context: RunContext, averages: Mapping[str, MetricAverages], probe: ChosenProbe | None) -> None:
+        self._context = context
+        self._probe = probe
+        self.averages = averages
         self.stop_reason: str | None = None
         """Why the run should end now, once something that was looked at says so."""
         self._loss = MetricAverages()
@@ -37,7 +41,7 @@ class TrainingLog:
         self._since = time.perf_counter()
 
     def note_tokens(self, tokens: int) -> None:
-        """So many tokens, padding not among them, are learnt from."""
+        """Count tokens that are trained on, without padding."""
         self._tokens += tokens
         self.averages["train"].add("tokens", tokens)
 
@@ -61,8 +65,8 @@ class TrainingLog:
             self.averages["train"].absorb(state["averages"])
             self._loss.absorb(state["loss"])
 
-    def add_to(self, logs: dict[str, float]) -> None:
-        """Add this run's metrics to those of a log line; every process comes here at the same steps."""
+    def add_to(self, logs: dict[str, float], step: int) -> None:
+        """Add this run's metrics to those of the log line of `step`; every process comes here at the same steps."""
         if any(name.startswith("eval_") for name in logs):
             logs.update({f"eval_{name}": value for name, value in self._drained(self.averages["eval"]).items()})
         elif "train_loss" in logs:
@@ -72,33 +76,24 @@ class TrainingLog:
             logs.update({name: rest[name] for name in sorted(SPENT & rest.keys())})
         elif "loss" in logs:
             logs.update(self._drained(self.averages["train"]))
-            if self._trainer.opponent is not None:
-                logs["opponent/distance"] = self._opponent_distance(self._trainer.opponent)
-            logs.update(self._chosen_change())
+            distance = self._context.roles.opponent_distance()
+            if distance is not None:
+                logs["opponent/distance"] = distance
+            logs.update(self._chosen_change(step))
             now = time.perf_counter()
-            tokens = sum(gather_object([self._tokens]))
+            tokens = sum(self._context.world.gather(self._tokens))
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
             logs.update(memory_use())
             self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
 
-    @staticmethod
-    def _drained(own: MetricAverages) -> dict[str, float]:
+    def _drained(self, own: MetricAverages) -> dict[str, float]:
         """Averages over all processes."""
         everyone = MetricAverages()
-        for state in gather_object([own.state()]):
+        for state in self._context.world.gather(own.state()):
             everyone.absorb(state)
         own.drain()
         return everyone.drain()
-
-    def _opponent_distance(self, opponent: ShadowModel) -> float:
-        """Norm of policy - opponent over the norm of the policy: how far the opponent is behind."""
-        trainer = self._trainer
-        squares = squared_distance(opponent.tensors(), policy_tensors(trainer.policy()))
-        if trainer.shell is not None:
-            squares = trainer.accelerator.reduce(squares, "sum")
-        difference, norm = squares.tolist()
-        return float((difference / max(norm, 1e-30)) ** 0.5)
 
     def _warn_of_identical(self, share: float) -> None:
         if share >= _IDENTICAL_WARNING and not self._identical_warned:
@@ -108,15 +103,14 @@ class TrainingLog:
                 "has caught up with the data: stop, raise the temperature, or lengthen the segments."
             )
 
-    def _chosen_change(self) -> dict[str, float]:
-        trainer = self._trainer
-        change = trainer.probe.change() if trainer.probe is not None else None
+    def _chosen_change(self, step: int) -> dict[str, float]:
+        change = self._probe.change() if self._probe is not None else None
         if change is None:
             return {}
-        limit = trainer.args.chosen_drop_limit
+        limit = self._context.args.chosen_drop_limit
         if limit is not None and change < -limit and self.stop_reason is None:
             self.stop_reason = (
-                f"Stopped at step {trainer.state.global_step}: the chosen log-probability has fallen by {-change:.2f} "
-                f"nats per response, chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
+                f"Stopped at step {step}: the chosen log-probability has fallen by {-change:.2f} nats per response, "
+                f"chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
             )
         return {"self_play/chosen_logp_change": change}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sapo.data.examples import Example, collate_examples, dataset_digest
-from sapo.preference.pairs import Pair, PairSource, SelfPlay
+from sapo.preference.pairs import Pair, PairSource
 from sapo.seeds import derive_seed
 
 
@@ -17,14 +17,12 @@ class EvaluationPairs:
     """Pairs of the evaluation sets, made once by the initial opponent from seeds of their own.
 
     Args:
-        source: rewrites examples, or passes on the pairs that they hold.
-        num_generations: pairs that `source` makes of an example, of which the first is taken.
-        batch_size: examples rewritten together.
+        source: regenerates examples, or passes on the pairs that they hold.
+        batch_size: examples regenerated together.
     """
 
-    def __init__(self, source: PairSource, *, num_generations: int, batch_size: int) -> None:
+    def __init__(self, source: PairSource, *, batch_size: int) -> None:
         self._source = source
-        self._num_generations = num_generations
         self._batch_size = batch_size
         self._digests: dict[int, tuple[Any, str]] = {}
         self.made: dict[str, list[Pair]] = {}
@@ -37,17 +35,10 @@ class EvaluationPairs:
             made: list[Pair] = []
             for first in range(0, len(dataset), self._batch_size):
                 rows = [dataset[index] for index in range(first, min(first + self._batch_size, len(dataset)))]
-                made += self.make(collate_examples(rows)["examples"])
+                made += self._source.evaluation_pairs(collate_examples(rows)["examples"])
             self.made[digest] = made
         first_turns = (turns[0] for turns in dataset["turn"])
         return dict(zip(zip(dataset["row"], first_turns, strict=True), self.made[digest], strict=True))
-
-    def make(self, examples: Sequence[Example]) -> list[Pair]:
-        """One pair an example, as the opponent writes it now; nothing is stored."""
-        if isinstance(self._source, SelfPlay):
-            # Epoch -1: no epoch of the training has these seeds.
-            return self._source.rewrite(examples, epoch=-1)[:: self._num_generations]
-        return self._source.pairs(examples, epoch=-1, step=0, micro_batch=0)
 
     def digest(self, dataset: Any) -> str:
         """The content of a prepared data set as a hash, computed once."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,9 +22,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sapo.preference.pairs import Pair
 
-if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
-
 _SHOWN = {
     "loss": "loss",
     "rewards/margins": "margin",
@@ -37,11 +35,27 @@ class TerminalProgress(TrainerCallback):
     """Progress as a bar on a terminal, elsewhere (a file, a pipe, a dumb terminal) as one plain line per log.
 
     A quiet console shows neither. Colours follow the environment variable NO_COLOR, as rich reads it.
+
+    Args:
+        console: to print on.
+        tokenizer: decodes the pairs of the table.
+        last_pairs: returns the pairs of the last micro-batch.
+        log_pairs_steps: optimizer steps between two tables of pairs; 0 for none.
+        pairs: pairs in a table.
     """
 
-    def __init__(self, console: Console, trainer: SAPOTrainer, *, log_pairs_steps: int, pairs: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Any,
+        last_pairs: Callable[[], Sequence[Pair]],
+        *,
+        log_pairs_steps: int,
+        pairs: int,
+    ) -> None:
         self._console = console
-        self._trainer = trainer
+        self._tokenizer = tokenizer
+        self._last_pairs = last_pairs
         self._log_pairs_steps = log_pairs_steps
         self._pairs = pairs
         self._bar: Progress | None = None
@@ -76,8 +90,8 @@ class TerminalProgress(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
         every = self._log_pairs_steps
         if every and (state.global_step == 1 or state.global_step % every == 0):
-            tokenizer = self._trainer.processing_class
-            self._console.print(pair_table(self._trainer.last_pairs[: self._pairs], tokenizer, state.global_step))
+            pairs = self._last_pairs()[: self._pairs]
+            self._console.print(pair_table(pairs, self._tokenizer, state.global_step))
 
     def on_log(
         self,
@@ -123,7 +137,7 @@ class TerminalProgress(TrainerCallback):
             self._bar = None
 
 
-def pair_table(pairs: list[Pair], tokenizer: Any, step: int) -> Table:
+def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:
     """A few pairs, the rewritten segment marked; model text is escaped."""
     table = Table(title=f"pairs drawn at step {step}", show_lines=True, expand=False)
     for name in ("prompt", "chosen", "rejected"):

@@ -15,30 +15,29 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sapo._version import __version__
 from sapo.data.examples import collate_examples
+from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pair_loss import pair_loss
-from sapo.preference.pairs import Pair, PairedData, SelfPlay
-from sapo.preference.reference_scores import ReferenceLogps
+from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.seeds import derive_seed
+from sapo.training.context import RunContext
+from sapo.training.scorer import PairScorer
 from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel
-
-if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
 
 FOLLOWED = 4
 """Prompts that are rewritten anew at each snapshot."""
@@ -58,11 +57,34 @@ def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
 
 
 class RunRecorder(TrainerCallback):
-    """Keeps pairs.jsonl and run.json while a run goes on, and writes its report now and then and at its end."""
+    """Keeps pairs.jsonl and run.json while a run goes on, and writes its report now and then and at its end.
 
-    def __init__(self, trainer: SAPOTrainer) -> None:
-        self._trainer = trainer
-        self._folder = Path(trainer.args.output_dir)
+    Args:
+        context: of the run.
+        source: regenerates the followed prompts, and knows the history of pairs.
+        scorer: scores what is kept.
+        dataset: prepared training rows.
+        last_pairs: returns the pairs of the last micro-batch.
+        stop_reason: returns why the run ended early, or None.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        source: PairSource,
+        scorer: PairScorer,
+        dataset: Any,
+        *,
+        last_pairs: Callable[[], Sequence[Pair]],
+        stop_reason: Callable[[], str | None],
+    ) -> None:
+        self._context = context
+        self._source = source
+        self._scorer = scorer
+        self._dataset = dataset
+        self._last_pairs = last_pairs
+        self._stop_reason = stop_reason
+        self._folder = Path(context.args.output_dir or "")
         self._steps: set[int] = set()
         self._followed: list[int] = []
         self._refreshed, self._took = 0.0, 0.0
@@ -71,14 +93,13 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Note what runs; drop pairs of steps that will be run again; keep the followed prompts as they start."""
-        trainer = self._trainer
-        has_pairs = isinstance(trainer.source, (SelfPlay, PairedData))
-        self._steps = snapshot_steps(state.max_steps, trainer.args.report_pairs if has_pairs else 0)
-        count = len(trainer.train_dataset)
-        rng = random.Random(derive_seed(trainer.args.seed, "followed"))
+        run = self._context.args
+        self._steps = snapshot_steps(state.max_steps, run.report_pairs if run.pair_source != "none" else 0)
+        count = len(self._dataset)
+        rng = random.Random(derive_seed(run.seed, "followed"))
         self._followed = sorted(rng.sample(range(count), min(FOLLOWED, count)))
         if state.is_world_process_zero:
-            self._write_run(_describe(trainer, state))
+            self._write_run(_describe(self._context, len(self._dataset), state))
             _keep_until(self._folder / PAIRS_FILE, state.global_step)
         if state.global_step == 0 and 0 in self._steps:
             self._take(0)
@@ -90,7 +111,7 @@ class RunRecorder(TrainerCallback):
         """Keep pairs and refresh the report, when they are due."""
         if state.global_step in self._steps:
             self._take(state.global_step)
-        every = self._trainer.args.report_steps
+        every = self._context.args.report_steps
         if every and state.global_step % every == 0 and state.is_world_process_zero:
             began = time.perf_counter()
             if began - self._refreshed >= _SHARE_OF_TIME * self._took:
@@ -105,7 +126,7 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         run = json.loads((self._folder / RUN_FILE).read_text(encoding="utf-8"))
-        self._write_run(run | {"ended": _now(), "steps": state.global_step, "stopped": self._trainer.stop_reason})
+        self._write_run(run | {"ended": _now(), "steps": state.global_step, "stopped": self._stop_reason()})
         write_report(self._folder / REPORT_FILE, [self._folder])
 
     def _write_run(self, run: dict[str, Any]) -> None:
@@ -113,36 +134,35 @@ class RunRecorder(TrainerCallback):
 
     def _take(self, step: int) -> None:
         """Write and score the pairs of a snapshot: all processes take part, and the first keeps its own."""
-        trainer = self._trainer
-        kinds = {"followed": self._rewrite_followed()}
+        last, world = self._last_pairs(), self._context.world
+        kinds = {"followed": self._regenerate_followed()}
         if step > 0:
             # As many on every process: with sharded weights all must go through the same passes.
-            kinds["learnt"] = [trainer.last_pairs[i % len(trainer.last_pairs)] for i in range(LEARNT)]
+            kinds["learnt"] = [last[i % len(last)] for i in range(LEARNT)]
         rows = []
         for kind, pairs in kinds.items():
             scored = list(zip(pairs, self._scores(pairs), strict=True))
             if kind == "learnt":
-                scored = scored[: len(trainer.last_pairs)]
+                scored = scored[: len(last)]
             for pair, scores in scored:
-                row = {"step": step, "kind": kind, **texts_of(pair, trainer.processing_class), **scores}
-                rows.append(row | (self._history(pair, step) if kind == "learnt" else {}))
-        if trainer.is_world_process_zero():
-            log_pairs(trainer.args.report_to, rows, step)
+                row = {"step": step, "kind": kind, **texts_of(pair, self._context.tokenizer), **scores}
+                rows.append(row | (self._source.history(pair, step) if kind == "learnt" else {}))
+        if world.first:
+            log_pairs(self._context.args.report_to, rows, step)
             with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def _rewrite_followed(self) -> list[Pair]:
-        trainer = self._trainer
-        examples = collate_examples([trainer.train_dataset[index] for index in self._followed])["examples"]
-        return trainer.eval_pairs.make(examples)
+    def _regenerate_followed(self) -> list[Pair]:
+        examples = collate_examples([self._dataset[index] for index in self._followed])["examples"]
+        return self._source.evaluation_pairs(examples)
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
         """Loss, rewards and log-probabilities of each pair, as the training would log them, and of the reference."""
-        args = self._trainer.args
+        args = self._context.args
         size = args.pairs_per_forward or args.per_device_train_batch_size
         for first in range(0, len(pairs), size):
             part = pairs[first : first + size]
-            scores, reference = self._trainer.scores_of(part)
+            scores, reference = self._scorer.scores_of(part)
             for place in range(len(part)):
                 one = slice(place, place + 1)
                 own = PairScores(*(tensor[one] for tensor in scores[:4]))
@@ -160,15 +180,6 @@ class RunRecorder(TrainerCallback):
                     found["reference_chosen_logp"] = before.chosen_logps.item()
                     found["reference_rejected_logp"] = before.rejected_logps.item()
                 yield {name: round(value, 5) if math.isfinite(value) else None for name, value in found.items()}
-
-    def _history(self, pair: Pair, step: int) -> dict[str, int]:
-        """Steps since a pair was written and how often it was drawn, while it is in the buffer."""
-        if not isinstance(self._trainer.source, SelfPlay):
-            return {}
-        for entry in self._trainer.source.buffer.entries():
-            if entry.item is pair:
-                return {"age": step - 1 - entry.step, "draws": entry.draws}
-        return {}
 
 
 def texts_of(pair: Pair, tokenizer: Any) -> dict[str, Any]:
@@ -207,18 +218,18 @@ def _shared(one: str, other: str) -> int:
     return next(place for place, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
 
 
-def _describe(trainer: SAPOTrainer, state: TrainerState) -> dict[str, Any]:
+def _describe(context: RunContext, rows: int, state: TrainerState) -> dict[str, Any]:
     """Model, data, machine and versions of a run that begins."""
-    policy: Any = trainer.policy()
-    args, weights = trainer.args, list(policy.parameters())
+    policy = context.roles.policy()
+    args, weights = context.args, list(policy.parameters())
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
     return {
         "model": str(policy.config._name_or_path) or type(policy).__name__,
         "parameters": sum(map(global_numel, weights)),
         "trained_parameters": sum(global_numel(weight) for weight in weights if weight.requires_grad),
-        "adapter": trainer.is_adapter(),
+        "adapter": context.roles.is_adapter,
         "dtype": str(weights[0].dtype).removeprefix("torch."),
-        "training_rows": len(trainer.train_dataset),
+        "training_rows": rows,
         "max_steps": state.max_steps,
         "first_step": state.global_step,
         "processes": args.world_size,

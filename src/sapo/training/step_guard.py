@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,46 +11,37 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sapo.preference.pairs import Pair
-from sapo.preference.replay_buffer import ReplayBuffer, Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedPair:
-    """A pair of the current optimizer step and what it lost, in nats."""
-
-    pair: Pair
-    loss: float
+from sapo.preference.pairs import Pair, PairSource
+from sapo.runs.trace import TrainedPair
 
 
 class NonFiniteStepGuard:
-    """Follows one optimizer step after another, and undoes in the buffer what a bad one did there.
+    """Follows one optimizer step after another, and undoes in the pair source what a step that is not finite did there.
 
     Args:
-        buffer: of this process; None where pairs come from the data.
+        source: of this process.
     """
 
-    def __init__(self, buffer: ReplayBuffer[Pair] | None) -> None:
-        self._buffer = buffer
-        self._before: Snapshot[Pair] | None = None
+    def __init__(self, source: PairSource) -> None:
+        self._source = source
         self.trained: list[TrainedPair] = []
         """The pairs of the current step, in the order of its micro-batches."""
-        self.bad = False
-        """Whether the last step that ended was bad."""
+        self.nonfinite = False
+        """Whether the loss or the gradient of the last step that ended was not finite."""
         self.in_a_row = 0
-        """Bad steps up to and with the last that ended."""
+        """Such steps up to and with the last that ended."""
 
     def begin(self) -> None:
-        """A step begins."""
+        """An optimizer step begins."""
         self.trained = []
-        self._before = None if self._buffer is None else self._buffer.snapshot()
+        self._source.begin_step()
 
     def note(self, pairs: Iterable[Pair], losses: Iterable[float]) -> None:
-        """These pairs were learnt from in this step."""
+        """This step is trained on these pairs; `losses` in nats."""
         self.trained += [TrainedPair(pair, loss) for pair, loss in zip(pairs, losses, strict=True)]
 
     def end(self, accelerator: Accelerator, model: nn.Module) -> bool:
-        """Before the optimizer acts: whether the step is bad on any process. If so the buffer is as it was before it.
+        """Before the optimizer acts: whether the step is not finite on any process. If so the source is as before it.
 
         Args:
             accelerator: of the run; all processes take part.
@@ -61,12 +51,11 @@ class NonFiniteStepGuard:
         flags = torch.tensor([float(not finite), float(not _gradient_is_finite(accelerator, model))])
         if accelerator.num_processes > 1:
             flags = accelerator.reduce(flags.to(accelerator.device), "sum")
-        self.bad = bool(flags.any())
-        self.in_a_row = self.in_a_row + 1 if self.bad else 0
-        if self.bad and self._buffer is not None and self._before is not None:
-            self._buffer.undo(self._before)
-        self._before = None
-        return self.bad
+        self.nonfinite = bool(flags.any())
+        self.in_a_row = self.in_a_row + 1 if self.nonfinite else 0
+        if self.nonfinite:
+            self._source.undo()
+        return self.nonfinite
 
 
 def _gradient_is_finite(accelerator: Accelerator, model: Any) -> bool:
@@ -78,26 +67,3 @@ def _gradient_is_finite(accelerator: Accelerator, model: Any) -> bool:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return bool(torch.isfinite(norm))
-
-
-def describe(trained: Iterable[TrainedPair], tokenizer: Any) -> list[dict[str, Any]]:
-    """Pairs and their losses as rows that a person can read and a program can use."""
-    return [
-        {
-            "row": one.pair.row,
-            "turn": one.pair.turn,
-            "loss": one.loss if math.isfinite(one.loss) else str(one.loss),
-            **{
-                name: tokenizer.decode(ids)
-                for name, ids in (
-                    ("prompt", one.pair.prompt_ids),
-                    ("chosen", one.pair.chosen_ids),
-                    ("rejected", one.pair.rejected_ids),
-                )
-            },
-            "prompt_ids": one.pair.prompt_ids,
-            "chosen_ids": one.pair.chosen_ids,
-            "rejected_ids": one.pair.rejected_ids,
-        }
-        for one in trained
-    ]

@@ -12,15 +12,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
-from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.weights.sharding import GatherShell, gather_full_state_dict, local_shard, named_weights, shard_like
 
@@ -31,10 +30,16 @@ LARGEST_DECAY_IN_HALF_PRECISION = 0.5
 
 
 class ShadowModel(Protocol):
-    """Weights of the policy's architecture that no optimizer touches."""
+    """Weights of the policy's architecture that no optimizer touches.
 
-    def using(self) -> Any:
-        """A context manager that yields a module computing with these weights."""
+    Attributes:
+        own_module: whether it computes with a module of its own; else with the policy's, adapters switched.
+    """
+
+    own_module: bool
+
+    def using(self) -> AbstractContextManager[nn.Module]:
+        """A context manager that yields a module computing with these weights; sharded, all processes take part."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -44,25 +49,46 @@ class ShadowModel(Protocol):
         """
         ...
 
-    def whole(self) -> dict[str, Tensor]:
+    def full(self) -> dict[str, Tensor]:
         """`tensors()` of all processes together, on the first of them; all take part."""
         ...
 
-    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over `tensors`, which have the names and shapes of `self.tensors()`.
+
+        Raises:
+            ValueError: they have others.
+        """
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `full()` returned, on each process.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        ...
+
+
+class MovingAverage(ShadowModel, Protocol):
+    """A `ShadowModel` that follows the policy and can be saved as a model.
+
+    Attributes:
+        collective: whether saving takes all processes.
+    """
+
+    collective: bool
+
     def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
         """Self <- decay x self + (1 - decay) x policy."""
         ...
 
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`, which have the names and shapes of `self.tensors()`."""
-        ...
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `whole()` gave, on each process."""
+    def in_memory(self) -> dict[str, Tensor] | None:
+        """All weights of the model by name if this process holds them unsharded and without adapters; else None."""
         ...
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write an ordinary model folder (with LoRA, an ordinary adapter folder); sharded, all processes take part."""
+        """Write an ordinary model folder (with LoRA, an ordinary adapter folder); `collective`: all take part."""
         ...
 
 
@@ -81,8 +107,11 @@ def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return named_weights(policy)
 
 
-class _Whole(ABC):
-    """Weights that each process holds entirely: nothing to gather, nothing to cut."""
+class _Unsharded(ABC):
+    """Weights that each process holds entirely: nothing to gather, nothing to shard."""
+
+    own_module: bool = True
+    collective: ClassVar[bool] = False
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -92,17 +121,21 @@ class _Whole(ABC):
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over `tensors`."""
 
-    def whole(self) -> dict[str, Tensor]:
+    def full(self) -> dict[str, Tensor]:
         """All weights by name."""
         return self.tensors()
+
+    def in_memory(self) -> dict[str, Tensor] | None:
+        """None: not a model of its own."""
+        return None
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over `tensors`."""
         self.copy_from(tensors)
 
 
-class ModelCopy(_Whole):
-    """A frozen copy of a whole model, in evaluation mode.
+class ModelCopy(_Unsharded):
+    """A frozen copy of a full model, in evaluation mode.
 
     Args:
         policy: copied as it is now. Copy before anything closes over the policy's modules (a fused head does).
@@ -123,13 +156,17 @@ class ModelCopy(_Whole):
         """Yield the copy."""
         yield self.model
 
+    def in_memory(self) -> dict[str, Tensor]:
+        """See `MovingAverage.in_memory`."""
+        return self.tensors()
+
     def tensors(self) -> dict[str, Tensor]:
         """All parameters, the float32 master where there is one."""
         return {**dict(self.model.named_parameters()), **self._master}
 
     @torch.no_grad()
     def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Move towards `policy`; see `ShadowModel.follow`."""
+        """Move towards `policy`; see `MovingAverage.follow`."""
         _lerp(self.tensors(), policy, 1 - decay)
         self._publish_master()
 
@@ -149,7 +186,7 @@ class ModelCopy(_Whole):
         self.model.save_pretrained(folder)  # type: ignore[operator]
 
 
-class AdapterCopy(_Whole):
+class AdapterCopy(_Unsharded):
     """A frozen adapter beside the policy's on the same base model.
 
     Args:
@@ -167,6 +204,7 @@ class AdapterCopy(_Whole):
                 f"the adapter is of type {config.peft_type}: opponent and reference adapters need LoRA."
             )
         self._policy = policy
+        self.own_module = False
         self.name = name
         with _adapter_state_restored(policy):
             policy.add_adapter(name, copy.deepcopy(config))
@@ -204,8 +242,10 @@ class AdapterCopy(_Whole):
         save_adapter(self._policy, self.name, folder)
 
 
-class BaseModel(_Whole):
+class BaseModel(_Unsharded):
     """The base model with its adapters off: what a fresh LoRA adapter starts from, so a reference for nothing."""
+
+    own_module = False
 
     def __init__(self, policy: PeftModel) -> None:
         self._policy = policy
@@ -220,25 +260,9 @@ class BaseModel(_Whole):
         """Nothing: the base model never changes."""
         return {}
 
-    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Not possible.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("the base model is not a moving average")
-
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
         _copy({}, tensors)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Not possible: the base model lies where it was loaded from.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("the base model is not saved")
 
 
 class ShardedCopy:
@@ -252,9 +276,12 @@ class ShardedCopy:
         decay: see `ModelCopy`.
     """
 
+    own_module = True
+    collective = True
+
     def __init__(self, policy: nn.Module, shell: GatherShell, *, decay: float = 1.0) -> None:
         self._policy = policy
-        self._twin = shell
+        self._shell = shell
         self._shards = {}
         for name, weight in policy_tensors(policy).items():
             dtype = torch.float32 if needs_float32_master(weight.dtype, decay) else weight.dtype
@@ -263,7 +290,7 @@ class ShardedCopy:
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
         """Yield a module that computes with the gathered weights, and free them; all processes take part."""
-        with self._twin.filled(named_weights(self._policy), self._shards) as module:
+        with self._shell.filled(named_weights(self._policy), self._shards) as module:
             yield module
 
     def tensors(self) -> dict[str, Tensor]:
@@ -279,46 +306,26 @@ class ShardedCopy:
         """Take over the shards of another copy."""
         _copy(self._shards, tensors)
 
-    def whole(self) -> dict[str, Tensor]:
+    def in_memory(self) -> None:
+        """None: each process holds shards."""
+
+    def full(self) -> dict[str, Tensor]:
         """All weights on the first process, gathered one at a time; empty elsewhere."""
         return gather_full_state_dict(policy_tensors(self._policy), self._shards)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over this process's part of whole tensors."""
+        """Take over this process's shards of full tensors."""
         cuts = policy_tensors(self._policy)
         _same_names(self._shards, tensors)
-        self.copy_from({name: shard_like(whole, cuts[name]) for name, whole in tensors.items()})
+        self.copy_from({name: shard_like(full, cuts[name]) for name, full in tensors.items()})
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a model folder, with LoRA an adapter folder, on the first process."""
         cuts = policy_tensors(self._policy)
-        save_whole(self._twin, {name: weight.to(cuts[name].dtype) for name, weight in self.whole().items()}, folder)
+        save_full(self._shell, {name: weight.to(cuts[name].dtype) for name, weight in self.full().items()}, folder)
 
 
-def make_copies(
-    policy: nn.Module, args: SAPOConfig, shell: GatherShell | None
-) -> tuple[ShadowModel | None, ShadowModel | None]:
-    """Opponent and reference that a run asks for, equal to `policy` now; None where it needs none.
-
-    Args:
-        policy: with `shell`, wrapped and sharded; else before anything closes over its modules (a fused head does).
-        args: `pair_source`, `objective`, `reference` and `ema_decay` decide.
-        shell: of a sharded policy.
-    """
-    opponent: ShadowModel | None = None
-    if args.pair_source == "self_play":
-        decay = args.ema_decay
-        opponent = make_opponent(policy, decay=decay) if shell is None else ShardedCopy(policy, shell, decay=decay)
-    if args.objective != "dpo" or args.reference == "none":
-        return opponent, None
-    if args.reference == "opponent":
-        return opponent, opponent
-    if shell is not None:
-        return opponent, ShardedCopy(policy, shell)
-    return opponent, make_reference(policy, may_be_base=args.reference == "initial")
-
-
-def make_opponent(policy: nn.Module, *, decay: float) -> ShadowModel:
+def make_opponent(policy: nn.Module, *, decay: float) -> MovingAverage:
     """The opponent of `policy`, equal to it now."""
     if isinstance(policy, PeftModel):
         return AdapterCopy(policy, "opponent")
@@ -364,21 +371,21 @@ def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping
 def save_sharded(policy: nn.Module, shell: GatherShell, folder: Path) -> None:
     """Write a sharded policy as an ordinary folder on the first process; all take part."""
     tensors = policy_tensors(policy)
-    save_whole(
+    save_full(
         shell, gather_full_state_dict(tensors, {name: local_shard(weight) for name, weight in tensors.items()}), folder
     )
 
 
-def save_whole(shell: GatherShell, whole: Mapping[str, Tensor], folder: Path) -> None:
+def save_full(shell: GatherShell, full: Mapping[str, Tensor], folder: Path) -> None:
     """Write gathered weights with the architecture of `shell`; nothing where nothing was gathered."""
-    if not whole:
+    if not full:
         return
     architecture = shell.architecture
     if isinstance(architecture, PeftModel):
-        save_adapter(architecture, POLICY_ADAPTER, folder, whole)
+        save_adapter(architecture, POLICY_ADAPTER, folder, full)
     else:
         buffers = {name: buffer for name, buffer in architecture.state_dict().items() if not buffer.is_meta}
-        architecture.save_pretrained(folder, state_dict={**buffers, **whole})
+        architecture.save_pretrained(folder, state_dict={**buffers, **full})
 
 
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from sapo.errors import ConfigurationError
 
 
 def shutdown_process_group() -> None:
-    """At the end of a run, once: wait for the other processes, and take leave of them.
+    """Wait for the other processes, then destroy the process group: once, at the end of a run.
 
     The threads of their connections must not outlive them: one that does aborts its process as it exits.
     """

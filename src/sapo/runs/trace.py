@@ -1,0 +1,41 @@
+"""Which pairs an optimizer step trained on, and what each lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sapo.preference.pairs import Pair
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPair:
+    """A pair of the current optimizer step and what it lost, in nats."""
+
+    pair: Pair
+    loss: float
+
+
+def describe(trained: Iterable[TrainedPair], tokenizer: Any) -> list[dict[str, Any]]:
+    """Pairs and their losses as rows that a person can read and a program can use."""
+    return [
+        {
+            "row": one.pair.row,
+            "turn": one.pair.turn,
+            "loss": one.loss if math.isfinite(one.loss) else str(one.loss),
+            **{
+                name: tokenizer.decode(ids)
+                for name, ids in (
+                    ("prompt", one.pair.prompt_ids),
+                    ("chosen", one.pair.chosen_ids),
+                    ("rejected", one.pair.rejected_ids),
+                )
+            },
+            "prompt_ids": one.pair.prompt_ids,
+            "chosen_ids": one.pair.chosen_ids,
+            "rejected_ids": one.pair.rejected_ids,
+        }
+        for one in trained
+    ]

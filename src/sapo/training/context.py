@@ -1,0 +1,36 @@
+"""What the parts of a run share: handed to each of them in place of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sapo.config import SAPOConfig
+from sapo.weights.roles import Roles
+from sapo.weights.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """The fixed facts of a run.
+
+    Attributes:
+        args: every option.
+        tokenizer: the model's.
+        eos_ids: tokens that end a response.
+        pad_token_id: fills rows; never attended to.
+        world: the processes.
+        roles: policy, opponent and reference.
+    """
+
+    args: SAPOConfig
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    pad_token_id: int
+    world: World
+    roles: Roles
+
+    @property
+    def model_config(self) -> Any:
+        """The policy's configuration."""
+        return self.roles.policy().config

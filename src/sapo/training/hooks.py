@@ -1,0 +1,101 @@
+"""The private methods of `transformers.Trainer` that a run's checkpoints need, in one place.
+
+`tests/contract` pins their signatures and the order in which Trainer calls them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from sapo.config import SAPOConfig
+from sapo.runs import untrusted
+from sapo.runs.checkpoint import rotate
+from sapo.runs.folder import RunFolder
+from sapo.training.context import RunContext
+from sapo.training.state import RunState, best_checkpoint_beside, other_weights
+
+
+class CheckpointHooks(Trainer):
+    """Saving and loading: Trainer's own parts and the run's, atomically, and without running what is read."""
+
+    args: SAPOConfig
+    run_folder: RunFolder
+    _context: RunContext
+    _run_state: RunState
+
+    def _start(self, checkpoint: Path | None) -> None:
+        """Model and optimizer are ready and Trainer's part of `checkpoint` is loaded: the run takes its own."""
+        raise NotImplementedError
+
+    # ---- Loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with untrusted.reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with untrusted.reading(Path(checkpoint)) if checkpoint else nullcontext():
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied weight is saved once, under its other name: it is not missing.
+        tied = set(self._context.roles.policy().all_tied_weights_keys)
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        different = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if different:
+            raise other_weights(different)
+        super()._issue_warnings_after_load(load_result)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        with nullcontext() if folder is None else untrusted.reading(folder):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._start(folder)
+        if folder is not None:
+            self.state.best_model_checkpoint = best_checkpoint_beside(folder, self.state.best_model_checkpoint)
+        return prepared
+
+    # ---- Saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Trainer would remove old checkpoints before this one is in its place.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            folder = self.run_folder.save_checkpoint(
+                self.state.global_step,
+                lambda: super(CheckpointHooks, self)._save_checkpoint(model, trial),
+                self._name_best,
+            )
+        finally:
+            self.args.save_total_limit = limit
+        if self._context.world.first:
+            rotate(folder, limit, self.state.best_model_checkpoint)
+        self._context.world.barrier()
+
+    def _name_best(self, staged: Path, place: Path) -> None:
+        """The best checkpoint is where it will be, not in staging."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staged:
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = self.run_folder.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._run_state.save(Path(output_dir), self.state.global_step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""
+        folder, context = Path(output_dir or self.args.output_dir or ""), self._context
+        if _internal_call:
+            self.run_folder.save_policy(folder, context.roles, context.tokenizer)
+        else:
+            self.run_folder.save_models(folder, context.roles, context.tokenizer)

@@ -1,0 +1,146 @@
+"""Log-probabilities of pairs under the policy and the reference, laid out as the run asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from sapo.data.examples import Example
+from sapo.errors import ConfigurationError
+from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
+from sapo.preference.objectives import ReferenceLogps
+from sapo.preference.pairs import Pair, PairSource
+from sapo.preference.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
+from sapo.training.context import RunContext
+from sapo.weights.sharding import zero_stage
+
+logger = logging.get_logger(__name__)
+
+Pass = tuple[Sequence[Pair], PairBatch]
+"""The pairs of one forward pass, and their rows on the device."""
+
+
+class PairScorer:
+    """Scores pairs with the roles of a run.
+
+    Args:
+        context: of the run.
+        accelerator: of the run.
+        model: returns the policy as it computes, with its wrappers.
+    """
+
+    def __init__(self, context: RunContext, accelerator: Any, model: Callable[[], nn.Module]) -> None:
+        self._context = context
+        self._model = model
+        self._layout: Layout | None = None
+        # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
+        # counts padding.
+        together = context.roles.sharded or zero_stage(accelerator) > 0
+        self._equal_passes = together or context.args.nll_scope == "all"
+
+    # ---- Layout ----
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of all batches, found out on the models themselves at its first use.
+
+        Raises:
+            ConfigurationError: layout=shared, and a model cannot share prefixes.
+        """
+        if self._layout is None:
+            reason = self._unsupported_reason()
+            args = self._context.args
+            if reason is not None and args.layout == "shared":
+                raise ConfigurationError(f"layout=shared: {reason}. Set layout to auto or plain.")
+            if reason is not None and args.layout == "auto" and args.nll_scope != "all":
+                logger.warning(f"The plain layout is used, in which prompts are computed twice: {reason}.")
+            self._layout = "shared" if reason is None else "plain"
+        return self._layout
+
+    def _unsupported_reason(self) -> str | None:
+        args, roles = self._context.args, self._context.roles
+        if args.layout == "plain" or args.nll_scope == "all":
+            return "it is not asked for"
+        modules = [nullcontext(self._model())]
+        if roles.reference is not None and roles.reference.own_module:
+            modules.append(roles.reference.using())
+        for opened in modules:
+            with opened as model, roles.autocast():
+                reason = prepare_shared_layout(model, fused_lm_head=roles.fused_head)
+            if reason is not None:
+                return reason
+        return None
+
+    def collate(self, pairs: Sequence[Pair]) -> PairBatch:
+        """Rows of `pairs` on the device of the run."""
+        args = self._context.args
+        batch = collate_pairs(
+            pairs,
+            pad_token_id=self._context.pad_token_id,
+            suffix=args.suffix,
+            layout=self.layout,
+            score_shared=args.scores_shared,
+            all_positions=args.nll_scope == "all",
+        )
+        return batch.to(args.device)
+
+    def passes(self, pairs: Sequence[Pair]) -> list[Pass]:
+        """`pairs` of a micro-batch divided into forward passes of `pairs_per_forward` pairs."""
+        parts = split_pairs(
+            pairs, self._context.args.pairs_per_forward, layout=self.layout, equal_passes=self._equal_passes
+        )
+        return [(part, self.collate(part)) for part in parts]
+
+    # ---- Scores ----
+
+    def reference_logps(self, passes: Sequence[Pass], source: PairSource | None = None) -> list[ReferenceLogps | None]:
+        """Log-probabilities under the reference, of each pass; a sharded one is gathered once for all of them.
+
+        Args:
+            passes: what is scored; all processes take part in equally many.
+            source: keeps the scores of pairs that are drawn again; None where nothing is to be kept.
+        """
+        roles = self._context.roles
+        if roles.reference is None:
+            return [None] * len(passes)
+        moving = roles.reference is roles.opponent
+        with roles.autocast(), roles.reference.using() as model, frozen(model):
+            found: list[ReferenceLogps | None] = []
+            for pairs, batch in passes:
+
+                def compute(missing: list[Pair], pairs: Sequence[Pair] = pairs, batch: PairBatch = batch) -> Any:
+                    own = batch if len(missing) == len(pairs) else self.collate(missing)
+                    scores = score(model, own, fused_lm_head=roles.fused_head)
+                    return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
+
+                if moving or source is None:
+                    found.append(compute(list(pairs)))
+                else:
+                    found.append(source.reference_logps(pairs, compute).to(self._context.args.device))
+        return found
+
+    def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceLogps | None]:
+        """Scores under policy and reference, in one pass without gradients; all processes take part."""
+        batch = self.collate(pairs)
+        (reference,) = self.reference_logps([(pairs, batch)])
+        with self._context.roles.autocast(), frozen(self._model()) as model:
+            return score(model, batch, fused_lm_head=self._context.roles.fused_head), reference
+
+    def response_logps(self, examples: Sequence[Example]) -> list[float]:
+        """Log-probability in nats of the last response of each example under the policy."""
+        context, logps = self._context, list[float]()
+        size = 2 * context.args.per_device_train_batch_size
+        for first in range(0, len(examples), size):
+            turns = [example.turns[-1] for example in examples[first : first + size]]
+            batch = collate_responses(
+                [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
+                pad_token_id=context.pad_token_id,
+            )
+            with context.roles.autocast(), frozen(self._model()) as model:
+                rows = batch.to(context.args.device)
+                logps += summed_logps(model, rows, fused_lm_head=context.roles.fused_head)[0].tolist()
+        return logps

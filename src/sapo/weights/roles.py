@@ -1,0 +1,218 @@
+"""Policy, opponent and reference of a run: one place that decides how each is kept, placed and computed with.
+
+What is set here is set for all of them alike: the type of the weights, sharding, the fused head, autocast. A role that
+was forgotten would compute in another way than the policy, and the first margin would differ from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
+from sapo.errors import ConfigurationError
+from sapo.weights.opponent import (
+    POLICY_ADAPTER,
+    ModelCopy,
+    MovingAverage,
+    ShadowModel,
+    ShardedCopy,
+    make_opponent,
+    make_reference,
+    policy_tensors,
+    save_adapter,
+    save_sharded,
+    squared_distance,
+)
+from sapo.weights.sharding import GatherShell, shards_weights, zero_stage
+
+
+class Roles:
+    """The models of a run.
+
+    Args:
+        policy: not wrapped, not yet sharded by FSDP2 (by ZeRO-3 it may be); before anything closes over its modules.
+        args: `pair_source`, `objective`, `reference`, `ema_decay`, `bf16`, `fp16` and `fused_lm_head` decide.
+        accelerator: of the run.
+        unwrapped: returns the policy without wrappers, at any later time.
+
+    Attributes:
+        opponent: the moving average that generates; None where pairs come from the data, and of a sharded policy
+            before `create_copies`.
+        reference: the reference of DPO, perhaps the opponent itself; None without one.
+        sharded: whether each process holds shards of the weights only, so that computing with a copy and saving take
+            all processes.
+        fused_head: whether log-probabilities come from trl's fused head.
+    """
+
+    def __init__(
+        self, policy: nn.Module, args: SAPOConfig, accelerator: Accelerator, unwrapped: Callable[[], nn.Module]
+    ) -> None:
+        self._args = args
+        self._accelerator = accelerator
+        self._unwrapped = unwrapped
+        self._created = False
+        self.opponent: MovingAverage | None = None
+        self.reference: ShadowModel | None = None
+        self.sharded = shards_weights(accelerator)
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        if zero_stage(accelerator) in (1, 2) and half is not None:
+            # DeepSpeed casts the policy when it takes it over; the copies must be like it.
+            policy.to(half)
+        self._shell = GatherShell(policy, args.device, half) if self.sharded else None
+        if self._shell is None:
+            self.create_copies()
+        self.fused_head = self._fuse_heads(policy)
+
+    # ---- Construction ----
+
+    def create_copies(self) -> None:
+        """Opponent and reference, equal to the policy now; once. Of a sharded policy, when it has been sharded."""
+        if self._created:
+            return
+        self._created = True
+        args, policy, shell = self._args, self._unwrapped(), self._shell
+        if args.pair_source == "self_play":
+            decay = args.ema_decay
+            self.opponent = (
+                make_opponent(policy, decay=decay) if shell is None else ShardedCopy(policy, shell, decay=decay)
+            )
+        if args.objective != "dpo" or args.reference == "none":
+            return
+        if args.reference == "opponent":
+            self.reference = self.opponent
+        elif shell is not None:
+            self.reference = ShardedCopy(policy, shell)
+        else:
+            self.reference = make_reference(policy, may_be_base=args.reference == "initial")
+
+    def _fuse_heads(self, policy: nn.Module) -> bool:
+        """Fuse the heads of all roles, or of none.
+
+        Only now: a fused forward closes over its module, so a copy made after it would run the policy's weights.
+        """
+        wanted = self._args.fused_lm_head
+        if wanted is None:
+            wanted = HAS_FUSED_LM_HEAD and self._args.device.type == "cuda"
+        if not wanted:
+            return False
+        if isinstance(policy.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+            if self._args.fused_lm_head:
+                raise ConfigurationError(
+                    "fused_lm_head=true with LoRA on the output head: trl's fused head reads the base weight alone. "
+                    "Leave the option out, or leave the head out of lora_target_modules."
+                )
+            return False
+        from trl.trainer.utils import add_fused_lm_head
+
+        models: list[Any] = [policy]
+        models += [copy.model for copy in (self.opponent, self.reference) if isinstance(copy, ModelCopy)]
+        if self._shell is not None:
+            models.append(self._shell.architecture)
+        for model in {id(model): model for model in models}.values():
+            add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+        return True
+
+    # ---- Use ----
+
+    def policy(self) -> Any:
+        """The policy without wrappers."""
+        return self._unwrapped()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the policy is an adapter on a base model."""
+        return isinstance(self.policy(), PeftModel)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision in which the policy computes, for every other role."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    def ready_opponent(self) -> MovingAverage:
+        """The opponent.
+
+        Raises:
+            ConfigurationError: of a sharded policy before training.
+        """
+        if self.opponent is None:
+            raise ConfigurationError("a sharded run has no opponent before training: evaluate after train() has begun.")
+        return self.opponent
+
+    @contextmanager
+    def opponent_module(self) -> Iterator[nn.Module]:
+        """The opponent as a module to compute with; sharded, all processes take part."""
+        with self.autocast(), self.ready_opponent().using() as module:
+            yield module
+
+    @contextmanager
+    def policy_module(self) -> Iterator[nn.Module]:
+        """The policy as a module to generate with; not sharded."""
+        with self.autocast():
+            yield self.policy()
+
+    # ---- After a step ----
+
+    def follow(self) -> None:
+        """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average."""
+        if self.opponent is not None:
+            self.opponent.follow(policy_tensors(self.policy()), self._args.ema_decay)
+
+    def renew_reference(self, step: int) -> bool:
+        """Copy the opponent to the reference where `step` is due; whether it was."""
+        args = self._args
+        due = args.reference == "opponent_copy" and step % args.ref_model_sync_steps == 0
+        if not due or self.reference is None or self.opponent is None:
+            return False
+        self.reference.copy_from(self.opponent.tensors())
+        return True
+
+    def opponent_distance(self) -> float | None:
+        """Norm of policy - opponent over the norm of the policy; None without an opponent; all processes take part."""
+        if self.opponent is None:
+            return None
+        squares: Tensor = squared_distance(self.opponent.tensors(), policy_tensors(self.policy()))
+        if self.sharded:
+            squares = self._accelerator.reduce(squares, "sum")
+        difference, norm = squares.tolist()
+        return float((difference / max(norm, 1e-30)) ** 0.5)
+
+    # ---- Saving ----
+
+    def kept(self) -> dict[str, ShadowModel]:
+        """What a checkpoint keeps: opponent and reference, unless they are one or never change by themselves."""
+        found: dict[str, ShadowModel] = {}
+        if self.opponent is not None:
+            found["opponent"] = self.opponent
+        if self.reference is not None and self.reference is not self.opponent:
+            found["reference"] = self.reference
+        return {role: shadow for role, shadow in found.items() if shadow.tensors()}
+
+    def save_policy(self, folder: Path, *, writes: bool) -> None:
+        """Write the policy, with LoRA its adapter alone.
+
+        Args:
+            folder: a model or adapter folder.
+            writes: whether this process writes; of sharded weights all take part.
+        """
+        policy = self.policy()
+        if self._shell is not None:
+            save_sharded(policy, self._shell, folder)
+        elif writes and isinstance(policy, PeftModel):
+            save_adapter(policy, POLICY_ADAPTER, folder)
+        elif writes:
+            policy.save_pretrained(folder)
+
+    def save_opponent(self, folder: Path, *, writes: bool) -> bool:
+        """Write the opponent likewise; whether there is one."""
+        if self.opponent is not None and (writes or self.opponent.collective):
+            self.opponent.save_pretrained(folder)
+        return self.opponent is not None

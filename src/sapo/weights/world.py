@@ -1,0 +1,46 @@
+"""The processes of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those of the run.
+
+    Attributes:
+        process: index of this process; 0 writes files.
+        size: number of processes.
+    """
+
+    process: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        """The world that accelerate's launcher, torchrun or nobody has set up."""
+        state = PartialState()
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.process == 0
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            PartialState().wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order; all take part. Plain objects, nothing large."""
+        return list(gather_object([value])) if self.size > 1 else [value]
+
+    def first_decides(self, value: bool) -> bool:
+        """What the first process says, on all of them: clocks differ, and all must do the same."""
+        return bool(self.gather(value)[0])

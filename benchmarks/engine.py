@@ -38,6 +38,7 @@ from sapo.commands.serve import servers_for
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
+from sapo.training.engine_queue import EngineQueue
 
 SETTING = Setting(size="8k", batch=4, prompt=64, response=64, jitter=0, segment=32, steps=64, shared=0)
 LENGTH = 256
@@ -166,8 +167,8 @@ def train(
             callbacks=[clock],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        if trainer.engine is not None:
-            note_loads(trainer.engine.engine, found["load"])
+        if isinstance(trainer.source, EngineQueue):
+            note_loads(trainer.source._tasks.engine, found["load"])
         trainer.train()
     found["cpu"] = [after - before for before, after in itertools.pairwise(clock.seconds[skip - 1 :])]
     for row in trainer.state.log_history:

@@ -141,7 +141,7 @@ def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **option
             callbacks=[clock],
         )
         # In a few steps from an empty buffer more pairs are drawn twice than in a long run: no gain from that here.
-        trainer.reference_scores.of = lambda pairs, form, stored: form(list(pairs))  # type: ignore[method-assign]
+        trainer.source.reference_logps = lambda pairs, score: score(list(pairs))  # type: ignore[method-assign]
         trainer.train()
     return clock.seconds / setting.steps, clock.loaded
 

@@ -23,6 +23,7 @@ def make_trainer(tokenizer, tmp_path):
         eval_rows=None,
         model=None,
         generator=None,
+        source=None,
         trainer=SAPOTrainer,
         **options,
     ):
@@ -52,6 +53,7 @@ def make_trainer(tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=adapter,
             generator=generator,
+            source=source,
         )
 
     return make

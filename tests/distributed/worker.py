@@ -71,18 +71,18 @@ def build(asked):
     assert state.distributed_type is DistributedType(asked["distributed_type"]), state
     if zero:
         assert state.deepspeed_plugin.zero_stage == int(asked["strategy"][-1])
-    assert (trainer.shell is not None) == (asked["strategy"] in ("fsdp2", "zero3"))
+    assert trainer._context.roles.sharded == (asked["strategy"] in ("fsdp2", "zero3"))
     return trainer
 
 
 def weights(trainer):
     """Policy and opponent on the first process, whole."""
     tensors = policy_tensors(trainer.policy())
-    if trainer.shell is None:
+    if not trainer._context.roles.sharded:
         policy = tensors
     else:
         policy = gather_full_state_dict(tensors, {name: local_shard(weight) for name, weight in tensors.items()})
-    opponent = {} if trainer.opponent is None else trainer.opponent.whole()
+    opponent = {} if trainer.opponent is None else trainer.opponent.full()
     named = {f"policy.{name}": weight for name, weight in policy.items()}
     named |= {f"opponent.{name}": weight for name, weight in opponent.items()}
     return {name: weight.detach().clone() for name, weight in named.items()}
@@ -93,30 +93,31 @@ class WithoutCollectives(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.play = getattr(trainer.source, "play", trainer.source)
         self.updates = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.opponent is None:
             return
-        follow, generate = self.trainer.opponent.follow, self.trainer.source._generator.generate
+        follow, generate = self.trainer.opponent.follow, self.play._generator.generate
 
         def silent(*given):
             with Collectives() as seen:
                 follow(*given)
             # The thread that speaks to an engine has a barrier of its own.
-            assert not set(seen.names) - ({"barrier"} if self.trainer.engine else set()), seen.names
+            assert not set(seen.names) - ({"barrier"} if self.trainer.source is not self.play else set()), seen.names
             self.updates += 1
 
         def gathering_once(*given):
             with Collectives() as seen:
                 written = generate(*given)
-            weights = 0 if self.trainer.shell is None else len(list(self.trainer.policy().parameters()))
+            weights = 0 if not self.trainer._context.roles.sharded else len(list(self.trainer.policy().parameters()))
             assert len(seen.names) == weights, (weights, seen.names)
             return written
 
         self.trainer.opponent.follow = silent
-        if self.trainer.engine is None:
-            self.trainer.source._generator.generate = gathering_once
+        if self.trainer.source is self.play:
+            self.play._generator.generate = gathering_once
 
 
 def check_folder(folder, expected, lora):
@@ -142,7 +143,7 @@ def main(file: str) -> None:
     trainer.train(resume_from_checkpoint=asked["resume"])
     steps = asked["options"]["max_steps"]
     if asked["resume"] is None:
-        assert trainer._layout == asked["options"]["layout"]
+        assert trainer._scorer.layout == asked["options"]["layout"]
         assert watch.updates == (0 if trainer.opponent is None else steps - bool(asked["fault"]))
     elif asked["resume"].endswith(f"-{steps}"):
         trainer._save_checkpoint(trainer.model, None)

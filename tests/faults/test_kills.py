@@ -75,17 +75,17 @@ def no_room(size, step):
 
     def limit(trainer):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save = trainer.run_folder.save_atomically
+        save = trainer.run_folder.save_checkpoint
 
-        def cramped(inner):
+        def cramped(*given):
             if trainer.state.global_step == step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             try:
-                save(inner)
+                return save(*given)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-        trainer.run_folder.save_atomically = cramped
+        trainer.run_folder.save_checkpoint = cramped
 
     return limit
 

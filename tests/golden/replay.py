@@ -21,9 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo import SAPOConfig, SAPOTrainer, Segment
+from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import Example, Turn
 from sapo.preference.replay_buffer import ReplayBuffer
-from sapo.preference.self_play import SelfPlay
+from sapo.preference.self_play import SelfPlay, SelfPlaySettings
 
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
@@ -72,25 +73,25 @@ class _RecordedBuffer(ReplayBuffer):
 class _RecordedSelfPlay(SelfPlay):
     """The real self-play with the recorded examples and segments; it is its own generator."""
 
-    def __init__(self, trainer: ReplayTrainer, micro_batches: list[dict]) -> None:
-        args, given = trainer.args, trainer.source
+    trainer: ReplayTrainer
+
+    def __init__(self, args: SAPOConfig, eos_ids: frozenset[int], micro_batches: list[dict]) -> None:
         super().__init__(
             self,
             _RecordedBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
-            given._settings,
-            eos_ids=trainer.eos_ids,
+            SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
+            eos_ids=eos_ids,
             seed=args.seed,
             batch_size=args.per_device_train_batch_size,
         )
-        self._trainer = trainer
         self._micro_batches = iter(micro_batches)
         self._recorded: dict = {}
 
     def pairs(self, examples, *, epoch, step, micro_batch):
         recorded = self._recorded = self.buffer.recorded = next(self._micro_batches)
         assert recorded["global_step"] == step, f"trace is at step {recorded['global_step']}, the trainer at {step}"
-        self._trainer.compare_weights(recorded)
-        self._trainer.expected_loss = recorded["loss"]
+        self.trainer.compare_weights(recorded)
+        self.trainer.expected_loss = recorded["loss"]
         examples = [
             Example(row, (Turn(0, tuple(real[:length]), tuple(real[length:])),))
             for row, (real, length) in enumerate(
@@ -209,9 +210,10 @@ def replay(trace: dict, model_folder: Path) -> Differences:
         rows = [{"prompt": row["prompt"], "completion": " " + row["real"]} for row in hyper["rows"]]
         # The source ignores them; enough for one epoch, since Trainer cuts an accumulation short where one ends.
         rows *= len(expected["micro_batches"])
-        trainer = ReplayTrainer(model, args, rows, processing_class=tokenizer)
+        eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
+        source = _RecordedSelfPlay(args, eos_ids, expected["micro_batches"])
+        trainer = source.trainer = ReplayTrainer(model, args, rows, processing_class=tokenizer, source=source)
         trainer.differences = Differences()
-        trainer.source = _RecordedSelfPlay(trainer, expected["micro_batches"])
         trainer.train()
         made, recorded = len(trainer.differences.losses), len(expected["micro_batches"])
         assert made == recorded, f"{made} of {recorded} recorded micro-batches were replayed"

@@ -134,9 +134,9 @@ def test_command_and_trainer_prepare_alike(model, data, tmp_path, tokenizer, cap
     saved = json.loads((tmp_path / "run" / "checkpoint-3" / "sapo_state.json").read_text())["facts"]["dataset"]
     config = SAPOConfig(str(tmp_path / "other"), max_length=32, segment_length=4, use_cpu=True, report_to="none")
     trainer = SAPOTrainer(str(model), config, load_rows(data), processing_class=tokenizer)
-    assert trainer.eos_ids == {1, 7}
+    assert trainer._context.eos_ids == {1, 7}
     assert trainer.train_dataset[0]["response_ids"] == [[5, 7]]
-    assert trainer.eval_pairs.digest(trainer.train_dataset) == saved
+    assert trainer._eval_pairs.digest(trainer.train_dataset) == saved
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_engine_without_staleness_equals_the_opponent_in_this_process(options, m
     trainer, _ = make("engine", **options)
     trainer.train()
     assert same(weights(trainer), weights(plain))
-    assert trainer.source.buffer.entries() == plain.source.buffer.entries()
+    assert trainer.source.play.buffer.entries() == plain.source.buffer.entries()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -60,7 +60,7 @@ def test_resume_reproduces_uninterrupted_run(variant, make):
         resumed, _ = make(f"from-{step}", **options)
         resumed.train(resume_from_checkpoint=str(whole.run_folder.path / f"checkpoint-{step}"))
         assert same(weights(resumed), weights(whole))
-        assert resumed.source.buffer.entries() == whole.source.buffer.entries()
+        assert resumed.source.play.buffer.entries() == whole.source.play.buffer.entries()
         # How many requests wait is a matter of time, like the time itself.
         queue = [
             [{k: v for k, v in row.items() if not k.startswith("engine/")} for row in metrics(trainer, step)]
@@ -106,7 +106,7 @@ def test_no_pair_is_staler_than_allowed(staleness, every, make):
     trainer, engine = make(max_staleness=staleness, sync_opponent_steps=every, max_steps=9, skip_identical=False)
     trainer.train()
     # No pair left the buffer: its entries tell which opponent wrote those of each step, in order.
-    steps = [entry.step for entry in trainer.source.buffer.entries()]
+    steps = [entry.step for entry in trainer.source.play.buffer.entries()]
     ages = [place // 2 - step for place, step in enumerate(steps)]
     most = staleness or every - 1
     assert max(ages) == most
@@ -128,13 +128,13 @@ def test_engine_writes_while_the_policy_trains(make):
 
     engine.before = second_batch_waits_for_the_first_step
     trainer, _ = make(engine=engine, max_staleness=1, max_steps=2)
-    after = trainer.after_optimizer_step
+    after = trainer._after_optimizer_step
 
     def noted():
         after()
         done.set()
 
-    trainer.after_optimizer_step = noted
+    trainer._after_optimizer_step = noted
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -194,8 +194,7 @@ def test_weights_that_a_killed_run_left_are_removed_and_nobody_elses(memory, mak
     given = {"vllm_weights_dir": str(tmp_path / "memory")} if memory else {}
     killed, engine = make("run", **given)
     # Killed: it tidies nothing up.
-    killed.engine.begin(0)
-    killed.engine.drain()
+    killed.source.begin(0)
     (left,) = (tmp_path / "memory").glob("*/*") if memory else (tmp_path / "run" / "engine").iterdir()
     other, _ = make("elsewhere/run", **given)
     other.train()

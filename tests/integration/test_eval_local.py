@@ -75,7 +75,7 @@ def test_measurements_wait_until_their_share_allows_them(make_trainer, monkeypat
     for _ in range(30):
         clock.now += 2.0
         signals.observe()
-        shares.append(trainer.averages["eval"].drain()["local/time_share"])
+        shares.append(trainer._averages["eval"].drain()["local/time_share"])
     # A batch of 2 was tried (1 s), then 4 rows (2 s) as often as a tenth of the time allows: 30 x 2 s and a bit.
     assert measured[0] == 2
     assert set(measured[1:]) == {4}

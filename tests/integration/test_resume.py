@@ -165,7 +165,7 @@ def test_kill_while_a_checkpoint_is_replaced_loses_none(rename, checkpoint, make
     def save_nothing():
         (folder.staging / "checkpoint-2").mkdir(parents=True)
 
-    kill_at_rename(rename, lambda: folder.save_atomically(save_nothing), monkeypatch)
+    kill_at_rename(rename, lambda: folder.save_checkpoint(2, save_nothing, lambda *places: None), monkeypatch)
     assert (checkpoint.parent / ".saving").exists()
     for wanted in (True, str(checkpoint)):
         again = make_trainer("whole", **options | {"max_steps": 3})

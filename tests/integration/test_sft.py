@@ -14,8 +14,7 @@ def test_sft_loss_is_the_likelihood_of_the_responses(layout, make_trainer):
     trainer = make_trainer(objective="sft", layout=layout)
     examples = collate_examples([trainer.train_dataset[row] for row in range(3)])["examples"]
     pairs = trainer.source.pairs(examples, epoch=0, step=0, micro_batch=0)
-    trainer._layout = None
-    batch = trainer._collate(pairs)
+    batch = trainer._scorer.collate(pairs)
     loss = trainer.compute_loss(trainer.model, {"batch": batch, "pairs": pairs, "share": 1.0, "reference": None})
     expected = []
     for example in examples:
@@ -72,4 +71,4 @@ def test_sft_with_pairs_is_refused(make_trainer):
     with pytest.raises(ConfigurationError, match="sft learns from responses alone"):
         make_trainer(objective="sft", pair_source="paired")
     with pytest.raises(ConfigurationError, match="Leave pair_source out"):
-        make_trainer(pair_source="responses")
+        make_trainer(pair_source="none")

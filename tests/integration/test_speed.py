@@ -130,7 +130,7 @@ def test_the_reference_is_opened_once_for_all_passes_of_a_micro_batch(make_train
     trainer = make_trainer(pairs_per_forward=1, gradient_accumulation_steps=2, max_steps=3, reference="initial")
     opened, using = [], trainer.reference.using
     monkeypatch.setattr(trainer.reference, "using", lambda: opened.append(trainer.state.global_step) or using())
-    trainer._resolved_layout()
+    assert trainer._scorer.layout == "shared"
     opened.clear()
     trainer.train()
     assert opened == [0, 0, 1, 1, 2, 2]

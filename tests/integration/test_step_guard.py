@@ -57,7 +57,7 @@ def faulty(step_guard, spoil, micro_batch=0):
 
 
 def nan_loss(trainer, loss):
-    trained = trainer.step_guard.trained
+    trained = trainer._step_guard.trained
     trained[-1] = type(trained[-1])(trained[-1].pair, math.nan)
     return loss * math.nan
 
@@ -105,7 +105,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_their_pairs_in_a_file(make
     texts = {(row["prompt"], row["chosen"].strip()) for row in rows}
     known = {
         (trainer.processing_class.decode(pair.prompt_ids), trainer.processing_class.decode(pair.chosen_ids).strip())
-        for pair in (one.pair for one in trainer.step_guard.trained)
+        for pair in (one.pair for one in trainer._step_guard.trained)
     }
     assert texts == known
 

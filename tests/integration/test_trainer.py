@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from sapo import Pair, Segment
 from sapo.errors import ConfigurationError
+from sapo.preference.pairs import PairSource
 from sapo.weights.opponent import ModelCopy, policy_tensors
 from tests.tiny import tiny_llama, tiny_rows
 
 
-class FixedPairs:
+class FixedPairs(PairSource):
     """Deals the same pairs in the same order, however they are divided into micro-batches."""
 
     def __init__(self, count):
@@ -54,8 +55,8 @@ def test_accumulating_4_times_2_equals_1_times_8(objective, make_trainer):
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             optim="sgd",
+            source=FixedPairs(batch),
         )
-        trainer.source = FixedPairs(batch)
         trainer.train()
         ends.append([weight.detach() for weight in trainer.policy().parameters()])
     for ours, theirs in zip(*ends, strict=True):
@@ -216,8 +217,9 @@ def test_offline_pairs_train_on_the_same_trainer(make_trainer):
 
 
 def test_falling_chosen_likelihood_stops_the_run(make_trainer):
-    trainer = make_trainer(learning_rate=0.3, chosen_drop_limit=0.01, max_steps=50, optim="sgd", beta=5.0)
-    trainer.source = FixedPairs(2)
+    trainer = make_trainer(
+        learning_rate=0.3, chosen_drop_limit=0.01, max_steps=50, optim="sgd", beta=5.0, source=FixedPairs(2)
+    )
     trainer.train()
     assert trainer.state.global_step < 50
     assert "chosen log-probability has fallen" in trainer.stop_reason

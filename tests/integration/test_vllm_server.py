@@ -445,7 +445,7 @@ def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server,
     resumed = make("resumed", server, **options)
     resumed.train(resume_from_checkpoint=str(whole.run_folder.path / "checkpoint-3"))
     assert same(weights(resumed), weights(whole))
-    assert resumed.source.buffer.entries() == whole.source.buffer.entries()
+    assert resumed.source.play.buffer.entries() == whole.source.play.buffer.entries()
 
 
 @LONG_WITH_A_REAL_ONE

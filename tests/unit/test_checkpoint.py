@@ -3,10 +3,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sapo.preference.pair_tensors import entries_from_tensors, entries_to_tensors, redistribute
 from sapo.preference.pairs import Pair
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
-from sapo.runs.checkpoint import entries_from_tensors, entries_to_tensors, redistribute
 
 counts = st.integers(0, 2**40)
 tokens = st.lists(st.integers(0, 2**31), max_size=12).map(tuple)

@@ -180,7 +180,11 @@ def _train(
             callbacks=[stop],
         )
         progress = TerminalProgress(
-            console, trainer, log_pairs_steps=config.log_pairs_steps, pairs=config.num_pairs_to_print
+            console,
+            inputs.tokenizer,
+            trainer.last_pairs,
+            log_pairs_steps=config.log_pairs_steps,
+            pairs=config.num_pairs_to_print,
         )
         _only_own_progress(trainer, progress)
         try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 
 from sapo.data.encoding import Draft, Encoder
-from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn
+from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, is_prepared
 from sapo.data.formats import Dropped, PlainText, detect_format, parse_row
 from sapo.errors import DatasetError
 
@@ -127,6 +127,26 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     report.prompt_lengths.append(len(kept))
     report.response_lengths.append(len(cut[0]))
     return Turn(turn.index, tuple(kept), cut[0], cut[1] if len(cut) == 2 else None)
+
+
+def prepare_datasets(rows: Any, *, source: str, reports: dict[str, DataReport], **options: Any) -> Any:
+    """`prepare_dataset` of one data set or of several by name; of what is prepared already or None, that.
+
+    Args:
+        rows: a data set, or a mapping of them.
+        source: its name in errors and reports; of several, the beginning of their names.
+        reports: receives what became of the rows, by name.
+        options: as of `prepare_dataset`.
+    """
+    if rows is None or is_prepared(rows):
+        return rows
+    if isinstance(rows, Mapping):
+        return {
+            name: prepare_datasets(own, source=f"{source}_{name}", reports=reports, **options)
+            for name, own in rows.items()
+        }
+    prepared, reports[source] = prepare_dataset(rows, source=source, **options)
+    return prepared
 
 
 def truncate(

@@ -67,7 +67,9 @@ def run_demo(arguments: Sequence[str]) -> None:
         console.rule(name)
         folder = Path(options.output_dir) / re.sub(r"\W+", "-", name.lower()).strip("-")
         trainer = _trainer(folder, options, settings, tokenizer)
-        progress = TerminalProgress(console, trainer, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3)
+        progress = TerminalProgress(
+            console, tokenizer, trainer.last_pairs, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
         try:

@@ -46,7 +46,7 @@ class HubMixin:
     run_folder: RunFolder
     hub_model_id: str | None
     is_world_process_zero: Callable[[], bool]
-    save_model: Callable[[], None]
+    save_model: Callable[..., None]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, before anything is trained: a name or a token that is wrong is told at once.

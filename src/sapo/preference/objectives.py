@@ -6,6 +6,7 @@ ORPO (Hong et al. 2024, eqs. 4 to 7), DPO-Positive (Pal et al. 2024, eq. 4), SAP
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ class PairLosses(NamedTuple):
     rejected_rewards: Tensor
 
 
-class ReferenceLogps(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReferenceLogps:
     """Summed log-probabilities in nats under the reference, each `[B]`."""
 
     chosen_logps: Tensor

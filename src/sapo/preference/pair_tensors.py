@@ -70,7 +70,7 @@ def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Ge
 
 
 def checked_entries(tensors: Mapping[str, Tensor], vocabulary_size: int) -> list[BufferEntry[Pair]]:
-    """`entries_from_tensors` of a file that anybody may have written: pairs as a run with this model can have made them.
+    """`entries_from_tensors` of a file that anybody may have written: pairs that a run with this model can have made.
 
     Raises:
         ValueError: it cannot.

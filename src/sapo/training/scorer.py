@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -65,7 +65,7 @@ class PairScorer:
         args, roles = self._context.args, self._context.roles
         if args.layout == "plain" or args.nll_scope == "all":
             return "it is not asked for"
-        modules = [nullcontext(self._model())]
+        modules: list[AbstractContextManager[nn.Module]] = [nullcontext(self._model())]
         if roles.reference is not None and roles.reference.own_module:
             modules.append(roles.reference.using())
         for opened in modules:

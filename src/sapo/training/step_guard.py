@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sapo.errors import TrainingError
 from sapo.preference.pairs import Pair, PairSource
 from sapo.runs.trace import TrainedPair
 
@@ -56,6 +58,14 @@ class NonFiniteStepGuard:
         if self.nonfinite:
             self._source.undo()
         return self.nonfinite
+
+    def error(self, step: int, file: Path) -> TrainingError:
+        """Of a run that ends at `step` after too many such steps; `file` holds the pairs of the last."""
+        return TrainingError(
+            f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; weights, "
+            f"moving average and buffer are as before them, the pairs of the last one are in {file}. Lower the "
+            "learning rate, leave these rows out, or resume in bfloat16 or float32 if this is float16."
+        )
 
 
 def _gradient_is_finite(accelerator: Accelerator, model: Any) -> bool:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
-from sapo.data.prepare import prepare_dataset
-from sapo.errors import ConfigurationError, TrainingError
+from sapo.data.prepare import prepare_datasets
+from sapo.errors import ConfigurationError
 from sapo.generation.protocol import Generator
 from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
 from sapo.preference.pair_loss import pair_loss
-from sapo.preference.pairs import Pair, PendingBatch
+from sapo.preference.pairs import Pair, PairSource, PendingBatch
 from sapo.preference.scoring import score
 from sapo.runs.folder import RunFolder
 from sapo.seeds import random_state_restored
@@ -64,6 +65,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         peft_config: trains a LoRA adapter on `model` as the policy.
         generator: generates rejected segments; by default what `args.generation_backend` says. One that has weights
             of its own (`sapo.generation.protocol.Engine`) is given the opponent's.
+        source: where pairs come from; by default what `args.pair_source` says, with `generator`.
         data_names: names of the two data sets in errors and reports.
         callbacks: as for `Trainer`.
         optimizers: as for `Trainer`.
@@ -91,6 +93,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         processing_class: Any = None,
         peft_config: Any = None,
         generator: Generator | None = None,
+        source: PairSource | None = None,
         data_names: tuple[str, str] = ("train_dataset", "eval_dataset"),
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -110,18 +113,16 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if args.disable_dropout:
             disable_dropout_in_model(policy)
         eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
-        self._data_options = DataOptions.of(args)
         self.data_reports: dict[str, DataReport] = {}
-
-        def prepare(rows: Any, name: str) -> Any:
-            return self._prepare_rows(rows, processing_class, eos_ids, name)
-
+        self._prepare = partial(
+            prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids
+        )
         super().__init__(
             model=policy,
             args=args,
             data_collator=collate_examples,
-            train_dataset=prepare(train_dataset, data_names[0]),
-            eval_dataset=prepare(eval_dataset, data_names[1]),
+            train_dataset=self._prepare(train_dataset, source=data_names[0], reports=self.data_reports),
+            eval_dataset=self._prepare(eval_dataset, source=data_names[1], reports=self.data_reports),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -133,9 +134,10 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles)
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}
         self._scorer = PairScorer(self._context, self.accelerator, lambda: self.model)
-        self.source = make_source(self._context, generator, self._averages["train"].add, self.train_dataset)
+        record = self._averages["train"].add
+        self.source = source or make_source(self._context, generator, record, self.train_dataset)
         self._look_at_the_run()
-        self._last_pairs: list[Pair] = []
+        self._drawn: list[Pair] = []
         self._micro_batch, self._micro_batch_of = 0, -1
         self._flops_per_token = 6.0 * sum(map(global_numel, policy.parameters()))
         self._current_eval: dict[tuple[int, int], Pair] = {}
@@ -153,21 +155,12 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 self.source,
                 self._scorer,
                 self.train_dataset,
-                last_pairs=lambda: self._last_pairs,
+                last_pairs=self.last_pairs,
                 stop_reason=lambda: self.stop_reason,
             )
         )
 
     # ---- Construction ----
-
-    def _prepare_rows(self, rows: Any, tokenizer: Any, eos_ids: frozenset[int], name: str) -> Any:
-        if rows is None or is_prepared(rows):
-            return rows
-        if isinstance(rows, Mapping):
-            return {key: self._prepare_rows(value, tokenizer, eos_ids, f"{name}_{key}") for key, value in rows.items()}
-        prepared, report = prepare_dataset(rows, tokenizer, self._data_options, eos_ids=eos_ids, source=name)
-        self.data_reports[name] = report
-        return prepared
 
     def _look_at_the_run(self) -> None:
         """What measures a run and changes nothing in it."""
@@ -200,6 +193,14 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         """The policy without wrappers."""
         return self._context.roles.policy()
 
+    def is_adapter(self) -> bool:
+        """Whether the policy is an adapter on a base model."""
+        return self._context.roles.is_adapter
+
+    def last_pairs(self) -> list[Pair]:
+        """The pairs of the last micro-batch, on this process."""
+        return self._drawn
+
     # ---- One step ----
 
     @property
@@ -212,8 +213,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         """The micro-batches of one optimizer step, and a look ahead at those whose pairs are generated with them.
 
         A pool ends where the number of the step is a multiple of `steps_per_generation`, and where the epoch does:
-        a resumed run comes upon the same pools. An engine that generates ahead has a window of steps instead, which moves
-        on with each step.
+        a resumed run comes upon the same pools. An engine that generates ahead has a sliding window of steps instead.
         """
         if self.state.global_step >= self.state.max_steps:
             # A run that has ended and is resumed: Trainer would take one step more.
@@ -244,7 +244,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         pending, self._pending = self._pending, []
         self.source.prefetch(pending, step)
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
-        self._last_pairs = pairs
+        self._drawn = pairs
         passes = self._scorer.passes(pairs)
         generated = time.perf_counter()
         # The reference first: it needs its memory while the policy keeps no activations yet.
@@ -316,13 +316,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         step, guard, roles = self.state.global_step, self._step_guard, self._context.roles
         self.run_folder.append_trace(step, guard.trained)
         if guard.in_a_row >= self.args.max_nonfinite_steps:
-            file = self.run_folder.write_bad_pairs(guard.trained, self.processing_class)
-            raise TrainingError(
-                f"the loss or its gradient was not finite in {guard.in_a_row} steps in a row, up to step {step}; "
-                "weights, moving average and buffer are as before them, the pairs of the last one are in "
-                f"{file}. Lower the learning rate, leave these rows out, or resume in bfloat16 or float32 if this is "
-                "float16."
-            )
+            raise guard.error(step, self.run_folder.write_bad_pairs(guard.trained, self.processing_class))
         if not guard.nonfinite:
             roles.follow()
         if step < self.state.max_steps:
@@ -333,7 +327,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Estimate for the last batch: 6 operations a parameter and token."""
         flops: float = self._flops_per_token * sum(
-            2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._last_pairs
+            2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._drawn
         )
         return flops
 
@@ -361,8 +355,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if not isinstance(dataset, Mapping) and not is_prepared(dataset):
-            dataset = self._prepare_rows(dataset, self.processing_class, self._context.eos_ids, "eval")
-            eval_dataset = dataset
+            dataset = eval_dataset = self._prepare(dataset, source="eval", reports=self.data_reports)
         with self.source.ready(self.state.global_step), random_state_restored():
             if not isinstance(dataset, Mapping):
                 self._current_eval = self._eval_pairs.of(dataset)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from peft import PeftModel, PeftType
@@ -111,7 +111,7 @@ class _Unsharded(ABC):
     """Weights that each process holds entirely: nothing to gather, nothing to shard."""
 
     own_module: bool = True
-    collective: ClassVar[bool] = False
+    collective: bool = False
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from packaging.version import Version
@@ -21,6 +19,7 @@ from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.limits import adapter_room, check_temperature
+from sapo.seeds import random_state_restored
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -143,7 +142,8 @@ class ColocatedVLLM:
 
         name, number = _ADAPTER
         self.version = None
-        with _random_state_kept(), _as_generation_error(f"vLLM cannot load the adapter in {folder}"):
+        # On a CPU vLLM draws from the process's random state.
+        with random_state_restored(), _as_generation_error(f"vLLM cannot load the adapter in {folder}"):
             self._wake_up()
             swapped = self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
         if not swapped:
@@ -178,7 +178,7 @@ class ColocatedVLLM:
                 names.add(name)
                 yield name, tensor.detach()
 
-        with _random_state_kept(), _as_generation_error(f"vLLM cannot load the weights {version}"):
+        with random_state_restored(), _as_generation_error(f"vLLM cannot load the weights {version}"):
             self._wake_up()
             self._half_loaded = True
             (missing,) = self._llm.collective_rpc(_copy_weights, args=(noted(),))
@@ -223,7 +223,7 @@ class ColocatedVLLM:
         replies: list[list[int]] = [[] for _ in contexts]
         if not rows:
             return replies
-        with _random_state_kept(), _as_generation_error("vLLM failed to generate"):
+        with random_state_restored(), _as_generation_error("vLLM failed to generate"):
             self._wake_up()
             # Keys and values of other weights must not be used; those of an earlier call would make this one depend
             # on it.
@@ -393,24 +393,13 @@ def _as_generation_error(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Keep the process's random numbers: vLLM seeds them when it starts, and on a CPU draws from them."""
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-@contextmanager
 def _restore_process_state() -> Iterator[None]:
     """Undo what vLLM sets for the whole process when it starts, which it takes for its own."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     precision = torch.get_float32_matmul_precision()
     try:
-        with _random_state_kept():
+        # vLLM seeds the process when it starts.
+        with random_state_restored():
             yield
     finally:
         # On a CPU vLLM replaces the function by one that does nothing.

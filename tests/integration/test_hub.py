@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from sapo.errors import ConfigurationError
 from sapo.hub import publish
 from sapo.hub.card import write_card
-from sapo.hub.curves import curves_svg
+from sapo.report.svg import curves_svg
 from sapo.runs.reading import read_run
 from tests.reports import HOSTILE, write_run
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from sapo.commands.chat_models import ChatModels, Message, load_chat_models, prompt_ids, reply
 from sapo.errors import ConfigurationError
 from sapo.generation.sampling import Sampling
-from sapo.training.progress import visible
+from sapo.text import visible
 
 _COLUMN = 32
 """Below this many characters for each model they answer one below the other."""

@@ -1,13 +1,12 @@
 """Show, before a run, what became of the data and where the opponent will write.
 
-Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelt out:
+Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelled out:
 a row can neither colour the screen nor move the cursor.
 """
 
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from rich.text import Text
 from sapo.data.examples import DataReport, Example, Turn, collate_examples
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
+from sapo.text import share_text, visible
 
 if TYPE_CHECKING:
     import datasets
@@ -87,7 +87,7 @@ def rewritten_whole(response_lengths: list[int], segment_length: float | None) -
         return [f"All {total} responses are rewritten whole (segment_length is not set)."]
     whole = sum(segment_tokens(length, segment_length) >= length for length in response_lengths)
     share = whole / total if total else 0.0
-    lines = [f"{whole} of {total} responses ({share:.0%}) are rewritten whole: the segment covers them."]
+    lines = [f"{whole} of {total} responses ({share_text(share)}) are rewritten whole: the segment covers them."]
     if share > WHOLE_SHARE_HINT:
         lines.append("To keep a part of each, give the segment as a share of it: --segment_length 0.3")
     return lines
@@ -182,22 +182,4 @@ def _shorten(text: str, *, keep_end: bool = False) -> str:
 
 
 def _safe(text: str, console: Console, style: str = "") -> Text:
-    spelt = "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in text)
-    try:
-        spelt = spelt.encode(console.encoding, "backslashreplace").decode(console.encoding)
-    except LookupError:
-        spelt = spelt.encode("ascii", "backslashreplace").decode()
-    return Text(spelt, style)
-
-
-def _harmless(char: str) -> bool:
-    # Line breaks, and the joiners of some scripts and of emoji; no other control or format character.
-    return char in "\n\u200c\u200d" or unicodedata.category(char) not in {
-        "Cc",
-        "Cf",
-        "Cs",
-        "Co",
-        "Cn",
-        "Zl",
-        "Zp",
-    }
+    return Text(visible(text, console.encoding), style)

@@ -16,11 +16,12 @@ from transformers import AutoConfig
 
 from sapo.commands.arguments import parse
 from sapo.commands.launch import shipped_or_file
-from sapo.errors import ConfigurationError, ModelError
+from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.estimate.advice import Change, changes_that_fit
 from sapo.estimate.devices import DEVICES, Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
+from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config
 
@@ -181,9 +182,9 @@ def _model_config(name: str) -> Any:
         content = json.loads(file.read_text(encoding="utf-8"))
         return AutoConfig.for_model(content.pop("model_type"), **content)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"--model_config {name}: not a model's configuration ({reason}). Give its config.json, or the folder."
+            f"--model_config {name}: not a model's configuration ({brief(error, 200)}). Give its config.json, or the "
+            "folder."
         ) from error
 
 
@@ -191,7 +192,7 @@ def _show(report: Report, console: Console) -> None:
     result, device, strategy = report.result, report.device, report.strategy
     count = f"{strategy.processes} x " if strategy.processes > 1 else ""
     lines = [
-        f"{count}{device.name} ({_size(device.memory)}), {strategy.name}; {device.source}.",
+        f"{count}{device.name} ({bytes_text(device.memory)}), {strategy.name}; {device.source}.",
         f"{result.parameters / 1e9:.2f} billion weights, {result.trained / 1e9:.3g} billion trained; pairs of "
         f"{report.lengths.prompt} + {report.lengths.response} tokens; layout {result.layout}"
         + (f" ({result.why_plain})." if result.why_plain else "."),
@@ -203,14 +204,14 @@ def _show(report: Report, console: Console) -> None:
     memory.add_column("part")
     memory.add_column("bytes", justify="right")
     for name, size in result.memory.lasting.items():
-        memory.add_row(name, _size(size))
+        memory.add_row(name, bytes_text(size))
     memory.add_section()
     for name, size in result.memory.passing.items():
-        memory.add_row(name, _size(size))
+        memory.add_row(name, bytes_text(size))
     memory.add_section()
-    memory.add_row(f"most at one time ({result.memory.worst})", _size(result.memory.most))
+    memory.add_row(f"most at one time ({result.memory.worst})", bytes_text(result.memory.most))
     if result.needed > result.memory.most:
-        memory.add_row("with driver and allocator", _size(result.needed))
+        memory.add_row("with driver and allocator", bytes_text(result.needed))
     console.print(memory)
     seconds = Table(title="seconds of an optimizer step", title_justify="left")
     seconds.add_column("part")
@@ -228,18 +229,16 @@ def _show(report: Report, console: Console) -> None:
 def _verdict(report: Report) -> list[str]:
     if report.fits:
         share = report.result.needed / report.device.memory
-        return [f"It fits: {_size(report.result.needed)} of {_size(report.device.memory)} ({share:.0%})."]
+        return [f"It fits: {bytes_text(report.result.needed)} of {bytes_text(report.device.memory)} ({share:.0%})."]
     lacking = report.result.needed - report.device.memory
-    lines = [f"It does not fit: {_size(lacking)} too much. In this order:"]
+    lines = [f"It does not fit: {bytes_text(lacking)} too much. In this order:"]
     before = report.result.needed
     for change in report.changes:
         after = change.result.needed
-        lines.append(f"  {change.flag}: saves {_size(before - after)}, then {_size(after)}. Price: {change.price}.")
+        lines.append(
+            f"  {change.flag}: saves {bytes_text(before - after)}, then {bytes_text(after)}. Price: {change.price}."
+        )
         before = after
     if before > report.device.memory:
         lines.append("  Then still too much: more GPUs, a smaller model, or shorter lengths.")
     return lines
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -16,7 +16,7 @@ from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, task
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
-from sapo.runs.folder import CONFIG_FILE
+from sapo.runs.reading import is_run
 
 SUITES = ("leaderboard", "ifeval", "mt_bench", "alpaca_eval", "local")
 
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
     if values["output_dir"] is None:
         # Where the run's model card looks for it.
         alone = Path(given.models[0]) if len(given.models) == 1 else Path()
-        values["output_dir"] = str((alone if (alone / CONFIG_FILE).is_file() else Path()) / "evaluation")
+        values["output_dir"] = str((alone if is_run(alone) else Path()) / "evaluation")
     own = {name: value for name, value in values.items() if not name.startswith(("judge_", "max_judge"))}
     return EvaluateOptions(**own, judge=judge, judge_prompt=given.judge_prompt, judge_orders=given.judge_orders)
 

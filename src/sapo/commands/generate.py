@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
 from sapo.preference.pairs import self_play
+from sapo.runs.files import file_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
@@ -213,9 +213,4 @@ def _identity(name: str, revision: str) -> str:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         return f"{name}@{revision}"
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_digest(*files)

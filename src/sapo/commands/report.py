@@ -11,19 +11,13 @@ from typing import NoReturn
 from sapo.errors import ConfigurationError
 from sapo.report.page import write_report
 from sapo.report.serve import HOST, make_server
-from sapo.runs.folder import METRICS_FILE, REPORT_FILE
+from sapo.runs.layout import REPORT_FILE
+from sapo.runs.reading import expand_rounds
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"sapo report: {message}.")
-
-
-def _parts(run: Path) -> list[Path]:
-    """A run, or the rounds that it consists of."""
-    rounds = sorted(run.glob("round-*"), key=lambda part: int(part.name.rsplit("-", 1)[1]))
-    started = [part for part in rounds if (part / METRICS_FILE).is_file()]
-    return [run] if (run / METRICS_FILE).is_file() or not started else started
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -40,7 +34,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument("--serve", action="store_true", help="show a live page on 127.0.0.1 instead")
     parser.add_argument("--port", type=int, default=8017, help="of the live page (default 8017); 0 for any")
     options = parser.parse_args(list(arguments))
-    runs = [part for run in options.runs for part in _parts(run)]
+    runs = expand_rounds(options.runs)
     if not options.serve:
         file = options.output or options.runs[0] / REPORT_FILE
         write_report(file, runs)

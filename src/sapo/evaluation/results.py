@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sapo._version import __version__
 from sapo.errors import EvaluationError
-from sapo.evaluation.store import write_atomically
+from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, paired_change
 
@@ -106,7 +106,7 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
                 "command again: finished parts are kept."
             ) from error
     whole["suites"][suite] = found
-    write_atomically(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_result(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return file
 
 

@@ -6,7 +6,6 @@ that a damaged or incomplete checkpoint is recognised before any of it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,10 +21,10 @@ from sapo.errors import CheckpointError
 from sapo.preference.pairs import GeneratedPairs, Pair
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
+from sapo.runs.files import file_digest, write_atomically
+from sapo.runs.layout import MANIFEST_FILE, STATE_FILE
 
 FORMAT = 5
-STATE_FILE = "sapo_state.json"
-MANIFEST_FILE = "sapo_manifest.json"
 REMOVING = ".removing-"
 
 _READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
@@ -63,7 +62,7 @@ def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
 
 def write_json(folder: Path, name: str, content: Any) -> None:
     """Write a JSON file."""
-    (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    write_atomically(folder / name, json.dumps(content, indent=1, sort_keys=True))
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def seal(folder: Path) -> None:
     write_json(
         folder,
         MANIFEST_FILE,
-        {str(file.relative_to(folder)): [file.stat().st_size, _sha256(file)] for file in _files(folder)},
+        {str(file.relative_to(folder)): [file.stat().st_size, file_digest(file)] for file in _files(folder)},
     )
 
 
@@ -193,7 +192,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: {file.stat().st_size} bytes, {size} when it was saved. Resume from another checkpoint."
             )
-        if _sha256(file) != digest:
+        if file_digest(file) != digest:
             raise CheckpointError(
                 f"{file}: its content has changed since it was saved. Resume from another checkpoint."
             )
@@ -247,11 +246,3 @@ def compare_facts(
 
 def _files(folder: Path) -> Iterable[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

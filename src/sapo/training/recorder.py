@@ -32,7 +32,7 @@ from sapo.preference.reference_scores import ReferenceLogps
 from sapo.preference.scoring import PairScores
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
-from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
+from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.seeds import derive_seed
 from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel

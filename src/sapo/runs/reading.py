@@ -13,6 +13,7 @@ import yaml
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
+from sapo.options import one_start, own_options
 from sapo.runs.folder import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
 
 
@@ -98,34 +99,14 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         raise ConfigurationError(f"{file}: a line is not JSON ({error}). Restore the file, or remove it.") from error
 
 
-_OF_ONE_START = {
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "accelerator_config",
-    "disable_tqdm",
-    "hub_token",
-    "local_rank",
-    "logging_dir",
-    "output_dir",
-    "overwrite_output_dir",
-    "push_to_hub_token",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-    "run_name",
-}
-"""Set by other options, secret, or of one start only."""
-
-
 def _options(file: Path) -> list[Option]:
     if not file.is_file():
         return []
     used = yaml.safe_load(file.read_text(encoding="utf-8"))
-    own = {field.name for field in dataclasses.fields(SAPOConfig)} - {
-        field.name for field in dataclasses.fields(SAPOConfig.__mro__[1])
-    }
+    own = {option.name for option in own_options()}
     options = []
     for field in dataclasses.fields(SAPOConfig):
-        if not field.init or field.name in _OF_ONE_START or field.name not in used:
+        if not field.init or field.name in one_start() | {"output_dir"} or field.name not in used:
             continue
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         default = None if default is dataclasses.MISSING else default

@@ -12,25 +12,8 @@ import yaml
 
 from sapo.commands.rounds import DONE_FILE
 from sapo.errors import ConfigurationError
+from sapo.options import not_compared
 from sapo.runs.folder import CONFIG_FILE, METRICS_FILE, RECIPE_FILE
-
-_OF_ONE_START = frozenset(
-    {
-        "disable_tqdm",
-        "local_rank",
-        "log_pairs_steps",
-        "logging_dir",
-        "logging_steps",
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "run_name",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    }
-)
-"""Settings that change nothing of what is learnt: where a run lies, what it writes and when."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +126,7 @@ def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs, each with its value in each; None where a run does not say."""
-    names = sorted({name for run in runs for name in run.settings} - _OF_ONE_START)
+    names = sorted({name for run in runs for name in run.settings} - not_compared())
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: value for name, value in values.items() if any(v != value[0] for v in value[1:])}
 

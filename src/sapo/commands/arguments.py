@@ -15,6 +15,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, brief
+from sapo.options import one_start
 
 
 @dataclasses.dataclass
@@ -128,7 +129,7 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
     recipe: dict[str, Any] = {}
     for part in (arguments.model, arguments.data, arguments.mixture, arguments.config):
         for field in dataclasses.fields(part):
-            if not field.init or field.name in _DERIVED:
+            if not field.init or field.name in one_start():
                 continue
             default = field.default
             if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
@@ -140,20 +141,3 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
                 plain = [dataclasses.asdict(v) for v in value] if field.name == "datasets" else value
                 recipe[field.name] = plain
     return recipe
-
-
-_DERIVED = {
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "accelerator_config",
-    "disable_tqdm",
-    "hub_token",
-    "local_rank",
-    "logging_dir",
-    "overwrite_output_dir",
-    "push_to_hub_token",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-    "run_name",
-}
-"""Set by other options, secret, or of one start only."""

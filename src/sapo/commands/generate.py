@@ -23,6 +23,7 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
+from sapo.options import pair_options
 from sapo.preference.pairs import self_play
 from sapo.runs.files import file_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
@@ -39,21 +40,6 @@ DEFAULT_BATCH = 32
 
 ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""
-
-_MADE_WITH = (
-    "generation_backend",
-    "segment_length",
-    "tail_margin",
-    "suffix",
-    "max_new_tokens",
-    "max_length",
-    "num_generations",
-    "temperature",
-    "top_k",
-    "top_p",
-    "skip_identical",
-    "seed",
-)
 
 
 def run_generate(arguments: Sequence[str]) -> None:
@@ -121,7 +107,7 @@ def write_pairs(
     config, state = run.config, PartialState()
     name = str(run.model.model_name_or_path)
     batch = config.generation_batch_size or DEFAULT_BATCH
-    facts = {option: getattr(config, option) for option in _MADE_WITH} | {
+    facts = {option: getattr(config, option) for option in pair_options()} | {
         "model": _identity(name if adapter is None else str(adapter), run.model.model_revision),
         "dtype": str(run.model.dtype),
         "dataset": dataset_digest(dataset),

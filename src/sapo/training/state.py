@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 from sapo.errors import CheckpointError
+from sapo.options import resume_facts
 from sapo.preference.pairs import Pair, SelfPlay
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.runs import checkpoint as parts
@@ -20,53 +21,6 @@ from sapo.weights.sharding import global_numel, sharding_of, zero_stage
 
 if TYPE_CHECKING:
     from sapo.training.trainer import SAPOTrainer
-
-_FACTS = [
-    "objective",
-    "loss_type",
-    "beta",
-    "chosen_nll_weight",
-    "dpop_weight",
-    "nll_scope",
-    "pair_source",
-    "segment_length",
-    "tail_margin",
-    "suffix",
-    "assistant_turns",
-    "num_generations",
-    "max_new_tokens",
-    "generation_interval",
-    "steps_per_generation",
-    "generation_backend",
-    "sync_opponent_steps",
-    "max_staleness",
-    "temperature",
-    "top_k",
-    "top_p",
-    "skip_identical",
-    "ema_decay",
-    "reference",
-    "ref_model_sync_steps",
-    "replay_buffer_size",
-    "replay_draw",
-    "replay_replacement",
-    "replay_max_age",
-    "max_length",
-    "max_prompt_length",
-    "prompt_truncation",
-    "max_length_policy",
-    "disable_dropout",
-    "seed",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "fp16",
-    "world_size",
-]
-"""Options on which the weights depend; a run resumes only with the same. Its length may change."""
 
 _FREE_WITH_PROCESSES = [
     "world_size",
@@ -79,9 +33,7 @@ _FREE_WITH_PROCESSES = [
 
 def facts(trainer: SAPOTrainer) -> dict[str, Any]:
     """What a checkpoint must agree with: options, data, model."""
-    facts = {name: getattr(trainer.args, name) for name in _FACTS}
-    facts["optim"] = str(trainer.args.optim)
-    facts["lr_scheduler_type"] = str(trainer.args.lr_scheduler_type)
+    facts = resume_facts(trainer.args)
     facts["global_batch_size"] = (
         trainer.args.world_size * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     )

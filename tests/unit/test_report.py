@@ -1,6 +1,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -232,3 +234,16 @@ def test_the_live_page_gives_nothing_else_away(path, host, status, served):
 def test_a_port_that_is_taken_is_told(served, tmp_path):
     with pytest.raises(ConfigurationError, match="is not free"):
         make_server([served[0]], served[1][1])
+
+
+def test_report_and_comparison_start_without_torch(tmp_path):
+    runs = [str(write_run(tmp_path / name, steps=20)) for name in ("one", "two")]
+    program = (
+        "import sys; from sapo.commands.main import main\n"
+        f"statuses = [main(['report', {runs[0]!r}]), main(['compare', *{runs!r}])]\n"
+        "import sapo.report.serve, sapo.report.svg, sapo.runs.files, sapo.runs.layout, sapo.runs.reading\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{statuses} {heavy}' if heavy or any(statuses) else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

@@ -248,20 +248,22 @@ def _closing_screen(
     console: Console, trainer: SAPOTrainer, progress: TerminalProgress, *, stopped: bool, recipe: Path | None
 ) -> None:
     """What happened, where it lies, what to run next."""
+    from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE, LOSS, MARGIN
+
     state, folder, last = trainer.state, trainer.args.output_dir, progress.last
     head = "Stopped" if stopped or trainer.stop_reason else "Done"
     lines = ["", f"{head} after step {state.global_step} of {state.max_steps}."]
     if trainer.stop_reason:
         lines.append(trainer.stop_reason)
-    if "loss" in last:
-        line = f"At the last log: loss {last['loss']:.4g}"
-        if "rewards/accuracies" in last:
+    if LOSS.name in last:
+        line = f"At the last log: loss {last[LOSS.name]:.4g}"
+        if ACCURACY.name in last:
             line += (
-                f", the policy prefers the chosen response in {last['rewards/accuracies']:.0%} of pairs, margin "
-                f"{last['rewards/margins']:.3g}"
+                f", the policy prefers the chosen response in {last[ACCURACY.name]:.0%} of pairs, margin "
+                f"{last[MARGIN.name]:.3g}"
             )
         lines.append(f"{line}.")
-    change = last.get("self_play/chosen_logp_change")
+    change = last.get(CHOSEN_CHANGE.name)
     if change is not None:
         fell = " The chosen responses became less likely: see chosen_nll_weight." if change < 0 else ""
         lines.append(f"Log-probability of chosen training responses since the start: {change:+.3g} nats each.{fell}")

@@ -366,7 +366,6 @@ METRICS = (
     FINAL_LOSS,
     Metric("train_samples_per_second", "examples/s", "over the whole run, in the last line", better="higher"),
     Metric("train_steps_per_second", "steps/s", "likewise", better="higher"),
-    Metric("total_flos", "operations", "floating-point operations as transformers estimates them, in the last line"),
     Metric("eval_runtime", "seconds", "wall time of an evaluation", when="with evaluation rows"),
     Metric("eval_samples_per_second", "examples/s", "of an evaluation", better="higher", when="with evaluation rows"),
     Metric("eval_steps_per_second", "batches/s", "likewise", better="higher", when="with evaluation rows"),

@@ -100,7 +100,8 @@ class Run:
 
     def options(self) -> list[Setting]:
         """The options of the run with their defaults: this project's own first, then by name."""
-        known = [one for one in declared.options() if one.name in self.config and not one.one_start]
+        hidden = {*declared.one_start(), "output_dir"}
+        known = [one for one in declared.options() if one.name in self.config and one.name not in hidden]
         known.sort(key=lambda one: (one.kind != "own", one.name))
         return [
             Setting(one.name, self.config[one.name], one.default, one.help if one.kind == "own" else "")

@@ -131,7 +131,7 @@ def test_evaluations_stand_in_the_card(tmp_path):
     _, body = card_of(folder)
     assert "| ifeval: accuracy | policy | 0.625 ± 0.02 |" in body
     assert "| fixed pairs of the training: loss | policy | 0.4321 |" in body
-    (folder / "evaluation/results.json").write_text("[]")
+    (folder / "evaluation/results.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="not results of an evaluation"):
         card_of(folder)
 

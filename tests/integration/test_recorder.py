@@ -93,7 +93,7 @@ def test_a_fresh_run_keeps_nothing_of_an_earlier_one(make_trainer):
 
 
 def test_the_report_is_refreshed_during_the_run(make_trainer, monkeypatch):
-    from sapo.report import recorder
+    from sapo.training import recorder
 
     written = []
     monkeypatch.setattr(recorder, "write_report", lambda file, runs: written.append(trainer.state.global_step))
@@ -104,7 +104,7 @@ def test_the_report_is_refreshed_during_the_run(make_trainer, monkeypatch):
 
 
 def test_refreshing_takes_no_more_than_its_share_of_the_time(make_trainer, monkeypatch):
-    from sapo.report import recorder
+    from sapo.training import recorder
 
     written = []
     monkeypatch.setattr(recorder, "write_report", lambda file, runs: written.append(trainer.state.global_step))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,8 +12,9 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError, brief
-from sapo.options import Option, option
+from sapo.options import option
 from sapo.options.own import LEAST_REPORT_PAIRS, VLLM_URL, OwnOptions, Reference
+from sapo.options.values import check
 
 __all__ = ["HAS_ACTIVATION_CHECKPOINTING", "HAS_FUSED_LM_HEAD", "VLLM_URL", "SAPOConfig"]
 
@@ -59,11 +59,9 @@ class SAPOConfig(OwnOptions, TrainingArguments):
 
     def _check(self) -> None:
         for one in fields(self):
-            value, declared = getattr(self, one.name), option(one.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigurationError(f"{one.name}={value}: must be a finite number.")
-            if declared is not None and value is not None:
-                _check_value(declared, value, one.default)
+            declared = option(one.name)
+            if declared is not None:
+                check(declared, getattr(self, one.name))
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
@@ -282,25 +280,3 @@ def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]
-
-
-def _check_value(declared: Option, value: Any, default: Any) -> None:
-    """Refuse a value that an option does not take.
-
-    Raises:
-        ConfigurationError: it is refused, not one of the choices, or out of range.
-    """
-    name = declared.name
-    spelled = str(value).lower() if isinstance(value, bool) else getattr(value, "value", value)
-    # The defaults of some are objects of their own once `__post_init__` has run.
-    unset = value in ([], default, declared.default) or (declared.type == "mapping" and value == type(value)())
-    if declared.status == "refused" and not unset:
-        raise ConfigurationError(f"{name}={spelled}: {declared.reason}")
-    if isinstance(spelled, str) and spelled in declared.refuses:
-        raise ConfigurationError(f"{name}={spelled}: {declared.refuses[spelled]}")
-    if declared.choices is not None and spelled not in declared.choices:
-        raise ConfigurationError(f"{name}={spelled}: must be one of {', '.join(declared.choices)}.")
-    if isinstance(value, (int, float)) and declared.low is not None:
-        high = math.inf if declared.high is None else declared.high
-        if not declared.low <= value <= high:
-            raise ConfigurationError(f"{name}={value}: must be {declared.range}.")

@@ -218,7 +218,7 @@ def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path):
     out = tmp_path / "run"
-    run = [sys.executable, "-m", "sapo.commands.main", *command(model, data, out, "--max_steps", "100000")]
+    run = [sys.executable, "-m", "sapo", *command(model, data, out, "--max_steps", "100000")]
     process = subprocess.Popen(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
 from sapo.runs.cost import Cost, cost_of
 from sapo.runs.files import write_atomically
@@ -31,23 +30,13 @@ Rows = list[list[str]]
 _number = partial(number_text, digits=4)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sapo compare: {message}.")
-
-
-def run_compare(arguments: Sequence[str]) -> None:
+def run_compare(given: Parsed) -> None:
     """`sapo compare RUN RUN ...`.
 
     Raises:
-        ConfigurationError: an unknown option, a folder that is not a run's, or a metric that no run has.
+        ConfigurationError: a folder that is not a run's, or a metric that no run has.
     """
-    parser = _Parser(prog="sapo compare", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one that holds rounds")
-    parser.add_argument("--metrics", help="names, divided by commas, of the metrics to show")
-    parser.add_argument("--json", type=Path, help="file to write everything to, curves included")
-    parser.add_argument("--markdown", type=Path, help="file to write the tables to")
-    options = parser.parse_args(list(arguments))
+    options = given.own
     folders = expand_rounds(options.runs)
     runs = {name: read_run(folder) for name, folder in zip(short_names(folders), folders, strict=True)}
     metrics = options.metrics.split(",") if options.metrics else compared_metrics()

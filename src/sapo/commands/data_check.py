@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from sapo.commands.parser import Parsed
 from sapo.data.examples import DataReport, Example, Turn, collate_examples
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
@@ -28,6 +29,27 @@ WHOLE_SHARE_HINT = 0.2
 
 _SHOWN = 600
 """Characters shown of each part of the example."""
+
+
+def run_data_check(given: Parsed) -> None:
+    """`sapo data check FILE`."""
+    from rich.console import Console
+
+    from sapo.commands.arguments import build
+    from sapo.commands.inputs import load_inputs, quiet_libraries
+
+    quiet_libraries()
+    run = build(given.values() | {"use_cpu": True, "report_to": ["none"]})
+    inputs = load_inputs(run)
+    check_data(
+        inputs.train,
+        inputs.train_reports,
+        inputs.tokenizer,
+        segment_length=run.config.segment_length,
+        tail_margin=run.config.tail_margin,
+        seed=run.config.seed,
+        console=Console(),
+    )
 
 
 def check_data(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sapo.commands.arguments import RunArguments, parse
-from sapo.commands.inputs import load_inputs, load_texts
+from sapo.commands.arguments import RunArguments, build
+from sapo.commands.inputs import load_inputs, load_texts, quiet_libraries
+from sapo.commands.parser import Parsed
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import dataset_digest
 from sapo.data.texts import PromptTexts
@@ -42,18 +43,15 @@ ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""
 
 
-def run_generate(arguments: Sequence[str]) -> None:
+def run_generate(given: Parsed) -> None:
     """Write the pairs of `--model_name_or_path` for `--dataset_name` to `--output_file`; flags as of `sapo train`.
 
     Raises:
         SapoError: what is wrong with the options, the model or the data; or a file that exists already.
     """
-    rest = [part for argument in arguments for part in _split_equals(argument)]
-    if FLAG not in rest or rest.index(FLAG) + 1 == len(rest):
-        raise ConfigurationError(f"{FLAG} is missing: name the Parquet file to write.")
-    place = rest.index(FLAG)
-    file = Path(rest[place + 1])
-    run = parse([*rest[:place], *rest[place + 2 :], "--report_to", "none"], "sapo generate")
+    file: Path = given.own.output_file
+    quiet_libraries()
+    run = build(given.values() | {"report_to": ["none"]})
     if run.config.pair_source != "self_play":
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
     if run.config.generation_backend == "vllm_colocate":
@@ -71,10 +69,6 @@ def run_generate(arguments: Sequence[str]) -> None:
     texts, _ = load_texts(run, inputs)
     written = write_pairs(run, inputs.train, texts, inputs.tokenizer, file, epoch=0, console=console)
     console.print(f"{file}: {written.line()}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _split_equals(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith(f"{FLAG}=") else [argument]
 
 
 def write_pairs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 Kind = Literal["own", "inherited", "model", "data"]
 Status = Literal["used", "harmless", "refused"]
 Resume = Literal["fixed", "free"]
-ValueType = Literal["int", "float", "bool", "str", "list", "mapping", "records"]
+ValueType = Literal["int", "float", "bool", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"]
 
 INFINITY = float("inf")
 
@@ -47,7 +46,7 @@ class Option:
         default: value when the option is left out.
         help: one or two sentences, understood without the name. Empty for a refused option.
         section: one of `SECTIONS`.
-        type: what a value is. "mapping" is JSON on the command line; "records" can be given in a recipe only.
+        type: what a value is. A "mapping" is JSON on the command line; "records" can be given in a recipe only.
         optional: whether None is a value (`none` on the command line, `null` in a recipe).
         choices: the values there are, or None.
         low: minimum, inclusive, or None.
@@ -103,18 +102,6 @@ class Option:
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
-class _Repeatable(argparse.Action):
-    """A flag that may be given several times: its values add up, and replace those of a recipe."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        seen = namespace.__dict__.setdefault("_repeated", set())
-        before = getattr(namespace, self.dest, None) if self.dest in seen else None
-        seen.add(self.dest)
-        setattr(namespace, self.dest, [*(before or ()), *values])
-
-
 def declared(default: Any, text: str, section: str, **more: Any) -> Any:
     """A dataclass field that carries its declaration.
 
@@ -131,8 +118,6 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
         "help": text.replace("%", "%%"),
         "option": partial(Option, help=text, section=section, **more),
     }
-    if more.get("repeatable"):
-        metadata["action"] = _Repeatable
     return field(default=default, metadata=metadata)
 
 

@@ -120,13 +120,13 @@ INHERITED: tuple[Option, ...] = (
     _logging("logging_first_step", False, "Log the first optimizer step too.", type="bool"),
     _logging("logging_nan_inf_filter", True, "Leave non-finite losses out of the logged average.", type="bool"),
     _logging("report_to", "none", "Trackers to log to, such as trackio, wandb, tensorboard or mlflow; none or all.",
-             type="list", optional=True, common=True),
+             type="list", common=True),
     _logging("run_name", None, "Name of the run at the tracker.", type="str", optional=True, one_start=True),
     _logging("project", "huggingface", "Project of the run at trackio.", type="str"),
     _logging("trackio_space_id", None, "Hub space that shows the run's trackio metrics.", type="str", optional=True),
     _logging("trackio_bucket_id", None, "Hub bucket for the run's trackio metrics.", type="str", optional=True),
     _logging("trackio_static_space_id", None, "Hub space with a read-only copy of the run's trackio metrics; false for "
-             "none.", type="str", optional=True),
+             "none.", type="str_or_false", optional=True),
     _logging("disable_tqdm", None, "Hide transformers' progress bar; sapo train shows its own.", type="bool",
              optional=True, status="harmless", one_start=True),
     _logging("log_level", "passive", "Log level of transformers in the first process.", type="str",
@@ -181,10 +181,11 @@ INHERITED: tuple[Option, ...] = (
                optional=True),
     _processes("fsdp", None, "FSDP options of transformers; --accelerate_config fsdp2 sets all of them.", type="str",
                optional=True),
-    _processes("fsdp_config", None, "FSDP configuration of transformers: a JSON file, or JSON.", type="mapping",
+    _processes("fsdp_config", None, "FSDP configuration of transformers: a JSON file, or JSON.", type="mapping_or_file",
                optional=True),
     _processes("deepspeed", None, "DeepSpeed configuration: a JSON file, or JSON; --accelerate_config zero3 sets a "
-               "complete one.", type="mapping", optional=True),
+               "complete one.", type="mapping_or_file", optional=True,
+               refuses={name: f"not a file. Use --accelerate_config {name}." for name in ("zero2", "zero3")}),
     _processes("local_rank", -1, "Set by the launcher.", type="int", status="harmless", one_start=True),
     # Data loading
     _inherited("dataloader_drop_last", False, "Leave out the last batch of an epoch if it is incomplete.", type="bool",
@@ -199,8 +200,7 @@ INHERITED: tuple[Option, ...] = (
     _loading("dataloader_multiprocessing_context", None, "How loading processes are started: fork, spawn or "
              "forkserver.", type="str", optional=True, needs="dataloader_num_workers"),
     # Refused
-    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it out; "
-             "loss_type=ipo is the DPO loss for noisy preferences."),
+    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it out."),
     _refused("neftune_noise_alpha", "float", None, "the noise would reach the policy and not the reference, so that "
              "the margin is wrong from the first step. Leave it out.", optional=True),
     _refused("length_column_name", "str", "length", "rows are not grouped by length. Leave it out.", "Data loading"),

@@ -19,7 +19,7 @@ from sapo.report.pair_texts import pack, shorten
 from sapo.report.serve import make_server
 from sapo.report.summary import sentences, warnings
 from sapo.runs.metrics import METRICS
-from sapo.runs.reading import read_run
+from sapo.runs.reading import read_run, short_names
 from sapo.training.recorder import snapshot_steps, texts_of
 from tests.reports import HOSTILE, kept_pair, write_run
 from tests.tiny import byte_tokenizer
@@ -123,6 +123,8 @@ def test_several_runs_stand_side_by_side(tmp_path):
     runs = [write_run(tmp_path / group / "run") for group in "ab"]
     names = [run["name"] for run in report_data(runs)["runs"]]
     assert names == ["a/run", "b/run"]
+    assert short_names([runs[0], runs[0], runs[1]]) == ["a/run", "a/run (2)", "b/run"]
+    assert short_names([runs[0].parent, runs[1]]) == ["a", "run"]
 
 
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):

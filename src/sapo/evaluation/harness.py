@@ -29,6 +29,7 @@ from sapo.evaluation.session import Session
 from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.text import visible
 from sapo.weights.loading import load_tokenizer
 
 TASKS_FOLDER = "lm_eval_tasks"
@@ -268,7 +269,7 @@ def _run_child(request: Path) -> tuple[int, str]:
                 sys.stderr.write(text)
                 last = (text.strip().splitlines() or [last])[-1]
         status = child.wait()
-    return status, "".join(char for char in last if char.isprintable())[-200:]
+    return status, visible(last)[-200:]
 
 
 def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seed: int) -> None:

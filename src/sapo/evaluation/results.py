@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo._version import __version__
-from sapo.errors import EvaluationError
+from sapo.errors import EvaluationError, brief
 from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, paired_change
@@ -102,7 +102,7 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
             whole["suites"] = json.loads(file.read_text(encoding="utf-8"))["suites"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{file} is not a file of results ({' '.join(str(error).split())}). Move it away and give the same "
+                f"{file} is not a file of results ({brief(error)}). Move it away and give the same "
                 "command again: finished parts are kept."
             ) from error
     whole["suites"][suite] = found

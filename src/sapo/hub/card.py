@@ -13,7 +13,7 @@ from sapo.report.summary import sentences, warnings
 from sapo.report.svg import curves_svg
 from sapo.runs.files import read_object, write_atomically
 from sapo.runs.layout import CARD_FILE, CURVES_FILE, EVALUATION_FILES
-from sapo.runs.metrics import EVAL, compared_metrics
+from sapo.runs.metrics import EVAL, compared_metrics, find_metric
 from sapo.runs.reading import Run, read_run
 from sapo.text import number_text
 
@@ -151,8 +151,11 @@ def _evaluation(run: Run) -> str:
                     ]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigurationError(f"{file}: not results of an evaluation ({error!r}). Move it away.") from error
-    for name in compared_metrics():
-        if name.startswith(EVAL) and (last := run.last(name)) is not None:
+    compared = compared_metrics()
+    for name in run.metrics():
+        # Of the metrics that are declared not all are results; others are the local measures.
+        is_result = name.startswith(EVAL) and (name in compared or find_metric(name) is None)
+        if is_result and (last := run.last(name)) is not None:
             rows.append((f"fixed pairs of the training: {name.removeprefix(EVAL)}", "policy", number_text(last, 4)))
     if not rows:
         return ""

@@ -162,13 +162,16 @@ def expand_rounds(folders: Iterable[Path]) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """For each folder as few last parts of its path as tell all apart."""
+    """For each folder as few last parts of its path as tell all apart; one that is given again gets a number."""
     paths = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, paths), default=1)):
-        names = ["/".join(parts[-depth:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
-    return [str(folder) for folder in folders]
+    depth = 1
+    while len({parts[-depth:] for parts in paths}) < len(set(paths)):
+        depth += 1
+    names = ["/".join(parts[-depth:]) for parts in paths]
+    return [
+        f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
+        for place, name in enumerate(names)
+    ]
 
 
 def start_of(folder: Path) -> str | None:

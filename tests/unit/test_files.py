@@ -5,7 +5,15 @@ import hashlib
 import pytest
 
 from sapo.errors import ConfigurationError, EvaluationError
-from sapo.runs.files import append_line, file_digest, read_json_lines, read_object, replacing, write_atomically
+from sapo.runs.files import (
+    append_line,
+    file_digest,
+    folder_digest,
+    read_json_lines,
+    read_object,
+    replacing,
+    write_atomically,
+)
 
 
 def test_an_error_leaves_the_earlier_file_and_nothing_beside_it(tmp_path):
@@ -25,12 +33,18 @@ def half_write(file):
         raise RuntimeError("inside")
 
 
-def test_a_digest_is_that_of_the_contents_one_after_another(tmp_path):
-    parts = [b"a" * 3_000_000, b"", b"b"]
-    files = [tmp_path / str(number) for number in range(3)]
-    for file, part in zip(files, parts, strict=True):
-        file.write_bytes(part)
-    assert file_digest(*files) == hashlib.sha256(b"".join(parts)).hexdigest()
+def test_a_digest_is_that_of_names_and_contents_wherever_they_lie(tmp_path):
+    content = b"a" * 3_000_000
+    for folder in ("one", "two"):
+        write_atomically(tmp_path / folder / "model.bin", content)
+        write_atomically(tmp_path / folder / "state.json", folder)
+    assert file_digest(tmp_path / "one/model.bin") == hashlib.sha256(content).hexdigest()
+    digests = {folder_digest(tmp_path / name, ("*.bin", "*.json"), without=["state.json"]) for name in ("one", "two")}
+    assert len(digests) == 1
+    assert folder_digest(tmp_path / "one", ("*",)) != folder_digest(tmp_path / "two", ("*",))
+    assert folder_digest(tmp_path / "one", ("*.safetensors",)) is None
+    (tmp_path / "two/model.bin").rename(tmp_path / "two/other.bin")
+    assert folder_digest(tmp_path / "two", ("*.bin",)) not in digests
 
 
 def test_lines_are_read_up_to_the_last_line_break(tmp_path):

@@ -26,7 +26,7 @@ from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
 from sapo.options import pair_options
 from sapo.preference.pairs import self_play
-from sapo.runs.files import file_digest
+from sapo.runs.files import folder_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
@@ -189,8 +189,4 @@ def load_frozen(run: RunArguments, adapter: Path | None) -> nn.Module:
 
 def _identity(name: str, revision: str) -> str:
     """A local model by its weights, wherever it lies; one of the hub by its name."""
-    folder = Path(name)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return f"{name}@{revision}"
-    return file_digest(*files)
+    return folder_digest(Path(name), ("*.safetensors", "*.bin")) or f"{name}@{revision}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,30 @@ def append_line(file: Path, line: str) -> None:
         os.fsync(stream.fileno())
 
 
-def file_digest(*files: Path) -> str:
-    """SHA-256 of the contents of `files`, one after another, in hexadecimal; in memory are 1 MiB at a time."""
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def folder_digest(folder: Path, patterns: Sequence[str], *, without: Collection[str] = ()) -> str | None:
+    """SHA-256 over the names and contents of the files directly in `folder` that match, in hexadecimal.
+
+    Args:
+        folder: wherever it lies; its own name does not count.
+        patterns: of file names, such as `*.safetensors`.
+        without: names of files to leave out.
+
+    Returns:
+        None if no file matches.
+    """
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.name not in without})
+    if not files:
+        return None
+    return hashlib.sha256("".join(f"{file.name}\n{file_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
 def read_json_lines(

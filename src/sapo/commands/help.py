@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from sapo.options import Option, accepted, sections
 from sapo.options.values import wanted
 
+_LONGEST = 40
+"""Characters of choices in the place of a value; a longer list stands in the text."""
+
 _METAVARS = {
     "int": "N",
     "float": "X",
@@ -24,7 +27,10 @@ _METAVARS = {
 
 def metavar(option: Option) -> str:
     """How the value is called in the help."""
-    return _METAVARS[option.type] if option.choices is None else "|".join(option.choices)
+    listed = "|".join(option.choices or ())
+    if len(listed) > _LONGEST:
+        return "NAME"
+    return listed or _METAVARS[option.type]
 
 
 def formatted(
@@ -51,16 +57,16 @@ def formatted(
                 f"--{one.name}",
                 metavar=metavar(one),
                 nargs="?" if one.type == "bool" else None,
-                help=f"{one.help} (default: {one.default_text})".replace("%", "%%"),
+                help=f"{one.help}{_listed(one)} (default: {one.default_text})".replace("%", "%%"),
             )
     lines = [f"Example:\n  {example}"]
     if takes_options and len(shown) < len(accepted()):
         lines.append(
-            f"These are the most used options. sapo {name} --help-all lists all {len(accepted())}; "
-            f"--help NAME explains one."
+            f"These are the most used options. sapo {name} --help-all lists all {len(accepted())},\n"
+            f"sapo {name} --help NAME explains one."
         )
     else:
-        lines.append(f"sapo {name} --help NAME explains one.")
+        lines.append(f"sapo {name} --help NAME explains one flag.")
     parser.epilog = "\n\n".join(lines)
     return parser.format_help()
 
@@ -96,6 +102,10 @@ def explained_flag(command: str, name: str, action: argparse.Action) -> str:
     default = "" if action.default in (None, False, argparse.SUPPRESS) else f"\nDefault: {action.default}"
     choices = f"\nValue: one of {', '.join(map(str, action.choices))}" if action.choices else ""
     return f"{flag}    (sapo {command})\n\n{text[:1].upper()}{text[1:]}.{default}{choices}\n"
+
+
+def _listed(option: Option) -> str:
+    return f" One of {', '.join(option.choices)}." if option.choices and metavar(option) == "NAME" else ""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

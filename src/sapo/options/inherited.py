@@ -138,7 +138,7 @@ INHERITED: tuple[Option, ...] = (
     _logging("skip_memory_metrics", True, "Leave transformers' memory metrics out of the results.", type="bool",
              status="harmless"),
     _logging("debug", "", "transformers' debug features: underflow_overflow or tpu_metrics_debug.", type="str",
-             status="harmless"),
+             status="harmless", one_start=True),
     # Checkpoints and output
     _output("save_strategy", "steps", "When to save a checkpoint: never, every save_steps, after each epoch, or when "
             "the evaluation improves (best).", type="str", choices=(*STRATEGIES, "best")),
@@ -200,7 +200,8 @@ INHERITED: tuple[Option, ...] = (
     _loading("dataloader_multiprocessing_context", None, "How loading processes are started: fork, spawn or "
              "forkserver.", type="str", optional=True, needs="dataloader_num_workers"),
     # Refused
-    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it out."),
+    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it "
+             "out."),
     _refused("neftune_noise_alpha", "float", None, "the noise would reach the policy and not the reference, so that "
              "the margin is wrong from the first step. Leave it out.", optional=True),
     _refused("length_column_name", "str", "length", "rows are not grouped by length. Leave it out.", "Data loading"),

@@ -135,7 +135,7 @@ def test_a_value_that_is_refused_is_refused_in_python_and_on_the_command_line(na
 
 
 def test_a_config_can_be_copied(tmp_path):
-    config = SAPOConfig(str(tmp_path), use_cpu=True, report_to="none")
+    config = SAPOConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", load_best_model_at_end=True)
     assert dataclasses.replace(config, beta=0.2).beta == 0.2
 
 

@@ -20,7 +20,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 usage: sapo COMMAND [--flag value ...]
 """
 _CLOSING = """
-sapo COMMAND --help shows the flags of a command, --help NAME explains one of them.
+sapo COMMAND --help shows the flags of a command, --help NAME explains one.
 sapo --version prints the version. An error is one line with exit status 2;
 --debug adds the traceback.
 """

@@ -106,6 +106,7 @@ INHERITED: tuple[Option, ...] = (
     # Evaluation
     _evaluation("eval_strategy", "no", "When to evaluate: never, every eval_steps, or after each epoch.", type="str",
                 choices=STRATEGIES, common=True),
+    _evaluation("do_eval", False, "Set by eval_strategy.", type="bool", status="harmless", one_start=True),
     _evaluation("eval_steps", None, "Number of optimizer steps between evaluations; below 1, a fraction of all steps. "
                 "Unset: logging_steps.", type="float", optional=True, low=0, common=True,
                 needs="eval_strategy=steps"),
@@ -218,7 +219,6 @@ INHERITED: tuple[Option, ...] = (
     _refused("fp16_full_eval", "bool", False, "it would convert the policy's weights for good. Evaluation uses the "
              "precision of training; leave it out.", "Evaluation"),
     _refused("do_train", "bool", False, f"{_JOB_SCRIPT}."),
-    _refused("do_eval", "bool", False, f"{_JOB_SCRIPT}, and set eval_strategy to evaluate.", "Evaluation"),
     _refused("do_predict", "bool", False, f"{_JOB_SCRIPT}; sapo evaluate measures a trained model.", "Evaluation"),
     _refused("average_tokens_across_devices", "bool", True, "the loss is a mean over pairs, so this has no effect. "
              "Leave it out."),

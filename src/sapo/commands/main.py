@@ -108,9 +108,12 @@ def _run(command: Command, given: Parsed) -> int:
     """Import the command's module and run it; returns the exit status."""
     match command.name:
         case "train":
-            from sapo.commands.train import run_train
+            from sapo.commands.launch import launched
 
-            run_train(given)
+            if not launched(given):
+                from sapo.commands.train import run_train
+
+                run_train(given)
         case "serve":
             from sapo.commands.serve import run_serve
 

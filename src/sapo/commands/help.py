@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections.abc import Sequence
 
@@ -57,7 +58,7 @@ def formatted(
                 f"--{one.name}",
                 metavar=metavar(one),
                 nargs="?" if one.type == "bool" else None,
-                help=f"{one.help}{_listed(one)} (default: {one.default_text})".replace("%", "%%"),
+                help=f"{one.help}{_listed(one)}{_default(one.default_text)}".replace("%", "%%"),
             )
     lines = [f"Example:\n  {example}"]
     if takes_options and len(shown) < len(accepted()):
@@ -104,6 +105,10 @@ def explained_flag(command: str, name: str, action: argparse.Action) -> str:
     return f"{flag}    (sapo {command})\n\n{text[:1].upper()}{text[1:]}.{default}{choices}\n"
 
 
+def _default(text: str) -> str:
+    return "" if text == "unset" else f" (default: {text})"
+
+
 def _listed(option: Option) -> str:
     return f" One of {', '.join(option.choices)}." if option.choices and metavar(option) == "NAME" else ""
 
@@ -131,7 +136,10 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
 
 def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) -> None:
     for action in actions:
-        group._add_action(action)
+        shown = copy.copy(action)
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in str(action.help):
+            shown.help = f"{action.help}{_default(str(action.default))}"
+        group._add_action(shown)
 
 
 def _wrapped(names: Sequence[str]) -> str:

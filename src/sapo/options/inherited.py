@@ -71,7 +71,7 @@ INHERITED: tuple[Option, ...] = (
     _training("max_grad_norm", 1.0, "Maximum gradient norm; larger gradients are scaled down. 0 for no clipping.",
               type="float", low=0),
     # Optimizer
-    _optimizer("lr_scheduler_type", "linear", "Learning rate schedule.", type="str", choices=SCHEDULERS, common=True),
+    _optimizer("lr_scheduler_type", "linear", "Learning rate schedule.", type="str", choices=SCHEDULERS),
     _optimizer("lr_scheduler_kwargs", None, "Further arguments of the schedule, as JSON.", type="mapping",
                optional=True),
     _optimizer("warmup_steps", 0, "Number of optimizer steps over which the learning rate rises from 0; below 1, a "

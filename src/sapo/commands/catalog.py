@@ -199,12 +199,12 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(
-            "demo", "Start", "run the full method on a built-in task, in minutes on a CPU", "sapo demo", _demo
+            "demo", "Start", "run the full method on a built-in task, minutes on a CPU", "sapo demo", _demo
         ),
         Command(
             "data check",
             "Start",
-            "show what the trainer will see of a data set, before any training",
+            "show what the trainer will see of a data set",
             "sapo data check train.jsonl --model_name_or_path my-sft-model",
             takes_options=True,
             shown=(*_MODEL_AND_DATA, "segment_length", "tail_margin", "max_length", "max_prompt_length",
@@ -214,7 +214,7 @@ COMMANDS = {
         Command(
             "estimate",
             "Start",
-            "estimate memory and time of a step, without reading any weights",
+            "estimate memory and time of a step, without weights",
             "sapo estimate --config guarded-dpo.yaml --gpu h100 --num_gpus 8 --accelerate_config zero3",
             _estimate,
             takes_options=True,
@@ -231,7 +231,7 @@ COMMANDS = {
         Command(
             "generate",
             "Train",
-            "generate a model's pairs for a data set, as a preference data set",
+            "generate a model's pairs for a data set, as Parquet",
             "sapo generate --model_name_or_path my-sft-model --dataset_name train.jsonl --output_file pairs.parquet",
             _generate,
             takes_options=True,
@@ -240,7 +240,7 @@ COMMANDS = {
         Command(
             "serve",
             "Train",
-            "start the vLLM servers of a recipe and, with --train, its run",
+            "start a recipe's vLLM servers and, with --train, its run",
             "sapo serve --config recipe.yaml --devices 1 --train",
             _serve,
             takes_options=True,
@@ -251,14 +251,14 @@ COMMANDS = {
         Command(
             "report",
             "Look at the result",
-            "write curves, pairs and warnings of runs to one page, or serve it live",
+            "write curves, pairs and warnings of runs to one page",
             "sapo report runs/mine --serve",
             _report,
         ),
         Command(
             "chat",
             "Look at the result",
-            "chat with a model, or compare a run's base, opponent and policy",
+            "chat with a model, or with all models of a run",
             "sapo chat runs/mine --prompt 'What is a moving average?'",
             _chat,
         ),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections.abc import Sequence
 
 from sapo.options import Option, accepted, sections
 from sapo.options.values import wanted
+
+_LONGEST = 40
+"""Characters of choices in the place of a value; a longer list stands in the text."""
 
 _METAVARS = {
     "int": "N",
@@ -24,7 +28,10 @@ _METAVARS = {
 
 def metavar(option: Option) -> str:
     """How the value is called in the help."""
-    return _METAVARS[option.type] if option.choices is None else "|".join(option.choices)
+    listed = "|".join(option.choices or ())
+    if len(listed) > _LONGEST:
+        return "NAME"
+    return listed or _METAVARS[option.type]
 
 
 def formatted(
@@ -51,16 +58,16 @@ def formatted(
                 f"--{one.name}",
                 metavar=metavar(one),
                 nargs="?" if one.type == "bool" else None,
-                help=f"{one.help} (default: {one.default_text})".replace("%", "%%"),
+                help=f"{one.help}{_listed(one)}{_default(one.default_text)}".replace("%", "%%"),
             )
     lines = [f"Example:\n  {example}"]
     if takes_options and len(shown) < len(accepted()):
         lines.append(
-            f"These are the most used options. sapo {name} --help-all lists all {len(accepted())}; "
-            f"--help NAME explains one."
+            f"These are the most used options. sapo {name} --help-all lists all {len(accepted())},\n"
+            f"sapo {name} --help NAME explains one."
         )
     else:
-        lines.append(f"sapo {name} --help NAME explains one.")
+        lines.append(f"sapo {name} --help NAME explains one flag.")
     parser.epilog = "\n\n".join(lines)
     return parser.format_help()
 
@@ -98,6 +105,14 @@ def explained_flag(command: str, name: str, action: argparse.Action) -> str:
     return f"{flag}    (sapo {command})\n\n{text[:1].upper()}{text[1:]}.{default}{choices}\n"
 
 
+def _default(text: str) -> str:
+    return "" if text == "unset" else f" (default: {text})"
+
+
+def _listed(option: Option) -> str:
+    return f" One of {', '.join(option.choices)}." if option.choices and metavar(option) == "NAME" else ""
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 100) - 1)
@@ -121,7 +136,10 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
 
 def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) -> None:
     for action in actions:
-        group._add_action(action)
+        shown = copy.copy(action)
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in str(action.help):
+            shown.help = f"{action.help}{_default(str(action.default))}"
+        group._add_action(shown)
 
 
 def _wrapped(names: Sequence[str]) -> str:

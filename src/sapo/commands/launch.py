@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 from sapo.commands.catalog import LAUNCHER
+from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError, TrainingError
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
@@ -36,6 +37,24 @@ def is_asked_for(own: Namespace) -> bool:
         return False
     if "LOCAL_RANK" in os.environ:
         raise ConfigurationError(f"{FLAG} starts the processes itself, and this is one of several. Leave it out.")
+    return True
+
+
+def launched(given: Parsed) -> bool:
+    """Run `sapo train` in several processes, if it is asked for.
+
+    Returns:
+        Whether it was, and the run has ended.
+
+    Raises:
+        ConfigurationError: the options, the recipe or the configuration is wrong.
+        TrainingError: a process failed.
+    """
+    if not is_asked_for(given.own):
+        return False
+    given.values()
+    quiet = ["--quiet"] if given.own.quiet else []
+    launch("train", launcher_flags(given.own), [*given.rest, *quiet])
     return True
 
 

@@ -20,8 +20,9 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 usage: sapo COMMAND [--flag value ...]
 """
 _CLOSING = """
-sapo COMMAND --help shows the flags of a command, --help NAME explains one of them, and `sapo --version` the version.
-An error is one line with exit status 2; --debug adds the traceback.
+sapo COMMAND --help shows the flags of a command, --help NAME explains one.
+sapo --version prints the version. An error is one line with exit status 2;
+--debug adds the traceback.
 """
 
 
@@ -107,9 +108,12 @@ def _run(command: Command, given: Parsed) -> int:
     """Import the command's module and run it; returns the exit status."""
     match command.name:
         case "train":
-            from sapo.commands.train import run_train
+            from sapo.commands.launch import launched
 
-            run_train(given)
+            if not launched(given):
+                from sapo.commands.train import run_train
+
+                run_train(given)
         case "serve":
             from sapo.commands.serve import run_serve
 

@@ -10,7 +10,6 @@ from transformers import PrinterCallback
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
-from sapo.commands.launch import is_asked_for, launch, launcher_flags
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
 from sapo.hub.card import write_card
@@ -24,17 +23,12 @@ from sapo.weights.sharding import shutdown_process_group
 
 
 def run_train(given: Parsed) -> None:
-    """Train as the command line says; with `--accelerate_config`, in several processes.
+    """Train as the command line says, in this process.
 
     Raises:
         SapoError: what is wrong with options, data or model; or why the run ended.
     """
-    values = given.values()
-    if is_asked_for(given.own):
-        quiet = ["--quiet"] if given.own.quiet else []
-        launch("train", launcher_flags(given.own), [*given.rest, *quiet])
-        return
-    train(build(values), quiet=given.own.quiet)
+    train(build(given.values()), quiet=given.own.quiet)
     shutdown_process_group()
 
 

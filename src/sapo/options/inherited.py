@@ -71,7 +71,7 @@ INHERITED: tuple[Option, ...] = (
     _training("max_grad_norm", 1.0, "Maximum gradient norm; larger gradients are scaled down. 0 for no clipping.",
               type="float", low=0),
     # Optimizer
-    _optimizer("lr_scheduler_type", "linear", "Learning rate schedule.", type="str", choices=SCHEDULERS, common=True),
+    _optimizer("lr_scheduler_type", "linear", "Learning rate schedule.", type="str", choices=SCHEDULERS),
     _optimizer("lr_scheduler_kwargs", None, "Further arguments of the schedule, as JSON.", type="mapping",
                optional=True),
     _optimizer("warmup_steps", 0, "Number of optimizer steps over which the learning rate rises from 0; below 1, a "
@@ -106,6 +106,7 @@ INHERITED: tuple[Option, ...] = (
     # Evaluation
     _evaluation("eval_strategy", "no", "When to evaluate: never, every eval_steps, or after each epoch.", type="str",
                 choices=STRATEGIES, common=True),
+    _evaluation("do_eval", False, "Set by eval_strategy.", type="bool", status="harmless", one_start=True),
     _evaluation("eval_steps", None, "Number of optimizer steps between evaluations; below 1, a fraction of all steps. "
                 "Unset: logging_steps.", type="float", optional=True, low=0, common=True,
                 needs="eval_strategy=steps"),
@@ -138,7 +139,7 @@ INHERITED: tuple[Option, ...] = (
     _logging("skip_memory_metrics", True, "Leave transformers' memory metrics out of the results.", type="bool",
              status="harmless"),
     _logging("debug", "", "transformers' debug features: underflow_overflow or tpu_metrics_debug.", type="str",
-             status="harmless"),
+             status="harmless", one_start=True),
     # Checkpoints and output
     _output("save_strategy", "steps", "When to save a checkpoint: never, every save_steps, after each epoch, or when "
             "the evaluation improves (best).", type="str", choices=(*STRATEGIES, "best")),
@@ -200,7 +201,8 @@ INHERITED: tuple[Option, ...] = (
     _loading("dataloader_multiprocessing_context", None, "How loading processes are started: fork, spawn or "
              "forkserver.", type="str", optional=True, needs="dataloader_num_workers"),
     # Refused
-    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it out."),
+    _refused("label_smoothing_factor", "float", 0.0, "the loss is computed on pairs and does not use it. Leave it "
+             "out."),
     _refused("neftune_noise_alpha", "float", None, "the noise would reach the policy and not the reference, so that "
              "the margin is wrong from the first step. Leave it out.", optional=True),
     _refused("length_column_name", "str", "length", "rows are not grouped by length. Leave it out.", "Data loading"),
@@ -217,7 +219,6 @@ INHERITED: tuple[Option, ...] = (
     _refused("fp16_full_eval", "bool", False, "it would convert the policy's weights for good. Evaluation uses the "
              "precision of training; leave it out.", "Evaluation"),
     _refused("do_train", "bool", False, f"{_JOB_SCRIPT}."),
-    _refused("do_eval", "bool", False, f"{_JOB_SCRIPT}, and set eval_strategy to evaluate.", "Evaluation"),
     _refused("do_predict", "bool", False, f"{_JOB_SCRIPT}; sapo evaluate measures a trained model.", "Evaluation"),
     _refused("average_tokens_across_devices", "bool", True, "the loss is a mean over pairs, so this has no effect. "
              "Leave it out."),

@@ -16,7 +16,7 @@ MODEL: tuple[Option, ...] = (
            "model.", type="str", optional=True, common=True),
     _model("model_revision", "main", "Branch, tag or commit of a model on the Hub.", type="str"),
     _model("dtype", "float32", "Data type of the model's weights; auto is that of the checkpoint.", type="str",
-           optional=True, choices=("auto", "bfloat16", "float16", "float32"), common=True),
+           optional=True, choices=("auto", "bfloat16", "float16", "float32")),
     _model("attn_implementation", None, "Attention kernel: sdpa, eager, flash_attention_2 (pip install flash-attn), "
            "... Unset: transformers' choice.", type="str", optional=True),
     _quantization("use_peft", False, "Train a LoRA adapter and not all weights.", type="bool", common=True),

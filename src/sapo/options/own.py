@@ -197,7 +197,6 @@ class OwnOptions:
         1,
         "Number of pairs generated from each example, each with its own segment.",
         low=1,
-        common=True,
         shapes_pairs=True,
     )
     generation_interval: int = _self_play(

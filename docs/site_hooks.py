@@ -1,55 +1,55 @@
 """Pages of the site that are made from elsewhere.
 
-The configuration reference comes from the help texts of SAPOConfig, and the files at the root of the repository that
+The configuration reference comes from the declarations of the options, and the files at the root of the repository that
 pages link to stand beside the pages.
 """
 
-import dataclasses
-import inspect
-import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from sapo import SAPOConfig
+from sapo.options import Option, accepted, options, sections
 
 ROOT = Path(__file__).parents[1]
 AT_ROOT = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 INTRODUCTION = """# Configuration
 
-Every option of `sapo train` that is this project's own, with its default. They are fields of `SAPOConfig`, flags of the
-command line and lines of a recipe under the same name. Options of
-[transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
-work too, as do trl's for the model (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`, ...) and the
-data (`dataset_name`, `dataset_config`, `dataset_train_split`, `datasets`, ...): `sapo train --help` lists all.
+Every option of `sapo train`: a flag of the command line and a line of a recipe under the same name, and a field of
+`SAPOConfig` unless it is marked as one for the model or the data. `sapo train --help NAME` shows the same on the
+terminal.
+
+An option marked *free* may change when a run is resumed; all others must stay as they were. Options that
+`transformers.TrainingArguments` has and that have no meaning here are refused; the last table says why.
 """
 
 
 def configuration_page() -> str:
-    """The page: a table for each section of the class, in its order."""
-    fields = {field.name: field for field in dataclasses.fields(SAPOConfig)}
-    parts, table = [INTRODUCTION], []
-    for line in inspect.getsource(SAPOConfig).splitlines():
-        section = re.match(r"    # (.+?)\.?$", line)
-        option = re.match(r"    (\w+): .*= (?:_option|field)\(", line)
-        if section and not table:
-            title = section[1]
-        if section and table:
-            parts.append(_section(title, table))
-            title, table = section[1], []
-        elif option:
-            field = fields[option[1]]
-            text = str(field.metadata["help"]).replace("%%", "%").replace("|", "\\|")
-            default = "unset" if field.default is None else str(field.default)
-            default = default.lower() if isinstance(field.default, bool) else default
-            table.append(f"| `{field.name}` | `{default}` | {text} |")
-    parts.append(_section(title, table))
+    """The page: a table for each section, and one of what is refused."""
+    parts = [INTRODUCTION]
+    for section, members in sections(accepted()).items():
+        rows = ["| option | default | resume | |", "| --- | --- | --- | --- |", *map(_row, members)]
+        parts.append("\n".join([f"## {section}", "", *rows, ""]))
+    refused = [f"| `{one.name}` | {_cell(one.reason)} |" for one in options() if one.status == "refused"]
+    parts.append("\n".join(["## Refused", "", "| option | why, and what to do |", "| --- | --- |", *refused, ""]))
     return "\n".join(parts)
 
 
-def _section(title: str, table: list[str]) -> str:
-    return "\n".join([f"## {title}", "", "| option | default | |", "| --- | --- | --- |", *table, ""])
+def _row(one: Option) -> str:
+    text = one.help
+    if one.choices:
+        text += f" One of {', '.join(one.choices)}."
+    elif one.range:
+        text += f" {one.range[:1].upper()}{one.range[1:]}."
+    if one.needs:
+        text += f" Needs {one.needs}."
+    resume = "one start" if one.one_start else "free" if one.resume == "free" else "fixed"
+    kept = one.kind if one.kind in ("model", "data") else resume
+    return f"| `{one.name}` | `{one.default_text}` | {kept} | {_cell(text)} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def on_files(files, config):  # noqa: ANN001, ANN201

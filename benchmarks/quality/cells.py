@@ -12,7 +12,8 @@ from measures import measure
 from methods import Method
 
 from sapo.commands.main import main
-from sapo.runs.records import read_runs
+from sapo.runs.cost import cost_of
+from sapo.runs.reading import expand_rounds, read_run
 
 
 def supervised(model: Path, rows: Path, folder: Path, **options: str) -> None:
@@ -79,8 +80,8 @@ class Cell:
             status = main(self._command())
         if status != 0:
             raise SystemExit(f"{self.folder}: sapo train ended with status {status}; see log.txt")
-        runs = read_runs([self.folder / "run"])
-        if sum(run.cost().steps for run in runs) < self.steps // self.method.iterations * self.method.iterations:
+        runs = [read_run(folder) for folder in expand_rounds([self.folder / "run"])]
+        if sum(run.last_step for run in runs) < self.steps // self.method.iterations * self.method.iterations:
             # A signal ends a run with a checkpoint and without an error.
             raise SystemExit(f"{self.folder}: stopped before its last step; the same command goes on.")
         policies = self._policies()
@@ -89,7 +90,7 @@ class Cell:
             for step, folder in sorted(policies.items())
         ]
         stopped = BEST[self.task.CHOOSE.split("@")[0]](curve, key=lambda point: point[self.task.CHOOSE])
-        costs = [run.cost() for run in runs]
+        costs = [cost_of(run) for run in runs]
         found = {
             "options": self.options,
             "seed": self.seed,
@@ -101,7 +102,7 @@ class Cell:
             "tokens": sum(cost.tokens or 0 for cost in costs),
             "peak_mb": max(cost.peak_mb or 0 for cost in costs),
             "courses": [{name: run.curve(name) for name in FOLLOWED if run.curve(name)} for run in runs],
-            "pairs": [run.written for run in runs if run.written],
+            "pairs": [run.round for run in runs if run.round],
         }
         if test is not None:
             likeliest = min(curve, key=lambda point: point["nll"])["step"]

@@ -12,6 +12,18 @@ from sapo._version import __version__
 
 if TYPE_CHECKING:
     from sapo.config import SAPOConfig
+    from sapo.errors import (
+        CheckpointError,
+        ConfigurationError,
+        DatasetError,
+        EvaluationError,
+        GenerationError,
+        ModelError,
+        SapoError,
+        TokenizerError,
+        TrainingError,
+    )
+    from sapo.generation.protocol import Generator
     from sapo.preference.objectives import dpo_loss, orpo_loss, sequence_logps
     from sapo.preference.pairs import Pair, PairedData, PairSource
     from sapo.preference.replay_buffer import ReplayBuffer
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SAPOConfig": "sapo.config",
     "SAPOTrainer": "sapo.training.trainer",
+    "Generator": "sapo.generation.protocol",
     "Pair": "sapo.preference.pairs",
     "PairSource": "sapo.preference.pairs",
     "PairedData": "sapo.preference.pairs",
@@ -33,17 +46,36 @@ _HOMES = {
     "orpo_loss": "sapo.preference.objectives",
     "sequence_logps": "sapo.preference.objectives",
     "splice": "sapo.preference.segments",
+    "CheckpointError": "sapo.errors",
+    "ConfigurationError": "sapo.errors",
+    "DatasetError": "sapo.errors",
+    "EvaluationError": "sapo.errors",
+    "GenerationError": "sapo.errors",
+    "ModelError": "sapo.errors",
+    "SapoError": "sapo.errors",
+    "TokenizerError": "sapo.errors",
+    "TrainingError": "sapo.errors",
 }
 
 __all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DatasetError",
+    "EvaluationError",
+    "GenerationError",
+    "Generator",
+    "ModelError",
     "Pair",
     "PairSource",
     "PairedData",
     "ReplayBuffer",
     "SAPOConfig",
     "SAPOTrainer",
+    "SapoError",
     "Segment",
     "SelfPlay",
+    "TokenizerError",
+    "TrainingError",
     "__version__",
     "choose_segment",
     "dpo_loss",

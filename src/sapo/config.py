@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import transformers
@@ -14,11 +12,11 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError, brief
+from sapo.options import option
+from sapo.options.own import LEAST_REPORT_PAIRS, VLLM_URL, OwnOptions, Reference
+from sapo.options.values import check
 
-Objective = Literal["dpo", "orpo", "sft"]
-PairSourceName = Literal["self_play", "paired", "none"]
-GenerationBackend = Literal["transformers", "vllm_server", "vllm_colocate"]
-Reference = Literal["initial", "opponent_copy", "opponent", "none"]
+__all__ = ["HAS_ACTIVATION_CHECKPOINTING", "HAS_FUSED_LM_HEAD", "VLLM_URL", "SAPOConfig"]
 
 HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.23")
 """Whether transformers calls gradient checkpointing `activation_checkpointing` and deprecates the older name."""
@@ -26,277 +24,17 @@ HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.2
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
 """Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
 
-VLLM_URL = "http://127.0.0.1:8000"
-"""Where vLLM listens unless told otherwise."""
-
-LEAST_REPORT_PAIRS = 12
-"""Pairs that the report keeps of the start and the end of a run."""
-
-
-def _option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text; argparse reads `%` as a format, so it is doubled."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
-
-
-class _Repeatable(argparse.Action):
-    """A flag that may be given several times: its values add up, and take the place of a recipe's."""
-
-    _given = False
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        before = getattr(namespace, self.dest) if self._given else None
-        self._given = True
-        setattr(namespace, self.dest, [*(before or ()), *values])
-
 
 @dataclass
-class SAPOConfig(TrainingArguments):
-    """Options of `SAPOTrainer`: those of `transformers.TrainingArguments`, and what SAPO adds.
+class SAPOConfig(OwnOptions, TrainingArguments):
+    """Options of `SAPOTrainer`: those of `transformers.TrainingArguments`, and those that SAPO adds.
 
-    Defaults are the published settings where the paper has one (section 4.1 and the published recipes). The help text
-    of each field is its documentation; `sapo train --help` prints all of them.
+    Defaults are the published settings where the paper has one (section 4.1 and the published recipes). Each option is
+    declared in `sapo.options`; `sapo train --help-all` prints all of them, `sapo train --help NAME` one.
 
     Raises:
-        ConfigurationError: options that are out of range or clash, with the way out.
+        ConfigurationError: options that are out of range, without effect here, or that clash, with the way out.
     """
-
-    # Defaults of TrainingArguments that differ here, as in trl.
-    learning_rate: float = _option(5e-7, "Peak learning rate. Published: 5e-7 for DPO, 5e-6 for ORPO.")
-    logging_steps: float = _option(10, "Log every so many optimizer steps; below 1, a share of all steps.")
-    gradient_checkpointing: bool = _option(
-        True, "Recompute activations in the backward pass: much less memory for about 20% more time."
-    )
-    bf16: bool | None = _option(
-        None, "Mixed precision in bfloat16. Unset: on where the accelerator has it, off on a CPU."
-    )
-    remove_unused_columns: bool | None = _option(False, "Must stay false: the prepared data has columns of its own.")
-
-    hub_strategy: str = _option("end", "Must stay end: the run is pushed when it has ended, its checkpoints are not.")
-
-    # Objective
-    objective: Objective = _option(
-        "dpo",
-        'Loss on the pairs: "dpo" (with a reference) or "orpo" (without); "sft" is the likelihood of the chosen '
-        "responses alone, with neither opponent nor pairs.",
-    )
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = _option(
-        "sigmoid", "Form of the DPO loss; ipo divides log-ratios by the response length, as trl does."
-    )
-    beta: float = _option(
-        0.1, "Strength of the pull towards the reference (DPO), weight of the odds-ratio term (ORPO)."
-    )
-    chosen_nll_weight: float = _option(
-        0.0, "Guard for DPO: add this times the chosen response's negative log-likelihood per token."
-    )
-    dpop_weight: float = _option(
-        0.0,
-        "Guard for DPO: subtract this times max(0, fall of the chosen log-probability) from the margin (DPOP).",
-    )
-    chosen_drop_limit: float | None = _option(
-        None, "Stop when the chosen log-probability has fallen by more than this many nats per response."
-    )
-    max_nonfinite_steps: int = _option(
-        10,
-        "Stop after so many optimizer steps in a row whose loss or gradient is not finite; such a step changes "
-        "nothing.",
-    )
-    chosen_probe_size: int = _option(
-        16,
-        "Training examples whose chosen log-probability is followed from the start of the run; 0 for none.",
-    )
-    nll_scope: Literal["response", "all"] = _option(
-        "response",
-        'Where ORPO\'s likelihood term looks; "all" adds prompt and padding, as published (departure 8).',
-    )
-
-    # Self-play
-    pair_source: PairSourceName = _option(
-        "self_play",
-        'Where pairs come from: the opponent, or the data\'s own chosen and rejected ("paired"). Objective sft has '
-        'none and sets "none".',
-    )
-    num_rounds: int | None = _option(
-        None,
-        "Play in rounds, as SPIN does: the opponent, frozen, writes the pairs of the whole data set, the policy trains "
-        "on them for num_train_epochs, and becomes the next round's opponent and reference. Each has a folder of its "
-        "own, round-N. Unset: one run in which the opponent follows.",
-    )
-    mix_previous_round: bool = _option(
-        False, "With num_rounds: from round 1 on, train on the pairs of the round before too."
-    )
-    segment_length: float | None = _option(
-        256, "Tokens to rewrite; between 0 and 1 a fraction of the response; none for the whole response."
-    )
-    tail_margin: int = _option(
-        3, "Last tokens of a long response that a segment never reaches (published: 3; departure 3)."
-    )
-    suffix: Literal["keep", "drop", "mask"] = _option(
-        "keep",
-        "What follows the rewritten segment: kept, dropped, or present and not scored in the rejected response.",
-    )
-    max_new_tokens: int | None = _option(
-        None,
-        "Most tokens that the opponent writes when it rewrites whole responses (segment_length none). Unset: as many "
-        "as the response has, as in SAPO, so that no rejected response is longer than the chosen one.",
-    )
-    assistant_turns: Literal["last", "random", "all"] = _option(
-        "last", "Which replies of a conversation are learnt from; random draws one anew in each epoch."
-    )
-    num_generations: int = _option(1, "Pairs made from each example; each draws its own segment.")
-    generation_interval: int = _option(
-        1, "Generate at every k-th optimizer step; the examples of the steps between are passed over."
-    )
-    steps_per_generation: int = _option(
-        1,
-        "Write the segments of this many optimizer steps in one call: larger batches for the opponent, whose text is "
-        "then at most this many steps older.",
-    )
-    generation_batch_size: int | None = _option(None, "Rows the opponent writes at a time; unset for all at once.")
-    temperature: float = _option(0.7, "Sampling temperature of the opponent; 0 for greedy.")
-    top_k: int = _option(50, "The opponent samples from this many most probable tokens; 0 for all.")
-    top_p: float = _option(0.95, "The opponent samples from the smallest set with this probability; 1 for all.")
-    skip_identical: bool = _option(
-        True, "Do not store a pair whose rewritten segment equals the original: it carries no signal."
-    )
-
-    # Who writes
-    generation_backend: GenerationBackend = _option(
-        "transformers",
-        "What the opponent writes with: this process; one or several vLLM servers (vllm_server_url; sapo serve starts "
-        "one); or vLLM inside this process.",
-    )
-    vllm_server_url: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"With generation_backend vllm_server: where the server is; may be repeated. Unset: {VLLM_URL}.",
-            "action": _Repeatable,
-        },
-    )
-    vllm_server_timeout: float = _option(
-        240.0, "Seconds to wait for a vLLM server that does not answer, at the start and later, before giving up."
-    )
-    vllm_request_timeout: float = _option(
-        300.0, "Seconds after which one request to a vLLM server is given up and sent again."
-    )
-    vllm_weights_transfer: Literal["folder", "stream"] = _option(
-        "folder",
-        "With vllm_server: how the opponent's weights reach the servers; stream sends those of a full model over the "
-        "network, from the first process's main memory, to servers that see no common folder.",
-    )
-    vllm_weights_dir: str | None = _option(
-        None,
-        "Folder, seen by the vLLM servers under the same name, in which the opponent's weights are handed over, in a "
-        "folder of this run's own; one in memory (/dev/shm) is fastest. Unset: engine/ in output_dir.",
-    )
-    vllm_gpu_memory_utilization: float = _option(
-        0.3, "With generation_backend vllm_colocate: share of the GPU's memory that vLLM takes; sapo serve: 0.9."
-    )
-    sync_opponent_steps: int = _option(
-        1, "With vLLM: give the engine the opponent's weights after every so many optimizer steps."
-    )
-    max_staleness: int = _option(
-        0,
-        "With vllm_server: most optimizer steps that the opponent may have been behind the policy when it wrote a pair "
-        "that is learnt from for the first time. Above 0 the server writes pending batches while the policy trains; 0 "
-        "waits for it in each step.",
-    )
-
-    # Opponent and reference
-    ema_decay: float = _option(
-        0.5,
-        "Opponent <- decay x opponent + (1 - decay) x policy after each optimizer step; 1 freezes it, 0 copies.",
-    )
-    reference: Reference | None = _option(
-        None,
-        "Reference of DPO: initial; opponent_copy (every ref_model_sync_steps, published); opponent (live, one model "
-        "fewer); none. Unset: opponent_copy for self-play DPO, initial for paired data, none for ORPO.",
-    )
-    ref_model_sync_steps: int = _option(
-        108, "With reference opponent_copy: optimizer steps between two copies (published: 108)."
-    )
-
-    # Replay buffer
-    replay_buffer_size: int = _option(2000, "Pairs kept by each process; when full the oldest leaves.")
-    replay_draw: Literal["inverse_count", "uniform"] = _option(
-        "inverse_count", "Draw with probability proportional to 1 / (times drawn + 1), or uniformly."
-    )
-    replay_replacement: bool = _option(True, "Whether a batch may hold the same pair twice (as published).")
-    replay_max_age: int | None = _option(None, "Discard pairs older than this many optimizer steps.")
-
-    # Data
-    max_length: int = _option(2048, "Most tokens of prompt and response together.")
-    max_prompt_length: int | None = _option(
-        None,
-        "Most tokens of a prompt that has to be cut. Unset: max_length less segment_length (less a quarter, if that is "
-        "not in tokens), at least half.",
-    )
-    prompt_truncation: Literal["keep_end", "keep_start"] = _option(
-        "keep_end", "Which end of a prompt that is too long is kept."
-    )
-    max_length_policy: Literal["truncate", "drop", "error"] = _option(
-        "truncate", "What happens to rows longer than max_length; they are counted and reported in any case."
-    )
-
-    # Speed and memory; none of these changes what is learnt, beyond floating point
-    layout: Literal["auto", "shared", "plain"] = _option(
-        "auto",
-        "shared computes the prefix of a pair once, in one row without padding; plain has a row for each response. "
-        "auto shares where the model's attention allows it.",
-    )
-    pairs_per_forward: int | None = _option(
-        None,
-        "Pairs in one forward and backward pass; unset: the whole micro-batch. Fewer need less memory.",
-    )
-    fused_lm_head: bool | None = _option(
-        None,
-        "Compute log-probabilities with trl's fused head, which never holds all logits. Unset: on CUDA. Slower on CPU.",
-    )
-
-    # Local measures at evaluations
-    eval_local: bool = _option(
-        False,
-        "At evaluations also sample from the policy on some of the rows and log eval_local/...: likelihood, ends, "
-        "lengths, repetition, variety, distance to the data, self-play gap.",
-    )
-    eval_local_size: int = _option(32, "Rows of the evaluation set that eval_local samples.")
-    eval_local_max_time_fraction: float = _option(
-        0.05, "Share of the run's time that eval_local may take; what does not fit waits for a later evaluation."
-    )
-
-    # The run
-    disable_dropout: bool = _option(True, "Set every dropout of the model to 0, as trl's DPO does.")
-    model_init_kwargs: dict | str | None = _option(
-        None, "Keyword arguments for from_pretrained when the model is given by name."
-    )
-    log_pairs_steps: int = _option(50, "Show a table of a few new pairs every so many optimizer steps; 0 for never.")
-    num_pairs_to_print: int = _option(3, "Pairs in that table.")
-    push_opponent_to_hub: bool = _option(
-        False, "With push_to_hub: push the opponent too, into the folder opponent/ of the same repository."
-    )
-    report_steps: int = _option(
-        100,
-        "Refresh report.html every so many optimizer steps (less often where that would take a fiftieth of the time); "
-        "0: write it at the end of the run only.",
-    )
-    report_pairs: int = _option(
-        200,
-        "Pairs kept in pairs.jsonl for the report, at most: a few prompts followed through the run, and a few pairs "
-        "learnt from, at evenly spaced steps; 0 for none.",
-    )
-    resume_from_checkpoint: str | None = _option(
-        None,
-        'A checkpoint folder to continue from; "true" for the newest in output_dir; "auto" for that if there is one, '
-        "and from the start if not: for jobs that are restarted by themselves.",
-    )
-    overwrite_output_dir: bool = _option(
-        False,
-        "Start afresh in an output folder that holds an earlier run: its checkpoints and results are deleted.",
-    )
-    skip_memory_check: bool = _option(
-        False, "Load the model even if the estimate says that its copies do not fit into memory."
-    )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
@@ -320,10 +58,10 @@ class SAPOConfig(TrainingArguments):
             )
 
     def _check(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigurationError(f"{option.name}={value}: must be a finite number.")
+        for one in fields(self):
+            declared = option(one.name)
+            if declared is not None:
+                check(declared, getattr(self, one.name))
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
@@ -334,11 +72,6 @@ class SAPOConfig(TrainingArguments):
         if self.objective == "sft" and self.pair_source == "self_play":
             self.pair_source = "none"
         self.reference = self.reference or self._default_reference()
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                reach = f"{low} or more" if high == _INF else f"between {low} and {high}"
-                raise ConfigurationError(f"{name}={value}: must be {reach}.")
         if 0 < self.report_pairs < LEAST_REPORT_PAIRS:
             raise ConfigurationError(
                 f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
@@ -355,16 +88,10 @@ class SAPOConfig(TrainingArguments):
         self._check_device()
         if self.eval_local and self.eval_strategy == "no":
             raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
-        if self.hub_strategy != "end":
-            raise ConfigurationError(
-                f"hub_strategy={self.hub_strategy}: a run is pushed when it has ended. Leave the option out."
-            )
         if self.push_opponent_to_hub and self.pair_source == "paired":
             raise ConfigurationError(
                 "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
             )
-        if self.remove_unused_columns:
-            raise ConfigurationError("remove_unused_columns=true: must stay false here. Leave the option out.")
 
     def check_positions(self, model_config: Any) -> None:
         """Refuse more tokens than a model has positions for; one whose configuration does not say is believed.
@@ -553,44 +280,3 @@ def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]
-
-
-_INF = float("inf")
-_RANGES: list[tuple[str, float, float]] = [
-    ("beta", 0, _INF),
-    ("chosen_nll_weight", 0, _INF),
-    ("dpop_weight", 0, _INF),
-    ("chosen_drop_limit", 0, _INF),
-    ("chosen_probe_size", 0, _INF),
-    ("max_nonfinite_steps", 1, _INF),
-    ("segment_length", 0, _INF),
-    ("tail_margin", 0, _INF),
-    ("max_new_tokens", 1, _INF),
-    ("num_rounds", 1, _INF),
-    ("num_generations", 1, _INF),
-    ("generation_interval", 1, _INF),
-    ("steps_per_generation", 1, _INF),
-    ("generation_batch_size", 1, _INF),
-    ("pairs_per_forward", 1, _INF),
-    ("temperature", 0, _INF),
-    ("top_k", 0, _INF),
-    ("top_p", 0, 1),
-    ("eval_local_size", 1, _INF),
-    ("eval_local_max_time_fraction", 0, 1),
-    ("vllm_server_timeout", 0, _INF),
-    ("vllm_request_timeout", 0.001, _INF),
-    ("vllm_gpu_memory_utilization", 0, 1),
-    ("sync_opponent_steps", 1, _INF),
-    ("max_staleness", 0, _INF),
-    ("ema_decay", 0, 1),
-    ("ref_model_sync_steps", 1, _INF),
-    ("replay_buffer_size", 1, _INF),
-    ("replay_max_age", 0, _INF),
-    ("max_length", 2, _INF),
-    ("max_prompt_length", 1, _INF),
-    ("log_pairs_steps", 0, _INF),
-    ("num_pairs_to_print", 1, _INF),
-    ("report_steps", 0, _INF),
-    ("report_pairs", 0, _INF),
-]
-"""Inclusive range of each number; `None` always passes where the field allows it."""

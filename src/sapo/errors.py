@@ -6,12 +6,14 @@ The command line prints that line and exits with status 2; anything else is a bu
 
 from __future__ import annotations
 
+from sapo.text import visible
+
 
 def brief(said: object, most: int = 300) -> str:
     """What an error or a file says, to be quoted in a message: one line of at most `most` printable characters."""
     text = " ".join(str(said).split())
     text = text if len(text) <= most else text[: most - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return visible(text)
 
 
 class SapoError(Exception):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sapo.commands.launch import CONFIGS, config_file, split_arguments
+from sapo.commands.catalog import COMMANDS
+from sapo.commands.launch import CONFIGS, config_file, is_asked_for, launcher_flags
 from sapo.commands.main import main
+from sapo.commands.parser import parse_command
 from sapo.errors import ConfigurationError
 from sapo.runs.checkpoint import verify
 from tests.distributed.processes import ROOT
@@ -87,10 +89,10 @@ def test_two_machines_train_to_what_one_machine_with_as_many_devices_does(comman
 
 @pytest.mark.slow
 def test_a_failing_process_is_named_and_its_message_shown(command, tmp_path):
-    started = begin(2, [*command, str(tmp_path / "run"), "--accelerate_config", "multi_gpu", "--max_length", "1"])
+    started = begin(2, [*command, str(tmp_path / "run"), "--accelerate_config", "multi_gpu", "--beta", "0"])
     _, told = started.communicate(timeout=240)
     assert started.returncode == 2
-    assert "max_length=1" in told
+    assert "beta=0" in told
     assert "TrainingError: process" in told
 
 
@@ -117,11 +119,21 @@ def test_a_shipped_configuration_is_found_by_name_and_a_misspelt_one_gets_the_ne
 
 
 def test_the_launcher_gets_its_flags_and_the_run_the_others():
-    launcher, own = split_arguments(["--accelerate_config=zero3", "--beta", "0.1", "--num_machines", "2"])
-    assert launcher == {"--accelerate_config": "zero3", "--num_machines": "2"}
-    assert own == ["--beta", "0.1"]
+    train = COMMANDS["train"]
+    given = parse_command(train, ["--accelerate_config=zero3", "--beta", "0.1", "--num_machines", "2"])
+    assert launcher_flags(given.own) == {"--accelerate_config": "zero3", "--num_machines": "2"}
+    assert given.rest == ["--beta", "0.1"]
     with pytest.raises(ConfigurationError, match="--num_processes needs a value"):
-        split_arguments(["--num_processes", "--beta"])
+        parse_command(train, ["--num_processes", "--beta"])
+
+
+def test_flags_of_the_launcher_are_never_ignored(monkeypatch):
+    train = COMMANDS["train"]
+    with pytest.raises(ConfigurationError, match="--num_machines belongs to --accelerate_config"):
+        is_asked_for(parse_command(train, ["--num_machines", "2"]).own)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigurationError, match="starts the processes itself"):
+        is_asked_for(parse_command(train, ["--accelerate_config", "zero3"]).own)
 
 
 def test_without_a_gpu_the_way_out_is_named(capsys):

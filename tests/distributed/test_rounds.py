@@ -32,7 +32,7 @@ def test_two_processes_write_the_pairs_and_train_to_the_weights_of_one(tmp_path)
         flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
         more = ["--ddp_backend", "gloo"] if processes == 2 else []
-        command = [sys.executable, *launch, "-m", "sapo.commands.main", "train", *flags, *more]
+        command = [sys.executable, *launch, "-m", "sapo", "train", *flags, *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.commands.arguments import parse
-from sapo.config import _RANGES
 from sapo.errors import SapoError
+from sapo.options import options
 from tests.faults.mutations import damaged, mutated
 from tests.faults.trials import check_one_line, trials
 
@@ -46,7 +46,7 @@ def test_a_mutated_recipe_is_refused_in_one_line_or_in_range(tmp_path_factory, s
 @given(seed=st.integers(0, 2**63))
 def test_mutated_flags_are_refused_in_one_line_or_in_range(seed):
     rng = random.Random(seed)
-    names = [name for name, *_ in _RANGES] + ["learning_rate", "max_steps", "optim", "bf16", "seed", "report_to"]
+    names = [one.name for one in options()]
     flags = ["--use_cpu", "--report_to", "none", "--output_dir", "out"]
     for _ in range(rng.randint(1, 3)):
         flags += [f"--{rng.choice(names)}", str(rng.choice(VALUES))]
@@ -59,9 +59,10 @@ def refused_or_in_range(arguments):
     except SapoError as error:
         check_one_line(error)
         return
-    for name, low, high in _RANGES:
-        value = getattr(run.config, name)
-        assert value is None or low <= value <= high, name
+    for one in options():
+        value = getattr(run.config, one.name, None)
+        if value is not None and one.low is not None:
+            assert one.low <= value <= (math.inf if one.high is None else one.high), one.name
     for field in dataclasses.fields(run.config):
         value = getattr(run.config, field.name)
         assert not isinstance(value, float) or math.isfinite(value), field.name

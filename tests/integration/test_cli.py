@@ -207,7 +207,8 @@ def test_wrong_recipe_names_file_and_option(model, data, tmp_path, capsys):
     message = refused([*command(model, data, tmp_path / "run"), "--config", str(recipe)], capsys)
     assert "unknown option segment_lenght; nearest: segment_length" in message
     recipe.write_text(yaml.safe_dump({"objective": "ppo"}))
-    assert "not" in refused([*command(model, data, tmp_path / "run"), "--config", str(recipe)], capsys)
+    message = refused([*command(model, data, tmp_path / "run"), "--config", str(recipe)], capsys)
+    assert "recipe.yaml, line 1: objective=ppo: must be one of dpo, orpo, sft." in message
 
 
 def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, tmp_path, capsys, monkeypatch):
@@ -218,7 +219,7 @@ def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path):
     out = tmp_path / "run"
-    run = [sys.executable, "-m", "sapo.commands.main", *command(model, data, out, "--max_steps", "100000")]
+    run = [sys.executable, "-m", "sapo", *command(model, data, out, "--max_steps", "100000")]
     process = subprocess.Popen(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

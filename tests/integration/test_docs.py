@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
 from sapo.demo.run import ARMS
+from sapo.options import accepted
 from tests.integration.test_readme import ROOT, SMALL, interrupted, newcomer  # noqa: F401
 from tests.reports import write_run
 
@@ -75,19 +77,12 @@ def test_every_other_command_is_accounted_for():
 
 
 def test_every_option_that_a_page_names_exists():
-    import dataclasses
-
-    from trl import ModelConfig
-
-    from sapo.commands.arguments import DataArguments
-    from sapo.config import SAPOConfig
-
-    known = {field.name for kind in (SAPOConfig, ModelConfig, DataArguments) for field in dataclasses.fields(kind)}
-    chat = {"prompt", "max_new_tokens", "temperature", "plain", "output", "serve", "port", "quiet"}
+    known = {one.name for one in accepted()}
+    flags = {name for command in COMMANDS.values() for name in command.flags} | {"debug", "help", "version"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"--(\w+)", " ".join([*blocks(page, ""), *blocks(page, "bash")])):
-            assert name in known | chat | {"project", "config"}, f"{page.name}: --{name}"
+            assert name in known | flags, f"{page.name}: --{name}"
         for name in re.findall(r"`(\w+): [^`]+`", text):
             assert name in known | {"README.md"}, f"{page.name}: {name}"
 
@@ -133,13 +128,6 @@ def test_the_site_builds_and_has_every_option(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    import dataclasses
-
-    from transformers import TrainingArguments
-
-    from sapo.config import SAPOConfig
-
     page = (site / "configuration/index.html").read_text()
-    own = {f.name for f in dataclasses.fields(SAPOConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
-    missing = [name for name in own if f"<code>{name}</code>" not in page]
+    missing = [one.name for one in accepted() if f"<code>{one.name}</code>" not in page]
     assert missing == []

@@ -6,8 +6,10 @@ import yaml
 from peft import LoraConfig
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.commands.evaluate import parse
+from sapo.commands.catalog import COMMANDS
+from sapo.commands.evaluate import options_of
 from sapo.commands.main import main
+from sapo.commands.parser import parse_command
 from sapo.evaluation import local
 from sapo.generation.decoding import TransformersGenerator
 from tests.judge_server import KEY, serving
@@ -378,7 +380,7 @@ def test_no_judge(evaluate, model, mt_bench):
     ("flags", "says"),
     [
         (["--judge_base_url", "localhost:8000"], "http://"),
-        (["--limit", "0"], "limit=0: must be 1 or more"),
+        (["--limit", "0"], "--limit: 0 is not valid; must be a whole number, 1 or more"),
         (["--judge_timeout", "0"], "above 0"),
         (["--jugde_model", "j"], "--jugde_model"),
         (["--temperature", "-1"], "temperature=-1"),
@@ -418,12 +420,16 @@ def test_nothing_but_empty_answers_are_not_judged(evaluate, mt_bench, tmp_path, 
     assert server.requests == []
 
 
+def output_dir(arguments):
+    return options_of(parse_command(COMMANDS["evaluate"], arguments)).output_dir
+
+
 def test_a_run_measured_alone_keeps_its_results_where_its_card_looks(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "sapo_config.yaml").write_text("{}")
     suite = ["--suite", "local"]
-    assert parse([str(run), *suite]).output_dir == str(run / "evaluation")
-    assert parse([str(run), "other", *suite]).output_dir == "evaluation"
-    assert parse(["model", *suite]).output_dir == "evaluation"
-    assert parse([str(run), "--output_dir", "here", *suite]).output_dir == "here"
+    assert output_dir([str(run), *suite]) == str(run / "evaluation")
+    assert output_dir([str(run), "other", *suite]) == "evaluation"
+    assert output_dir(["model", *suite]) == "evaluation"
+    assert output_dir([str(run), "--output_dir", "here", *suite]) == "here"

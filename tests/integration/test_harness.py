@@ -94,7 +94,7 @@ def test_task_without_data_or_network_is_one_line(tmp_path, monkeypatch, capsys)
     command = [
         sys.executable,
         "-m",
-        "sapo.commands.main",
+        "sapo",
         "evaluate",
         str(MODEL),
         "--suite",

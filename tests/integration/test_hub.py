@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from sapo.errors import ConfigurationError
 from sapo.hub import publish
 from sapo.hub.card import write_card
-from sapo.hub.curves import curves_svg
+from sapo.report.svg import curves_svg
 from sapo.runs.reading import read_run
 from tests.reports import HOSTILE, write_run
 
@@ -128,10 +128,14 @@ def test_evaluations_stand_in_the_card(tmp_path):
     results = '{"format": 1, "suites": {"ifeval": {"models": {"policy": {"measures": %s}}}}}'
     (folder / "evaluation").mkdir()
     (folder / "evaluation/results.json").write_text(results % str(measures).replace("'", '"'))
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 100, "eval_local/ended": 0.875, "eval_runtime": 3.0}\n')
     _, body = card_of(folder)
+    assert "| fixed pairs of the training: local/ended | policy | 0.875 |" in body
+    assert "runtime" not in body
     assert "| ifeval: accuracy | policy | 0.625 ± 0.02 |" in body
     assert "| fixed pairs of the training: loss | policy | 0.4321 |" in body
-    (folder / "evaluation/results.json").write_text("[]")
+    (folder / "evaluation/results.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="not results of an evaluation"):
         card_of(folder)
 

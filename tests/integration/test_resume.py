@@ -226,3 +226,33 @@ def test_a_run_that_has_ended_takes_no_step_more_when_it_is_resumed(make_trainer
     assert again.train(resume_from_checkpoint="auto").global_step == 4
     pairs = zip(again.policy().parameters(), trainer.policy().parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+CHANGES = {
+    "warmup_steps": 4,
+    "data_seed": 7,
+    "adam_beta1": 0.1,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 1e-4,
+    "lr_scheduler_kwargs": {"power": 2},
+    "optim_args": "a=1",
+    "train_sampling_strategy": "sequential",
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "chosen_probe_size": 2,
+    "dataloader_drop_last": True,
+}
+
+
+def test_resume_with_another_value_of_a_fixed_option_is_refused(checkpoint, make_trainer):
+    for name, value in CHANGES.items():
+        trainer = make_trainer(f"with-{name}", **{name: value})
+        with pytest.raises(CheckpointError, match=rf"belongs to another configuration: .*{name} was "):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_takes_another_value_of_a_free_option(checkpoint, make_trainer):
+    options = {"logging_steps": 2, "pairs_per_forward": 1, "save_steps": 3, "max_steps": 3, "layout": "plain"}
+    trainer = make_trainer("free", **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 3

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from sapo import SAPOTrainer
 from sapo.errors import TrainingError
-from sapo.runs.folder import BAD_PAIRS_FILE, TRACE_FILE
+from sapo.runs.layout import BAD_PAIRS_FILE, TRACE_FILE
 
 
 def state_of(trainer):

@@ -41,7 +41,7 @@ def begin(tmp_path):
         own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         with (tmp_path / "errors").open("w") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "sapo.commands.main", *command],
+                [sys.executable, "-m", "sapo", *command],
                 env=os.environ | own,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

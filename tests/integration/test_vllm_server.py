@@ -497,7 +497,7 @@ def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, s
     """SIGKILL to both in the middle, sampled text, another start of both."""
     flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
     flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
-    command = [sys.executable, "-m", "sapo.commands.main", "train", "--config", str(recipe), *flags, "--output_dir"]
+    command = [sys.executable, "-m", "sapo", "train", "--config", str(recipe), *flags, "--output_dir"]
     real.wait()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
@@ -535,7 +535,7 @@ def recipe(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
 def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
-    command = [sys.executable, "-m", "sapo.commands.main", "serve", "--config", str(recipe), "--train", "--vllm_python"]
+    command = [sys.executable, "-m", "sapo", "serve", "--config", str(recipe), "--train", "--vllm_python"]
     done = subprocess.run(
         [*command, vllm_python(), "--", "--enforce-eager"], capture_output=True, text=True, timeout=300, check=False
     )
@@ -566,7 +566,7 @@ def test_serve_stops_at_a_signal(recipe, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "sapo.commands.main",
+        "sapo",
         "serve",
         "--config",
         str(recipe),

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sapo.commands.main import main
-from sapo.runs.records import differing_settings, read_runs
+from sapo.runs.cost import cost_of
+from sapo.runs.reading import differing_settings, read_run
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,13 @@ def runs(tmp_path_factory, tokenizer):
 
 
 def test_settings_that_differ_are_named_and_no_others(runs):
-    differing = differing_settings(read_runs([runs / "one", runs / "two"]))
-    assert differing == {"objective": ["sft", "orpo"], "pair_source": ["responses", "self_play"]}
+    differing = differing_settings([read_run(runs / name) for name in ("one", "two")])
+    assert differing == {"objective": ["sft", "orpo"], "pair_source": ["none", "self_play"]}
 
 
 def test_the_steps_after_the_last_log_line_are_counted(runs):
-    for record in read_runs([runs / "one", runs / "two"]):
-        cost = record.cost()
+    for record in [read_run(runs / name) for name in ("one", "two")]:
+        cost = cost_of(record)
         counted = [row["tokens"] for row in record.rows]
         assert len(counted) == 3
         assert cost.tokens == sum(counted)
@@ -42,8 +43,8 @@ def test_the_steps_after_the_last_log_line_are_counted(runs):
 
 
 def test_sft_learns_from_each_token_once_and_pairs_from_more(runs):
-    sft, orpo = read_runs([runs / "one", runs / "two"])
-    assert sft.cost().tokens < orpo.cost().tokens
+    sft, orpo = [read_run(runs / name) for name in ("one", "two")]
+    assert cost_of(sft).tokens < cost_of(orpo).tokens
 
 
 def test_lines_of_an_earlier_start_are_not_counted_twice(runs, tmp_path):
@@ -52,10 +53,10 @@ def test_lines_of_an_earlier_start_are_not_counted_twice(runs, tmp_path):
     again.mkdir()
     # A run that ended at step 5 and went on: the line of its first end stays.
     later = json.dumps(json.loads(lines[-2]) | {"step": 6})
-    (again / "metrics.jsonl").write_text("\n".join([*lines, later]))
-    [first], [second] = read_runs([runs / "one"]), read_runs([again])
+    (again / "metrics.jsonl").write_text("".join(f"{line}\n" for line in [*lines, later]))
+    first, second = read_run(runs / "one"), read_run(again)
     last = json.loads(lines[-1])["tokens"]
-    assert second.cost().tokens == first.cost().tokens - last + json.loads(lines[-2])["tokens"]
+    assert cost_of(second).tokens == cost_of(first).tokens - last + json.loads(lines[-2])["tokens"]
 
 
 def test_the_command_writes_tables_and_json(runs, tmp_path, capsys):
@@ -72,7 +73,7 @@ def test_the_command_writes_tables_and_json(runs, tmp_path, capsys):
 
 def test_what_is_no_run_is_refused_in_one_line(runs, tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
-    assert "no metrics.jsonl here" in capsys.readouterr().err
+    assert "no metrics.jsonl in it" in capsys.readouterr().err
     assert main(["compare", str(runs / "one"), "--metrics", "los"]) == 2
     assert "no run has los; they have" in capsys.readouterr().err
     assert main(["compare"]) == 2

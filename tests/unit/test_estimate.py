@@ -15,8 +15,10 @@ from transformers import LlamaConfig
 from trl import ModelConfig
 
 from sapo import SAPOConfig
-from sapo.commands.estimate import _FLAGS, _strategy, make_report
+from sapo.commands.catalog import COMMANDS
+from sapo.commands.estimate import _strategy, make_report
 from sapo.commands.main import main
+from sapo.commands.parser import parse_command
 from sapo.estimate.advice import changes_that_fit
 from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
@@ -193,12 +195,16 @@ def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
     }
 
 
+def reported(*arguments):
+    return make_report(parse_command(COMMANDS["estimate"], arguments))
+
+
 def test_a_published_recipe_is_estimated_without_the_hub():
     recipe = ROOT / "recipes" / "llama3-8b-dpo.yaml"
     # One pair, so that it takes seconds.
     more = ["--config", str(recipe), "--per_device_train_batch_size", "1"]
-    asked = {"device": "h200", "number": "8", "strategy": "zero3", "model_config": str(LLAMA)}
-    report = make_report(asked, more)
+    asked = ["--gpu", "h200", "--num_gpus", "8", "--accelerate_config", "zero3", "--model_config", str(LLAMA)]
+    report = reported(*asked, *more)
     assert report.fits
     assert report.lengths == Lengths(1792, 0, 256, 0)
     # Opponent, reference and policy in bfloat16; a float32 copy and RMSprop's state: all over eight.
@@ -258,26 +264,26 @@ def test_what_cannot_be_estimated_says_why_in_one_line(more, message, tmp_path, 
 def test_the_help_names_every_flag_and_device(capsys):
     assert main(["estimate", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in [*_FLAGS, "--profile", *DEVICES])
+    assert all(word in shown for word in [*COMMANDS["estimate"].flags, "--profile", *DEVICES])
 
 
 @pytest.mark.parametrize("name", ["multi_gpu", "zero2", "zero3", "fsdp2"])
 def test_configurations_have_the_names_of_sapo_train(name, tmp_path):
-    assert Strategy(*_strategy({"number": "4", "strategy": name})) == Strategy(name, 4)
-    shipped = ROOT / "src" / "sapo" / "accelerate_configs" / f"{name}.yaml"
+    assert Strategy(*_strategy(name, 4)) == Strategy(name, 4)
+    shipped = ROOT / "src" / "sapo" / "commands" / "accelerate_configs" / f"{name}.yaml"
     mine = str(shutil.copy(shipped, tmp_path / "mine.yaml"))
-    assert Strategy(*_strategy({"number": "4", "strategy": mine})) == Strategy(name, 4)
+    assert Strategy(*_strategy(mine, 4)) == Strategy(name, 4)
 
 
 def test_what_travels_between_devices_takes_time(tmp_path):
     run = small(tmp_path)
     apart, together = (
-        make_report({"device": "h100", "number": "4", "strategy": name}, run).result.seconds
+        reported("--gpu", "h100", "--num_gpus", "4", "--accelerate_config", name, *run).result.seconds
         for name in ("fsdp2", "multi_gpu")
     )
     assert apart["communication"] > 0
     assert apart["communication"] > together["communication"]
-    assert make_report({"device": "h100"}, run).result.seconds.keys() == together.keys() - {"communication"}
+    assert reported("--gpu", "h100", *run).result.seconds.keys() == together.keys() - {"communication"}
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
 
 from sapo.commands.arguments import parse
+from sapo.runs.reading import Run
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
 
@@ -140,27 +142,20 @@ def test_a_cell_gives_the_step_that_is_best_on_validation_and_refuses_other_sett
     method = methods(toy.RATES, toy.WEIGHTS, toy.BETAS, toy.MILD, toy.MORE)["SAPO-ORPO"]
     cell = cells.Cell(tmp_path / "cell", toy, toy.MODEL_FOLDER, tmp_path, method, {"beta": "0.1"}, 1, 3)
 
-    class Run:
-        rows = ()
-        written = None
-
-        def cost(self):
-            return type("Cost", (), {"steps": 3, "cpu_seconds": 1.0, "tokens": 10, "peak_mb": 1.0})()
-
-        def curve(self, name):
-            return []
+    row = {"step": 3, "loss": 1.0, "tokens": 10, "time/step": 1.0, "time/cpu": 1.0, "memory/peak_mb": 1.0}
+    run = Run(tmp_path, [row], pairs=[], config={}, recipe={}, facts={}, round={})
 
     def measure(folder, *, right, temperatures=(), room=0):
         place = int(folder.name)
         return {"nll": -place, "right@0": levels[place], "split": right}
 
     monkeypatch.setattr(cells, "main", lambda command: 0)
-    monkeypatch.setattr(cells, "read_runs", lambda folders: [Run()])
+    monkeypatch.setattr(cells, "read_run", lambda folder: run)
     monkeypatch.setattr(cells, "measure", measure)
     monkeypatch.setattr(cells.Cell, "_policies", lambda self: {place: tmp_path / str(place) for place in levels})
     found = cell.run({"right": "validation"}, {"right": "test"})
     assert found["stopped"] == 1
     assert found["test"] == {"nll": -1, "right@0": 0.7, "split": "test", "nll, own stop": -2}
-    assert cell.run({"right": "validation"}, None) == found
+    assert cell.run({"right": "validation"}, None) == json.loads(json.dumps(found))
     with pytest.raises(SystemExit, match="other settings"):
         dataclasses.replace(cell, options={"beta": "0.5"}).run({"right": "validation"}, None)

@@ -54,7 +54,7 @@ def test_presets_cover_every_method_and_ablation():
     values = {name: {getattr(config, name) for config in configs} for name in names}
     assert values["objective"] == {"dpo", "orpo", "sft"}
     assert values["suffix"] == {"keep", "drop", "mask"}
-    assert values["pair_source"] == {"self_play", "paired", "responses"}
+    assert values["pair_source"] == {"self_play", "paired", "none"}
     assert values["reference"] == {"initial", "opponent", "opponent_copy", "none"}
     assert values["ema_decay"] == {0, 0.5, 1}
     assert None in values["segment_length"]

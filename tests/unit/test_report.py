@@ -1,6 +1,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -16,7 +18,8 @@ from sapo.report.page import report_data, script_json, write_report
 from sapo.report.pair_texts import pack, shorten
 from sapo.report.serve import make_server
 from sapo.report.summary import sentences, warnings
-from sapo.runs.reading import read_run
+from sapo.runs.metrics import METRICS
+from sapo.runs.reading import read_run, short_names
 from sapo.training.recorder import snapshot_steps, texts_of
 from tests.reports import HOSTILE, kept_pair, write_run
 from tests.tiny import byte_tokenizer
@@ -119,7 +122,9 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 def test_several_runs_stand_side_by_side(tmp_path):
     runs = [write_run(tmp_path / group / "run") for group in "ab"]
     names = [run["name"] for run in report_data(runs)["runs"]]
-    assert names == [str(run) for run in runs]
+    assert names == ["a/run", "b/run"]
+    assert short_names([runs[0], runs[0], runs[1]]) == ["a/run", "a/run (2)", "b/run"]
+    assert short_names([runs[0].parent, runs[1]]) == ["a", "run"]
 
 
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
@@ -151,14 +156,9 @@ def test_iterations_are_overlaid_in_their_order(tmp_path, capsys):
     assert [run["name"] for run in data["runs"]] == ["round-0", "round-2", "round-10"]
 
 
-def test_every_metric_of_a_chart_is_documented():
-    from tests.integration.test_readme import ROOT
-
-    table = (ROOT / "docs/metrics.md").read_text()
-    for chart in CHARTS:
-        for name in chart.metrics:
-            if not name.startswith("eval_"):
-                assert f"`{name}`" in table or name in {"grad_norm", "learning_rate"}, name
+def test_every_chart_has_metrics_and_every_metric_its_chart():
+    assert all(chart.metrics for chart in CHARTS)
+    assert {metric.chart for metric in METRICS if metric.chart} == {chart.title for chart in CHARTS}
 
 
 def test_a_calm_run_gives_no_warning(tmp_path):
@@ -236,3 +236,16 @@ def test_the_live_page_gives_nothing_else_away(path, host, status, served):
 def test_a_port_that_is_taken_is_told(served, tmp_path):
     with pytest.raises(ConfigurationError, match="is not free"):
         make_server([served[0]], served[1][1])
+
+
+def test_report_and_comparison_start_without_torch(tmp_path):
+    runs = [str(write_run(tmp_path / name, steps=20)) for name in ("one", "two")]
+    program = (
+        "import sys; from sapo.commands.main import main\n"
+        f"statuses = [main(['report', {runs[0]!r}]), main(['compare', *{runs!r}])]\n"
+        "import sapo.report.serve, sapo.report.svg, sapo.runs.files, sapo.runs.layout, sapo.runs.reading\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{statuses} {heavy}' if heavy or any(statuses) else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

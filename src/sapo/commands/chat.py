@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.live import Live
@@ -13,42 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.commands.chat_models import ChatModels, Message, load_chat_models, prompt_ids, reply
-from sapo.errors import ConfigurationError
+from sapo.commands.inputs import quiet_libraries
+from sapo.commands.parser import Parsed
 from sapo.generation.sampling import Sampling
-from sapo.training.progress import visible
+from sapo.text import visible
 
 _COLUMN = 32
 """Below this many characters for each model they answer one below the other."""
 _HELP = "/new starts anew, /system TEXT sets a system message, /quit or Ctrl-D ends."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sapo chat: {message}.")
-
-
-def chat(arguments: Sequence[str]) -> None:
-    """ChatSession to a model or to a run, in the terminal or line by line from a pipe.
+def run_chat(given: Parsed) -> None:
+    """Chat with a model or with a run's models, in the terminal or line by line from a pipe.
 
     Raises:
         ConfigurationError, ModelError, TokenizerError: what is missing, and the way out.
     """
-    parser = _Parser(prog="sapo chat", allow_abbrev=False)
-    parser.add_argument("target", metavar="MODEL|RUN", help="model folder, hub id, or the output folder of a run")
-    parser.add_argument("--prompt", action="append", help="say this and end; given more than once, one turn each")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest reply (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy (default 0.7)")
-    parser.add_argument("--top_k", type=int, default=50)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0, help="of the first turn; all models draw with the same numbers")
-    parser.add_argument("--revision", default="main", help="of a hub id")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--plain", action="store_true", help="no chat template: each turn is sent alone, as it is")
-    options = parser.parse_args(list(arguments))
+    quiet_libraries()
+    options = given.own
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    if options.max_new_tokens < 1:
-        raise ConfigurationError(f"max_new_tokens={options.max_new_tokens}: must be 1 or more.")
     console = Console(highlight=False)
     cast = load_chat_models(options.target, revision=options.revision, device=options.device)
     talk = ChatSession(

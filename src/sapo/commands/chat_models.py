@@ -14,9 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
-from sapo.runs.folder import CONFIG_FILE, RUN_FILE
+from sapo.runs.layout import OPPONENT_FOLDER
+from sapo.runs.reading import is_run, start_of
 
 Message = dict[str, str]
 
@@ -55,11 +56,6 @@ class ChatModels:
     tokenizer: Any
 
 
-def is_run(target: str) -> bool:
-    """Whether this is the output folder of a run."""
-    return (Path(target) / CONFIG_FILE).is_file()
-
-
 def load_chat_models(target: str, *, revision: str = "main", device: str | None = None) -> ChatModels:
     """Load a model, or the start, the opponent and the policy of a run.
 
@@ -72,7 +68,7 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         ModelError: a model is missing or cannot be read.
         ConfigurationError: a run that has not saved its policy yet.
     """
-    if not is_run(target):
+    if not is_run(Path(target)):
         model, adapter = _load(target, target, revision, device)
         return ChatModels([ChatModel(Path(target).name, model, adapter)], _tokenizer(target, revision))
     folder = Path(target)
@@ -82,7 +78,7 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         )
     policy, adapter = _load(target, "policy", "main", device)
     models = [ChatModel("policy", policy, adapter)]
-    opponent = folder / "opponent"
+    opponent = folder / OPPONENT_FOLDER
     if opponent.is_dir() and adapter is not None:
         policy.load_adapter(str(opponent), adapter_name="opponent")
         models.insert(0, ChatModel("opponent", policy, "opponent"))
@@ -90,14 +86,9 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         models.insert(0, ChatModel("opponent", _load(str(opponent), "opponent", "main", device)[0]))
     if adapter is not None:
         models.insert(0, ChatModel("start", policy))
-    elif (start := _start_of(folder)) is not None:
+    elif (start := start_of(folder)) is not None:
         models.insert(0, ChatModel("start", _load(start, "start", "main", device)[0]))
     return ChatModels(models, _tokenizer(target, "main"))
-
-
-def _start_of(folder: Path) -> str | None:
-    file = folder / RUN_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("model") if file.is_file() else None
 
 
 def _load(target: str, name: str, revision: str, device: str | None) -> tuple[Any, str | None]:
@@ -111,8 +102,7 @@ def _load(target: str, name: str, revision: str, device: str | None) -> tuple[An
         if adapter is not None:
             model = PeftModel.from_pretrained(model, target, adapter_name=adapter)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{base}: the model of the {name} cannot be loaded ({reason}).") from error
+        raise ModelError(f"{base}: the model of the {name} cannot be loaded ({brief(error, 200)}).") from error
     where = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     return model.to(where).eval(), adapter
 
@@ -122,9 +112,7 @@ def _tokenizer(target: str, revision: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise TokenizerError(
-            f"{target}: no tokenizer that can be read ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise TokenizerError(f"{target}: no tokenizer that can be read ({brief(error, 200)}).") from error
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[int]:

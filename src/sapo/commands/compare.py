@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
+from sapo.runs.cost import Cost, cost_of
 from sapo.runs.files import write_atomically
-from sapo.runs.records import Cost, RunRecord, differing_settings, read_runs
-
-SHOWN = (
-    "loss",
-    "nll_loss",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "self_play/chosen_logp_change",
-    "self_play/identical_fraction",
-    "self_play/eos_fraction",
-    "self_play/rejected_length",
-    "opponent/distance",
-    "eval_loss",
-    "eval_nll_loss",
-    "eval_rewards/margins",
-    "eval_rewards/accuracies",
-)
-"""Metrics shown unless others are named, where a run has them."""
+from sapo.runs.metrics import compared_metrics
+from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
+from sapo.text import number_text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
@@ -42,28 +27,20 @@ _WIDTH_OF_FILES = 240
 _LONGEST = 48
 
 Rows = list[list[str]]
+_number = partial(number_text, digits=4)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sapo compare: {message}.")
-
-
-def run_compare(arguments: Sequence[str]) -> None:
+def run_compare(given: Parsed) -> None:
     """`sapo compare RUN RUN ...`.
 
     Raises:
-        ConfigurationError: an unknown option, a folder that is not a run's, or a metric that no run has.
+        ConfigurationError: a folder that is not a run's, or a metric that no run has.
     """
-    parser = _Parser(prog="sapo compare", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one that holds rounds")
-    parser.add_argument("--metrics", help="names, divided by commas, of the metrics to show")
-    parser.add_argument("--json", type=Path, help="file to write everything to, curves included")
-    parser.add_argument("--markdown", type=Path, help="file to write the tables to")
-    options = parser.parse_args(list(arguments))
-    runs = read_runs(options.runs)
-    metrics = options.metrics.split(",") if options.metrics else list(SHOWN)
-    known = {name for run in runs for name in run.metrics()}
+    options = given.own
+    folders = expand_rounds(options.runs)
+    runs = {name: read_run(folder) for name, folder in zip(short_names(folders), folders, strict=True)}
+    metrics = options.metrics.split(",") if options.metrics else compared_metrics()
+    known = {name for run in runs.values() for name in run.metrics()}
     unknown = [name for name in metrics if name not in known]
     if options.metrics and unknown:
         raise ConfigurationError(f"sapo compare: no run has {unknown[0]}; they have {', '.join(sorted(known))}.")
@@ -81,31 +58,43 @@ def run_compare(arguments: Sequence[str]) -> None:
     for title, rows in tables.items():
         console.print(_table(title, rows))
     if options.json:
-        content = {run.name: run.to_json() for run in runs}
-        _write(options.json, json.dumps(content, indent=1, default=str) + "\n")
+        content = {name: _to_json(run) for name, run in runs.items()}
+        write_atomically(options.json, json.dumps(content, indent=1, default=str) + "\n")
     if options.markdown:
-        _write(options.markdown, "\n".join(_markdown(title, rows) for title, rows in tables.items()))
+        write_atomically(options.markdown, "\n".join(_markdown(title, rows) for title, rows in tables.items()))
 
 
-def _settings(runs: Sequence[RunRecord]) -> Rows:
-    rows = [[name, *map(_plain, values)] for name, values in differing_settings(runs).items()]
-    return [["setting", *(run.name for run in runs)], *rows]
+def _to_json(run: Run) -> dict[str, Any]:
+    """Everything, for other programs."""
+    curves = {name: curve for name in run.metrics() if (curve := run.curve(name))}
+    return {
+        "folder": str(run.path),
+        "settings": run.settings,
+        "cost": asdict(cost_of(run)),
+        "last": {name: curve[-1][1] for name, curve in curves.items()},
+        "curves": curves,
+    }
 
 
-def _costs(runs: Sequence[RunRecord]) -> Rows:
-    costs = [run.cost() for run in runs]
+def _settings(runs: Mapping[str, Run]) -> Rows:
+    rows = [[name, *map(_plain, values)] for name, values in differing_settings(list(runs.values())).items()]
+    return [["setting", *runs], *rows]
+
+
+def _costs(runs: Mapping[str, Run]) -> Rows:
+    costs = [cost_of(run) for run in runs.values()]
     wanted = {
         "steps": [str(cost.steps) for cost in costs],
         "wall time, s": [_number(cost.wall_seconds) for cost in costs],
         "of it generation, s": [_number(cost.generate_seconds) for cost in costs],
         "CPU time, s": [_number(cost.cpu_seconds) for cost in costs],
         "CPU time of the first": [_ratio(cost, costs[0]) for cost in costs],
-        "tokens learnt from": ["-" if cost.tokens is None else f"{cost.tokens:,}" for cost in costs],
+        "tokens trained on": ["-" if cost.tokens is None else f"{cost.tokens:,}" for cost in costs],
         "peak memory, MB": [_number(cost.peak_mb) for cost in costs],
         "peak on the device, MB": [_number(cost.device_peak_mb) for cost in costs],
     }
     rows = [[name, *values] for name, values in wanted.items() if set(values) != {"-"}]
-    return [["", *(run.name for run in runs)], *rows]
+    return [["", *runs], *rows]
 
 
 def _ratio(cost: Cost, first: Cost) -> str:
@@ -114,21 +103,21 @@ def _ratio(cost: Cost, first: Cost) -> str:
     return f"{cost.cpu_seconds / first.cpu_seconds:.2f}"
 
 
-def _last(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Rows:
+def _last(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
     return [
-        ["metric", *(run.name for run in runs)],
-        *([name, *(_number(run.last(name)) for run in runs)] for name in metrics),
+        ["metric", *runs],
+        *([name, *(_number(run.last(name)) for run in runs.values())] for name in metrics),
     ]
 
 
-def _curves(runs: Sequence[RunRecord], metrics: Sequence[str]) -> Rows:
+def _curves(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
     rows = []
     for name in metrics:
-        curves = [run.curve(name) for run in runs]
+        curves = [run.curve(name) for run in runs.values()]
         values = [value for curve in curves for _, value in curve if math.isfinite(value)]
         if values:
             rows.append([name, *(_sparkline(curve, min(values), max(values)) for curve in curves)])
-    return [["metric", *(run.name for run in runs)], *rows]
+    return [["metric", *runs], *rows]
 
 
 def _sparkline(curve: list[tuple[int, float]], low: float, high: float) -> str:
@@ -143,14 +132,6 @@ def _sparkline(curve: list[tuple[int, float]], low: float, high: float) -> str:
         share = (sum(part) / len(part) - low) / (high - low) if high > low else 0.0
         blocks.append(_BLOCKS[min(len(_BLOCKS) - 1, int(share * len(_BLOCKS)))])
     return f"{''.join(blocks)} {_number(finite[0])} to {_number(finite[-1])}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if abs(value) >= 10_000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 def _plain(value: Any) -> str:
@@ -174,8 +155,3 @@ def _markdown(title: str, rows: Rows) -> str:
         if number == 0:
             lines.append("| --- " * len(row) + "|")
     return "\n".join([*lines, ""])
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text)

@@ -1,22 +1,23 @@
 """Show, before a run, what became of the data and where the opponent will write.
 
-Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelt out:
+Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelled out:
 a row can neither colour the screen nor move the cursor.
 """
 
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
+from sapo.commands.parser import Parsed
 from sapo.data.examples import DataReport, Example, Turn, collate_examples
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
+from sapo.text import share_text, visible
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +29,27 @@ WHOLE_SHARE_HINT = 0.2
 
 _SHOWN = 600
 """Characters shown of each part of the example."""
+
+
+def run_data_check(given: Parsed) -> None:
+    """`sapo data check FILE`."""
+    from rich.console import Console
+
+    from sapo.commands.arguments import build
+    from sapo.commands.inputs import load_inputs, quiet_libraries
+
+    quiet_libraries()
+    run = build(given.values() | {"use_cpu": True, "report_to": ["none"]})
+    inputs = load_inputs(run)
+    check_data(
+        inputs.train,
+        inputs.train_reports,
+        inputs.tokenizer,
+        segment_length=run.config.segment_length,
+        tail_margin=run.config.tail_margin,
+        seed=run.config.seed,
+        console=Console(),
+    )
 
 
 def check_data(
@@ -87,7 +109,7 @@ def rewritten_whole(response_lengths: list[int], segment_length: float | None) -
         return [f"All {total} responses are rewritten whole (segment_length is not set)."]
     whole = sum(segment_tokens(length, segment_length) >= length for length in response_lengths)
     share = whole / total if total else 0.0
-    lines = [f"{whole} of {total} responses ({share:.0%}) are rewritten whole: the segment covers them."]
+    lines = [f"{whole} of {total} responses ({share_text(share)}) are rewritten whole: the segment covers them."]
     if share > WHOLE_SHARE_HINT:
         lines.append("To keep a part of each, give the segment as a share of it: --segment_length 0.3")
     return lines
@@ -182,22 +204,4 @@ def _shorten(text: str, *, keep_end: bool = False) -> str:
 
 
 def _safe(text: str, console: Console, style: str = "") -> Text:
-    spelt = "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in text)
-    try:
-        spelt = spelt.encode(console.encoding, "backslashreplace").decode(console.encoding)
-    except LookupError:
-        spelt = spelt.encode("ascii", "backslashreplace").decode()
-    return Text(spelt, style)
-
-
-def _harmless(char: str) -> bool:
-    # Line breaks, and the joiners of some scripts and of emoji; no other control or format character.
-    return char in "\n\u200c\u200d" or unicodedata.category(char) not in {
-        "Cc",
-        "Cf",
-        "Cs",
-        "Co",
-        "Cn",
-        "Zl",
-        "Zp",
-    }
+    return Text(visible(text, console.encoding), style)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,26 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from sapo.commands.arguments import parse
+from sapo.commands.arguments import build
+from sapo.commands.inputs import quiet_libraries
 from sapo.commands.launch import shipped_or_file
-from sapo.errors import ConfigurationError, ModelError
+from sapo.commands.parser import Parsed
+from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.estimate.advice import Change, changes_that_fit
-from sapo.estimate.devices import DEVICES, Device, device_named
+from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
+from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config
-
-_FLAGS = {
-    "--gpu": "device",
-    "--num_gpus": "number",
-    "--accelerate_config": "strategy",
-    "--model_config": "model_config",
-    "--prompt_length": "prompt",
-    "--response_length": "response",
-    "--json": "json",
-}
-"""Flags of this command that take a value; everything else belongs to the run, as for `sapo train`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,55 +42,38 @@ class Report:
         return self.result.needed <= self.device.memory
 
 
-HELP = """\
-sapo estimate [--config recipe.yaml] [flags of sapo train] [flags below]
-
-  --gpu NAME                what it runs on: {devices}; here (the default): this machine, measured
-  --profile                 the same as --gpu here
-  --num_gpus N              processes, one a GPU
-  --accelerate_config NAME  multi_gpu, zero2, zero3, fsdp2, or a file
-  --model_config FILE       a config.json or its folder, where the model is not at hand
-  --prompt_length N         tokens; unset, the longest that the recipe allows
-  --response_length N       likewise
-  --json FILE               the figures for a program, in bytes and seconds
-"""
-
-
-def run_estimate(arguments: Sequence[str]) -> None:
+def run_estimate(given: Parsed) -> None:
     """Estimate a run and print it."""
-    own, rest = _split(arguments)
-    if "--help" in rest or "-h" in rest:
-        sys.stdout.write(HELP.format(devices=", ".join(DEVICES)))
-        return
-    report = make_report(own, rest)
-    if "json" in own:
-        Path(own["json"]).write_text(json.dumps(as_dictionary(report), indent=2) + "\n", encoding="utf-8")
+    quiet_libraries()
+    report = make_report(given)
+    if given.own.json is not None:
+        given.own.json.write_text(json.dumps(as_dictionary(report), indent=2) + "\n", encoding="utf-8")
     _show(report, Console())
 
 
-def make_report(own: dict[str, str], rest: Sequence[str]) -> Report:
+def make_report(given: Parsed) -> Report:
     """Estimate a run.
 
     Args:
-        own: values of this command's flags by their names in `_FLAGS`.
-        rest: flags of the run, with or without `--config`.
+        given: the command's flags and the options of the run.
 
     Raises:
         ConfigurationError: a flag or the recipe, as in `sapo train`; no such device.
         ModelError: the model's configuration cannot be read.
     """
-    device = device_named(own.get("device", "here"))
+    own = given.own
+    device = device_named(own.gpu)
     # Unset, mixed precision follows the device of the estimate, not the machine that it is made on.
-    run = parse([*rest, "--use_cpu"], "sapo estimate", {"bf16": device.overlaps, "report_to": "none"})
-    config = _model_config(own["model_config"]) if "model_config" in own else load_config(run.model)
+    run = build(given.values({"bf16": device.overlaps, "report_to": ["none"]}) | {"use_cpu": True})
+    config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
     run.config.check_positions(config)
-    strategy = Strategy(*_strategy(own))
-    lengths = longest(run.config, _number(own, "prompt"), _number(own, "response"))
-    given = (config, run.model, run.config, device, strategy, lengths)
-    result = estimate(*given)
+    strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
+    lengths = longest(run.config, own.prompt_length, own.response_length)
+    what = (config, run.model, run.config, device, strategy, lengths)
+    result = estimate(*what)
     changes: list[Change] = []
     if result.needed > device.memory:
-        changes = changes_that_fit(*given, before=result)
+        changes = changes_that_fit(*what, before=result)
     return Report(device, strategy, lengths, result, tuple(changes))
 
 
@@ -121,39 +94,8 @@ def as_dictionary(report: Report) -> dict[str, Any]:
     }
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    given = [part for argument in arguments for part in _parts(argument)]
-    while given:
-        argument = given.pop(0)
-        if argument == "--profile":
-            own["device"] = "here"
-        elif argument not in _FLAGS:
-            rest.append(argument)
-        elif given and not given[0].startswith("--"):
-            own[_FLAGS[argument]] = given.pop(0)
-        else:
-            raise ConfigurationError(f"{argument} needs a value.")
-    return own, rest
-
-
-def _parts(argument: str) -> list[str]:
-    name, equals, value = argument.partition("=")
-    return [name, value] if equals and name in _FLAGS else [argument]
-
-
-def _number(own: dict[str, str], name: str) -> int | None:
-    if name not in own:
-        return None
-    if not own[name].isdigit() or int(own[name]) < 1:
-        raise ConfigurationError(f"{name}={own[name]}: must be a whole number, 1 or more.")
-    return int(own[name])
-
-
-def _strategy(own: dict[str, str]) -> tuple[StrategyName, int]:
-    number = _number(own, "number") or 1
-    name = own.get("strategy", "multi_gpu" if number > 1 else "none")
+def _strategy(name: str | None, number: int) -> tuple[StrategyName, int]:
+    name = name or ("multi_gpu" if number > 1 else "none")
     if name not in get_args(StrategyName):
         name = _strategy_of(shipped_or_file(name), name)
     if name == "none" or number == 1:
@@ -181,9 +123,9 @@ def _model_config(name: str) -> Any:
         content = json.loads(file.read_text(encoding="utf-8"))
         return AutoConfig.for_model(content.pop("model_type"), **content)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"--model_config {name}: not a model's configuration ({reason}). Give its config.json, or the folder."
+            f"--model_config {name}: not a model's configuration ({brief(error, 200)}). Give its config.json, or the "
+            "folder."
         ) from error
 
 
@@ -191,7 +133,7 @@ def _show(report: Report, console: Console) -> None:
     result, device, strategy = report.result, report.device, report.strategy
     count = f"{strategy.processes} x " if strategy.processes > 1 else ""
     lines = [
-        f"{count}{device.name} ({_size(device.memory)}), {strategy.name}; {device.source}.",
+        f"{count}{device.name} ({bytes_text(device.memory)}), {strategy.name}; {device.source}.",
         f"{result.parameters / 1e9:.2f} billion weights, {result.trained / 1e9:.3g} billion trained; pairs of "
         f"{report.lengths.prompt} + {report.lengths.response} tokens; layout {result.layout}"
         + (f" ({result.why_plain})." if result.why_plain else "."),
@@ -203,14 +145,14 @@ def _show(report: Report, console: Console) -> None:
     memory.add_column("part")
     memory.add_column("bytes", justify="right")
     for name, size in result.memory.lasting.items():
-        memory.add_row(name, _size(size))
+        memory.add_row(name, bytes_text(size))
     memory.add_section()
     for name, size in result.memory.passing.items():
-        memory.add_row(name, _size(size))
+        memory.add_row(name, bytes_text(size))
     memory.add_section()
-    memory.add_row(f"most at one time ({result.memory.worst})", _size(result.memory.most))
+    memory.add_row(f"most at one time ({result.memory.worst})", bytes_text(result.memory.most))
     if result.needed > result.memory.most:
-        memory.add_row("with driver and allocator", _size(result.needed))
+        memory.add_row("with driver and allocator", bytes_text(result.needed))
     console.print(memory)
     seconds = Table(title="seconds of an optimizer step", title_justify="left")
     seconds.add_column("part")
@@ -228,18 +170,16 @@ def _show(report: Report, console: Console) -> None:
 def _verdict(report: Report) -> list[str]:
     if report.fits:
         share = report.result.needed / report.device.memory
-        return [f"It fits: {_size(report.result.needed)} of {_size(report.device.memory)} ({share:.0%})."]
+        return [f"It fits: {bytes_text(report.result.needed)} of {bytes_text(report.device.memory)} ({share:.0%})."]
     lacking = report.result.needed - report.device.memory
-    lines = [f"It does not fit: {_size(lacking)} too much. In this order:"]
+    lines = [f"It does not fit: {bytes_text(lacking)} too much. In this order:"]
     before = report.result.needed
     for change in report.changes:
         after = change.result.needed
-        lines.append(f"  {change.flag}: saves {_size(before - after)}, then {_size(after)}. Price: {change.price}.")
+        lines.append(
+            f"  {change.flag}: saves {bytes_text(before - after)}, then {bytes_text(after)}. Price: {change.price}."
+        )
         before = after
     if before > report.device.memory:
         lines.append("  Then still too much: more GPUs, a smaller model, or shorter lengths.")
     return lines
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sapo.commands.arguments import RunArguments, parse
-from sapo.commands.inputs import load_inputs, load_texts
+from sapo.commands.arguments import RunArguments, build
+from sapo.commands.inputs import load_inputs, load_texts, quiet_libraries
+from sapo.commands.parser import Parsed
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import dataset_digest
 from sapo.data.texts import PromptTexts
@@ -24,7 +24,9 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
+from sapo.options import pair_options
 from sapo.preference.self_play import self_play
+from sapo.runs.files import folder_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
@@ -40,34 +42,16 @@ DEFAULT_BATCH = 32
 ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""
 
-_MADE_WITH = (
-    "generation_backend",
-    "segment_length",
-    "tail_margin",
-    "suffix",
-    "max_new_tokens",
-    "max_length",
-    "num_generations",
-    "temperature",
-    "top_k",
-    "top_p",
-    "skip_identical",
-    "seed",
-)
 
-
-def run_generate(arguments: Sequence[str]) -> None:
+def run_generate(given: Parsed) -> None:
     """Write the pairs of `--model_name_or_path` for `--dataset_name` to `--output_file`; flags as of `sapo train`.
 
     Raises:
         SapoError: what is wrong with the options, the model or the data; or a file that exists already.
     """
-    rest = [part for argument in arguments for part in _split_equals(argument)]
-    if FLAG not in rest or rest.index(FLAG) + 1 == len(rest):
-        raise ConfigurationError(f"{FLAG} is missing: name the Parquet file to write.")
-    place = rest.index(FLAG)
-    file = Path(rest[place + 1])
-    run = parse([*rest[:place], *rest[place + 2 :], "--report_to", "none"], "sapo generate")
+    file: Path = given.own.output_file
+    quiet_libraries()
+    run = build(given.values() | {"report_to": ["none"]})
     if run.config.pair_source != "self_play":
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
     if run.config.generation_backend == "vllm_colocate":
@@ -85,10 +69,6 @@ def run_generate(arguments: Sequence[str]) -> None:
     texts, _ = load_texts(run, inputs)
     written = write_pairs(run, inputs.train, texts, inputs.tokenizer, file, epoch=0, console=console)
     console.print(f"{file}: {written.line()}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _split_equals(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith(f"{FLAG}=") else [argument]
 
 
 def write_pairs(
@@ -121,7 +101,7 @@ def write_pairs(
     config, state = run.config, PartialState()
     name = str(run.model.model_name_or_path)
     batch = config.generation_batch_size or DEFAULT_BATCH
-    facts = {option: getattr(config, option) for option in _MADE_WITH} | {
+    facts = {option: getattr(config, option) for option in pair_options()} | {
         "model": _identity(name if adapter is None else str(adapter), run.model.model_revision),
         "dtype": str(run.model.dtype),
         "dataset": dataset_digest(dataset),
@@ -209,13 +189,4 @@ def load_frozen(run: RunArguments, adapter: Path | None) -> nn.Module:
 
 def _identity(name: str, revision: str) -> str:
     """A local model by its weights, wherever it lies; one of the hub by its name."""
-    folder = Path(name)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return f"{name}@{revision}"
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return folder_digest(Path(name), ("*.safetensors", "*.bin")) or f"{name}@{revision}"

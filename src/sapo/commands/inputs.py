@@ -5,10 +5,12 @@ A large model takes minutes to load, so everything that can be wrong with the da
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from sapo.commands.arguments import RunArguments
 from sapo.data.encoding import eos_token_ids
@@ -100,3 +102,12 @@ def _evaluation_rows(run: RunArguments) -> Member:
         return Member(f"{name} ({split})", load_rows(name, config=data.dataset_config, split=split))
     except DatasetError as error:
         raise DatasetError(f"{wanted}: name them with eval_dataset_name ({error})") from error
+
+
+def quiet_libraries() -> None:
+    """Keep the bars and notices of the libraries off the terminal."""
+    # peft 0.21 reads a name that transformers 5.23 has deprecated: nothing that a user of a command can change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()

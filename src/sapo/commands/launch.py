@@ -6,53 +6,62 @@ import difflib
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from sapo.commands.catalog import LAUNCHER
+from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError, TrainingError
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 """The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
 
 FLAG = "--accelerate_config"
-_LAUNCHER_FLAGS = (
-    "--num_processes",
-    "--num_machines",
-    "--machine_rank",
-    "--main_process_ip",
-    "--main_process_port",
-    "--rdzv_backend",
-)
-"""Handed to accelerate; everything else belongs to the run."""
 
 
-def is_asked_for(arguments: Sequence[str]) -> bool:
-    """Whether these arguments ask for several processes, and this is not yet one of them."""
-    return any(argument.split("=")[0] == FLAG for argument in arguments) and "LOCAL_RANK" not in os.environ
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What the launcher is told, and what is left for the run.
+def is_asked_for(own: Namespace) -> bool:
+    """Whether `sapo train` is asked for several processes.
 
     Raises:
-        ConfigurationError: a launcher's flag without a value.
+        ConfigurationError: it is one of several processes already, or a flag of the launcher has nothing to launch.
     """
-    launcher: dict[str, str] = {}
-    own: list[str] = []
-    rest = [part for argument in arguments for part in _split_equals(argument)]
-    while rest:
-        argument = rest.pop(0)
-        if argument not in (FLAG, *_LAUNCHER_FLAGS):
-            own.append(argument)
-        elif rest and not rest[0].startswith("--"):
-            launcher[argument] = rest.pop(0)
-        else:
-            raise ConfigurationError(f"{argument} needs a value.")
-    return launcher, own
+    if own.accelerate_config is None:
+        idle = [name for name in LAUNCHER if getattr(own, name) is not None]
+        if idle:
+            raise ConfigurationError(f"--{idle[0]} belongs to {FLAG}. Add {FLAG} multi_gpu, or leave it out.")
+        return False
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigurationError(f"{FLAG} starts the processes itself, and this is one of several. Leave it out.")
+    return True
+
+
+def launched(given: Parsed) -> bool:
+    """Run `sapo train` in several processes, if it is asked for.
+
+    Returns:
+        Whether it was, and the run has ended.
+
+    Raises:
+        ConfigurationError: the options, the recipe or the configuration is wrong.
+        TrainingError: a process failed.
+    """
+    if not is_asked_for(given.own):
+        return False
+    given.values()
+    quiet = ["--quiet"] if given.own.quiet else []
+    launch("train", launcher_flags(given.own), [*given.rest, *quiet])
+    return True
+
+
+def launcher_flags(own: Namespace) -> dict[str, str]:
+    """`--accelerate_config` and the flags of the launcher that were given, with their values."""
+    names = (FLAG.removeprefix("--"), *LAUNCHER)
+    return {f"--{name}": getattr(own, name) for name in names if getattr(own, name) is not None}
 
 
 def shipped_or_file(name: str) -> Path:
@@ -82,12 +91,13 @@ def config_file(name: str) -> Path:
     return file
 
 
-def launch(command: str, arguments: Sequence[str]) -> None:
+def launch(command: str, launcher: Mapping[str, str], own: Sequence[str]) -> None:
     """Run `sapo COMMAND` in several processes.
 
     Args:
         command: such as "train".
-        arguments: of the command, with `--accelerate_config` and any flags of the launcher among them.
+        launcher: from `launcher_flags`.
+        own: the arguments of the command, without these flags.
 
     Raises:
         ConfigurationError: no such configuration, or no GPU: accelerate would then run one process and say nothing.
@@ -97,19 +107,17 @@ def launch(command: str, arguments: Sequence[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launcher, own = split_arguments(arguments)
+    launcher = dict(launcher)
     file = config_file(launcher.pop(FLAG))
     if not torch.accelerator.is_available():
         raise ConfigurationError(
             f"{FLAG} needs a GPU and there is none here. Several processes on CPUs: torchrun --nproc_per_node N "
-            f"-m sapo.commands.main {command} ... --use_cpu --ddp_backend gloo."
+            f"-m sapo {command} ... --use_cpu --ddp_backend gloo."
         )
     machines = int(launcher.get("--num_machines", "1"))
     launcher.setdefault("--num_processes", str(machines * torch.accelerator.device_count()))
     flags = [part for pair in launcher.items() for part in pair]
-    parsed = launch_command_parser().parse_args(
-        ["--config_file", str(file), *flags, "--module", "sapo.commands.main", command, *own]
-    )
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), *flags, "--module", "sapo", command, *own])
     # The launcher would give its processes half a minute and then kill them: too short to save a large model.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     try:
@@ -137,8 +145,3 @@ def _stop_signals_passed_on() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _split_equals(argument: str) -> list[str]:
-    name, equals, value = argument.partition("=")
-    return [name, value] if equals and name in (FLAG, *_LAUNCHER_FLAGS) else [argument]

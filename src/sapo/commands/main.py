@@ -1,48 +1,28 @@
-"""The command `sapo`: thin; every decision is in the modules below."""
+"""The command `sapo`: finds the command, and answers every error in one line."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sapo._version import __version__
-from sapo.commands.launch import is_asked_for, launch
+from sapo.commands.catalog import COMMANDS
+from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sapo.commands.arguments import RunArguments
-    from sapo.commands.inputs import Inputs
-    from sapo.training.progress import TerminalProgress
-    from sapo.training.trainer import SAPOTrainer
-
-USAGE = """\
+_INTRODUCTION = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
-  sapo train --config recipe.yaml [--flag value ...]   align a model; `sapo train --help` lists every flag
-      --quiet                                          show nothing but warnings and errors
-      --accelerate_config NAME                         on all GPUs: multi_gpu, zero2, zero3, fsdp2, or a file
-  sapo serve --config recipe.yaml [--train]            start the vLLM servers of a recipe, and its run if asked
-      --vllm_python PYTHON --devices 1                 an interpreter that has vLLM; the GPUs of each server
-  sapo estimate --config recipe.yaml --gpu h200        memory and seconds of a step, before any weights are read
-      --num_gpus N --accelerate_config NAME            divided over N GPUs; --gpu here measures this machine
-      --model_config FILE                              a config.json, where the model is not at hand
-  sapo generate --output_file FILE [--flag value ...]  a model's pairs for a data set, as a preference data set
-  sapo compare RUN RUN ... [--json FILE]               runs side by side: settings, curves, time, memory
-  sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
-  sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
-  sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
-  sapo chat MODEL|RUN                                  talk to a model; of a run to start, opponent and policy
-  sapo demo [--output_dir FOLDER]                      the whole method on a built-in task, in minutes on a CPU
-  sapo --version
-
-An error is one line and exit status 2; --debug adds the traceback.
+usage: sapo COMMAND [--flag value ...]
+"""
+_CLOSING = """
+sapo COMMAND --help shows the flags of a command, --help NAME explains one.
+sapo --version prints the version. An error is one line with exit status 2;
+--debug adds the traceback.
 """
 
 
@@ -50,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    # It tells everybody without a GPU, at every start, that there is none.
+    # DeepSpeed reports at every start on a machine without GPU that there is none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     given = [argument for argument in given if argument != "--debug"]
     try:
@@ -63,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.stderr.write(f"{type(error).__name__}: {error}. Make room, then --resume_from_checkpoint true.\n")
+        sys.stderr.write(f"{type(error).__name__}: {error}. Free some space, then --resume_from_checkpoint true.\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
@@ -73,220 +53,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(given: list[str]) -> int:
     match given:
         case [] | ["--help"] | ["-h"] | ["help"]:
-            sys.stdout.write(USAGE)
+            sys.stdout.write(overview())
+            return 0
         case ["--version"]:
             sys.stdout.write(f"sapo {__version__}\n")
-        case ["train", *rest] if is_asked_for(rest):
-            launch("train", rest)
-        case ["train", *rest]:
-            from sapo.weights.sharding import shutdown_process_group
+            return 0
+        case ["help", *name]:
+            given = [*name, "--help"]
+    command, rest = _find(given)
+    if command is None:
+        return 0
+    text = help_text(command, rest)
+    if text is not None:
+        sys.stdout.write(text)
+        return 0
+    return _run(command, parse_command(command, rest))
 
-            train(rest)
-            shutdown_process_group()
-        case ["serve", *rest]:
+
+def overview() -> str:
+    """What `sapo --help` prints: every command, by what a person does with it."""
+    lines, group = [_INTRODUCTION], ""
+    for command in COMMANDS.values():
+        if command.group != group:
+            group = command.group
+            lines.append(f"\n{group}:\n")
+        lines.append(f"  sapo {command.name:<12} {command.summary}\n")
+    return "".join([*lines, _CLOSING])
+
+
+def _find(given: list[str]) -> tuple[Command | None, list[str]]:
+    """The command that the first words name, and the words after them; none if its group's help was asked for.
+
+    Raises:
+        ConfigurationError: there is no such command.
+    """
+    for length in (2, 1):
+        name = " ".join(given[:length])
+        if len(given) >= length and name in COMMANDS:
+            return COMMANDS[name], given[length:]
+    members = [command for command in COMMANDS.values() if command.name.startswith(f"{given[0]} ")]
+    if members and given[1:2] in ([], ["--help"], ["-h"]):
+        for command in members:
+            sys.stdout.write(f"  sapo {command.name:<12} {command.summary}\n")
+        return None, []
+    asked = " ".join(given[: 2 if members else 1])
+    close = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.5)
+    if not close and members:
+        close = [members[0].name]
+    nearest = f"; nearest: sapo {close[0]}" if close else ""
+    raise ConfigurationError(f"unknown command {brief(asked, 80)}{nearest}. Run sapo --help.")
+
+
+def _run(command: Command, given: Parsed) -> int:
+    """Import the command's module and run it; returns the exit status."""
+    match command.name:
+        case "train":
+            from sapo.commands.launch import launched
+
+            if not launched(given):
+                from sapo.commands.train import run_train
+
+                run_train(given)
+        case "serve":
             from sapo.commands.serve import run_serve
 
-            return run_serve(rest)
-        case ["generate", *rest]:
+            return run_serve(given)
+        case "generate":
             from sapo.commands.generate import run_generate
 
-            _quiet()
-            run_generate(rest)
-        case ["compare", *rest]:
-            from sapo.commands.compare import run_compare
+            run_generate(given)
+        case "data check":
+            from sapo.commands.data_check import run_data_check
 
-            run_compare(rest)
-        case ["data", "check", *rest]:
-            data_check(rest)
-        case ["estimate", *rest]:
+            run_data_check(given)
+        case "estimate":
             from sapo.commands.estimate import run_estimate
 
-            _quiet()
-            run_estimate(rest)
-        case ["evaluate", *rest]:
+            run_estimate(given)
+        case "evaluate":
             from sapo.commands.evaluate import run_evaluate
 
-            run_evaluate(rest)
-        case ["report", *rest]:
-            from sapo.commands.report import report
+            run_evaluate(given)
+        case "report":
+            from sapo.commands.report import run_report
 
-            report(rest)
-        case ["chat", *rest]:
-            from sapo.commands.chat import chat
+            run_report(given)
+        case "compare":
+            from sapo.commands.compare import run_compare
 
-            _quiet()
-            chat(rest)
-        case ["demo", *rest]:
+            run_compare(given)
+        case "chat":
+            from sapo.commands.chat import run_chat
+
+            run_chat(given)
+        case "demo":
             from sapo.demo.run import run_demo
 
-            run_demo(rest)
+            run_demo(**vars(given.own))
         case _:
-            raise ConfigurationError(f"unknown command {' '.join(given[:2])}. Run sapo --help.")
+            raise AssertionError(command.name)
     return 0
-
-
-def train(arguments: Sequence[str]) -> None:
-    """`sapo train`."""
-    from rich.console import Console
-
-    from sapo.commands.arguments import parse
-    from sapo.commands.inputs import load_inputs
-    from sapo.commands.rounds import rounds
-    from sapo.runs.folder import check_output_dir
-    from sapo.weights.loading import check_model, load_policy
-
-    quiet = "--quiet" in arguments
-    run = parse([argument for argument in arguments if argument != "--quiet"], "sapo train")
-    config = run.config
-    # Of several processes the first speaks.
-    console = Console(quiet=quiet or config.process_index > 0)
-    if config.num_rounds is not None:
-        _quiet()
-        for round in rounds(run, console):
-            if not _train(round.run, round.inputs, *round.policy(), console, recipe=round.recipe):
-                return
-        return
-    if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
-        check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
-    _quiet()
-    check_model(run.model, config)
-    inputs = load_inputs(run)
-    for report in [*inputs.train_reports, *inputs.eval_reports]:
-        for line in report.lines():
-            console.print(line, markup=False, highlight=False)
-    _train(run, inputs, *load_policy(run.model, config), console)
-
-
-def _train(
-    run: RunArguments, inputs: Inputs, model: Any, peft_config: Any, console: Console, *, recipe: Path | None = None
-) -> bool:
-    """One run, or the round of the one that `recipe` gives again; whether it came to its end."""
-    from sapo.commands.arguments import as_recipe
-    from sapo.hub.card import write_card
-    from sapo.training.callbacks import StopOnSignal
-    from sapo.training.progress import TerminalProgress
-    from sapo.training.trainer import SAPOTrainer
-
-    config = run.config
-    config.disable_tqdm = True
-    with StopOnSignal() as stop:
-        trainer = SAPOTrainer(
-            model,
-            config,
-            inputs.train,
-            inputs.eval,
-            processing_class=inputs.tokenizer,
-            peft_config=peft_config,
-            callbacks=[stop],
-        )
-        progress = TerminalProgress(
-            console,
-            inputs.tokenizer,
-            trainer.last_pairs,
-            log_pairs_steps=config.log_pairs_steps,
-            pairs=config.num_pairs_to_print,
-        )
-        _only_own_progress(trainer, progress)
-        try:
-            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        finally:
-            progress.close()
-        trainer.save_model()
-        trainer.run_folder.write_recipe(as_recipe(run))
-        if config.push_to_hub:
-            trainer.push_to_hub()
-        elif trainer.is_world_process_zero():
-            write_card(trainer.run_folder.path, str(config.output_dir))
-    stopped = stop.received is not None
-    _closing_screen(console, trainer, progress, stopped=stopped, recipe=recipe)
-    return not (stopped or trainer.stop_reason)
-
-
-def data_check(arguments: Sequence[str]) -> None:
-    """`sapo data check FILE`."""
-    from rich.console import Console
-
-    from sapo.commands.arguments import parse
-    from sapo.commands.data_check import check_data
-    from sapo.commands.inputs import load_inputs
-
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("--"):
-        arguments = ["--dataset_name", *arguments]
-    run = parse([*arguments, "--use_cpu", "--report_to", "none"], "sapo data check")
-    _quiet()
-    inputs = load_inputs(run)
-    check_data(
-        inputs.train,
-        inputs.train_reports,
-        inputs.tokenizer,
-        segment_length=run.config.segment_length,
-        tail_margin=run.config.tail_margin,
-        seed=run.config.seed,
-        console=Console(),
-    )
-
-
-def _quiet() -> None:
-    """Leave the terminal to this program: no bars or notices of the libraries."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging
-
-    # peft 0.21 reads a name that transformers 5.23 has deprecated: nothing that a user of this command can change.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    logging.set_verbosity_warning()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None:
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress)
-
-
-def _closing_screen(
-    console: Console, trainer: SAPOTrainer, progress: TerminalProgress, *, stopped: bool, recipe: Path | None
-) -> None:
-    """What happened, where it lies, what to run next."""
-    state, folder, last = trainer.state, trainer.args.output_dir, progress.last
-    head = "Stopped" if stopped or trainer.stop_reason else "Done"
-    lines = ["", f"{head} after step {state.global_step} of {state.max_steps}."]
-    if trainer.stop_reason:
-        lines.append(trainer.stop_reason)
-    if "loss" in last:
-        line = f"At the last log: loss {last['loss']:.4g}"
-        if "rewards/accuracies" in last:
-            line += (
-                f", the policy prefers the chosen response in {last['rewards/accuracies']:.0%} of pairs, margin "
-                f"{last['rewards/margins']:.3g}"
-            )
-        lines.append(f"{line}.")
-    change = last.get("self_play/chosen_logp_change")
-    if change is not None:
-        fell = " The chosen responses became less likely: see chosen_nll_weight." if change < 0 else ""
-        lines.append(f"Log-probability of chosen training responses since the start: {change:+.3g} nats each.{fell}")
-    lines.append(f"Policy: {folder}    metrics: {folder}/metrics.jsonl    every option: {folder}/recipe.yaml")
-    if trainer.opponent is not None:
-        lines.append(f"Opponent (the moving average): {folder}/opponent")
-    lines.append("")
-    if stopped or trainer.stop_reason or state.global_step < state.max_steps:
-        again = recipe or f"{folder}/recipe.yaml"
-        lines.append(f"Continue:  sapo train --config {again} --resume_from_checkpoint true")
-    elif recipe is None:
-        longer = 2 * state.max_steps
-        lines.append(
-            f"Longer:    sapo train --config {folder}/recipe.yaml --resume_from_checkpoint true --max_steps {longer}"
-        )
-    load = "AutoPeftModelForCausalLM" if trainer.is_adapter() else "AutoModelForCausalLM"
-    package = "peft" if trainer.is_adapter() else "transformers"
-    lines.append(f'Use it:    from {package} import {load}; model = {load}.from_pretrained("{folder}")')
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-from sapo.errors import ConfigurationError
+from sapo.commands.parser import Parsed
 from sapo.report.page import write_report
 from sapo.report.serve import HOST, make_server
-from sapo.runs.folder import METRICS_FILE, REPORT_FILE
+from sapo.runs.layout import REPORT_FILE
+from sapo.runs.reading import expand_rounds
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sapo report: {message}.")
-
-
-def _parts(run: Path) -> list[Path]:
-    """A run, or the rounds that it consists of."""
-    rounds = sorted(run.glob("round-*"), key=lambda part: int(part.name.rsplit("-", 1)[1]))
-    started = [part for part in rounds if (part / METRICS_FILE).is_file()]
-    return [run] if (run / METRICS_FILE).is_file() or not started else started
-
-
-def report(arguments: Sequence[str]) -> None:
+def run_report(given: Parsed) -> None:
     """Write the report of run folders, or serve it while they grow.
 
     Raises:
-        ConfigurationError: an unknown option, a folder without a run, a port that is taken.
+        ConfigurationError: a folder without a run, a port that is taken.
     """
-    parser = _Parser(prog="sapo report", allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run; several are overlaid"
-    )
-    parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first run's folder)")
-    parser.add_argument("--serve", action="store_true", help="show a live page on 127.0.0.1 instead")
-    parser.add_argument("--port", type=int, default=8017, help="of the live page (default 8017); 0 for any")
-    options = parser.parse_args(list(arguments))
-    runs = [part for run in options.runs for part in _parts(run)]
+    options = given.own
+    runs = expand_rounds(options.runs)
     if not options.serve:
         file = options.output or options.runs[0] / REPORT_FILE
         write_report(file, runs)

@@ -27,15 +27,10 @@ from sapo.commands.generate import write_pairs
 from sapo.commands.inputs import Inputs, load_inputs, load_texts
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.runs.files import write_atomically
-from sapo.runs.folder import RECIPE_FILE, check_output_dir
+from sapo.runs.folder import check_output_dir
+from sapo.runs.layout import RECIPE_FILE, ROUND_EVAL_PAIRS_FILE, ROUND_FILE, ROUND_FOLDER, ROUND_PAIRS_FILE
 from sapo.runs.pair_files import PairsReport, read_pairs
 from sapo.weights.loading import check_model, load_policy
-
-FOLDER = "round-{number}"
-PAIRS_FILE = "pairs.parquet"
-EVAL_PAIRS_FILE = "eval_pairs.parquet"
-DONE_FILE = "round.json"
-"""Written when the training of a round has come to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +78,20 @@ def rounds(run: RunArguments, console: Console) -> Iterator[Round]:
             console.print(line, markup=False, highlight=False)
     state = PartialState()
     for number in range(config.num_rounds or 0):
-        folder = root / FOLDER.format(number=number)
-        if (folder / DONE_FILE).is_file():
+        folder = root / ROUND_FOLDER.format(number=number)
+        if (folder / ROUND_FILE).is_file():
             continue
         # The models of the round before are held by cycles; two rounds' would not fit.
         gc.collect()
         console.rule(f"Round {number} of {config.num_rounds}")
         started_from, adapter = run, None
         if number:
-            started_from, adapter = _from(run, root / FOLDER.format(number=number - 1))
+            started_from, adapter = _from(run, root / ROUND_FOLDER.format(number=number - 1))
         written = _write_files(started_from, inputs, folder, number, adapter, console)
         yield _iteration(started_from, inputs, folder, number, adapter)
         if state.is_main_process:
             done = {"round": number, "policy_from": str(adapter or started_from.model.model_name_or_path)}
-            write_atomically(folder / DONE_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
+            write_atomically(folder / ROUND_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
         state.wait_for_everyone()
 
 
@@ -121,7 +116,7 @@ def _begin(run: RunArguments, root: Path) -> None:
         raise ConfigurationError(
             f"resume_from_checkpoint={wanted} with num_rounds: give true or auto; the newest part is continued."
         )
-    begun = sorted(root.glob(FOLDER.format(number="*")))
+    begun = sorted(root.glob(ROUND_FOLDER.format(number="*")))
     if wanted in ("true", "True") and not begun:
         raise CheckpointError(f"{root}: no round to resume. Leave resume_from_checkpoint out to start afresh.")
     if wanted in (None, "false", "False") and config.process_index == 0:
@@ -148,10 +143,10 @@ def _write_files(
     run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None, console: Console
 ) -> PairsReport:
     texts, eval_texts = load_texts(run, inputs)
-    files = [(PAIRS_FILE, inputs.train, texts, number)]
+    files = [(ROUND_PAIRS_FILE, inputs.train, texts, number)]
     if inputs.eval is not None and eval_texts is not None:
         # Epoch -1: no round has these seeds.
-        files.append((EVAL_PAIRS_FILE, inputs.eval, eval_texts, -1))
+        files.append((ROUND_EVAL_PAIRS_FILE, inputs.eval, eval_texts, -1))
     reports = []
     for name, dataset, text, epoch in files:
         report = write_pairs(
@@ -164,9 +159,9 @@ def _write_files(
 
 
 def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None) -> Round:
-    files = [folder / PAIRS_FILE]
+    files = [folder / ROUND_PAIRS_FILE]
     if number and run.config.mix_previous_round:
-        files.append(folder.with_name(FOLDER.format(number=number - 1)) / PAIRS_FILE)
+        files.append(folder.with_name(ROUND_FOLDER.format(number=number - 1)) / ROUND_PAIRS_FILE)
     config = copy.copy(run.config)
     config.output_dir = str(folder)
     config.pair_source, config.num_rounds, config.mix_previous_round = "paired", None, False
@@ -176,10 +171,10 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     train = read_pairs(files, max_length=config.max_length)
     evaluation = None
     if inputs.eval is not None:
-        evaluation = read_pairs([folder / EVAL_PAIRS_FILE], max_length=config.max_length)
+        evaluation = read_pairs([folder / ROUND_EVAL_PAIRS_FILE], max_length=config.max_length)
     data, mixture = copy.copy(run.data), copy.copy(run.mixture)
     data.dataset_name, data.dataset_config, data.dataset_train_split = str(files[0]), None, "train"
-    data.eval_dataset_name = str(folder / EVAL_PAIRS_FILE) if evaluation is not None else None
+    data.eval_dataset_name = str(folder / ROUND_EVAL_PAIRS_FILE) if evaluation is not None else None
     mixture.datasets = [DatasetConfig(path=str(file)) for file in files] if len(files) > 1 else []
     own = RunArguments(data=data, mixture=mixture, config=config, model=run.model)
     return Round(own, Inputs(inputs.tokenizer, train, evaluation, [], []), adapter, folder.parent / RECIPE_FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,13 +19,12 @@ from urllib.parse import urlsplit
 import httpx2
 from rich.console import Console
 
-from sapo.commands.arguments import RunArguments, parse
+from sapo.commands.arguments import RunArguments, build
+from sapo.commands.parser import Parsed
 from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
 from sapo.generation.vllm.limits import adapter_room
 from sapo.generation.vllm.weight_stream import RECEIVER
-
-_OWN_FLAGS = ("--vllm_python", "--devices")
 
 RESTARTS = 3
 """Times that a server which has died is started again, in all."""
@@ -50,13 +50,12 @@ class Server:
     log: Path
 
 
-def run_serve(arguments: Sequence[str]) -> int:
+def run_serve(given: Parsed) -> int:
     """Start the servers of a recipe and, with `--train`, its run; stop them with it, or at Ctrl-C.
 
     Args:
-        arguments: those of `sapo train`; `--train`; `--vllm_python PYTHON`, an interpreter that has vLLM; `--devices`,
-            GPUs for each server in turn, such as `1` or `1,2` for two with tensor parallelism, may be repeated; and
-            after `--` flags for vLLM itself.
+        given: options of `sapo train`; `--train`; `--vllm_python`, an interpreter that has vLLM; `--devices`, the GPUs
+            of each server in turn; and after `--` flags for vLLM itself.
 
     Returns:
         The exit status: of the run, or 0 once the servers were stopped.
@@ -65,25 +64,22 @@ def run_serve(arguments: Sequence[str]) -> int:
         ConfigurationError: no vLLM, flags that do not fit.
         GenerationError: a server ended by itself; says what it last printed.
     """
-    given, extra = _split_at(list(arguments), "--")
-    own, rest = _own_flags(given)
-    with_run = "--train" in rest
-    rest = [argument for argument in rest if argument != "--train"]
-    run = parse([*rest, "--report_to", "none"], "sapo serve")
+    own = given.own
+    run = build(given.values() | {"report_to": ["none"]})
     if run.config.generation_backend != "vllm_server":
         raise ConfigurationError(
             f"generation_backend={run.config.generation_backend}: a server would write nothing. Set it to vllm_server."
         )
-    python = own["--vllm_python"][-1] if own["--vllm_python"] else _python_with_vllm()
-    servers = servers_for(run, python, own["--devices"], extra)
+    python = own.vllm_python or _python_with_vllm()
+    servers = servers_for(run, python, own.devices or (), given.extra)
     console = Console()
     with _Running(servers, console) as running:
         running.wait_until_ready()
-        if with_run:
-            return running.during([sys.executable, "-m", "sapo.commands.main", "train", *rest])
+        if own.train:
+            return running.during([sys.executable, "-m", "sapo", "train", *given.rest])
         console.print(
             f"Ready: {', '.join(server.url for server in servers)}. Ctrl-C stops. In another terminal: sapo train "
-            f"{' '.join(rest)}",
+            f"{shlex.join(given.rest)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -267,32 +263,6 @@ class _Running:
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-def _split_at(arguments: list[str], mark: str) -> tuple[list[str], list[str]]:
-    if mark not in arguments:
-        return arguments, []
-    place = arguments.index(mark)
-    return arguments[:place], arguments[place + 1 :]
-
-
-def _own_flags(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The values of `_OWN_FLAGS`, and everything else."""
-    own: dict[str, list[str]] = {flag: [] for flag in _OWN_FLAGS}
-    left: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if name not in own:
-            left.append(argument)
-        elif equals:
-            own[name].append(value)
-        elif rest and not rest[0].startswith("--"):
-            own[name].append(rest.pop(0))
-        else:
-            raise ConfigurationError(f"{name} needs a value.")
-    return own, left
 
 
 def _python_with_vllm() -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
@@ -20,7 +18,6 @@ from sapo.config import SAPOConfig
 from sapo.demo.build import MODEL_FOLDER
 from sapo.demo.score import ScoreReport, score
 from sapo.demo.tasks import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TRAIN_ROWS, heldout_rows
-from sapo.errors import ConfigurationError
 from sapo.generation.protocol import Generator
 from sapo.generation.scripted import ScriptedGenerator
 from sapo.training.progress import TerminalProgress
@@ -38,17 +35,14 @@ ARMS: dict[str, dict[str, Any]] = {
 """What differs between the runs; with beta 0, ORPO is SFT on the chosen responses."""
 
 
-def run_demo(arguments: Sequence[str]) -> None:
+def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int = 0) -> None:
     """Train the arms from the built-in checkpoint and print their held-out accuracy side by side.
 
-    Raises:
-        ConfigurationError: an unknown option.
+    Args:
+        output_dir: folder of the runs; replaced.
+        max_steps: optimizer steps of each run.
+        seed: of each run.
     """
-    parser = _Parser(prog="sapo demo", allow_abbrev=False)
-    parser.add_argument("--output_dir", default="runs/demo", help="folder of the runs; replaced")
-    parser.add_argument("--max_steps", type=int, default=STEPS, help="optimizer steps of each run")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(list(arguments))
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -65,8 +59,8 @@ def run_demo(arguments: Sequence[str]) -> None:
     results = {"checkpoint": score(_model(), tokenizer, rows)}
     for name, settings in ARMS.items():
         console.rule(name)
-        folder = Path(options.output_dir) / re.sub(r"\W+", "-", name.lower()).strip("-")
-        trainer = _trainer(folder, options, settings, tokenizer)
+        folder = Path(output_dir) / re.sub(r"\W+", "-", name.lower()).strip("-")
+        trainer = _trainer(folder, max_steps, seed, settings, tokenizer)
         progress = TerminalProgress(
             console, tokenizer, trainer.last_pairs, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3
         )
@@ -80,25 +74,20 @@ def run_demo(arguments: Sequence[str]) -> None:
         results[name] = score(trainer.policy(), tokenizer, rows)
     console.print(_table(results))
     console.print(_reading(results), highlight=False)
-    console.print(f"{time.perf_counter() - started:.0f} s. Runs: {options.output_dir}", highlight=False)
+    console.print(f"{time.perf_counter() - started:.0f} s. Runs: {output_dir}", highlight=False)
     console.print("Next, your own: sapo train --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sapo demo: {message}.")
 
 
 def _model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype="float32")
 
 
-def _trainer(folder: Path, options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any) -> SAPOTrainer:
+def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], tokenizer: Any) -> SAPOTrainer:
     args = SAPOConfig(
         output_dir=str(folder),
         overwrite_output_dir=True,
-        max_steps=options.max_steps,
-        seed=options.seed,
+        max_steps=max_steps,
+        seed=seed,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
         lr_scheduler_type="linear",

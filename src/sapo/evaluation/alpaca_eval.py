@@ -23,7 +23,7 @@ from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, 
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
-from sapo.evaluation.store import part_key, write_atomically
+from sapo.evaluation.store import part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate, bootstrap_ratio
@@ -316,6 +316,6 @@ def _write_annotations(
         for place, one in enumerate(instructions)
     ]
     name = f"{file_name(judge.options.model)}-{target.slug}.json"
-    write_atomically(
+    write_result(
         session.folder / "alpaca_eval" / "annotations" / name, json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     )

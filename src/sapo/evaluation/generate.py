@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from torch import nn
 
-from sapo.errors import ConfigurationError, EvaluationError, TokenizerError
+from sapo.errors import ConfigurationError, EvaluationError, TokenizerError, brief
 from sapo.evaluation.targets import LoadedModel
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
@@ -54,7 +54,7 @@ def chat_ids(loaded: LoadedModel, messages: Sequence[dict[str, str]]) -> list[in
         text: str = loaded.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise EvaluationError(
-            f"the chat template refuses a conversation ({' '.join(str(error).split())}). Use another template."
+            f"the chat template refuses a conversation ({brief(error)}). Use another template."
         ) from error
     return list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -26,9 +26,10 @@ from sapo.evaluation.harness_data import (
 )
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
-from sapo.evaluation.store import FinishedParts, part_key, write_atomically
+from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.text import visible
 from sapo.weights.loading import load_tokenizer
 
 TASKS_FOLDER = "lm_eval_tasks"
@@ -218,7 +219,7 @@ class _Runner:
         self._session.say(f"{self._target.name}: {', '.join(leaf for _, leaf, _ in missing)}")
         request = self._request(missing)
         file = self._parts.file.with_suffix(".request.json")
-        write_atomically(file, json.dumps(request, indent=1) + "\n")
+        write_result(file, json.dumps(request, indent=1) + "\n")
         status, last = _run_child(file)
         parts = FinishedParts(self._parts.file)
         left = [leaf for key, leaf, _ in missing if key not in parts]
@@ -268,7 +269,7 @@ def _run_child(request: Path) -> tuple[int, str]:
                 sys.stderr.write(text)
                 last = (text.strip().splitlines() or [last])[-1]
         status = child.wait()
-    return status, "".join(char for char in last if char.isprintable())[-200:]
+    return status, visible(last)[-200:]
 
 
 def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[str, Any]], seed: int) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sapo.errors import DatasetError, EvaluationError
-from sapo.evaluation.store import write_atomically
+from sapo.errors import DatasetError, EvaluationError, brief
+from sapo.evaluation.store import write_result
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -105,7 +105,7 @@ def task_manager(known: TaskManager, tasks: Sequence[str], data: Path | None, fo
             "dataset_kwargs": {"data_files": {split: str(file.resolve()) for split, file in files.items()}},
         }
         text = yaml.safe_dump(override, sort_keys=False)
-        write_atomically(folder / f"{task}.yaml", text)
+        write_result(folder / f"{task}.yaml", text)
         written = True
     if not written:
         raise DatasetError(f"--task_data {data}: has no folder named like one of {', '.join(tasks)}.")
@@ -177,10 +177,9 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]
             HfHubHTTPError,
             datasets.exceptions.DatasetsError,
         ) as error:
-            reason = " ".join(str(error).split())[:200]
             raise DatasetError(
-                f"{task}: its data cannot be had ({reason}). Without network put its files into a folder {task} and "
-                "name the folder above with --task_data."
+                f"{task}: its data cannot be had ({brief(error, 200)}). Without network put its files into a "
+                f"folder {task} and name the folder above with --task_data."
             ) from error
         splits: dict[str, Any] = loaded.dataset or {}
         prints = [f"{name}:{rows._fingerprint}:{len(rows)}" for name, rows in sorted(splits.items())]

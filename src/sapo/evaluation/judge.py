@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sapo.errors import ConfigurationError, EvaluationError
+from sapo.errors import ConfigurationError, EvaluationError, brief
 from sapo.evaluation.store import FinishedParts, part_key
 
 if TYPE_CHECKING:
@@ -349,14 +349,14 @@ class Judge:
 
     def _scrubbed(self, text: str) -> str:
         """Servers quote the key they refuse, send whole pages and control characters: none belongs on a terminal."""
-        line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+        line = " ".join(text.split())
         if self._key:
             line = line.replace(self._key, "***")
             for length in (8, 4):
                 # Some quote only its ends.
                 line = line.replace(self._key[:length], "***") if len(self._key) > 12 else line
                 line = line.replace(self._key[-length:], "***") if len(self._key) > 12 else line
-        return line if len(line) <= 200 else line[:197] + "..."
+        return brief(line, 200)
 
 
 def _seconds(asked: str | None) -> float:

@@ -14,10 +14,11 @@ from sapo.evaluation.generate import generator_of, in_use
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks
 from sapo.evaluation.store import part_key
-from sapo.evaluation.targets import LoadedModel, Target, run_option
+from sapo.evaluation.targets import LoadedModel, Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
 from sapo.measures.text import ends_in_loop, seq_rep
+from sapo.runs.reading import recipe_option
 
 ROWS = 200
 MAX_NEW_TOKENS = 256
@@ -191,7 +192,7 @@ def _dataset(session: Session) -> str:
         return session.options.dataset_name
     for target in session.targets:
         if target.run is not None:
-            named = run_option(Path(target.run), "eval_dataset_name")
+            named = recipe_option(Path(target.run), "eval_dataset_name")
             if named is not None:
                 return named
     raise ConfigurationError(

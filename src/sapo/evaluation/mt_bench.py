@@ -21,7 +21,7 @@ from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
-from sapo.evaluation.store import part_key, write_atomically
+from sapo.evaluation.store import part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
@@ -249,7 +249,7 @@ def _grade(
         lines.append(_judgment(files.questions[place], target, judge, turn, request, verdict, score))
     folder = session.folder / "mt_bench" / "model_judgment"
     name = f"{file_name(judge.options.model)}_single-{target.slug}.jsonl"
-    write_atomically(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_result(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = _summary(files, scores, session.options.seed)
     if empty:
         result.notes.append(empty)

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo._version import __version__
-from sapo.errors import EvaluationError
-from sapo.evaluation.store import write_atomically
+from sapo.errors import EvaluationError, brief
+from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, paired_change
 
@@ -102,11 +102,11 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
             whole["suites"] = json.loads(file.read_text(encoding="utf-8"))["suites"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{file} is not a file of results ({' '.join(str(error).split())}). Move it away and give the same "
+                f"{file} is not a file of results ({brief(error)}). Move it away and give the same "
                 "command again: finished parts are kept."
             ) from error
     whole["suites"][suite] = found
-    write_atomically(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_result(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return file
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sapo.errors import EvaluationError
+from sapo.runs.files import append_line, read_json_lines, write_atomically
 
 PART = "part"
 """The field of a line that says what it is the result of."""
@@ -59,50 +60,38 @@ class FinishedParts:
             EvaluationError: the disk does not take it.
         """
         kept = {**record, PART: key}
-        line = json.dumps(kept, ensure_ascii=False) + "\n"
+        line = json.dumps(kept, ensure_ascii=False)
         with self._lock:
-            try:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8") as stream:
-                    stream.write(line)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            except OSError as error:
-                raise EvaluationError(
-                    f"{self.file} cannot be written ({error.strerror}); what was finished before is kept. Make room "
-                    "and give the same command again."
-                ) from error
+            with _disk_errors(self.file):
+                append_line(self.file, line)
             self._parts[key] = kept
         return kept
 
     def _read(self) -> None:
-        raw = self.file.read_bytes()
-        whole, _, rest = raw.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n"), 1) if whole else ():
-            try:
-                record = json.loads(line)
-                self._parts[record[PART]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(
-                    f"{self.file}, line {number}: is not a finished part. Mend or remove the line, or evaluate into "
-                    "another --output_dir."
-                ) from error
-        if rest:
+        remedy = "Fix or remove the line, or evaluate into another --output_dir."
+        for record in read_json_lines(self.file, {PART: str}, error=EvaluationError, remedy=remedy):
+            self._parts[record[PART]] = record
+        content = self.file.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
             with self.file.open("r+b") as stream:
-                stream.truncate(len(raw) - len(rest))
+                stream.truncate(complete)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a whole file or nothing.
+def write_result(file: Path, text: str) -> None:
+    """Write a complete file or nothing.
 
     Raises:
         EvaluationError: the disk does not take it.
     """
-    partial = file.with_name(f".{file.name}.partial")
+    with _disk_errors(file):
+        write_atomically(file, text)
+
+
+@contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        yield
     except OSError as error:
         raise EvaluationError(
             f"{file} cannot be written ({error.strerror}); finished parts are kept. Make room and give the same "

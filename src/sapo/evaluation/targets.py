@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import EvaluationError, ModelError, TokenizerError
+from sapo.errors import ModelError, TokenizerError, brief
+from sapo.runs.layout import OPPONENT_FOLDER
+from sapo.runs.reading import is_run, start_of
 from sapo.weights.loading import load_tokenizer
 from sapo.weights.policy import padding_token_id
 
 ADAPTER_FILE = "adapter_config.json"
-RUN_FILES = ("recipe.yaml", "sapo_config.yaml")
 _WHOLE_FILE = 64 * 2**20
 _ENDS = 2**20
 """Of a larger weights file the first and the last mebibyte are hashed, and its size."""
@@ -88,7 +88,7 @@ def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Tar
             if name.startswith((".", "/", "~")) or name.count("/") > 1:
                 raise ModelError(f"{name}: no such model or run folder.")
             targets.append(Target(name, name))
-        elif any((folder / file).is_file() for file in RUN_FILES):
+        elif is_run(folder):
             targets += _of_run(folder, start)
         else:
             targets.append(_of_folder(folder, folder.name))
@@ -100,25 +100,12 @@ def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Tar
 def _of_run(folder: Path, start: str | None) -> list[Target]:
     name = folder.resolve().name
     found = [_of_folder(folder, f"{name} policy", "policy", folder)]
-    if (folder / "opponent").is_dir():
-        found.append(_of_folder(folder / "opponent", f"{name} opponent", "opponent", folder))
-    began = start or run_option(folder, "model_name_or_path")
+    if (folder / OPPONENT_FOLDER).is_dir():
+        found.append(_of_folder(folder / OPPONENT_FOLDER, f"{name} opponent", "opponent", folder))
+    began = start or start_of(folder)
     if began is not None and (start is not None or Path(began).is_dir()):
         found.insert(0, _start(began))
     return found
-
-
-def run_option(folder: Path, option: str) -> str | None:
-    """An option of the run's recipe.yaml, None if it was not given."""
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        return None
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise EvaluationError(f"{file}: cannot be read ({' '.join(str(error).split())}).") from error
-    value = recipe.get(option) if isinstance(recipe, dict) else None
-    return None if value is None else str(value)
 
 
 def _start(path: str) -> Target:
@@ -191,9 +178,9 @@ def _commit(name: str, revision: str) -> str:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{name}: no such folder here, and the hub did not give it ({reason}). Check the name, or give a folder."
+            f"{name}: no such folder here, and the hub did not give it ({brief(error, 200)}). Check the name, or "
+            "give a folder."
         ) from error
     return str(config._commit_hash or revision)
 
@@ -219,8 +206,7 @@ def load_target(
 
             model = PeftModel.from_pretrained(model, target.path)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{target.path}: the model cannot be loaded ({reason}).") from error
+        raise ModelError(f"{target.path}: the model cannot be loaded ({brief(error, 200)}).") from error
     model = model.to(torch.device(device)).eval()
     try:
         eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sapo.data.loading import load_rows
-from sapo.errors import ConfigurationError, DatasetError
+from sapo.errors import ConfigurationError, DatasetError, brief
 from sapo.evaluation.generate import (
     chat_ids,
     finish_reason,
@@ -84,7 +84,7 @@ def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--suite {file}: cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"--suite {file}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigurationError(f"--suite {file}: not valid YAML ({brief(error)}).") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"--suite {file}: a task file has `tasks:` with a list of tasks.")
     listed = content.get("tasks", [content])

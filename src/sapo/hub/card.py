@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,14 @@ import yaml
 
 from sapo._version import __version__
 from sapo.errors import ConfigurationError
-from sapo.hub.curves import curves_svg
 from sapo.report.summary import sentences, warnings
-from sapo.runs.files import write_atomically
-from sapo.runs.folder import RECIPE_FILE
-from sapo.runs.reading import RunData, read_run
+from sapo.report.svg import curves_svg
+from sapo.runs.files import read_object, write_atomically
+from sapo.runs.layout import CARD_FILE, CURVES_FILE, EVALUATION_FILES
+from sapo.runs.metrics import EVAL, compared_metrics, find_metric
+from sapo.runs.reading import Run, read_run
+from sapo.text import number_text
 
-CURVES_FILE = "curves.svg"
-EVALUATION_FILES = ("results.json", "evaluation/results.json")
-"""Where in a run folder evaluations are looked for."""
 _PRIVATE = ("output_dir", "logging_dir", "hub_token")
 _CITATION = """@article{yin2024selfaugmented,
   title = {Self-Augmented Preference Optimization: Off-Policy Paradigms for Language Model Alignment},
@@ -42,10 +40,10 @@ def write_card(folder: Path, name: str) -> None:
     picture = bool(run.train)
     if picture:
         write_atomically(folder / CURVES_FILE, curves_svg(run))
-    write_atomically(folder / "README.md", card(run, name, picture=picture))
+    write_atomically(folder / CARD_FILE, card(run, name, picture=picture))
 
 
-def card(run: RunData, name: str, *, picture: bool) -> str:
+def card(run: Run, name: str, *, picture: bool) -> str:
     """The text of the card.
 
     Args:
@@ -102,12 +100,8 @@ def card(run: RunData, name: str, *, picture: bool) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _recipe(run: RunData) -> dict[str, Any]:
-    file = run.path / RECIPE_FILE
-    if file.is_file():
-        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return found
-    return {option.name: option.value for option in run.options if option.differs}
+def _recipe(run: Run) -> dict[str, Any]:
+    return run.recipe or {option.name: option.value for option in run.options() if option.differs}
 
 
 def _data(recipe: dict[str, Any]) -> list[str]:
@@ -115,9 +109,8 @@ def _data(recipe: dict[str, Any]) -> list[str]:
     return [str(member["path"]) for member in members] or [str(recipe[k]) for k in ("dataset_name",) if k in recipe]
 
 
-def _source(run: RunData) -> str:
-    options = {option.name: option.value for option in run.options}
-    if options.get("pair_source") == "paired":
+def _source(run: Run) -> str:
+    if run.config.get("pair_source") == "paired":
         return "It learnt from a preference dataset."
     return "The rejected responses were written by a moving average of the model itself; no preference data were used."
 
@@ -141,14 +134,15 @@ def _short_words(text: str, base: str) -> str:
     return text.replace(base, str(_short(base)))
 
 
-def _evaluation(run: RunData) -> str:
+def _evaluation(run: Run) -> str:
     """Results of `sapo evaluate` in the run folder, and the last evaluation of the training."""
     rows: list[tuple[str, str, str]] = []
     for file in (run.path / name for name in EVALUATION_FILES):
         if not file.is_file():
             continue
+        content = read_object(file)
         try:
-            suites = json.loads(file.read_text(encoding="utf-8"))["suites"]
+            suites = content["suites"]
             for suite, found in suites.items():
                 for model, result in found["models"].items():
                     rows += [
@@ -157,10 +151,12 @@ def _evaluation(run: RunData) -> str:
                     ]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigurationError(f"{file}: not results of an evaluation ({error!r}). Move it away.") from error
-    last = run.eval[-1] if run.eval else {}
-    for name, value in last.items():
-        if name.startswith("eval_") and not name.endswith(("runtime", "second")) and isinstance(value, float):
-            rows.append((f"fixed pairs of the training: {name.removeprefix('eval_')}", "policy", f"{value:.4g}"))
+    compared = compared_metrics()
+    for name in run.metrics():
+        # Of the metrics that are declared not all are results; others are the local measures.
+        is_result = name.startswith(EVAL) and (name in compared or find_metric(name) is None)
+        if is_result and (last := run.last(name)) is not None:
+            rows.append((f"fixed pairs of the training: {name.removeprefix(EVAL)}", "policy", number_text(last, 4)))
     if not rows:
         return ""
     return "\n".join(
@@ -170,4 +166,4 @@ def _evaluation(run: RunData) -> str:
 
 def _value(estimate: dict[str, Any]) -> str:
     spread = estimate.get("stderr")
-    return f"{estimate['value']:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+    return number_text(estimate["value"], 4) + (f" ± {number_text(spread, 2)}" if spread is not None else "")

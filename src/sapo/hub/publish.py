@@ -14,9 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError
-from sapo.hub.card import CURVES_FILE, write_card
+from sapo.errors import ConfigurationError, brief
+from sapo.hub.card import write_card
 from sapo.runs.folder import RunFolder
+from sapo.runs.layout import CARD_FILE, CURVES_FILE
 
 _MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"]
 _TOKENIZER = [
@@ -32,7 +33,7 @@ _TOKENIZER = [
 
 def uploaded(*, opponent: bool) -> list[str]:
     """Patterns of the files that are pushed; in them `*` reaches into folders, so every folder is named or left out."""
-    patterns = [*_MODEL, *_TOKENIZER, "README.md", CURVES_FILE]
+    patterns = [*_MODEL, *_TOKENIZER, CARD_FILE, CURVES_FILE]
     return [*patterns, *(f"opponent/{pattern}" for pattern in (*_MODEL, *_TOKENIZER))] if opponent else patterns
 
 
@@ -107,8 +108,7 @@ def _asked(what: str, ask: Callable[[], Any]) -> Any:
     try:
         return ask()
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(
-            f"push_to_hub: cannot {what}: {reason}. Log in with `hf auth login`, or give --hub_token, and check "
+            f"push_to_hub: cannot {what}: {brief(error)}. Log in with `hf auth login`, or give --hub_token, and check "
             "--hub_model_id."
         ) from error

@@ -1,4 +1,4 @@
-"""Which curves the report shows, and how long ones are thinned."""
+"""Which curves are shown, in the report and on the model card, and how long ones are thinned."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sapo.runs.metrics import EVAL, METRICS
+from sapo.runs.reading import Run
+
 POINTS = 500
-"""Beyond this many log lines a curve is shown as the mean, least and greatest of as many groups of lines."""
+"""Beyond this many log lines a curve is shown as the mean, minimum and maximum of as many groups of lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +21,33 @@ class Chart:
         title: what is shown.
         unit: of its values; "share" is shown in percent.
         reading: how to read it, in a sentence.
-        metrics: name in metrics.jsonl and in the legend.
         tone: colours by meaning ("pair": chosen and rejected) or by order.
+        on_card: whether the model card shows it too.
     """
 
     title: str
     unit: str
     reading: str
-    metrics: dict[str, str]
     tone: str = "order"
+    on_card: bool = False
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Names in metrics.jsonl, and what the legend calls them; those of evaluations come last."""
+        own = [metric for metric in METRICS if metric.chart == self.title]
+        return {metric.name: metric.legend for metric in own} | {
+            EVAL + metric.name: metric.eval_legend for metric in own if metric.eval_legend
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """For the page's script."""
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "reading": self.reading,
+            "metrics": self.metrics,
+            "tone": self.tone,
+        }
 
 
 CHARTS = [
@@ -34,97 +55,53 @@ CHARTS = [
         "Loss",
         "nats",
         "What is minimised. The evaluation loss is on fixed pairs and comparable over the run.",
-        {"loss": "training", "eval_loss": "evaluation", "nll_loss": "likelihood term"},
+        on_card=True,
     ),
     Chart(
         "Rewards",
         "",
-        "Both falling together: the margin is won by sinking the rejected responses. Set a guard.",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        "Both falling together: the margin grows because the rejected responses fall faster. Set a guard.",
         "pair",
+        on_card=True,
     ),
+    Chart("Margin", "", "Reward of the chosen less that of the rejected response."),
+    Chart("Accuracy", "share", "Share of pairs with a positive margin.", on_card=True),
+    Chart("Log-probabilities", "nats", "Of the scored tokens; they vary with the lengths drawn.", "pair"),
     Chart(
-        "Margin",
-        "",
-        "Reward of the chosen less that of the rejected response.",
-        {"rewards/margins": "training", "eval_rewards/margins": "evaluation"},
-    ),
-    Chart(
-        "Chosen preferred",
-        "share",
-        "Share of pairs with a positive margin.",
-        {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"},
-    ),
-    Chart(
-        "Log-probabilities",
+        "Likelihood of the chosen responses",
         "nats",
-        "Of the scored tokens; they vary with the lengths drawn.",
-        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-        "pair",
+        "Change on the same examples since the start. Below 0 the chosen responses became less likely.",
+        on_card=True,
     ),
     Chart(
-        "Likelihood of good answers",
-        "nats",
-        "Change on the same examples since the start. Below 0 the good answers became less likely.",
-        {"self_play/chosen_logp_change": "change since the start"},
-    ),
-    Chart(
-        "Identical and ended",
+        "Identical pairs and EOS tokens",
         "share",
-        "New pairs in which the opponent wrote the original, and segments that end the response.",
-        {"self_play/identical_fraction": "identical", "self_play/eos_fraction": "with an end token"},
+        "New pairs in which the opponent generated the original, and segments that end the response.",
     ),
+    Chart("Lengths", "tokens", "A drift of the rejected length is a warning: preferences can be won by length."),
+    Chart("Replay buffer: age", "steps", "Mean age of the stored pairs; it rises until the buffer is full."),
+    Chart("Replay buffer: draws", "draws", "How often a stored pair has been trained on, on average."),
     Chart(
-        "Lengths",
-        "tokens",
-        "A drift of the rejected length is a warning: preferences can be won by length.",
-        {"self_play/rejected_length": "rejected", "self_play/segment_length": "segment"},
-    ),
-    Chart(
-        "Replay buffer: age",
-        "steps",
-        "Mean age of the stored pairs; it rises until the buffer is full.",
-        {"replay/mean_age": "mean age"},
-    ),
-    Chart(
-        "Replay buffer: draws",
-        "draws",
-        "How often a stored pair has been learnt from, on average.",
-        {"replay/mean_draws": "draws a pair"},
-    ),
-    Chart(
-        "Distance of opponent and policy",
+        "Distance between opponent and policy",
         "",
         "Norm of their difference over the norm of the policy: how far the opponent is behind.",
-        {"opponent/distance": "relative distance"},
     ),
-    Chart("Gradient norm", "", "Before clipping.", {"grad_norm": "gradient norm"}),
-    Chart("Learning rate", "", "The schedule as it was.", {"learning_rate": "learning rate"}),
-    Chart(
-        "Time by part",
-        "seconds",
-        "Of a micro-batch, and the optimizer of a step.",
-        {
-            "time/generate": "opponent writes",
-            "time/reference": "reference",
-            "time/policy": "policy",
-            "time/optimizer": "optimizer",
-        },
-    ),
-    Chart("Throughput", "tokens/s", "Tokens of the pairs learnt from, without padding.", {"tokens_per_second": "all"}),
-    Chart(
-        "Memory",
-        "MB",
-        "Of the first process; on the device the most since the start.",
-        {"memory/process_mb": "process", "memory/device_peak_mb": "device, peak"},
-    ),
-    Chart(
-        "Steps that changed nothing",
-        "share",
-        "Their loss or gradient was not finite.",
-        {"nonfinite_step_fraction": "share of steps"},
-    ),
+    Chart("Gradient norm", "", "Before clipping."),
+    Chart("Learning rate", "", "The schedule's value."),
+    Chart("Time by part", "seconds", "Per micro-batch, and of the optimizer per step."),
+    Chart("Throughput", "tokens/s", "Tokens of the pairs trained on, without padding."),
+    Chart("Memory", "MB", "Of the first process; on the device the maximum since the start."),
+    Chart("Steps that changed nothing", "share", "Their loss or gradient was not finite."),
 ]
+
+
+def curves(run: Run, charts: list[Chart], points: int = POINTS) -> dict[str, dict[str, Any]]:
+    """The series of `charts`: "train" and "eval", each as of `thin`."""
+    names = [name for chart in charts for name in chart.metrics]
+    return {
+        "train": thin(run.train, [name for name in names if not name.startswith(EVAL)], points),
+        "eval": thin(run.eval, [name for name in names if name.startswith(EVAL)], points),
+    }
 
 
 def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> dict[str, Any]:
@@ -141,10 +118,10 @@ def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> 
         columns = [[row[name] for row in group if _is_number(row.get(name))] for group in groups]
         if not any(columns):
             continue
-        series = {"mean": [_short(sum(values) / len(values)) if values else None for values in columns]}
+        series = {"mean": [_rounded(sum(values) / len(values)) if values else None for values in columns]}
         if size > 1:
-            series["low"] = [_short(min(values)) if values else None for values in columns]
-            series["high"] = [_short(max(values)) if values else None for values in columns]
+            series["low"] = [_rounded(min(values)) if values else None for values in columns]
+            series["high"] = [_rounded(max(values)) if values else None for values in columns]
         found["series"][name] = series
     return found
 
@@ -153,5 +130,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
+    """Five digits are more than a screen shows, and keep the page small."""
     return float(f"{value:.5g}")

@@ -17,10 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sapo.report.charts import CHARTS, thin
+from sapo.report.charts import CHARTS, curves
 from sapo.report.pair_texts import BUDGET, pack
 from sapo.report.summary import figures, sentences, warnings
-from sapo.runs.reading import RunData, read_run
+from sapo.runs.files import write_atomically
+from sapo.runs.reading import Run, read_run, short_names
 
 _SCRIPTS = ["dom.js", "charts.js", "pairs.js", "tables.js", "main.js"]
 
@@ -31,31 +32,21 @@ def write_report(file: Path, runs: Sequence[Path]) -> None:
     Raises:
         ConfigurationError: a folder holds no run.
     """
-    page = render(report_data(runs), live=False)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(page)
-    partial.replace(file)
+    write_atomically(file, render(report_data(runs), live=False))
 
 
 def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     """Everything that the page shows, as plain JSON."""
     runs = [read_run(folder) for folder in folders]
-    names = _names(folders)
+    names = short_names(folders)
     return {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "charts": [dataclasses.asdict(chart) for chart in CHARTS],
+        "charts": [chart.to_json() for chart in CHARTS],
         "runs": [_run(run, name, BUDGET // len(runs)) for run, name in zip(runs, names, strict=True)],
     }
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the folders apart: their own, or the whole paths."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
-def _run(run: RunData, name: str, budget: int) -> dict[str, Any]:
-    metrics = [metric for chart in CHARTS for metric in chart.metrics]
+def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
     return {
         "name": name,
         "path": str(run.path),
@@ -63,12 +54,11 @@ def _run(run: RunData, name: str, budget: int) -> dict[str, Any]:
         "figures": [dataclasses.asdict(figure) for figure in figures(run)],
         "warnings": [dataclasses.asdict(warn) for warn in warnings(run)],
         "ended": bool(run.end),
-        "train": thin(run.train, [metric for metric in metrics if not metric.startswith("eval_")]),
-        "eval": thin(run.eval, [metric for metric in metrics if metric.startswith("eval_")]),
+        **curves(run, CHARTS),
         "pairs": pack(run.pairs, budget),
         "options": [
             {"name": one.name, "value": one.value, "default": one.default, "help": one.help, "differs": one.differs}
-            for one in run.options
+            for one in run.options()
         ],
         "facts": run.facts,
     }

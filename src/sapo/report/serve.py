@@ -12,7 +12,7 @@ from typing import Any
 
 from sapo.errors import ConfigurationError
 from sapo.report.page import render, report_data, script_json
-from sapo.runs.folder import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
+from sapo.runs.layout import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
 
 HOST = "127.0.0.1"
 

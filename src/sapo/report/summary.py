@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from statistics import fmean
+from typing import Literal
 
-import numpy as np
-
-from sapo.runs.reading import RunData
+from sapo.runs.metrics import (
+    ACCURACY,
+    BAD_STEPS,
+    CHOSEN_CHANGE,
+    CHOSEN_REWARD,
+    ENDED,
+    EVAL,
+    HEADLINES,
+    IDENTICAL,
+    LOSS,
+    MARGIN,
+    REJECTED_LENGTH,
+    REJECTED_REWARD,
+    RUNTIME,
+    Metric,
+)
+from sapo.runs.reading import Run
+from sapo.text import count_text, duration_text, number_text, share_text
 
 _IDENTICAL_HIGH, _IDENTICAL_RISE = 0.5, 0.15
 _LENGTH_DRIFT = 0.2
@@ -52,31 +68,28 @@ class Change:
 _OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "sft": "SFT on the good responses"}
 
 
-def change_of(run: RunData, name: str) -> Change | None:
+def change_of(run: Run, metric: Metric) -> Change | None:
     """How a metric changed over a run; None where it was logged less than twice."""
-    values = run.series(name)
+    values = run.series(metric)
     if len(values) < 2:
         return None
     tenth = max(1, len(values) // 10)
-    return Change(float(np.mean(values[:tenth])), float(np.mean(values[-tenth:])))
+    return Change(fmean(values[:tenth]), fmean(values[-tenth:]))
 
 
-def sentences(run: RunData) -> list[str]:
+def sentences(run: Run) -> list[str]:
     """What ran, what changed, and where the margin came from."""
     return [text for text in (_what_ran(run), _what_changed(run), _where_from(run)) if text]
 
 
-def _what_ran(run: RunData) -> str:
-    options = {option.name: option.value for option in run.options}
-    facts = run.facts
-    step = run.train[-1]["step"] if run.train else 0
-    step = max(step, run.end.get("step", 0))
+def _what_ran(run: Run) -> str:
+    options, facts, step = run.config, run.facts, run.last_step
     objective = _OBJECTIVES.get(options.get("objective", ""), "an unknown objective")
     pairs = {"self_play": " on pairs from self-play", "paired": " on rows that hold both responses"}
-    subject = f"{facts['model']} ({size_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
+    subject = f"{facts['model']} ({count_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
     part = ""
     if facts.get("adapter"):
-        part = f" through an adapter of {size_text(facts['trained_parameters'])}"
+        part = f" through an adapter of {count_text(facts['trained_parameters'])}"
     planned = facts.get("max_steps")
     if not run.end:
         state = f"has reached step {step:,}" + (f" of {planned:,}" if planned else "")
@@ -85,13 +98,13 @@ def _what_ran(run: RunData) -> str:
     else:
         state = f"was trained for {step:,} steps"
     rows = f" on {facts['training_rows']:,} training rows" if "training_rows" in facts else ""
-    runtime = run.end.get("train_runtime")
+    runtime = run.end.get(RUNTIME.name)
     took = f", in {duration_text(runtime)} since its last start" if runtime else ""
     return f"{subject} {state}{part}{rows}, with {objective}{pairs.get(options.get('pair_source', ''), '')}{took}."
 
 
-def _what_changed(run: RunData) -> str:
-    loss, right = change_of(run, "loss"), change_of(run, "rewards/accuracies")
+def _what_changed(run: Run) -> str:
+    loss, right = change_of(run, LOSS), change_of(run, ACCURACY)
     if loss is None:
         return "Too little is logged yet to say what changed."
     went = f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}"
@@ -103,12 +116,12 @@ def _what_changed(run: RunData) -> str:
     )
 
 
-def _where_from(run: RunData) -> str:
-    chosen, rejected = change_of(run, "rewards/chosen"), change_of(run, "rewards/rejected")
-    margin = change_of(run, "rewards/margins")
+def _where_from(run: Run) -> str:
+    chosen, rejected = change_of(run, CHOSEN_REWARD), change_of(run, REJECTED_REWARD)
+    margin = change_of(run, MARGIN)
     if chosen is None or rejected is None or margin is None:
         return ""
-    moves_too = any(one.name == "reference" and one.value in ("opponent", "opponent_copy") for one in run.options)
+    moves_too = run.config.get("reference") in ("opponent", "opponent_copy")
     since = " The reference follows the opponent, so rewards begin anew with each copy of it." if moves_too else ""
     if margin.by <= 0:
         return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
@@ -122,19 +135,20 @@ def _where_from(run: RunData) -> str:
     return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
 
 
-def figures(run: RunData) -> list[Figure]:
+def figures(run: Run) -> list[Figure]:
     """The numbers that matter most: means over the last tenth of the log lines, and over the first beside them."""
     if not run.train:
         return []
-    last = run.train[-1]
-    found = [Figure("step", f"{max(last['step'], run.end.get('step', 0)):,}", _of(run.facts.get("max_steps")))]
-    for name, label, spell in _FIGURES:
-        change = change_of(run, name)
-        if change is not None:
-            found.append(Figure(label, spell(change.last), f"from {spell(change.first)}"))
-    likelihood = run.series("self_play/chosen_logp_change")
-    if likelihood:
-        found.append(Figure("chosen likelihood", f"{likelihood[-1]:+.3g} nats", "since the start"))
+    found = [Figure("step", f"{run.last_step:,}", _of(run.facts.get("max_steps")))]
+    for metric in HEADLINES:
+        change = change_of(run, metric)
+        if metric is CHOSEN_CHANGE:
+            last = run.last(metric)
+            if last is not None:
+                found.append(Figure(metric.label, f"{last:+.3g} nats", "since the start"))
+        elif change is not None:
+            spell = share_text if metric.unit == "share" else number_text
+            found.append(Figure(metric.label, spell(change.last), f"from {spell(change.first)}"))
     return found
 
 
@@ -142,41 +156,7 @@ def _of(total: int | None) -> str:
     return f"of {total:,}" if total else ""
 
 
-def number_text(value: float) -> str:
-    """Three digits."""
-    return f"{value:.3g}"
-
-
-def size_text(count: float) -> str:
-    """A number of parameters: 7.2 B, 124 M, 260 k."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f}"
-
-
-def duration_text(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, whole = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole} s" if minutes else f"{whole} s"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0%}"
-
-
-_FIGURES: list[tuple[str, str, Any]] = [
-    ("loss", "loss", number_text),
-    ("rewards/accuracies", "chosen preferred", _percent),
-    ("rewards/margins", "margin", number_text),
-    ("self_play/identical_fraction", "identical pairs", _percent),
-]
-
-
-def warnings(run: RunData) -> list[Warn]:
+def warnings(run: Run) -> list[Warn]:
     """What should worry the owner of a run, the worst first."""
     found = [
         warn
@@ -186,25 +166,25 @@ def warnings(run: RunData) -> list[Warn]:
     return sorted(found, key=lambda warn: warn.level != "bad")
 
 
-def _stopped(run: RunData) -> Warn | None:
+def _stopped(run: Run) -> Warn | None:
     reason = run.facts.get("stopped")
     return Warn("bad", "The run stopped itself", str(reason)) if reason else None
 
 
-def _bad_steps(run: RunData) -> Warn | None:
-    values = run.series("nonfinite_step_fraction")
+def _bad_steps(run: Run) -> Warn | None:
+    values = run.series(BAD_STEPS)
     if not any(values):
         return None
     return Warn(
         "bad",
         "Steps without a finite loss or gradient",
-        f"{np.mean(values):.2%} of the steps changed nothing. trace-*.jsonl names their pairs; lower the learning "
+        f"{fmean(values):.2%} of the steps changed nothing. trace-*.jsonl names their pairs; lower the learning "
         "rate, or train in bfloat16 or float32 if this is float16.",
     )
 
 
-def _fall(run: RunData) -> Warn | None:
-    values = run.series("self_play/chosen_logp_change")
+def _fall(run: Run) -> Warn | None:
+    values = run.series(CHOSEN_CHANGE)
     if not values or values[-1] >= 0:
         return None
     worst = min(values)
@@ -217,11 +197,12 @@ def _fall(run: RunData) -> Warn | None:
     )
 
 
-def _worse_eval(run: RunData) -> Warn | None:
-    values = [row["eval_loss"] for row in run.eval if isinstance(row.get("eval_loss"), (int, float))]
+def _worse_eval(run: Run) -> Warn | None:
+    curve = run.curve(EVAL + LOSS.name)
+    values = [value for _, value in curve]
     if len(values) < 3 or values[-1] <= min(values) * 1.05:
         return None
-    best = run.eval[int(np.argmin(values))]["step"]
+    best = curve[values.index(min(values))][0]
     return Warn(
         "look",
         "The evaluation loss is past its best",
@@ -229,8 +210,8 @@ def _worse_eval(run: RunData) -> Warn | None:
     )
 
 
-def _caught_up(run: RunData) -> Warn | None:
-    change = change_of(run, "self_play/identical_fraction")
+def _caught_up(run: Run) -> Warn | None:
+    change = change_of(run, IDENTICAL)
     if change is None or (change.last < _IDENTICAL_HIGH and change.by < _IDENTICAL_RISE):
         return None
     return Warn(
@@ -241,11 +222,11 @@ def _caught_up(run: RunData) -> Warn | None:
     )
 
 
-def _drift(run: RunData) -> Warn | None:
-    change = change_of(run, "self_play/rejected_length")
+def _drift(run: Run) -> Warn | None:
+    change = change_of(run, REJECTED_LENGTH)
     if change is None or change.first <= 0 or abs(change.by) / change.first < _LENGTH_DRIFT:
         return None
-    ends = change_of(run, "self_play/eos_fraction")
+    ends = change_of(run, ENDED)
     why = f" Segments that end the response: {ends.first:.0%}, then {ends.last:.0%}." if ends is not None else ""
     return Warn(
         "look",
@@ -255,14 +236,14 @@ def _drift(run: RunData) -> Warn | None:
     )
 
 
-def _saturated(run: RunData) -> Warn | None:
-    values = run.series("rewards/accuracies")
+def _saturated(run: Run) -> Warn | None:
+    values = run.series(ACCURACY)
     half = len(values) // 2
-    if len(values) < 10 or float(np.mean(values[half:])) < _ALWAYS_RIGHT:
+    if len(values) < 10 or fmean(values[half:]) < _ALWAYS_RIGHT:
         return None
     return Warn(
         "look",
         "The pairs have become easy",
-        f"In the second half the policy preferred the chosen response in {np.mean(values[half:]):.1%} of pairs: little "
+        f"In the second half the policy preferred the chosen response in {fmean(values[half:]):.1%} of pairs: little "
         "is left to learn from them. Fewer steps, shorter segments or a lower temperature make harder pairs.",
     )

@@ -6,7 +6,6 @@ that a damaged or incomplete checkpoint is recognised before any of it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -18,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapo.errors import CheckpointError
+from sapo.runs.files import file_digest, write_atomically
+from sapo.runs.layout import MANIFEST_FILE, STATE_FILE
 
 FORMAT = 5
-STATE_FILE = "sapo_state.json"
-MANIFEST_FILE = "sapo_manifest.json"
 REMOVING = ".removing-"
 
 _READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
@@ -55,7 +54,7 @@ def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
 
 def write_json(folder: Path, name: str, content: Any) -> None:
     """Write a JSON file."""
-    (folder / name).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    write_atomically(folder / name, json.dumps(content, indent=1, sort_keys=True))
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def seal(folder: Path) -> None:
     write_json(
         folder,
         MANIFEST_FILE,
-        {str(file.relative_to(folder)): [file.stat().st_size, _sha256(file)] for file in _files(folder)},
+        {str(file.relative_to(folder)): [file.stat().st_size, file_digest(file)] for file in _files(folder)},
     )
 
 
@@ -119,7 +118,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: {file.stat().st_size} bytes, {size} when it was saved. Resume from another checkpoint."
             )
-        if _sha256(file) != digest:
+        if file_digest(file) != digest:
             raise CheckpointError(
                 f"{file}: its content has changed since it was saved. Resume from another checkpoint."
             )
@@ -173,11 +172,3 @@ def compare_facts(
 
 def _files(folder: Path) -> Iterable[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,19 +18,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import write_atomically
+from sapo.runs.layout import (
+    BAD_PAIRS_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    REPORT_FILES,
+    TRACE_FILE,
+)
 from sapo.runs.trace import TrainedPair, describe
 from sapo.weights.roles import Roles
 from sapo.weights.world import World
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "sapo_config.yaml"
-RECIPE_FILE = "recipe.yaml"
-TRACE_FILE = "trace-{process}.jsonl"
-BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
-PAIRS_FILE = "pairs.jsonl"
-RUN_FILE = "run.json"
-REPORT_FILE = "report.html"
-REPORT_FILES = (PAIRS_FILE, RUN_FILE, REPORT_FILE)
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _STAGING = ".saving"

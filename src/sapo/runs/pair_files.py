@@ -25,12 +25,12 @@ from sapo.errors import CheckpointError, DatasetError
 from sapo.preference.pairs import Pair
 from sapo.preference.self_play import SelfPlay
 from sapo.runs.checkpoint import compare_facts
+from sapo.runs.files import replacing
 
 _FACTS = b"sapo_facts"
 _REPORT = b"sapo_report"
 _SPENT = b"sapo_spent"
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +247,8 @@ def _texts(table: pyarrow.Table, tokenizer: Any, texts: PromptTexts) -> dict[str
 
 
 def _write(file: Path, table: pyarrow.Table, metadata: dict[bytes, bytes]) -> None:
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
-    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), partial)
-    partial.replace(file)
+    with replacing(file) as partial:
+        pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), partial)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -1,23 +1,32 @@
-"""A run folder as the report sees it: metrics, pairs, options, environment."""
+"""The one reader of a run folder: metrics, pairs, options, recipe and facts of a run, finished or not."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sapo.config import SAPOConfig
+from sapo import options as declared
 from sapo.errors import ConfigurationError
-from sapo.runs.folder import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
+from sapo.runs.files import read_json_lines, read_object
+from sapo.runs.layout import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PAIRS_FILE,
+    RECIPE_FILE,
+    ROUND_FILE,
+    ROUND_FOLDER,
+    RUN_FILE,
+)
+from sapo.runs.metrics import EVAL, LOSS, RUNTIME, Metric
+
+_PAIR_FIELDS = {"step": int, "kind": str, "prompt": str, "chosen": list, "rejected": list}
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Setting:
     """One option of a run.
 
     Attributes:
@@ -40,102 +49,155 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class RunData:
-    """What a run folder holds, in the order in which it was written.
+class Run:
+    """What a run folder holds.
 
     Attributes:
         path: of the folder.
-        train: log lines of the training, each with `step`.
-        eval: log lines of evaluations.
-        end: the last line, with the whole run's figures; empty while it runs.
-        pairs: rows of pairs.jsonl.
-        options: of the run.
-        facts: run.json: model, data, machine, versions.
+        rows: all lines of metrics, oldest first, each with `step`.
+        pairs: pairs kept with their texts, oldest first.
+        config: every option of the run; empty if it has not begun.
+        recipe: what was asked for; empty if the run was not started by the command line.
+        facts: model, data, machine and versions.
+        round: of a round of `num_rounds` that has ended, what its pairs were and what they cost.
     """
 
     path: Path
-    train: list[dict[str, Any]]
-    eval: list[dict[str, Any]]
-    end: dict[str, Any]
+    rows: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
-    options: list[Option]
+    config: dict[str, Any]
+    recipe: dict[str, Any]
     facts: dict[str, Any]
+    round: dict[str, float]
 
-    def series(self, name: str) -> list[float]:
-        """The values of a metric of the training, where it was logged."""
-        return [row[name] for row in self.train if isinstance(row.get(name), (int, float))]
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """Log lines of the training."""
+        return [row for row in self.rows if LOSS.name in row]
+
+    @property
+    def eval(self) -> list[dict[str, Any]]:
+        """Log lines of evaluations."""
+        return [row for row in self.rows if any(name.startswith(EVAL) for name in row)]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """The last line, with the whole run's figures; empty while it runs."""
+        return next((row for row in reversed(self.rows) if RUNTIME.name in row), {})
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps so far."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every option by name, those of model and data included; a mixture's data are named together."""
+        recipe = dict(self.recipe)
+        if members := recipe.pop("datasets", None):
+            recipe["dataset_name"] = " + ".join(str(member["path"]) for member in members)
+        return recipe | self.config
+
+    def options(self) -> list[Setting]:
+        """The options of the run with their defaults: this project's own first, then by name."""
+        hidden = {*declared.one_start(), "output_dir"}
+        known = [one for one in declared.options() if one.name in self.config and one.name not in hidden]
+        known.sort(key=lambda one: (one.kind != "own", one.name))
+        return [
+            Setting(one.name, self.config[one.name], one.default, one.help if one.kind == "own" else "")
+            for one in known
+        ]
+
+    def metrics(self) -> list[str]:
+        """Names of all metrics that were logged."""
+        return sorted({name for row in self.rows for name in row} - {"step"})
+
+    def curve(self, metric: Metric | str) -> list[tuple[int, float]]:
+        """Step and value wherever the metric was logged as a number."""
+        name = metric.name if isinstance(metric, Metric) else metric
+        return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
+
+    def series(self, metric: Metric | str) -> list[float]:
+        """The values of `curve`."""
+        return [value for _, value in self.curve(metric)]
+
+    def last(self, metric: Metric | str) -> float | None:
+        """The value logged last; None if there is none."""
+        values = self.series(metric)
+        return values[-1] if values else None
 
 
-def read_run(path: Path) -> RunData:
+def is_run(folder: Path) -> bool:
+    """Whether this is the output folder of a run, begun or ended."""
+    return any((folder / name).is_file() for name in (METRICS_FILE, CONFIG_FILE, RECIPE_FILE))
+
+
+def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        ConfigurationError: `path` holds no run, or a file of it cannot be read.
+        ConfigurationError: there is no run in it, or a file of it cannot be read.
     """
-    if not (path / METRICS_FILE).is_file() and not (path / CONFIG_FILE).is_file():
-        raise ConfigurationError(f"{path}: no {METRICS_FILE} in it. Give the output folder of a run.")
-    rows = _lines(path / METRICS_FILE)
-    facts = path / RUN_FILE
-    return RunData(
-        path=path,
-        train=[row for row in rows if "loss" in row],
-        eval=[row for row in rows if any(name.startswith("eval_") for name in row)],
-        end=next((row for row in reversed(rows) if "train_runtime" in row), {}),
-        pairs=_lines(path / PAIRS_FILE),
-        options=_options(path / CONFIG_FILE),
-        facts=json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
+    if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise ConfigurationError(f"{folder}: no {METRICS_FILE} in it. Give the output folder of a run.")
+    return Run(
+        path=folder,
+        rows=read_json_lines(folder / METRICS_FILE, {"step": int}),
+        pairs=read_json_lines(folder / PAIRS_FILE, _PAIR_FIELDS),
+        config=read_object(folder / CONFIG_FILE),
+        recipe=read_object(folder / RECIPE_FILE),
+        facts=read_object(folder / RUN_FILE),
+        round=read_object(folder / ROUND_FILE).get("pairs", {}),
     )
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    # What follows the last line break is being written by the run.
-    try:
-        return [json.loads(line) for line in lines[:-1] if line]
-    except ValueError as error:
-        raise ConfigurationError(f"{file}: a line is not JSON ({error}). Restore the file, or remove it.") from error
+def expand_rounds(folders: Iterable[Path]) -> list[Path]:
+    """Run folders, where one that holds rounds stands for all of them that have begun, in their order."""
+    found: list[Path] = []
+    for folder in folders:
+        rounds = [file.parent for file in folder.glob(f"{ROUND_FOLDER.format(number='*')}/{METRICS_FILE}")]
+        alone = (folder / METRICS_FILE).is_file() or not rounds
+        found += [folder] if alone else sorted(rounds, key=_round_number)
+    return found
 
 
-_OF_ONE_START = {
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "accelerator_config",
-    "disable_tqdm",
-    "hub_token",
-    "local_rank",
-    "logging_dir",
-    "output_dir",
-    "overwrite_output_dir",
-    "push_to_hub_token",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-    "run_name",
-}
-"""Set by other options, secret, or of one start only."""
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """For each folder as few last parts of its path as tell all apart; one that is given again gets a number."""
+    paths = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while len({parts[-depth:] for parts in paths}) < len(set(paths)):
+        depth += 1
+    names = ["/".join(parts[-depth:]) for parts in paths]
+    return [
+        f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
+        for place, name in enumerate(names)
+    ]
 
 
-def _options(file: Path) -> list[Option]:
-    if not file.is_file():
-        return []
-    used = yaml.safe_load(file.read_text(encoding="utf-8"))
-    own = {field.name for field in dataclasses.fields(SAPOConfig)} - {
-        field.name for field in dataclasses.fields(SAPOConfig.__mro__[1])
-    }
-    options = []
-    for field in dataclasses.fields(SAPOConfig):
-        if not field.init or field.name in _OF_ONE_START or field.name not in used:
-            continue
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        default = None if default is dataclasses.MISSING else default
-        text = str(field.metadata.get("help", "")).replace("%%", "%") if field.name in own else ""
-        options.append(Option(field.name, used[field.name], _plain(default), text))
-    # What this project adds comes first: it is what a reader looks for.
-    return sorted(options, key=lambda option: (option.name not in own, option.name))
+def start_of(folder: Path) -> str | None:
+    """The model that a run started from, a folder or a hub id; None where the run does not say."""
+    named = recipe_option(folder, "model_name_or_path")
+    return named if named is not None else read_object(folder / RUN_FILE).get("model")
 
 
-def _plain(value: Any) -> Any:
-    """A default as the options file spells it."""
-    value = value.value if isinstance(value, Enum) else value
-    return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else str(value)
+def recipe_option(folder: Path, name: str) -> str | None:
+    """An option that the run was asked for with; None if it was left out.
+
+    Raises:
+        ConfigurationError: the recipe cannot be read.
+    """
+    value = read_object(folder / RECIPE_FILE).get(name)
+    return None if value is None else str(value)
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, each with its value in each; None where a run does not say."""
+    settings = [run.settings for run in runs]
+    names = sorted({name for one in settings for name in one} - declared.not_compared())
+    values = {name: [one.get(name) for one in settings] for name in names}
+    return {name: value for name, value in values.items() if any(v != value[0] for v in value[1:])}
+
+
+def _round_number(folder: Path) -> float:
+    digits = folder.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else math.inf

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from sapo.runs.metrics import CHOSEN_CHANGE, COSTS, EVAL, FINAL_LOSS, IDENTICAL, LOSS
 from sapo.training.context import RunContext
-from sapo.training.metrics import SPENT, MetricAverages, memory_use
+from sapo.training.metrics import MetricAverages, memory_use
 from sapo.training.probes import ChosenProbe
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ class TrainingLog:
 
     def note_loss(self, loss: float, share: float) -> None:
         """A pass lost this in nats, the mean over `share` of its micro-batch; for the mean loss of the whole run."""
-        self._loss.add("train_loss", loss, share)
+        self._loss.add(FINAL_LOSS.name, loss, share)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -67,14 +68,14 @@ class TrainingLog:
 
     def add_to(self, logs: dict[str, float], step: int) -> None:
         """Add this run's metrics to those of the log line of `step`; every process comes here at the same steps."""
-        if any(name.startswith("eval_") for name in logs):
-            logs.update({f"eval_{name}": value for name, value in self._drained(self.averages["eval"]).items()})
-        elif "train_loss" in logs:
+        if any(name.startswith(EVAL) for name in logs):
+            logs.update({f"{EVAL}{name}": value for name, value in self._drained(self.averages["eval"]).items()})
+        elif FINAL_LOSS.name in logs:
             # Trainer counts only the steps since a resume.
             logs.update(self._drained(self._loss))
             rest = self._drained(self.averages["train"])
-            logs.update({name: rest[name] for name in sorted(SPENT & rest.keys())})
-        elif "loss" in logs:
+            logs.update({name: rest[name] for name in sorted(COSTS & rest.keys())})
+        elif LOSS.name in logs:
             logs.update(self._drained(self.averages["train"]))
             distance = self._context.roles.opponent_distance()
             if distance is not None:
@@ -85,7 +86,7 @@ class TrainingLog:
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
             self._tokens, self._since = 0, now
             logs.update(memory_use())
-            self._warn_of_identical(logs.get("self_play/identical_fraction", 0.0))
+            self._warn_of_identical(logs.get(IDENTICAL.name, 0.0))
 
     def _drained(self, own: MetricAverages) -> dict[str, float]:
         """Averages over all processes."""
@@ -113,4 +114,4 @@ class TrainingLog:
                 f"Stopped at step {step}: the chosen log-probability has fallen by {-change:.2f} nats per response, "
                 f"chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
             )
-        return {"self_play/chosen_logp_change": change}
+        return {CHOSEN_CHANGE.name: change}

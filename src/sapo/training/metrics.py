@@ -9,11 +9,7 @@ from collections.abc import Mapping
 import psutil
 import torch
 
-TOTALS = frozenset({"tokens", "time/cpu"})
-"""Logged as sums since the last log line, over all processes; everything else as averages."""
-
-SPENT = frozenset({*TOTALS, "time/step"})
-"""What a run has cost: logged for its last steps too, though no log line was due."""
+from sapo.runs.metrics import DEVICE_PEAK_MEMORY, PEAK_MEMORY, TOTALS
 
 
 class MetricAverages:
@@ -63,8 +59,8 @@ def memory_use() -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024
     used = {
         "memory/process_mb": psutil.Process().memory_info().rss / 1e6,
-        "memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
+        PEAK_MEMORY.name: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
     }
     if torch.cuda.is_available():
-        used["memory/device_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        used[DEVICE_PEAK_MEMORY.name] = torch.cuda.max_memory_allocated() / 1e6
     return used

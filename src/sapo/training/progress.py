@@ -21,14 +21,8 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sapo.preference.pairs import Pair
-
-_SHOWN = {
-    "loss": "loss",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "self_play/chosen_logp_change": "chosen change",
-    "self_play/identical_fraction": "identical",
-}
+from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
+from sapo.text import number_text, visible
 
 
 class TerminalProgress(TrainerCallback):
@@ -102,19 +96,18 @@ class TerminalProgress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Show the numbers that matter."""
-        if logs is None or "train_runtime" in logs:
+        if logs is None or RUNTIME.name in logs:
             return
-        if "loss" in logs:
+        if LOSS.name in logs:
             self.last = dict(logs)
-            shown = "  ".join(f"{label} {logs[name]:.3g}" for name, label in _SHOWN.items() if name in logs)
+            labels = {metric.name: metric.label for metric in HEADLINES}
         else:
-            shown = "  ".join(
-                f"{name} {logs[name]:.3g}" for name in ("eval_loss", "eval_rewards/accuracies") if name in logs
-            )
-        if self._bar is not None and "loss" in logs:
+            labels = {name: name for name in (EVAL + LOSS.name, EVAL + ACCURACY.name)}
+        shown = "  ".join(f"{label} {number_text(logs[name])}" for name, label in labels.items() if name in logs)
+        if self._bar is not None and LOSS.name in logs:
             self._bar.update(self._task, description=f"{self._pace(state)[0]}  {shown}")
         elif shown:
-            pace = "".join(f"  {part}" for part in self._pace(state)) if "loss" in logs else ""
+            pace = "".join(f"  {part}" for part in self._pace(state)) if LOSS.name in logs else ""
             line = f"step {state.global_step}/{state.max_steps}  {shown}{pace}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -150,11 +143,6 @@ def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:
             _marked(tokenizer, pair.rejected_ids, rejected.start, rejected.stop, "red"),
         )
     return table
-
-
-def visible(text: str) -> str:
-    """Text with its control characters spelled out, so that it cannot drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _marked(tokenizer: Any, ids: tuple[int, ...], start: int, stop: int, colour: str) -> Text:

@@ -32,7 +32,8 @@ from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
-from sapo.runs.folder import PAIRS_FILE, REPORT_FILE, RUN_FILE
+from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
+from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
 from sapo.seeds import derive_seed
 from sapo.training.context import RunContext
 from sapo.training.scorer import PairScorer
@@ -171,10 +172,10 @@ class RunRecorder(TrainerCallback):
                     before = ReferenceLogps(reference.chosen_logps[one], reference.rejected_logps[one])
                 metrics = pair_loss(own, before, args).metrics
                 found = {
-                    "loss": metrics["loss"],
-                    "margin": metrics["rewards/margins"],
-                    "chosen_logp": metrics["logps/chosen"],
-                    "rejected_logp": metrics["logps/rejected"],
+                    "loss": metrics[LOSS.name],
+                    "margin": metrics[MARGIN.name],
+                    "chosen_logp": metrics[CHOSEN_LOGP.name],
+                    "rejected_logp": metrics[REJECTED_LOGP.name],
                 }
                 if before is not None:
                     found["reference_chosen_logp"] = before.chosen_logps.item()

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 
 from sapo.errors import CheckpointError
+from sapo.options import resume_facts
 from sapo.preference.pair_tensors import checked_entries, entries_to_tensors
 from sapo.preference.pairs import PairSource, SourceState
 from sapo.preference.replay_buffer import BufferEntry
@@ -22,53 +23,6 @@ from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs
 from sapo.weights.opponent import POLICY_ADAPTER
 from sapo.weights.sharding import global_numel, sharding_of, zero_stage
-
-_FACTS = [
-    "objective",
-    "loss_type",
-    "beta",
-    "chosen_nll_weight",
-    "dpop_weight",
-    "nll_scope",
-    "pair_source",
-    "segment_length",
-    "tail_margin",
-    "suffix",
-    "assistant_turns",
-    "num_generations",
-    "max_new_tokens",
-    "generation_interval",
-    "steps_per_generation",
-    "generation_backend",
-    "sync_opponent_steps",
-    "max_staleness",
-    "temperature",
-    "top_k",
-    "top_p",
-    "skip_identical",
-    "ema_decay",
-    "reference",
-    "ref_model_sync_steps",
-    "replay_buffer_size",
-    "replay_draw",
-    "replay_replacement",
-    "replay_max_age",
-    "max_length",
-    "max_prompt_length",
-    "prompt_truncation",
-    "max_length_policy",
-    "disable_dropout",
-    "seed",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "fp16",
-    "world_size",
-]
-"""Options on which the weights depend; a run resumes only with the same. Its length may change."""
 
 _FREE_WITH_PROCESSES = [
     "world_size",
@@ -104,9 +58,7 @@ class RunState:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with: options, data, model."""
         args = self.context.args
-        facts = {name: getattr(args, name) for name in _FACTS}
-        facts["optim"] = str(args.optim)
-        facts["lr_scheduler_type"] = str(args.lr_scheduler_type)
+        facts = resume_facts(args)
         facts["global_batch_size"] = (
             args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
         )

@@ -14,6 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, build_run_models, model_memory
 from sapo.weights.policy import model_keyword_arguments
 
@@ -112,10 +113,10 @@ def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None
         # All processes of this machine share its memory.
         available, where = psutil.virtual_memory().available // max(1, args.world_size), "in memory"
     if needed > available:
-        listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         raise ConfigurationError(
-            f"{model_args.model_name_or_path} needs about {_gigabytes(needed)} ({listed}) before activations, and "
-            f"{_gigabytes(available)} are free {where}. Use --use_peft, --dtype bfloat16, --reference opponent, a "
+            f"{model_args.model_name_or_path} needs about {bytes_text(needed)} ({listed}) before activations, and "
+            f"{bytes_text(available)} are free {where}. Use --use_peft, --dtype bfloat16, --reference opponent, a "
             "smaller model, more GPUs with --accelerate_config zero3, or --skip_memory_check; sapo estimate tells what "
             "each saves."
         )
@@ -131,10 +132,6 @@ def _strategy(args: SAPOConfig) -> Strategy:
     if stage == 3:
         return Strategy("zero3", args.world_size)
     return Strategy("zero2" if stage == 2 else "multi_gpu", args.world_size)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _check_folder(name: str) -> None:

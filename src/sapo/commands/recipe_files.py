@@ -1,0 +1,93 @@
+"""Recipes: YAML files of options, read so that an error names file, line and option."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo.errors import ConfigurationError, brief
+from sapo.options import Option, option
+from sapo.options.aliases import unknown
+from sapo.options.values import check, convert
+
+_NO = ("no", "off", "yes", "on", "n", "y")
+"""Words that YAML reads as a truth value."""
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The options that a recipe sets.
+
+    Args:
+        name: a file, or the name of a shipped recipe.
+
+    Raises:
+        ConfigurationError: no such recipe, or what is wrong with it, with the line.
+    """
+    file = _find(name)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigurationError(f"--config {brief(file)}: cannot be read ({brief(error)}).") from error
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigurationError(f"--config {file}: a recipe consists of `option: value` lines.")
+        return _options(file, loader, node)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigurationError(f"--config {file}: not valid YAML ({brief(error)}).") from error
+
+
+def _options(file: Path, loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        where = f"{file}, line {line}"
+        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        declared = option(name)
+        if declared is None:
+            raise ConfigurationError(f"{where}: {unknown(brief(name, 80))}")
+        if name in lines:
+            raise ConfigurationError(f"{where}: {name} is set in line {lines[name]} already. Remove one of the two.")
+        lines[name] = line
+        found[name] = _value(where, declared, loader, value)
+    return found
+
+
+def _value(where: str, declared: Option, loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    given = loader.construct_object(node, deep=True)
+    word = node.value if isinstance(node, yaml.ScalarNode) else ""
+    if isinstance(given, bool) and declared.type in ("str", "list") and word.lower() in _NO:
+        raise ConfigurationError(
+            f"{where}: YAML reads {declared.name}: {word} as {str(given).lower()}. Put it in quotes: "
+            f'{declared.name}: "{word}".'
+        )
+    try:
+        value = convert(declared, given)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {declared.name}: {error}.") from None
+    try:
+        check(declared, value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+    return value
+
+
+def _find(name: str) -> Path:
+    # The shipped recipes have a module of their own where they are part of the package.
+    if importlib.util.find_spec("sapo.commands.recipes") is not None:
+        found: Path = importlib.import_module("sapo.commands.recipes").find_recipe(name)
+        return found
+    file = Path(name)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        close = difflib.get_close_matches(name, [str(path) for path in folder.glob("*.yaml")], n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(f"--config {brief(name)}: no such file{nearest}.")
+    return file

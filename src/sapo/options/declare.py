@@ -1,0 +1,150 @@
+"""What is declared of an option, and the two ways to declare one: as a dataclass field, or as a line of a table."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field
+from functools import partial
+from typing import Any, Literal, Union, get_args, get_origin
+
+Kind = Literal["own", "inherited", "model", "data"]
+Status = Literal["used", "harmless", "refused"]
+Resume = Literal["fixed", "free"]
+ValueType = Literal["int", "float", "bool", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"]
+
+INFINITY = float("inf")
+
+SECTIONS = (
+    "Model",
+    "Data",
+    "Objective",
+    "Self-play",
+    "Generation backend",
+    "Opponent and reference",
+    "Replay buffer",
+    "Training",
+    "Optimizer",
+    "Speed and memory",
+    "LoRA and quantization",
+    "Evaluation",
+    "Logging and report",
+    "Checkpoints and output",
+    "Hub",
+    "Several processes",
+    "Data loading",
+)
+"""Groups of the help and tables of the documentation, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: a flag of the command line, a line of a recipe, a field of a dataclass, under the same name.
+
+    Attributes:
+        name: of all three.
+        default: value when the option is left out.
+        help: one or two sentences, understood without the name. Empty for a refused option.
+        section: one of `SECTIONS`.
+        type: what a value is. A "mapping" is JSON on the command line; "records" can be given in a recipe only.
+        optional: whether None is a value (`none` on the command line, `null` in a recipe).
+        choices: the values there are, or None.
+        low: minimum, inclusive, or None.
+        high: maximum, inclusive, or None.
+        resume: "fixed" if a resumed run must have the value that its checkpoint was made with.
+        one_start: whether it belongs to one start of a run: left out of recipes, reports and comparisons.
+        common: whether the short `--help` shows it.
+        shapes_pairs: whether generated pairs depend on it, besides the model and the prepared data.
+        repeatable: whether the flag may be given several times, each adding to a list.
+        needs: what it has no effect without, such as "generation_backend=vllm_server"; or an empty string.
+        kind: "own" if SAPO declares it, "inherited" from transformers, trl's flags for "model" and "data".
+        status: "used"; "harmless" if it does no more than transformers says; "refused" if only the default passes.
+        reason: why it is refused and what to do instead.
+        refuses: values of a used option that are refused, each with the reason.
+        since: version of transformers that brought it, or None if all supported ones have it.
+    """
+
+    name: str
+    default: Any
+    help: str
+    section: str
+    type: ValueType
+    optional: bool = False
+    choices: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    resume: Resume = "fixed"
+    one_start: bool = False
+    common: bool = False
+    shapes_pairs: bool = False
+    repeatable: bool = False
+    needs: str = ""
+    kind: Kind = "own"
+    status: Status = "used"
+    reason: str = ""
+    refuses: Mapping[Any, str] = field(default_factory=dict)
+    since: str | None = None
+
+    @property
+    def range(self) -> str:
+        """The range in words: "0 or more", "between 0 and 1", or an empty string."""
+        if self.low is None:
+            return ""
+        if self.high is None:
+            return f"{self.low:g} or more"
+        return f"between {self.low:g} and {self.high:g}"
+
+    @property
+    def default_text(self) -> str:
+        """The default as a recipe spells it; "unset" for None."""
+        if self.default is None or self.default == []:
+            return "unset"
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+def declared(default: Any, text: str, section: str, **more: Any) -> Any:
+    """A dataclass field that carries its declaration.
+
+    Args:
+        default: of the field.
+        text: its help.
+        section: one of `SECTIONS`.
+        more: further attributes of `Option`; name, type, choices and optional follow from the field.
+    """
+    if section not in SECTIONS:
+        raise ValueError(f"{section!r} is not a section")
+    # argparse reads `%` as a format, and others may build a parser from the dataclass.
+    metadata: dict[str, Any] = {
+        "help": text.replace("%", "%%"),
+        "option": partial(Option, help=text, section=section, **more),
+    }
+    return field(default=default, metadata=metadata)
+
+
+def from_field(one: Field[Any], hint: Any) -> Option:
+    """The declaration that a dataclass field carries.
+
+    Args:
+        one: made by `declared`.
+        hint: its type, evaluated.
+    """
+    default = one.default if one.default is not MISSING else None
+    kind, optional, choices = value_type(hint)
+    made: Option = one.metadata["option"](name=one.name, default=default, type=kind, optional=optional, choices=choices)
+    return made
+
+
+def value_type(hint: Any) -> tuple[ValueType, bool, tuple[str, ...] | None]:
+    """Type, whether None is a value, and choices of an annotation."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    optional, parts = type(None) in parts, tuple(part for part in parts if part is not type(None))
+    for part in parts:
+        if get_origin(part) is Literal:
+            return "str", optional, tuple(get_args(part))
+    # A mapping that may come as JSON is declared `dict | str`.
+    if dict in parts or any(get_origin(part) is dict for part in parts):
+        return "mapping", optional, None
+    if any(get_origin(part) is list for part in parts):
+        return "list", optional, None
+    names: dict[type, ValueType] = {bool: "bool", int: "int", float: "float", str: "str"}
+    return names[parts[0]], optional, None

@@ -1,0 +1,107 @@
+"""All declarations in one table, and the selections that the package derives from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from functools import cache
+from typing import Any, get_type_hints
+
+from sapo.options.declare import SECTIONS, Option, from_field
+from sapo.options.inherited import INHERITED
+from sapo.options.model_and_data import DATA, MODEL
+from sapo.options.own import OwnOptions
+
+
+@cache
+def _table() -> Mapping[str, Option]:
+    hints = get_type_hints(OwnOptions)
+    own = [from_field(one, hints[one.name]) for one in dataclasses.fields(OwnOptions)]
+    table: dict[str, Option] = {}
+    for one in (*MODEL, *DATA, *own, *INHERITED):
+        if one.name in table:
+            raise ValueError(f"option {one.name} is declared twice")
+        table[one.name] = one
+    order = {section: index for index, section in enumerate(SECTIONS)}
+    return dict(sorted(table.items(), key=lambda item: order[item[1].section]))
+
+
+def options() -> tuple[Option, ...]:
+    """Every declared option, refused ones included, by section."""
+    return tuple(_table().values())
+
+
+def option(name: str) -> Option | None:
+    """The declaration of `name`, or None if there is none."""
+    return _table().get(name)
+
+
+def own_options() -> tuple[Option, ...]:
+    """The options that SAPO adds."""
+    return tuple(one for one in options() if one.kind == "own")
+
+
+def accepted() -> tuple[Option, ...]:
+    """Every option that has another value than its default: those of the help and of the documentation."""
+    return tuple(one for one in options() if one.status != "refused")
+
+
+def sections(shown: Iterable[Option]) -> dict[str, list[Option]]:
+    """Options by section, in the order of `SECTIONS`; a section without any is left out."""
+    found: dict[str, list[Option]] = {section: [] for section in SECTIONS}
+    for one in shown:
+        found[one.section].append(one)
+    return {section: members for section, members in found.items() if members}
+
+
+def resume_fixed() -> frozenset[str]:
+    """Fields of `SAPOConfig` that a resumed run must leave as its checkpoint had them."""
+    return _in_config(lambda one: one.resume == "fixed" and not one.one_start and one.status != "refused")
+
+
+def resume_free() -> frozenset[str]:
+    """Fields of `SAPOConfig` that may change on resume."""
+    return _in_config(lambda one: one.resume == "free" and not one.one_start)
+
+
+def one_start() -> frozenset[str]:
+    """Options of one start of a run, secret, or set by other options: not in a recipe, a report or a comparison."""
+    return frozenset(one.name for one in options() if one.one_start)
+
+
+def not_compared() -> frozenset[str]:
+    """Options that say where a run writes what and when, besides those of one start: two runs may differ in them."""
+    written = ("Logging and report", "Checkpoints and output", "Hub")
+    return one_start() | {one.name for one in options() if one.section in written}
+
+
+def pair_options() -> tuple[str, ...]:
+    """Options on which generated pairs depend, besides the model and the prepared data."""
+    return tuple(one.name for one in options() if one.shapes_pairs)
+
+
+def resume_facts(args: Any) -> dict[str, Any]:
+    """What a resumed run must have in common with its checkpoint: every option that is not declared free.
+
+    Args:
+        args: a `SAPOConfig`.
+
+    Returns:
+        Values by option, as JSON holds them; `world_size` among them.
+    """
+    names = sorted(name for name in resume_fixed() if hasattr(args, name))
+    return {name: _plain(getattr(args, name)) for name in [*names, "world_size"]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return json.loads(json.dumps(value, default=str, sort_keys=True))
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _in_config(wanted: Callable[[Option], bool]) -> frozenset[str]:
+    return frozenset(one.name for one in options() if one.kind in ("own", "inherited") and wanted(one))

@@ -1,0 +1,147 @@
+"""Texts and YAML values to the values of options, and the checks that need nothing but the declaration."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sapo.errors import ConfigurationError, brief
+from sapo.options.declare import Option
+
+_TRUE, _FALSE = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "str_or_false": "text, or false",
+    "list": "text, or a list of texts",
+    "mapping": "a mapping, as JSON such as '{\"key\": 1}'",
+    "mapping_or_file": "a file, or a mapping as JSON",
+    "records": "a list of mappings",
+}
+
+
+def convert(option: Option, given: Any) -> Any:
+    """The value of `option` that a text of the command line or a YAML value stands for.
+
+    Raises:
+        ValueError: there is none; says what it must be. Choices, ranges and refusals are left to `check`.
+    """
+    text = given.strip() if isinstance(given, str) else None
+    if option.choices is not None and text in option.choices:
+        return text
+    if given is None or (option.optional and text in ("none", "None", "null")):
+        if option.optional:
+            return None
+        raise ValueError(f"has no value; must be {wanted(option)}")
+    try:
+        return _CONVERTERS[option.type](given)
+    except (ValueError, TypeError, OverflowError):
+        shown = (
+            brief(given, 80)
+            if isinstance(given, (str, int, float))
+            else "a list"
+            if isinstance(given, list)
+            else "a mapping"
+        )
+        raise ValueError(f"{shown} is not valid; must be {wanted(option)}") from None
+
+
+def wanted(option: Option) -> str:
+    """What a value must be, in words."""
+    if option.choices is not None:
+        return f"one of {', '.join(option.choices)}"
+    words = _WANTED[option.type] + (f", {option.range}" if option.range else "")
+    return f"{words}, or none" if option.optional and option.type in ("int", "float") else words
+
+
+def check(option: Option, value: Any) -> None:
+    """Refuse a value that an option does not take.
+
+    Raises:
+        ConfigurationError: it is refused, not one of the choices, or out of range.
+    """
+    if value is None:
+        return
+    name, spelled = option.name, getattr(value, "value", value)
+    # The defaults of some are objects of their own once `TrainingArguments` has seen them.
+    unset = value in ([], option.default) or (option.type == "mapping" and value == type(value)())
+    shown = str(spelled).lower() if isinstance(spelled, bool) else brief(spelled, 80)
+    if option.status == "refused" and not unset:
+        raise ConfigurationError(f"{name}={shown}: {option.reason}")
+    if isinstance(spelled, str) and spelled in option.refuses:
+        raise ConfigurationError(f"{name}={shown}: {option.refuses[spelled]}")
+    if option.choices is not None and spelled not in option.choices:
+        raise ConfigurationError(f"{name}={shown}: must be {wanted(option)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigurationError(f"{name}={value}: must be a finite number.")
+    if isinstance(value, (int, float)) and option.low is not None:
+        high = math.inf if option.high is None else option.high
+        if not option.low <= value <= high:
+            raise ConfigurationError(f"{name}={value}: must be {option.range}.")
+
+
+def _int(given: Any) -> int:
+    if isinstance(given, bool) or (isinstance(given, float) and given != int(given)):
+        raise ValueError
+    return int(given)
+
+
+def _float(given: Any) -> float:
+    if isinstance(given, bool):
+        raise TypeError
+    return float(given)
+
+
+def _bool(given: Any) -> bool:
+    text = str(given).lower()
+    if text not in (*_TRUE, *_FALSE):
+        raise ValueError
+    return text in _TRUE
+
+
+def _str(given: Any) -> str:
+    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+        raise TypeError
+    return str(given)
+
+
+def _str_or_false(given: Any) -> str | bool:
+    return False if given is False or given in ("false", "False") else _str(given)
+
+
+def _list(given: Any) -> list[str]:
+    return [_str(one) for one in given] if isinstance(given, (list, tuple)) else [_str(given)]
+
+
+def _mapping(given: Any) -> dict[str, Any]:
+    found = json.loads(given) if isinstance(given, str) else given
+    if not isinstance(found, Mapping):
+        raise TypeError
+    return dict(found)
+
+
+def _mapping_or_file(given: Any) -> dict[str, Any] | str:
+    return given if isinstance(given, str) and not given.lstrip().startswith("{") else _mapping(given)
+
+
+def _records(given: Any) -> list[dict[str, Any]]:
+    if not isinstance(given, list) or not all(isinstance(one, Mapping) for one in given):
+        raise TypeError
+    return [dict(one) for one in given]
+
+
+_CONVERTERS = {
+    "int": _int,
+    "float": _float,
+    "bool": _bool,
+    "str": _str,
+    "str_or_false": _str_or_false,
+    "list": _list,
+    "mapping": _mapping,
+    "mapping_or_file": _mapping_or_file,
+    "records": _records,
+}

@@ -1,0 +1,422 @@
+"""Every metric of a run: what it measures, how to read it, how it is averaged, and where it is shown.
+
+The producers (`preference`, `training`) name their metrics; whatever shows or sums them takes names, labels and texts
+from here: terminal, report, comparison, model card, and the table of docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EVAL = "eval_"
+"""Before the name of a metric of an evaluation."""
+LOCAL = "eval_local/"
+"""Before the names of the local measures, of which docs/evaluation.md has a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One name in metrics.jsonl.
+
+    Attributes:
+        name: as it is logged.
+        unit: of its values; "share" is a part of 1, and "" has no unit.
+        meaning: what it measures.
+        reading: what its values tell, and what to do about them.
+        better: which way a run should move it, if there is such a way.
+        when: condition under which it is logged; empty if every run logs it.
+        label: short name on the terminal and among the report's figures, for the few that stand there.
+        chart: title of its chart in `report.charts`.
+        legend: what the chart calls it.
+        eval_legend: what the chart calls its value at evaluations; empty if that has no curve.
+        compared: whether `sapo compare` shows it unless told otherwise.
+        is_total: summed over the steps since the last log line and over all processes, not averaged.
+        is_cost: logged for a run's last steps too, even where no log line is due, so that costs add up.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    reading: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    when: str = ""
+    label: str = ""
+    chart: str = ""
+    legend: str = ""
+    eval_legend: str = ""
+    compared: bool = False
+    is_total: bool = False
+    is_cost: bool = False
+
+
+LOSS = Metric(
+    "loss",
+    "nats",
+    "mean loss over the pairs",
+    better="lower",
+    label="loss",
+    chart="Loss",
+    legend="training",
+    eval_legend="evaluation",
+    compared=True,
+)
+CHOSEN_REWARD = Metric(
+    "rewards/chosen",
+    "",
+    "of the chosen response, β times its log-ratio to the reference (DPO) or its mean log-probability (ORPO)",
+    "falling together with `rewards/rejected`: set a guard",
+    when="not with SFT",
+    chart="Rewards",
+    legend="chosen",
+)
+REJECTED_REWARD = Metric(
+    "rewards/rejected",
+    "",
+    "the same of the rejected response",
+    when="not with SFT",
+    chart="Rewards",
+    legend="rejected",
+)
+MARGIN = Metric(
+    "rewards/margins",
+    "",
+    "`rewards/chosen` less `rewards/rejected`",
+    better="higher",
+    when="not with SFT",
+    label="margin",
+    chart="Margin",
+    legend="training",
+    eval_legend="evaluation",
+    compared=True,
+)
+ACCURACY = Metric(
+    "rewards/accuracies",
+    "share",
+    "share of pairs with a positive margin",
+    "near 1: the pairs have become easy",
+    better="higher",
+    when="not with SFT",
+    label="accuracy",
+    chart="Accuracy",
+    legend="training",
+    eval_legend="evaluation",
+    compared=True,
+)
+CHOSEN_LOGP = Metric(
+    "logps/chosen",
+    "nats",
+    "summed log-probability of the scored tokens of the chosen response",
+    "varies with the lengths drawn",
+    chart="Log-probabilities",
+    legend="chosen",
+    compared=True,
+)
+REJECTED_LOGP = Metric(
+    "logps/rejected",
+    "nats",
+    "the same of the rejected response",
+    when="not with SFT",
+    chart="Log-probabilities",
+    legend="rejected",
+    compared=True,
+)
+CHOSEN_CHANGE = Metric(
+    "self_play/chosen_logp_change",
+    "nats per response",
+    "change of the chosen log-probability since the start, on the same `chosen_probe_size` training examples",
+    "below 0 the chosen responses become less likely; `chosen_drop_limit` stops the run",
+    better="higher",
+    label="chosen change",
+    chart="Likelihood of the chosen responses",
+    legend="change since the start",
+    compared=True,
+)
+IDENTICAL = Metric(
+    "self_play/identical_fraction",
+    "share",
+    "share of new pairs in which the opponent generated the original segment",
+    "rising: less and less signal; near 1 the policy has caught up with the data (a warning at 0.9)",
+    better="lower",
+    when="with self-play",
+    label="identical",
+    chart="Identical pairs and EOS tokens",
+    legend="identical",
+    compared=True,
+)
+ENDED = Metric(
+    "self_play/eos_fraction",
+    "share",
+    "share of regenerated segments that end the response",
+    when="with self-play",
+    chart="Identical pairs and EOS tokens",
+    legend="with an EOS token",
+    compared=True,
+)
+REJECTED_LENGTH = Metric(
+    "self_play/rejected_length",
+    "tokens",
+    "mean length of a new rejected response",
+    "drifting: preferences can be won by length alone",
+    when="with self-play",
+    chart="Lengths",
+    legend="rejected",
+    compared=True,
+)
+GENERATE_TIME = Metric(
+    "time/generate",
+    "seconds per micro-batch",
+    "segments, the opponent's text, replay buffer and layout",
+    "with `steps_per_generation` it falls on the first step of a pool",
+    chart="Time by part",
+    legend="generation",
+)
+STEP_TIME = Metric(
+    "time/step",
+    "seconds per step",
+    "wall time of an optimizer step and of all that is done between two steps",
+    "`sapo compare` adds it up",
+    is_cost=True,
+)
+CPU_TIME = Metric(
+    "time/cpu",
+    "seconds",
+    "CPU time of all processes since the last log line",
+    "`sapo compare` adds it up",
+    is_total=True,
+    is_cost=True,
+)
+TOKENS = Metric(
+    "tokens",
+    "tokens",
+    "tokens (no padding) trained on since the last log line, over all processes",
+    "`sapo compare` adds them up",
+    is_total=True,
+    is_cost=True,
+)
+PEAK_MEMORY = Metric("memory/peak_mb", "MB", "the most resident memory of the first process so far")
+DEVICE_PEAK_MEMORY = Metric(
+    "memory/device_peak_mb",
+    "MB",
+    "the most that tensors of the first process have held on its accelerator",
+    when="with an accelerator",
+    chart="Memory",
+    legend="device, peak",
+)
+BAD_STEPS = Metric(
+    "nonfinite_step_fraction",
+    "share",
+    "share of steps whose loss or gradient was not finite; they changed nothing",
+    "above 0: look at `trace-*.jsonl`",
+    better="lower",
+    chart="Steps that changed nothing",
+    legend="share of steps",
+)
+RUNTIME = Metric("train_runtime", "seconds", "wall time since the last start, in the last line")
+FINAL_LOSS = Metric("train_loss", "nats", "mean loss of the whole run, in the last line")
+
+METRICS = (
+    LOSS,
+    Metric(
+        "nll_loss",
+        "nats per token",
+        "likelihood term of ORPO, of SFT or of the guard",
+        better="lower",
+        when="with ORPO, SFT or `chosen_nll_weight`",
+        chart="Loss",
+        legend="likelihood term",
+        compared=True,
+    ),
+    CHOSEN_REWARD,
+    REJECTED_REWARD,
+    MARGIN,
+    ACCURACY,
+    CHOSEN_LOGP,
+    REJECTED_LOGP,
+    CHOSEN_CHANGE,
+    IDENTICAL,
+    ENDED,
+    REJECTED_LENGTH,
+    Metric(
+        "self_play/segment_length",
+        "tokens",
+        "mean length of a new segment in the chosen response",
+        when="with self-play",
+        chart="Lengths",
+        legend="segment",
+    ),
+    Metric(
+        "self_play/staleness",
+        "steps",
+        "optimizer steps by which the opponent that generated the new pairs was behind",
+        "at most `max_staleness`; [without it](engines.md#which-opponent-writes-what) `sync_opponent_steps` less 1, "
+        "and with `steps_per_generation` the steps of the pool more",
+        when="with self-play",
+    ),
+    Metric("replay/size", "pairs", "pairs in the replay buffer", when="with self-play"),
+    Metric(
+        "replay/mean_age",
+        "steps",
+        "steps since the stored pairs were generated",
+        "rises until the buffer is full",
+        when="with self-play",
+        chart="Replay buffer: age",
+        legend="mean age",
+    ),
+    Metric(
+        "replay/mean_draws",
+        "draws",
+        "how often a stored pair has been trained on",
+        when="with self-play",
+        chart="Replay buffer: draws",
+        legend="draws per pair",
+    ),
+    Metric(
+        "opponent/distance",
+        "",
+        "norm of the difference between policy and opponent over the norm of the policy (with LoRA: of the adapter)",
+        "how far the opponent is behind the policy",
+        when="with self-play",
+        chart="Distance between opponent and policy",
+        legend="relative distance",
+        compared=True,
+    ),
+    Metric(
+        "grad_norm",
+        "",
+        "norm of the gradient before clipping",
+        chart="Gradient norm",
+        legend="gradient norm",
+    ),
+    Metric("learning_rate", "", "the schedule's value", chart="Learning rate", legend="learning rate"),
+    GENERATE_TIME,
+    Metric(
+        "time/reference",
+        "seconds per micro-batch",
+        "scoring by the reference",
+        chart="Time by part",
+        legend="reference",
+    ),
+    Metric(
+        "time/policy",
+        "seconds per micro-batch",
+        "forward and backward pass of the policy",
+        chart="Time by part",
+        legend="policy",
+    ),
+    Metric(
+        "time/optimizer",
+        "seconds per step",
+        "optimizer and moving average",
+        chart="Time by part",
+        legend="optimizer",
+    ),
+    STEP_TIME,
+    CPU_TIME,
+    Metric(
+        "time/engine_wait",
+        "seconds per micro-batch",
+        "time that the training waited for text; part of `time/generate`",
+        "near `time/step`: the engine is the bottleneck; add servers, or generate ahead with `max_staleness`",
+        when="with vLLM",
+    ),
+    Metric(
+        "time/engine_busy",
+        "seconds per micro-batch",
+        "time that the engine was at work, loading weights included",
+        "over `time/step` its busy share",
+        when="with vLLM",
+    ),
+    Metric(
+        "time/engine_weights",
+        "seconds",
+        "time to give the opponent's weights to the engine, each time",
+        "large: `vllm_weights_dir` in memory, or a larger `sync_opponent_steps`",
+        when="with vLLM",
+    ),
+    Metric(
+        "engine/queue",
+        "steps",
+        "steps (without `max_staleness`, calls) asked for and not yet generated when a step begins",
+        "as large as the window: the engine is behind; 0: it is idle",
+        when="with vLLM",
+    ),
+    TOKENS,
+    Metric(
+        "tokens_per_second",
+        "tokens/s",
+        "tokens (no padding) of the pairs trained on, per second of wall time",
+        better="higher",
+        chart="Throughput",
+        legend="all processes",
+    ),
+    Metric(
+        "memory/process_mb",
+        "MB",
+        "resident memory of the first process",
+        "should not grow",
+        chart="Memory",
+        legend="process",
+    ),
+    PEAK_MEMORY,
+    DEVICE_PEAK_MEMORY,
+    BAD_STEPS,
+    Metric("epoch", "epochs", "epochs of the data so far"),
+    RUNTIME,
+    FINAL_LOSS,
+    Metric("train_samples_per_second", "examples/s", "over the whole run, in the last line", better="higher"),
+    Metric("train_steps_per_second", "steps/s", "likewise", better="higher"),
+    Metric("eval_runtime", "seconds", "wall time of an evaluation", when="with evaluation rows"),
+    Metric("eval_samples_per_second", "examples/s", "of an evaluation", better="higher", when="with evaluation rows"),
+    Metric("eval_steps_per_second", "batches/s", "likewise", better="higher", when="with evaluation rows"),
+    Metric(
+        f"{LOCAL}time_share",
+        "share",
+        "time spent on the local measures over the time of the run so far",
+        "at most about `eval_local_max_time_fraction`",
+        when="with `eval_local`",
+    ),
+)
+"""In the order of the documentation."""
+
+_BY_NAME = {metric.name: metric for metric in METRICS}
+TOTALS = frozenset(metric.name for metric in METRICS if metric.is_total)
+COSTS = frozenset(metric.name for metric in METRICS if metric.is_cost)
+HEADLINES = tuple(metric for metric in METRICS if metric.label)
+"""The few numbers that stand on the terminal and first in the report."""
+
+
+def find_metric(name: str) -> Metric | None:
+    """The metric that is logged as `name`, also at evaluations; None for what a run does not log.
+
+    The local measures are not in the table: they are described where they are defined.
+    """
+    return _BY_NAME.get(name) or _BY_NAME.get(name.removeprefix(EVAL))
+
+
+def compared_metrics() -> list[str]:
+    """Names that `sapo compare` shows unless told otherwise: of the training, then of evaluations."""
+    names = [metric.name for metric in METRICS if metric.compared]
+    return [*names, *(EVAL + name for name in names)]
+
+
+def documentation() -> list[str]:
+    """The table of docs/metrics.md, line by line."""
+    rows = [(f"`{metric.name}`", metric.unit, _sentence(metric), metric.reading, metric.better) for metric in METRICS]
+    rows += [
+        (f"`{LOCAL}*`", "", "with `eval_local`: the [local measures](evaluation.md#local) of the policy on "
+         "`eval_local_size` evaluation rows", "`ended`, `loops`, `length_ratio` drifting from the data's: stop or "
+         "guard", ""),
+        (f"`{EVAL}*`", "", "with evaluation rows: the same on fixed pairs, made once from these rows by the initial "
+         "opponent", "comparable over the run", ""),
+    ]  # fmt: skip
+    head = ("name", "unit", "meaning", "how to read it", "better")
+    return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
+
+
+def _sentence(metric: Metric) -> str:
+    return f"{metric.when}: {metric.meaning}" if metric.when else metric.meaning
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")

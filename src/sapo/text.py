@@ -1,0 +1,59 @@
+"""Text for people: control characters spelled out; numbers, sizes and durations."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"
+
+
+def visible(text: str, encoding: str = "utf-8") -> str:
+    r"""`text` with its control and format characters spelled out as \x1b, so that it cannot drive a terminal.
+
+    Line breaks stay, as do the joiners of some scripts and of emoji. What `encoding` does not have is spelled out too.
+    """
+    if not text.isprintable():
+        text = "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode() for char in text)
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    except LookupError:
+        return text.encode("ascii", "backslashreplace").decode()
+
+
+def _is_harmless(char: str) -> bool:
+    return char == "\n" or char in _JOINERS or unicodedata.category(char) not in _UNSEEN
+
+
+def number_text(value: float | None, digits: int = 3) -> str:
+    """`value` with so many significant digits, from 10,000 on as an integer with commas; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
+
+
+def share_text(value: float) -> str:
+    """A share between 0 and 1 in percent."""
+    return f"{value:.0%}"
+
+
+def count_text(count: float) -> str:
+    """A number of parameters: 7.2 B, 124 M, 260 k."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes as decimal gigabytes, below a tenth of one as megabytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def duration_text(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {left} s" if minutes else f"{left} s"

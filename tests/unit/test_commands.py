@@ -1,0 +1,236 @@
+"""Laws of the command line: complete help, errors of one line that name the way out, and a quick start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sapo.commands.arguments import parse
+from sapo.commands.catalog import COMMANDS, GPUS
+from sapo.commands.main import main
+from sapo.commands.parser import help_text, parse_command
+from sapo.errors import ConfigurationError
+from sapo.options import accepted, options
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
+
+
+def refused(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_names_all_its_own_flags_and_an_example(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    for action in COMMANDS[name].parser._actions:
+        assert all(flag in shown for flag in action.option_strings or [action.metavar])
+        assert action.help
+    assert COMMANDS[name].example in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if line.strip() != COMMANDS[name].example)
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"sapo {name} " in shown for name in COMMANDS)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert main(["data", "--help"]) == 0
+    assert "sapo data check" in capsys.readouterr().out
+
+
+def test_short_help_of_train_has_the_most_used_options_and_help_all_has_every_one():
+    train = COMMANDS["train"]
+    short, everything = help_text(train, ["--help"]), help_text(train, ["--help-all"])
+    shown = [one for one in accepted() if f"--{one.name} " in short]
+    assert 25 <= len(shown) <= 35
+    assert all(f"--{one.name} " in everything for one in accepted())
+    assert not any(f"--{one.name} " in everything for one in options() if one.status == "refused")
+
+
+@pytest.mark.parametrize("one", options(), ids=lambda one: one.name)
+def test_each_option_is_explained_by_name(one):
+    shown = help_text(COMMANDS["train"], ["--help", f"--{one.name}"])
+    assert one.default_text in shown
+    assert (one.reason if one.status == "refused" else one.help) in shown
+
+
+def test_help_of_something_unknown_gives_the_nearest(capsys):
+    assert "nearest: beta" in refused(capsys, "train", "--help", "betta")
+    assert "learning_rate" in refused(capsys, "train", "--help", "lr")
+
+
+def test_examples_parse():
+    for command in COMMANDS.values():
+        import shlex
+
+        words = shlex.split(command.example)[1 + len(command.name.split()) :]
+        parse_command(command, words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("trian", "nearest: sapo train"),
+        ("data chek", "nearest: sapo data check"),
+        ("data", None),
+        ("train --lr 1", "use --learning_rate"),
+        ("train --use_vllm", "use --generation_backend vllm_colocate"),
+        ("train --deepspeed zero3", "Use --accelerate_config zero3"),
+        ("train --batch_size 4", "use --per_device_train_batch_size 4"),
+        ("train --lerning_rate 1", "nearest: --learning_rate"),
+        ("train --beta", "--beta needs a value"),
+        ("train --beta much", "must be a number, 0 or more"),
+        ("train --max_length 1.5", "must be a whole number, 2 or more"),
+        ("train --objective ppo", "must be one of dpo, orpo, sft"),
+        ("train --datasets x", "give it in a recipe"),
+        ("train --optim_args", "--optim_args needs a value"),
+        ("train 0.1", "unrecognized arguments"),
+        ("report --prot 1 run", "nearest: --port"),
+        ("report", "RUN is missing. Example: sapo report"),
+        ("evaluate model", "--suite is missing. Example: sapo evaluate"),
+        ("generate --model x", "use --model_name_or_path"),
+        ("generate", "--output_file is missing"),
+        ("chat", "MODEL|RUN is missing"),
+        ("compare --lr 1 run", "unknown option --lr."),
+        ("demo --max_steps none", "whole number"),
+        ("serve --vllm_pyton x", "nearest: --vllm_python"),
+        ("estimate --gpus h100", "nearest: --gpu"),
+    ],
+)
+def test_a_mistyped_line_names_the_way_out(typed, message, capsys):
+    if message is None:
+        assert main(typed.split()) == 0
+        return
+    assert message in refused(capsys, *typed.split())
+
+
+def recipe_error(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as error:
+        parse(["--config", str(file)], "sapo train")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "line 3: beta is set in line 1 already"),
+        ("beta:\n", "line 1: beta: has no value; must be a number, 0 or more"),
+        ("seed: 1\nbeta: null\n", "line 2: beta: has no value"),
+        ("beta: [0.1, 0.2]\n", "line 1: beta: a list is not valid"),
+        ("beta: {a: 1}\n", "line 1: beta: a mapping is not valid"),
+        ("seed: 1\neval_strategy: no\n", "line 2: YAML reads eval_strategy: no as false. Put it in quotes: eval_str"),
+        ("report_to: no\n", "Put it in quotes"),
+        ("output_dir: yes\n", "Put it in quotes"),
+        ("max_steps: true\n", "line 1: max_steps: True is not valid; must be a whole number"),
+        ("use_cpu: maybe\n", "must be true or false"),
+        ("seed: 1\nlr: 1\n", "line 2: unknown option lr; use `learning_rate: 1e-6`"),
+        ("betta: 1\n", "nearest: beta"),
+        ("? [a, b]\n: 1\n", "unknown option"),
+        ("- beta\n", "consists of `option: value` lines"),
+        ("", "consists of `option: value` lines"),
+        ("beta: 0.1\n  seed: 1\n", "not valid YAML"),
+        ("label_smoothing_factor: 0.1\n", "line 1: label_smoothing_factor=0.1: the loss"),
+        ("top_p: 3\n", "line 1: top_p=3.0: must be between 0 and 1"),
+        ("datasets: rows.jsonl\n", "must be a list of mappings"),
+        ("datasets:\n- path: a\n  splt: b\n", "splt"),
+        ("lr_scheduler_kwargs: nothing\n", "must be a mapping"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said_with_file_line_and_option(text, message, tmp_path):
+    assert message in recipe_error(tmp_path, text)
+
+
+def test_none_stands_for_no_value_where_there_is_such_a_thing(tmp_path):
+    run = parse(["--segment_length", "none", "--use_cpu", "--report_to", "none"], "sapo train")
+    assert run.config.segment_length is None
+    with pytest.raises(ConfigurationError, match="must be a number"):
+        parse(["--beta", "none"], "sapo train")
+
+
+def test_flags_override_a_recipe_and_dashes_and_equals_signs_are_understood(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("beta: 0.2\nseed: 7\nreport_to: none\nuse_cpu: true\n")
+    run = parse(["--config", str(file), "--beta=0.3", "--learning-rate", "1e-4", "--no_disable_dropout"], "sapo train")
+    assert (run.config.beta, run.config.seed, run.config.learning_rate) == (0.3, 7, 1e-4)
+    assert not run.config.disable_dropout
+
+
+def test_a_repeated_flag_adds_up_and_replaces_the_recipes_value(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("generation_backend: vllm_server\nvllm_server_url: http://a:1\nreport_to: none\nuse_cpu: true\n")
+    urls = ["--vllm_server_url", "http://b:1", "--vllm_server_url", "http://c:1"]
+    assert parse(["--config", str(file)], "sapo train").config.vllm_server_url == ["http://a:1"]
+    assert parse(["--config", str(file), *urls], "sapo train").config.vllm_server_url == ["http://b:1", "http://c:1"]
+
+
+def test_own_flags_are_taken_out_and_the_rest_is_a_command_line_for_train():
+    line = [
+        "--train",
+        "--config",
+        "r.yaml",
+        "--devices",
+        "1",
+        "--beta=0.2",
+        "--devices",
+        "2,3",
+        "--",
+        "--enforce-eager",
+    ]
+    given = parse_command(COMMANDS["serve"], line)
+    assert (given.own.train, given.own.devices, list(given.extra)) == (True, ["1", "2,3"], ["--enforce-eager"])
+    assert given.rest == ["--config", "r.yaml", "--beta", "0.2"]
+
+
+def test_devices_in_the_help_are_those_of_the_estimate():
+    from sapo.estimate.devices import DEVICES
+
+    assert list(DEVICES) == list(GPUS)
+
+
+LIGHT = [
+    [],
+    ["--version"],
+    *([*name.split(), "--help"] for name in COMMANDS),
+    ["train", "--help-all"],
+    ["train", "--help", "beta"],
+    *([*name.split(), "--betta", "1"] for name in COMMANDS),
+    ["train", "--beta", "much"],
+    ["train", "--label_smoothing_factor", "1"],
+    ["trian"],
+]
+
+
+def test_help_version_and_mistakes_import_nothing_heavy_and_take_less_than_07_cpu_seconds():
+    code = f"""
+import json, resource, sys
+from sapo.commands.main import main
+light = json.loads(sys.argv[1])
+for arguments in light:
+    main(arguments)
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+used = resource.getrusage(resource.RUSAGE_SELF)
+sys.stderr.write(f"\\nCPU {{used.ru_utime + used.ru_stime}}\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(LIGHT)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # All of them together; each alone takes a fraction.
+    one = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([["train", "--help"]])], capture_output=True, text=True, check=True
+    )
+    assert float(one.stderr.split("CPU ")[1]) < 0.7
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "sapo", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sapo ")

@@ -26,7 +26,7 @@ def runs(tmp_path_factory, tokenizer):
 
 def test_settings_that_differ_are_named_and_no_others(runs):
     differing = differing_settings(read_runs([runs / "one", runs / "two"]))
-    assert differing == {"objective": ["sft", "orpo"], "pair_source": ["responses", "self_play"]}
+    assert differing == {"objective": ["sft", "orpo"], "pair_source": ["none", "self_play"]}
 
 
 def test_the_steps_after_the_last_log_line_are_counted(runs):

@@ -65,8 +65,8 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
-                    f"segment_length={self.segment_length}: give whole tokens (1 or more), a fraction below 1, "
-                    "or none for the whole response."
+                    f"segment_length={self.segment_length}: give a whole number of tokens, a fraction below "
+                    "1, or none for the full response."
                 )
             self.segment_length = int(self.segment_length)
         if self.objective == "sft" and self.pair_source == "self_play":
@@ -78,12 +78,12 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 "a run have as many."
             )
         if self.segment_length == 0:
-            raise ConfigurationError("segment_length=0: must be positive, or none for the whole response.")
+            raise ConfigurationError("segment_length=0: must be positive, or none for the full response.")
         if self.beta == 0 and self.objective == "dpo":
             raise ConfigurationError("beta=0 with objective=dpo: the loss is constant. Raise beta.")
         self._check_lengths()
         self._check_objective()
-        self._check_iterations()
+        self._check_rounds()
         self._check_engine()
         self._check_device()
         if self.eval_local and self.eval_strategy == "no":
@@ -94,7 +94,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
 
     def check_positions(self, model_config: Any) -> None:
-        """Refuse more tokens than a model has positions for; one whose configuration does not say is believed.
+        """Refuse more tokens than a model has positions for; a configuration that does not say passes.
 
         Raises:
             ConfigurationError: `max_length` exceeds them.
@@ -126,7 +126,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
         elif self.max_prompt_length >= self.max_length:
             raise ConfigurationError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "
+                f"max_prompt_length={self.max_prompt_length} leaves no tokens for a response in "
                 f"max_length={self.max_length}. Lower it, or raise max_length."
             )
         elif self.max_prompt_length + tokens > self.max_length:
@@ -139,8 +139,8 @@ class SAPOConfig(OwnOptions, TrainingArguments):
     def _check_objective(self) -> None:
         if (self.objective == "sft") != (self.pair_source == "none"):
             raise ConfigurationError(
-                f"pair_source={self.pair_source} with objective={self.objective}: sft learns from responses alone, dpo "
-                "and orpo from pairs. Leave pair_source out, or set objective."
+                f"pair_source={self.pair_source} with objective={self.objective}: sft trains on responses alone, dpo "
+                "and orpo on pairs. Leave pair_source out, or set objective."
             )
         if self.objective != "dpo":
             for name in ("chosen_nll_weight", "dpop_weight"):
@@ -181,7 +181,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 "chosen_drop_limit needs examples to follow, and chosen_probe_size=0. Raise chosen_probe_size."
             )
 
-    def _check_iterations(self) -> None:
+    def _check_rounds(self) -> None:
         if self.max_new_tokens is not None and self.segment_length is not None:
             raise ConfigurationError(
                 f"max_new_tokens={self.max_new_tokens} with segment_length={self.segment_length}: a segment takes its "
@@ -193,7 +193,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             return
         if self.pair_source != "self_play":
             raise ConfigurationError(
-                f"num_rounds={self.num_rounds} with pair_source={self.pair_source}: rounds write pairs of "
+                f"num_rounds={self.num_rounds} with pair_source={self.pair_source}: rounds generate pairs of "
                 "their own. Leave one of the two out."
             )
         if self.ema_decay != 1:
@@ -203,7 +203,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
         if self.reference not in ("initial", "none"):
             raise ConfigurationError(
-                f"reference={self.reference} with num_rounds={self.num_rounds}: the reference is renewed with "
+                f"reference={self.reference} with num_rounds={self.num_rounds}: the reference is updated with "
                 "the opponent, at the start of a round. Leave the option out."
             )
 
@@ -213,18 +213,19 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             for name in ("sync_opponent_steps", "max_staleness", "vllm_server_url", "vllm_weights_dir"):
                 if getattr(self, name) not in (None, 0, 1):
                     raise ConfigurationError(
-                        f"{name}={getattr(self, name)} with generation_backend=transformers: the opponent writes in "
+                        f"{name}={getattr(self, name)} with generation_backend=transformers: the opponent generates in "
                         "this process. Set generation_backend to vllm_server, or leave it out."
                     )
             return
         if self.pair_source != "self_play":
             raise ConfigurationError(
-                f"generation_backend={backend} with pair_source={self.pair_source}: nothing is written. Leave one out."
+                f"generation_backend={backend} with pair_source={self.pair_source}: nothing is generated. Leave "
+                "one out."
             )
         if self.num_rounds is not None and (backend == "vllm_colocate" or self.max_staleness):
             raise ConfigurationError(
                 f"generation_backend={backend} with num_rounds and max_staleness={self.max_staleness}: rounds "
-                "write all their pairs before they train. Use vllm_server, and leave max_staleness out."
+                "generate all their pairs before they train. Use vllm_server, and leave max_staleness out."
             )
         if self.vllm_weights_transfer == "stream" and backend != "vllm_server":
             raise ConfigurationError(
@@ -240,24 +241,24 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             return
         if backend == "vllm_colocate":
             raise ConfigurationError(
-                f"max_staleness={self.max_staleness} with generation_backend=vllm_colocate: one process cannot write "
-                "and train at once. Set max_staleness to 0, or generation_backend to vllm_server."
+                f"max_staleness={self.max_staleness} with generation_backend=vllm_colocate: one process cannot "
+                "generate and train at once. Set max_staleness to 0, or generation_backend to vllm_server."
             )
         if self.steps_per_generation > 1:
             raise ConfigurationError(
                 f"steps_per_generation={self.steps_per_generation} with max_staleness={self.max_staleness}: pending "
-                "batches are written ahead anyway. Leave one of the two out."
+                "batches are generated ahead anyway. Leave one of the two out."
             )
         if self.max_staleness < self.sync_opponent_steps:
             raise ConfigurationError(
                 f"max_staleness={self.max_staleness} with sync_opponent_steps={self.sync_opponent_steps}: an opponent "
-                f"is {self.sync_opponent_steps - 1} steps old before it is renewed, which leaves nothing to write "
+                f"is {self.sync_opponent_steps - 1} steps stale before it is updated, which leaves nothing to generate "
                 f"ahead. Raise max_staleness to {self.sync_opponent_steps} or more, or set it to 0."
             )
 
     @property
     def lookahead_steps(self) -> int:
-        """Optimizer steps whose pairs are asked for ahead of the current one; 0: a step waits for its own."""
+        """Number of optimizer steps whose pairs are requested ahead of the current one; 0: a step waits for its own."""
         return self.max_staleness - (self.sync_opponent_steps - 1) if self.max_staleness else 0
 
     def _check_device(self) -> None:

@@ -1,13 +1,13 @@
 import pytest
 
+from sapo.commands.main import main
 from sapo.demo import run
 from sapo.demo.score import ScoreReport
-from sapo.errors import ConfigurationError
 
 
 def test_demo_runs_every_arm_in_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "HELDOUT", 20)
-    run.run_demo(["--max_steps", "1", "--output_dir", str(tmp_path)])
+    run.run_demo(max_steps=1, output_dir=str(tmp_path))
     folders = {path.name for path in tmp_path.iterdir()}
     assert folders == {"sapo-orpo", "continued-sft", "sapo-dpo-guarded", "sapo-dpo-no-guard"}
     assert all((tmp_path / name / "model.safetensors").is_file() for name in folders)
@@ -29,6 +29,6 @@ def test_closing_sentence_follows_the_figures(right, said):
     assert run._reading(results).count(said) == 3
 
 
-def test_unknown_demo_option_is_refused():
-    with pytest.raises(ConfigurationError, match="sapo demo: unrecognized arguments: --max_stpes"):
-        run.run_demo(["--max_stpes", "3"])
+def test_unknown_demo_option_is_refused(capsys):
+    assert main(["demo", "--max_stpes", "3"]) == 2
+    assert "unknown option --max_stpes; nearest: --max_steps." in capsys.readouterr().err

@@ -242,10 +242,10 @@ def test_evaluation_alone_loads_the_opponent_and_lets_it_go(make):
         ({"generation_backend": "transformers", "sync_opponent_steps": 2}, "sync_opponent_steps=2 with generation_b"),
         ({"max_staleness": 1, "sync_opponent_steps": 2}, "Raise max_staleness to 2"),
         ({"max_staleness": 1, "steps_per_generation": 2}, "steps_per_generation=2 with max_staleness=1"),
-        ({"generation_backend": "vllm_colocate", "max_staleness": 1}, "cannot write and train at once"),
+        ({"generation_backend": "vllm_colocate", "max_staleness": 1}, "cannot generate and train at once"),
         ({"vllm_weights_transfer": "stream", "generation_backend": "vllm_colocate"}, "no server to send weights to"),
         ({"generation_batch_size": 2}, "vLLM forms its own batches"),
-        ({"pair_source": "paired"}, "nothing is written"),
+        ({"pair_source": "paired"}, "nothing is generated"),
     ],
 )
 def test_options_that_clash_are_refused(options, says, make):

@@ -246,7 +246,7 @@ def refused(arguments, capsys):
 def test_what_cannot_be_is_refused_in_one_line(whole, model, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert "Set ema_decay to 1" in refused(spin(model, data, out, "--ema_decay", "0.5"), capsys)
-    assert "renewed with the opponent" in refused(spin(model, data, out, "--reference", "opponent"), capsys)
+    assert "updated with the opponent" in refused(spin(model, data, out, "--reference", "opponent"), capsys)
     assert "Leave one of the two out" in refused(spin(model, data, out, "--pair_source", "paired"), capsys)
     assert "no round to resume" in refused(spin(model, data, out, "--resume_from_checkpoint", "true"), capsys)
     assert "is not empty" in refused(spin(model, data, whole), capsys)

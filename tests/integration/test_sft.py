@@ -68,7 +68,7 @@ def test_sft_evaluates(make_trainer):
 
 
 def test_sft_with_pairs_is_refused(make_trainer):
-    with pytest.raises(ConfigurationError, match="sft learns from responses alone"):
+    with pytest.raises(ConfigurationError, match="sft trains on responses alone"):
         make_trainer(objective="sft", pair_source="paired")
     with pytest.raises(ConfigurationError, match="Leave pair_source out"):
         make_trainer(pair_source="none")

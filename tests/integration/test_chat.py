@@ -103,7 +103,7 @@ def test_a_run_without_a_policy_and_a_model_that_is_not_there_are_told(make_trai
     assert main(["chat", str(tmp_path / "run"), "--prompt", "w1"]) == 2
     assert "has not saved its policy yet" in capsys.readouterr().err
     assert main(["chat", str(tmp_path / "nowhere"), "--prompt", "w1"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "no such model folder" in capsys.readouterr().err
 
 
 def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal(tokenizer, monkeypatch):

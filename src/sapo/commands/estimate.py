@@ -22,7 +22,7 @@ from sapo.estimate.devices import DEVICES, Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.weights.footprint import Strategy, StrategyName
-from sapo.weights.loading import load_config
+from sapo.weights.loading import load_config, with_stored_adapter
 
 _FLAGS = {
     "--gpu": "device",
@@ -93,6 +93,8 @@ def make_report(own: dict[str, str], rest: Sequence[str]) -> Report:
     # Unset, mixed precision follows the device of the estimate, not the machine that it is made on.
     run = parse([*rest, "--use_cpu"], "sapo estimate", {"bf16": device.overlaps, "report_to": "none"})
     config = _model_config(own["model_config"]) if "model_config" in own else load_config(run.model)
+    if "model_config" not in own:
+        run.model = with_stored_adapter(run.model)
     run.config.check_positions(config)
     strategy = Strategy(*_strategy(own))
     lengths = longest(run.config, _number(own, "prompt"), _number(own, "response"))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -25,13 +23,11 @@ from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
 from sapo.preference.pairs import self_play
+from sapo.runs.files import folder_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
-from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
+from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_generating
 from sapo.weights.policy import padding_token_id
-
-if TYPE_CHECKING:
-    from torch import nn
 
 FLAG = "--output_file"
 DEFAULT_BATCH = 32
@@ -144,7 +140,7 @@ def write_pairs(
     if config.generation_backend == "vllm_server":
         generator: Generator = _servers(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
     else:
-        model = load_frozen(run, adapter)
+        model = load_generating(run.model, config, adapter)
         generator = TransformersGenerator(
             lambda: nullcontext(model),
             Sampling(config.temperature, config.top_k, config.top_p),
@@ -196,26 +192,6 @@ def _servers(
     return servers
 
 
-def load_frozen(run: RunArguments, adapter: Path | None) -> nn.Module:
-    """The model of `run`, with the adapter of a folder if there is one, to write with."""
-    model, _ = load_policy(run.model, run.config)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    if next(model.parameters()).device != run.config.device and not model.config.to_dict().get("quantization_config"):
-        model = model.to(run.config.device)
-    frozen: nn.Module = model.requires_grad_(False).eval()
-    return frozen
-
-
 def _identity(name: str, revision: str) -> str:
     """A local model by its weights, wherever it lies; one of the hub by its name."""
-    folder = Path(name)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return f"{name}@{revision}"
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return folder_digest(Path(name), ("*.safetensors", "*.bin")) or f"{name}@{revision}"

@@ -6,7 +6,6 @@ that a damaged or incomplete checkpoint is recognised before any of it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from sapo.errors import CheckpointError
 from sapo.preference.pairs import GeneratedPairs, Pair
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
+from sapo.runs.files import file_digest
 
 FORMAT = 5
 STATE_FILE = "sapo_state.json"
@@ -169,7 +169,7 @@ def seal(folder: Path) -> None:
     write_json(
         folder,
         MANIFEST_FILE,
-        {str(file.relative_to(folder)): [file.stat().st_size, _sha256(file)] for file in _files(folder)},
+        {str(file.relative_to(folder)): [file.stat().st_size, file_digest(file)] for file in _files(folder)},
     )
 
 
@@ -193,7 +193,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: {file.stat().st_size} bytes, {size} when it was saved. Resume from another checkpoint."
             )
-        if _sha256(file) != digest:
+        if file_digest(file) != digest:
             raise CheckpointError(
                 f"{file}: its content has changed since it was saved. Resume from another checkpoint."
             )
@@ -247,11 +247,3 @@ def compare_facts(
 
 def _files(folder: Path) -> Iterable[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

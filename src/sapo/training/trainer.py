@@ -16,9 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.data.encoding import eos_token_ids
@@ -43,6 +42,7 @@ from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
 from sapo.training.step_guard import NonFiniteStepGuard
+from sapo.weights.loading import load_named_policy, load_tokenizer, use_one_device
 from sapo.weights.opponent import (
     ModelCopy,
     ShadowModel,
@@ -50,7 +50,7 @@ from sapo.weights.opponent import (
     make_copies,
     policy_tensors,
 )
-from sapo.weights.policy import model_keyword_arguments, padding_token_id, with_adapter
+from sapo.weights.policy import disable_dropout, model_keyword_arguments, padding_token_id, with_adapter
 from sapo.weights.sharding import GatherShell, global_numel, shards_weights, zero_stage
 
 logger = logging.get_logger(__name__)
@@ -93,17 +93,17 @@ class SAPOTrainer(HubMixin, Trainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        use_one_device(args)
         if isinstance(model, str):
-            given = model_keyword_arguments(args)
-            trusted = given["trust_remote_code"]
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
-            model = create_model_from_path(model, **given)
+            revision = model_keyword_arguments(args).get("revision", "main")
+            processing_class = processing_class or load_tokenizer(model, revision)
+            model = load_named_policy(model, args, adapter=peft_config is not None)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
         policy = with_adapter(model, peft_config, args)
         if args.disable_dropout:
-            disable_dropout_in_model(policy)
+            disable_dropout(policy)
         self.eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
         self.pad_token_id = padding_token_id(processing_class, self.eos_ids)
         self._options = DataOptions.of(args)

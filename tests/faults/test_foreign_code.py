@@ -67,7 +67,19 @@ def commands(model, folder):
     evaluate = ["evaluate", str(model), "--output_dir", out, "--limit", "2", "--device", "cpu"]
     return {
         "train": ["train", *data, "--output_dir", out, "--max_steps", "1", *RUN],
-        "rounds": ["train", *data, "--output_dir", out, "--num_rounds", "2", "--max_steps", "1", *RUN],
+        "rounds": [
+            "train",
+            *data,
+            "--output_dir",
+            out,
+            "--num_rounds",
+            "2",
+            "--ema_decay",
+            "1",
+            "--max_steps",
+            "1",
+            *RUN,
+        ],
         "data check": ["data", "check", *data[2:], *data[:2], "--max_length", "32"],
         "generate": ["generate", *data, "--output_file", str(folder / "pairs.parquet"), *RUN],
         "estimate": ["estimate", *data, "--gpu", "h200", "--max_length", "32"],
@@ -96,7 +108,8 @@ def test_no_command_runs_code_of_a_model(command, trap, tmp_path, capsys):
     assert status == 2
     assert len(error.splitlines()) == 1, error
     assert error.split(":")[0].endswith("Error")
-    if command not in ("serve", "report", "compare"):
+    # Those below read no model; to serve, vLLM reads the tokenizer, and it is not here.
+    if command not in ("report", "compare") and not (command == "serve" and needs_tokenizer):
         assert any(reason in error for reason in REFUSED), error
 
 

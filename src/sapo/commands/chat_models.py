@@ -15,9 +15,11 @@ from transformers import GenerationConfig, TextStreamer
 
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, TokenizerError
+from sapo.evaluation.targets import run_option
 from sapo.generation.sampling import Sampling
 from sapo.runs.folder import CONFIG_FILE, RUN_FILE
 from sapo.weights.loading import load_adapter, load_frozen, load_tokenizer
+from sapo.weights.source import find_source
 
 Message = dict[str, str]
 
@@ -89,16 +91,22 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         models.insert(0, ChatModel("opponent", policy, "opponent"))
     elif opponent.is_dir():
         models.insert(0, ChatModel("opponent", _load(str(opponent), "main", device)[0]))
+    start = _start_of(folder)
     if adapter is not None:
-        models.insert(0, ChatModel("start", policy))
-    elif (start := _start_of(folder)) is not None:
+        began = find_source(start).adapter if start is not None and Path(start).is_dir() else None
+        if began is not None:
+            load_adapter(policy, began, name="start")
+        models.insert(0, ChatModel("start", policy, None if began is None else "start"))
+    elif start is not None:
         models.insert(0, ChatModel("start", _load(start, "main", device)[0]))
     return ChatModels(models, load_tokenizer(target))
 
 
 def _start_of(folder: Path) -> str | None:
+    """What the run started from: the recipe names an adapter, run.json the base model under it."""
     file = folder / RUN_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("model") if file.is_file() else None
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return run_option(folder, "model_name_or_path") or facts.get("model")
 
 
 def _load(target: str, revision: str, device: str | None) -> tuple[Any, str | None]:

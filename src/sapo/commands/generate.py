@@ -28,6 +28,7 @@ from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_generating
 from sapo.weights.policy import padding_token_id
+from sapo.weights.source import find_source
 
 FLAG = "--output_file"
 DEFAULT_BATCH = 32
@@ -180,7 +181,9 @@ def _servers(
         ConfigurationError, GenerationError: no folder to give them, or what is wrong with them.
     """
     config, state = run.config, PartialState()
-    folder = adapter or Path(str(run.model.model_name_or_path))
+    source = find_source(str(run.model.model_name_or_path), run.model.model_revision)
+    adapter = adapter or (Path(source.adapter) if source.adapter else None)
+    folder = adapter or Path(source.base)
     if not folder.is_dir():
         raise ConfigurationError(
             f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "

@@ -255,7 +255,7 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
 
 
 def with_stored_adapter(model_args: ModelConfig) -> ModelConfig:
-    """The options of a run's model; where it is an adapter's folder, with that adapter's size in the LoRA options.
+    """The options of a run's model; where that is an adapter's folder, its base model's with LoRA options like its own.
 
     Raises:
         ConfigurationError: a new adapter is asked for on top of the stored one.
@@ -270,6 +270,7 @@ def with_stored_adapter(model_args: ModelConfig) -> ModelConfig:
         )
     stored = read_adapter_config(Path(source.adapter))
     described = copy.copy(model_args)
+    described.model_name_or_path, described.model_revision = source.base, source.revision
     described.use_peft = True
     described.lora_r = int(stored.get("r") or model_args.lora_r)
     described.lora_target_modules = stored.get("target_modules")

@@ -116,6 +116,15 @@ def test_an_incomplete_folder_is_refused_before_data_are_read(folder, args):
         loading.check_model(named(folder), args)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_one_line(file, folder, args):
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        loading.load_policy(named(folder), args)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "name", ["nowhere", "./nowhere", "/nowhere/model", "runs/mine/policy", "mine/checkpoint-500", "mine/model/"]
 )

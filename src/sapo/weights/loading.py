@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -45,7 +47,17 @@ from sapo.weights.source import (
 
 logger = logging.get_logger(__name__)
 
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
 """What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
 
 

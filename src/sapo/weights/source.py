@@ -72,7 +72,9 @@ def find_source(name: str, revision: str = "main") -> ModelSource:
     if model:
         return ModelSource(name, name, None, revision)
     if not adapter:
-        raise ModelError(f"{name}: holds neither {CONFIG_FILE} nor {ADAPTER_FILE}. Give a model or adapter folder.")
+        raise ModelError(
+            f"{name}: no {CONFIG_FILE} and no {ADAPTER_FILE} in this folder. Give a model or adapter folder."
+        )
     content = read_adapter_config(folder)
     base = content.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

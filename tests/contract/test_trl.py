@@ -7,7 +7,6 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo import dpo_loss
 from sapo.commands.main import main
@@ -23,8 +22,6 @@ from tests.tiny import tiny_llama, tiny_rows
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (create_model_from_path, ["model_id", "architecture", "kwargs"]),
-        (disable_dropout_in_model, ["model"]),
         (trl.get_peft_config, ["model_args"]),
         (trl.get_quantization_config, ["model_args"]),
         (trl.get_dataset, ["mixture_config"]),

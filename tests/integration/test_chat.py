@@ -1,6 +1,7 @@
 """Talking to a model and to a run."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sapo.commands.chat_models import ChatModel, ChatModels, load_chat_models, p
 from sapo.commands.main import main
 from sapo.generation.sampling import Sampling
 from tests.integration.test_readme import TEMPLATE
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_rows
 
 GREEDY = Sampling(0.0, 0, 1.0)
 
@@ -59,6 +60,29 @@ def test_a_run_answers_as_start_opponent_and_policy(lora, make_run, tmp_path):
     assert answers(cast) == answers(cast)
 
 
+def test_a_run_that_started_from_an_adapter_shows_it_as_the_start(make_run, tmp_path, capsys):
+    earlier = make_run(lora=True)
+    rows = "".join(json.dumps(row) + "\n" for row in tiny_rows())
+    (tmp_path / "rows.jsonl").write_text(rows)
+    command = ["train", "--model_name_or_path", str(earlier), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    command += ["--output_dir", str(tmp_path / "later"), "--max_steps", "2", "--learning_rate", "0.1", "--use_cpu"]
+    command += ["--max_length", "32", "--segment_length", "4", "--report_to", "none"]
+    assert main([*command, "--gradient_checkpointing", "false"]) == 0
+    before, after = (
+        load_chat_models(str(earlier), device="cpu"),
+        load_chat_models(str(tmp_path / "later"), device="cpu"),
+    )
+    assert [model.name for model in after.models] == ["start", "opponent", "policy"]
+    inputs = torch.tensor([[5, 6, 7]])
+
+    def logits(model):
+        with model.active() as active:
+            return active(inputs).logits
+
+    assert torch.equal(logits(after.models[0]), logits(before.models[2]))
+    assert not torch.equal(logits(after.models[2]), logits(before.models[2]))
+
+
 def test_what_is_streamed_is_the_reply_and_a_seed_gives_the_same_draws(tokenizer):
     model = tiny_llama().eval()
     pieces: list[str] = []
@@ -103,7 +127,7 @@ def test_a_run_without_a_policy_and_a_model_that_is_not_there_are_told(make_trai
     assert main(["chat", str(tmp_path / "run"), "--prompt", "w1"]) == 2
     assert "has not saved its policy yet" in capsys.readouterr().err
     assert main(["chat", str(tmp_path / "nowhere"), "--prompt", "w1"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "no such model folder" in capsys.readouterr().err
 
 
 def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal(tokenizer, monkeypatch):

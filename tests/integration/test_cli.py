@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_that_names_the_way_out(model, data, tmp_path, cap
     assert "no such model folder" in refused(command(tmp_path / "nothing", data, out), capsys)
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(command(tmp_path / "empty", data, out), capsys)
-    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").write_bytes(b"damaged")
     assert "cannot be loaded" in refused(command(model, data, out), capsys)
     assert not out.exists()
 
@@ -102,8 +102,8 @@ def test_malformed_data_names_the_line(model, tmp_path, capsys):
 
 
 def broken(model):
-    """The model folder without its weights: whatever is refused with it is refused before they are loaded."""
-    (model / "model.safetensors").unlink()
+    """The model folder with damaged weights: whatever is refused with it is refused before they are loaded."""
+    (model / "model.safetensors").write_bytes(b"damaged")
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
+from sapo.errors import ConfigurationError, TokenizerError
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
+from sapo.weights.loading import load_adapter, load_frozen, load_tokenizer
+from sapo.weights.source import find_source
 
 Message = dict[str, str]
 
@@ -69,50 +70,36 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         ConfigurationError: a run that has not saved its policy yet.
     """
     if not is_run(Path(target)):
-        model, adapter = _load(target, target, revision, device)
-        return ChatModels([ChatModel(Path(target).name, model, adapter)], _tokenizer(target, revision))
+        model, adapter = _load(target, revision, device)
+        return ChatModels([ChatModel(Path(target).name, model, adapter)], load_tokenizer(target, revision))
     folder = Path(target)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigurationError(
             f"{target}: this run has not saved its policy yet. Wait for its end, or chat with one of its checkpoints."
         )
-    policy, adapter = _load(target, "policy", "main", device)
+    policy, adapter = _load(target, "main", device)
     models = [ChatModel("policy", policy, adapter)]
     opponent = folder / OPPONENT_FOLDER
     if opponent.is_dir() and adapter is not None:
-        policy.load_adapter(str(opponent), adapter_name="opponent")
+        load_adapter(policy, str(opponent), name="opponent")
         models.insert(0, ChatModel("opponent", policy, "opponent"))
     elif opponent.is_dir():
-        models.insert(0, ChatModel("opponent", _load(str(opponent), "opponent", "main", device)[0]))
+        models.insert(0, ChatModel("opponent", _load(str(opponent), "main", device)[0]))
+    start = start_of(folder)
     if adapter is not None:
-        models.insert(0, ChatModel("start", policy))
-    elif (start := start_of(folder)) is not None:
-        models.insert(0, ChatModel("start", _load(start, "start", "main", device)[0]))
-    return ChatModels(models, _tokenizer(target, "main"))
+        began = find_source(start).adapter if start is not None and Path(start).is_dir() else None
+        if began is not None:
+            load_adapter(policy, began, name="start")
+        models.insert(0, ChatModel("start", policy, None if began is None else "start"))
+    elif start is not None:
+        models.insert(0, ChatModel("start", _load(start, "main", device)[0]))
+    return ChatModels(models, load_tokenizer(target))
 
 
-def _load(target: str, name: str, revision: str, device: str | None) -> tuple[Any, str | None]:
+def _load(target: str, revision: str, device: str | None) -> tuple[Any, str | None]:
     """A model in evaluation mode on its device, and the name of its adapter, if it has one."""
-    base, adapter = target, None
-    config = Path(target) / "adapter_config.json"
-    if config.is_file():
-        base, adapter = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"], "policy"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto", trust_remote_code=False)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, target, adapter_name=adapter)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{base}: the model of the {name} cannot be loaded ({brief(error, 200)}).") from error
-    where = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    return model.to(where).eval(), adapter
-
-
-def _tokenizer(target: str, revision: str) -> Any:
-    # An adapter's folder holds a tokenizer and no configuration of a model.
-    try:
-        return AutoTokenizer.from_pretrained(target, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise TokenizerError(f"{target}: no tokenizer that can be read ({brief(error, 200)}).") from error
+    model = load_frozen(target, revision=revision, device=device, adapter_name="policy")
+    return model, "policy" if isinstance(model, PeftModel) else None
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[int]:

@@ -23,7 +23,7 @@ from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, StrategyName
-from sapo.weights.loading import load_config
+from sapo.weights.loading import load_config, with_stored_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ def make_report(given: Parsed) -> Report:
     # Unset, mixed precision follows the device of the estimate, not the machine that it is made on.
     run = build(given.values({"bf16": device.overlaps, "report_to": ["none"]}) | {"use_cpu": True})
     config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
+    if own.model_config is None:
+        run.model = with_stored_adapter(run.model)
     run.config.check_positions(config)
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     lengths = longest(run.config, own.prompt_length, own.response_length)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -29,11 +28,9 @@ from sapo.preference.self_play import self_play
 from sapo.runs.files import folder_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
-from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_policy
+from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_generating
 from sapo.weights.policy import padding_token_id
-
-if TYPE_CHECKING:
-    from torch import nn
+from sapo.weights.source import find_source
 
 FLAG = "--output_file"
 DEFAULT_BATCH = 32
@@ -124,7 +121,7 @@ def write_pairs(
     if config.generation_backend == "vllm_server":
         generator: Generator = _servers(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
     else:
-        model = load_frozen(run, adapter)
+        model = load_generating(run.model, config, adapter)
         generator = TransformersGenerator(
             lambda: nullcontext(model),
             Sampling(config.temperature, config.top_k, config.top_p),
@@ -164,7 +161,9 @@ def _servers(
         ConfigurationError, GenerationError: no folder to give them, or what is wrong with them.
     """
     config, state = run.config, PartialState()
-    folder = adapter or Path(str(run.model.model_name_or_path))
+    source = find_source(str(run.model.model_name_or_path), run.model.model_revision)
+    adapter = adapter or (Path(source.adapter) if source.adapter else None)
+    folder = adapter or Path(source.base)
     if not folder.is_dir():
         raise ConfigurationError(
             f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "
@@ -174,17 +173,6 @@ def _servers(
     state.wait_for_everyone()
     servers.load(folder, version)
     return servers
-
-
-def load_frozen(run: RunArguments, adapter: Path | None) -> nn.Module:
-    """The model of `run`, with the adapter of a folder if there is one, to write with."""
-    model, _ = load_policy(run.model, run.config)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    if next(model.parameters()).device != run.config.device and not model.config.to_dict().get("quantization_config"):
-        model = model.to(run.config.device)
-    frozen: nn.Module = model.requires_grad_(False).eval()
-    return frozen
 
 
 def _identity(name: str, revision: str) -> str:

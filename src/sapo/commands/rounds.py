@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from trl.scripts.utils import DatasetConfig
 
@@ -51,10 +50,7 @@ class Round:
 
     def policy(self) -> tuple[Any, Any]:
         """The model to train and the configuration of a new adapter (or None)."""
-        model, peft_config = load_policy(self.run.model, self.run.config)
-        if self.adapter is None:
-            return model, peft_config
-        return PeftModel.from_pretrained(model, str(self.adapter), is_trainable=True), None
+        return load_policy(self.run.model, self.run.config, self.adapter)
 
 
 def rounds(run: RunArguments, console: Console) -> Iterator[Round]:

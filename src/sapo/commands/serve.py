@@ -25,6 +25,7 @@ from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
 from sapo.generation.vllm.limits import adapter_room
 from sapo.generation.vllm.weight_stream import RECEIVER
+from sapo.weights.loading import load_config, with_stored_adapter
 
 RESTARTS = 3
 """Times that a server which has died is started again, in all."""
@@ -70,6 +71,9 @@ def run_serve(given: Parsed) -> int:
         raise ConfigurationError(
             f"generation_backend={run.config.generation_backend}: a server would write nothing. Set it to vllm_server."
         )
+    # vLLM is not told to trust code either; here the reason is one line.
+    load_config(run.model)
+    run.model = with_stored_adapter(run.model)
     python = own.vllm_python or _python_with_vllm()
     servers = servers_for(run, python, own.devices or (), given.extra)
     console = Console()

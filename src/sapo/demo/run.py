@@ -11,7 +11,7 @@ import datasets
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
@@ -22,6 +22,7 @@ from sapo.generation.protocol import Generator
 from sapo.generation.scripted import ScriptedGenerator
 from sapo.training.progress import TerminalProgress
 from sapo.training.trainer import SAPOTrainer
+from sapo.weights.loading import load_frozen, load_tokenizer
 
 HELDOUT = 1000
 STEPS = 80
@@ -51,7 +52,7 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
     console = Console()
     started = time.perf_counter()
     rows = heldout_rows(HELDOUT)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    tokenizer = load_tokenizer(str(MODEL_FOLDER))
     console.print(
         f"A Llama of {_model().num_parameters():,} parameters, {len(TRAIN_ROWS)} training rows, "
         f"{HELDOUT} held-out rows."
@@ -79,7 +80,7 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
 
 
 def _model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype="float32")
+    return load_frozen(str(MODEL_FOLDER), dtype="float32", device="cpu")
 
 
 def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], tokenizer: Any) -> SAPOTrainer:
@@ -107,7 +108,7 @@ def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], 
     silent: Generator | None = None
     if settings["beta"] == 0:
         silent = ScriptedGenerator(lambda contexts, budgets, seeds: [[tokenizer.eos_token_id] for _ in contexts])
-    return SAPOTrainer(_model(), args, list(TRAIN_ROWS), processing_class=tokenizer, generator=silent)
+    return SAPOTrainer(str(MODEL_FOLDER), args, list(TRAIN_ROWS), processing_class=tokenizer, generator=silent)
 
 
 def _table(results: dict[str, ScoreReport]) -> Table:

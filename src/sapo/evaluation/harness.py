@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.harness_data import (
     TaskFacts,
@@ -30,7 +28,7 @@ from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.text import visible
-from sapo.weights.loading import load_tokenizer
+from sapo.weights.loading import load_tokenizer, read_config
 
 TASKS_FOLDER = "lm_eval_tasks"
 _NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"
@@ -160,7 +158,7 @@ def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFact
 
 def _positions(target: Target) -> int | None:
     """Tokens of the model's context, None if its configuration does not say."""
-    config = AutoConfig.from_pretrained(target.base or target.path).get_text_config().to_dict()
+    config = read_config(target.path).get_text_config().to_dict()
     positions: int | None = config.get("max_position_embeddings")
     return positions
 
@@ -235,7 +233,8 @@ class _Runner:
     def _request(self, missing: Sequence[tuple[str, str, Benchmark]]) -> dict[str, Any]:
         session, target = self._session, self._target
         options = session.options
-        model_args = {"pretrained": target.base or target.path, "dtype": options.dtype}
+        # Said to the harness too, whose own default may change.
+        model_args = {"pretrained": target.base or target.path, "dtype": options.dtype, "trust_remote_code": False}
         if target.base is not None:
             model_args["peft"] = target.path
         return {

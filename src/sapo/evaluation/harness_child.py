@@ -111,9 +111,9 @@ def _too_long(request: Mapping[str, Any], arguments: Any) -> int:
     """Questions with a choice that are longer than the model's context, which the harness cuts without a word."""
     if not arguments or request["positions"] is None:
         return 0
-    from transformers import AutoTokenizer
+    from sapo.weights.loading import load_tokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(request["model_args"]["pretrained"])
+    tokenizer = load_tokenizer(request["model_args"]["pretrained"])
     wholes = [context + choice for context, choice in arguments]
     # The last token is predicted and never read, so the context holds all before it.
     return sum(

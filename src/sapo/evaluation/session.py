@@ -12,7 +12,7 @@ import torch
 from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
-from sapo.evaluation.targets import LoadedModel, Target, fingerprint, load_target
+from sapo.evaluation.targets import LoadedModel, Target, check_target, fingerprint, load_target
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Session:
         self.folder = Path(options.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"output_dir={self.folder} is a file. Name a folder.")
+        for target in targets:
+            check_target(target)
         self.fingerprints = {target.name: fingerprint(target) for target in targets}
         self.template = _template(options.chat_template)
         self._loaded: tuple[str, LoadedModel] | None = None

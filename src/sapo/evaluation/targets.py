@@ -10,21 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import ModelError, TokenizerError, brief
+from sapo.errors import ModelError, TokenizerError
+from sapo.runs.files import folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
-from sapo.weights.loading import load_tokenizer
+from sapo.weights.loading import load_frozen, load_tokenizer, read_config
 from sapo.weights.policy import padding_token_id
 
 ADAPTER_FILE = "adapter_config.json"
-_WHOLE_FILE = 64 * 2**20
-_ENDS = 2**20
-"""Of a larger weights file the first and the last mebibyte are hashed, and its size."""
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.model", "*.jinja", "*.json")
+_OTHER_FILES = ("trainer_state.json",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,50 +135,32 @@ def _with_unlike_names(targets: list[Target]) -> list[Target]:
     return unlike
 
 
+def check_target(target: Target) -> None:
+    """Refuse a model that cannot be loaded before a suite starts: lm-evaluation-harness loads it in another process.
+
+    Raises:
+        ModelError, TokenizerError: it is missing, incomplete or needs code of its own.
+    """
+    read_config(target.path)
+    for path in (target.base, target.path):
+        if path is not None:
+            load_tokenizer(path)
+
+
 def fingerprint(target: Target, revision: str = "main") -> str:
     """What tells this model from any other: for a folder its files, for a hub id the commit.
 
     Raises:
-        ModelError: the hub does not know it, and it is not in the cache.
+        ModelError: a model cannot be loaded: it is missing, incomplete or needs code of its own.
     """
     digest = hashlib.sha256()
     for path in (target.base, target.path):
         if path is None:
             continue
         folder = Path(path)
-        if not folder.is_dir():
-            digest.update(f"{path}@{_commit(path, revision)}".encode())
-            continue
-        kinds = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*.model")
-        for file in sorted(file for kind in kinds for file in folder.glob(kind)):
-            if file.name in ("trainer_state.json",):
-                continue
-            digest.update(file.name.encode())
-            _feed(digest, file)
+        own = folder_digest(folder, _MODEL_FILES, without=_OTHER_FILES) if folder.is_dir() else None
+        digest.update((own or f"{path}@{read_config(path, revision)._commit_hash or revision}").encode())
     return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, file: Path) -> None:
-    size = file.stat().st_size
-    digest.update(str(size).encode())
-    with file.open("rb") as stream:
-        if size <= _WHOLE_FILE:
-            digest.update(stream.read())
-            return
-        digest.update(stream.read(_ENDS))
-        stream.seek(-_ENDS, 2)
-        digest.update(stream.read())
-
-
-def _commit(name: str, revision: str) -> str:
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(
-            f"{name}: no such folder here, and the hub did not give it ({brief(error, 200)}). Check the name, or "
-            "give a folder."
-        ) from error
-    return str(config._commit_hash or revision)
 
 
 def load_target(
@@ -191,23 +169,12 @@ def load_target(
     """Load a model with its tokenizer.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError, TokenizerError: it cannot be loaded.
     """
-    name = target.base or target.path
-    # An adapter folder may hold a tokenizer, with a template of its own.
-    own = target.base is not None and (Path(target.path) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(target.path) if own else load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(target.path, revision)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
-        if target.base is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, target.path)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"{target.path}: the model cannot be loaded ({brief(error, 200)}).") from error
-    model = model.to(torch.device(device)).eval()
+    model = load_frozen(target.path, revision=revision, dtype=dtype, device=device)
     try:
         eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
     except TokenizerError as error:

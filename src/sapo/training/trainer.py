@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
@@ -43,8 +42,9 @@ from sapo.training.recorder import RunRecorder
 from sapo.training.scorer import PairScorer
 from sapo.training.state import RunState
 from sapo.training.step_guard import NonFiniteStepGuard
+from sapo.weights.loading import load_named_policy, load_tokenizer, use_one_device
 from sapo.weights.opponent import MovingAverage, ShadowModel
-from sapo.weights.policy import model_keyword_arguments, padding_token_id, with_adapter
+from sapo.weights.policy import disable_dropout, model_keyword_arguments, padding_token_id, with_adapter
 from sapo.weights.roles import Roles
 from sapo.weights.sharding import global_numel, zero_stage
 from sapo.weights.world import World
@@ -101,17 +101,17 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SAPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-SAPO")
+        use_one_device(args)
         if isinstance(model, str):
-            given = model_keyword_arguments(args)
-            trusted = given["trust_remote_code"]
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
-            model = create_model_from_path(model, **given)
+            revision = model_keyword_arguments(args).get("revision", "main")
+            processing_class = processing_class or load_tokenizer(model, revision)
+            model = load_named_policy(model, args, adapter=peft_config is not None)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
         policy = with_adapter(model, peft_config, args)
         if args.disable_dropout:
-            disable_dropout_in_model(policy)
+            disable_dropout(policy)
         eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
         self.data_reports: dict[str, DataReport] = {}
         self._prepare = partial(

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
-from trl.trainer.utils import disable_dropout_in_model
 
 from sapo.config import SAPOConfig
 from sapo.weights.opponent import (
@@ -31,7 +30,7 @@ from sapo.weights.opponent import (
     needs_float32_master,
     policy_tensors,
 )
-from sapo.weights.policy import with_adapter
+from sapo.weights.policy import disable_dropout, with_adapter
 
 StrategyName = Literal["none", "multi_gpu", "zero2", "zero3", "fsdp2"]
 
@@ -109,11 +108,13 @@ def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, str
     # The kernels of another attention need not be installed here; unset, transformers takes what the model has.
     attention = "eager" if model_args.attn_implementation == "eager" else None
     with _without_partitioning(args), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
         quantized = _quantize(model, model_args)
         policy: Any = with_adapter(model, get_peft_config(model_args), args)
         if args.disable_dropout:
-            disable_dropout_in_model(policy)
+            disable_dropout(policy)
         adapter = isinstance(policy, PeftModel)
         if strategy.name == "fsdp2" and (args.bf16 or args.fp16):
             # accelerate keeps what is trained in float32 beside mixed precision.

@@ -1,101 +1,420 @@
-"""Model and tokenizer from a name or a folder, with the errors a user can act on, and a memory estimate first."""
+"""The only place that loads models, adapters, tokenizers and their configurations.
+
+Code from a model folder is never run: `trust_remote_code=False` is passed to every call, so that nobody is asked. What
+cannot be loaded in full is refused in one line. Every process holds its weights on its own device, unless they are
+sharded, in which case DeepSpeed or FSDP places them.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging as standard_logging
 import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
-from trl.trainer.utils import create_model_from_path
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, build_run_models, model_memory
-from sapo.weights.policy import model_keyword_arguments
+from sapo.weights.policy import model_keyword_arguments, switch_off_router_logits
+from sapo.weights.source import (
+    ModelSource,
+    check_weights,
+    find_source,
+    loading_error,
+    quantization_method,
+    read_adapter_config,
+)
+
+logger = logging.get_logger(__name__)
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
+
+
+# ---- Tokenizers and configurations ----
 
 
 def load_tokenizer(name: str, revision: str = "main") -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a model; of an adapter its own, else that of its base model.
+
+    Args:
+        name: model folder, adapter folder or hub id.
+        revision: of a hub id.
 
     Raises:
-        ModelError: it cannot be found or read.
+        ModelError: there is no such model.
+        TokenizerError: its tokenizer cannot be read, or needs code of its own.
     """
-    return _load("tokenizer", AutoTokenizer, name, revision)
+    source = find_source(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
+
+
+def read_config(name: str, revision: str = "main") -> Any:
+    """The configuration of a model, of an adapter that of its base model, without weights.
+
+    Args:
+        name: model folder, adapter folder or hub id.
+        revision: of a hub id.
+
+    Raises:
+        ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
+    """
+    return _config(find_source(name, revision))
 
 
 def load_config(model_args: ModelConfig) -> Any:
-    """The configuration of a model, without its weights.
+    """The configuration of the model of a run, without its weights.
 
     Raises:
-        ConfigurationError: no model is named.
-        ModelError: it cannot be found or read.
+        ConfigurationError: no model is named, or it is asked to run its own code.
+        ModelError: as for `read_config`.
     """
-    if not model_args.model_name_or_path:
-        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
-    return _load("model", AutoConfig, model_args.model_name_or_path, model_args.model_revision)
-
-
-def _load(what: str, kind: Any, name: str, revision: str) -> Any:
-    _check_folder(name)
-    try:
-        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_load(what, name, error)) from error
+    # An option of some versions of trl.
+    if getattr(model_args, "trust_remote_code", False):
+        raise ConfigurationError(
+            "trust_remote_code: code from a model is never run. Leave it out; a model whose code you trust can be "
+            "loaded in Python and passed to SAPOTrainer as an object."
+        )
+    return _config(_source(model_args))
 
 
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
+    source = find_source(name, revision)
     try:
-        generation = GenerationConfig.from_pretrained(name, revision=revision)
+        generation = GenerationConfig.from_pretrained(source.base, revision=source.revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     eos_ids: int | list[int] | None = generation.eos_token_id
     return eos_ids
 
 
+def _source(model_args: ModelConfig) -> ModelSource:
+    if not model_args.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
+    return find_source(model_args.model_name_or_path, model_args.model_revision)
+
+
+def _config(source: ModelSource) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise loading_error("model", source, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{source.base}: model_type {config.model_type} is not a causal language model in transformers. Use a "
+            "model that generates text from left to right."
+        )
+    switch_off_router_logits(config)
+    return config
+
+
+# ---- Models ----
+
+
 def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
     """Find out before data or weights are read whether the model can be trained here.
 
     Raises:
-        ModelError: the folder is missing or incomplete.
+        ModelError: the folder is missing, incomplete, or its weights cannot be trained.
         ConfigurationError: no model, quantization without LoRA, or not enough memory for the copies.
     """
+    use_one_device(args)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ConfigurationError("load_in_4bit and load_in_8bit train an adapter only. Add --use_peft.")
     config = load_config(model_args)
+    described = with_stored_adapter(model_args)
+    _check_trainable(_source(model_args), config, adapter=described.use_peft)
     if not args.skip_memory_check:
-        check_memory(config, model_args, args)
+        check_memory(config, described, args)
 
 
-def load_policy(model_args: ModelConfig, args: SAPOConfig) -> tuple[Any, Any]:
-    """The model to train and the adapter configuration (or None).
+def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None = None) -> tuple[Any, Any]:
+    """The model to train and the configuration of a new adapter.
+
+    Args:
+        model_args: names the model; the folder of an adapter gives its base model with that adapter, to train on.
+        args: device, strategy and `model_init_kwargs`.
+        adapter: folder of an adapter on the named model, to train on.
+
+    Returns:
+        The model, and the configuration of the adapter to add, None for full training or a stored adapter.
 
     Raises:
-        ModelError: the folder is missing or incomplete.
+        ModelError: the folder is missing or incomplete, or its weights cannot be trained.
     """
-    name = str(model_args.model_name_or_path)
-    _check_folder(name)
+    source = _source(model_args)
+    if adapter is not None:
+        source = ModelSource(str(adapter), source.base, str(adapter), source.revision)
+    described = with_stored_adapter(model_args)
+    options = _options(model_args, args)
+    _check_trainable(source, _config(source), adapter=described.use_peft or source.adapter is not None)
+    model = _load_model(source, options, trainable=True)
+    return model, get_peft_config(model_args) if source.adapter is None else None
+
+
+def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
+    """The model that `SAPOTrainer` is given by name, loaded with `args.model_init_kwargs`, in float32 by default.
+
+    Args:
+        name: model folder, adapter folder (loaded with its base, to train on) or hub id.
+        args: of the run.
+        adapter: whether a new adapter will be trained on it.
+
+    Raises:
+        ModelError: the folder is missing or incomplete, or its weights cannot be trained.
+    """
+    options = {"dtype": "float32", **model_keyword_arguments(args), "device_map": device_map(args)}
+    source = find_source(name, options.pop("revision", "main"))
+    _check_trainable(source, _config(source), adapter=adapter or source.adapter is not None)
+    return _load_model(source, options, trainable=True)
+
+
+def load_generating(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None = None) -> Any:
+    """The model of a run to generate with: frozen, in evaluation mode, on the device of this process.
+
+    Args:
+        model_args: names the model.
+        args: device and `model_init_kwargs`.
+        adapter: folder of an adapter on it.
+
+    Raises:
+        ModelError: a folder is missing or incomplete.
+    """
+    source = _source(model_args)
+    if adapter is not None:
+        source = ModelSource(str(adapter), source.base, str(adapter), source.revision)
+    return _frozen(_load_model(source, _options(model_args, args)), args.device)
+
+
+def load_frozen(
+    name: str, *, revision: str = "main", dtype: str = "auto", device: Any = None, adapter_name: str = "default"
+) -> Any:
+    """A model that is not trained: in evaluation mode, on one device.
+
+    Args:
+        name: model folder, adapter folder (loaded with its base) or hub id.
+        revision: of a hub id.
+        dtype: of the weights; "auto" as they are stored.
+        device: unset, the accelerator if there is one.
+        adapter_name: what the model calls the adapter, if it has one.
+
+    Raises:
+        ModelError: it is missing or incomplete.
+    """
+    where = torch.device(device or default_device())
+    options = {"dtype": dtype, "device_map": None if where.type in ("cpu", "mps") else {"": where}}
+    return _frozen(_load_model(find_source(name, revision), options, adapter_name=adapter_name), where)
+
+
+def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: bool = False) -> PeftModel:
+    """Put the adapter of a folder on a model, beside others that it has.
+
+    Args:
+        model: the base model, or a `PeftModel`.
+        folder: of the adapter.
+        name: what the model calls it.
+        trainable: whether it will be trained on.
+
+    Raises:
+        ModelError: it cannot be read, or lacks weights.
+    """
+    read_adapter_config(Path(folder))
+    try:
+        with warnings.catch_warnings():
+            # peft would go on with random weights in their place.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+                return model
+            loaded: PeftModel = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+            return loaded
+    except (*_LOADING_ERRORS, UserWarning) as error:
+        raise loading_error("adapter", ModelSource(folder, folder, None, "main"), error) from error
+
+
+def with_stored_adapter(model_args: ModelConfig) -> ModelConfig:
+    """The options of a run's model; where that is an adapter's folder, its base model's with LoRA options like its own.
+
+    Raises:
+        ConfigurationError: a new adapter is asked for on top of the stored one.
+    """
+    source = _source(model_args)
+    if source.adapter is None:
+        return model_args
+    if model_args.use_peft:
+        raise ConfigurationError(
+            f"use_peft with model_name_or_path={source.name}, which is an adapter: leave use_peft out to train that "
+            f"adapter further, or name its base model ({source.base}) to train a new one."
+        )
+    stored = read_adapter_config(Path(source.adapter))
+    described = copy.copy(model_args)
+    described.model_name_or_path, described.model_revision = source.base, source.revision
+    described.use_peft = True
+    described.lora_r = int(stored.get("r") or model_args.lora_r)
+    described.lora_target_modules = stored.get("target_modules")
+    described.lora_modules_to_save = stored.get("modules_to_save")
+    return described
+
+
+def _check_trainable(source: ModelSource, config: Any, *, adapter: bool) -> None:
+    check_weights(source)
+    method = quantization_method(config)
+    if method is not None and not adapter:
+        raise ModelError(
+            f"{source.base}: its weights are stored quantized ({method}), and full training would change codes, not "
+            "weights. Use the unquantized checkpoint, or train an adapter with --use_peft."
+        )
+
+
+def _options(model_args: ModelConfig, args: SAPOConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for the model of a run."""
     options: dict[str, Any] = {
-        "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **model_keyword_arguments(args),
+        "device_map": device_map(args),
     }
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         options["quantization_config"] = quantization
-    if args.use_cpu:
-        options["device_map"] = None
+    return options
+
+
+def _load_model(
+    source: ModelSource, options: Mapping[str, Any], *, trainable: bool = False, adapter_name: str = "default"
+) -> Any:
+    """Weights and, if the source has one, the adapter."""
+    _config(source)
+    check_weights(source)
+    given = {"revision": source.revision, **options}
     try:
-        model = create_model_from_path(name, AutoModelForCausalLM, **options)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(_cannot_load("model", name, error)) from error
-    return model, get_peft_config(model_args)
+        with _without_load_report():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.base, trust_remote_code=False, output_loading_info=True, **given
+            )
+    except _LOADING_ERRORS as error:
+        raise loading_error("model", source, error) from error
+    _check_complete(source, model, report)
+    switch_off_router_logits(model.config)
+    if source.adapter is None:
+        return model
+    if trainable and quantization_method(model.config) is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return load_adapter(model, source.adapter, name=adapter_name, trainable=trainable)
+
+
+def _check_complete(source: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{source.base}: transformers put an adapter on this model by itself. Download the adapter, and give its "
+            "folder, or a model without adapter_config.json."
+        )
+    # A weight of another shape is replaced by random numbers like one that is missing, if transformers is told so.
+    missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if missing or report["error_msgs"]:
+        what = f"{len(missing)} weights, such as {missing[0]}" if missing else str(report["error_msgs"][0])
+        raise ModelError(
+            f"{source.base}: the checkpoint lacks {what}, which would be random. Use a complete checkpoint of this "
+            "architecture; a missing lm_head may mean tie_word_embeddings is wrong in config.json."
+        )
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        logger.warning(f"{source.base}: {len(unused)} weights of the checkpoint are not used, such as {unused[0]}.")
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing weights: `_check_complete` says it in one line."""
+
+    def passes(record: standard_logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loud = standard_logging.getLogger("transformers.modeling_utils")
+    loud.addFilter(passes)
+    try:
+        yield
+    finally:
+        loud.removeFilter(passes)
+
+
+def _frozen(model: Any, device: torch.device) -> Any:
+    # Quantized weights do not move: they were loaded onto their device.
+    if quantization_method(model.config) is None and next(model.parameters()).device != device:
+        model = model.to(device)
+    return model.requires_grad_(False).eval()
+
+
+# ---- Devices ----
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def device_map(args: SAPOConfig) -> dict[str, torch.device] | None:
+    """Where `from_pretrained` puts the weights of a run, never left to a library to choose.
+
+    Returns:
+        This process's device for the full model (one process, DDP, ZeRO-1, ZeRO-2, QLoRA); None where ZeRO-3 or FSDP2
+        shards it, and on a CPU or MPS, where Trainer moves it.
+    """
+    sharded = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if args.use_cpu or sharded or args.device.type in ("cpu", "mps"):
+        return None
+    return {"": args.device}
+
+
+def use_one_device(args: SAPOConfig) -> None:
+    """Train on one GPU where one process sees several, and say so: Trainer would wrap the model in nn.DataParallel.
+
+    DataParallel splits a batch by its first dimension, which the packed rows of pairs do not have.
+    """
+    visible = args.n_gpu
+    if visible < 2:
+        return
+    # Trainer has no option for it; it sets the same attribute for models that span GPUs.
+    args._n_gpu = 1
+    logger.warning(
+        f"{visible} GPUs are visible and one is used ({args.device}). To use all: sapo train ... "
+        "--accelerate_config multi_gpu"
+    )
 
 
 def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
@@ -132,27 +451,3 @@ def _strategy(args: SAPOConfig) -> Strategy:
     if stage == 3:
         return Strategy("zero3", args.world_size)
     return Strategy("zero2" if stage == 2 else "multi_gpu", args.world_size)
-
-
-def _check_folder(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            adapter = (folder / "adapter_config.json").is_file()
-            raise ModelError(
-                f"{name}: no config.json in this folder"
-                + (
-                    ": it holds an adapter. Merge it into its base model first."
-                    if adapter
-                    else ". Give a model folder."
-                )
-            )
-    elif name.startswith((".", "/", "~")) or (folder.parent.is_dir() and str(folder.parent) != "."):
-        raise ModelError(f"{name}: no such model folder. Check model_name_or_path.")
-
-
-def _cannot_load(what: str, name: str, error: Exception) -> str:
-    return (
-        f"{name}: the {what} cannot be loaded ({brief(error, 200)}). Give a complete local folder, or the id of a "
-        "model on the hub that this machine can reach."
-    )

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, TokenizerError
+from sapo.errors import ConfigurationError, TokenizerError, brief
+
+logger = logging.get_logger(__name__)
+
+_REFUSED_KEYWORDS = {
+    "trust_remote_code": "code from a model is never run; load a model whose code you trust in Python, and pass it as "
+    "an object",
+    "allow_all_kernels": "kernels of unknown publishers are never run",
+}
+"""Keyword arguments of `from_pretrained` that would run foreign code when they are true."""
 
 
 def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
-    """What `from_pretrained` is given for a model named by a string; code of the model's own is not run.
+    """What `from_pretrained` is given for a model named by a string, besides what the loader sets itself.
 
     Raises:
-        ConfigurationError: `model_init_kwargs` is not a mapping.
+        ConfigurationError: `model_init_kwargs` is not a mapping, would run foreign code, or sets what is the loader's.
     """
     given = args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ConfigurationError(f"model_init_kwargs={given}: give a mapping, on the command line as JSON.")
-    return {"trust_remote_code": False, **given}
+    for name, reason in _REFUSED_KEYWORDS.items():
+        if given.get(name):
+            raise ConfigurationError(f"model_init_kwargs sets {name}: {reason}. Leave it out.")
+    if not given.get("weights_only", True):
+        raise ConfigurationError("model_init_kwargs sets weights_only to false: pickles can run code. Leave it out.")
+    for name in ("device_map", "output_loading_info"):
+        if name in given:
+            raise ConfigurationError(f"model_init_kwargs sets {name}, which follows from the run. Leave it out.")
+    return {name: value for name, value in given.items() if name not in _REFUSED_KEYWORDS}
 
 
 def with_adapter(
@@ -31,20 +52,93 @@ def with_adapter(
     """The model with the adapter to be trained, if there is one.
 
     Raises:
-        ConfigurationError: the model has an adapter already, and another is asked for.
+        ConfigurationError: the model has an adapter already and another is asked for, the adapter's target modules
+            are not in the model, or every weight is frozen.
     """
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
+        _check_target_modules(model, peft_config)
         if model.config.to_dict().get("quantization_config"):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         # The adapter begins at random: alike in every run of a seed, and in all processes of a run.
         set_seed(args.seed)
-        model = get_peft_model(model, peft_config)
+        try:
+            model = get_peft_model(model, peft_config)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"the adapter does not fit the model ({brief(error)}). The model has {_linear_names(model)}."
+            ) from error
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigurationError(
+            "every weight of the model is frozen, so nothing would be trained. Pass a peft_config (--use_peft), load "
+            "an adapter with is_trainable=True, or set requires_grad of the weights to train."
+        )
+    switch_off_router_logits(model.config)
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()
     return model
+
+
+def _check_target_modules(model: nn.Module, peft_config: Any) -> None:
+    """Refuse a name that no module has; peft accepts it as long as another name matches."""
+    wanted = getattr(peft_config, "target_modules", None)
+    if wanted is None or isinstance(wanted, str):
+        return
+    modules = [name for name, _ in model.named_modules()]
+    unknown = sorted(
+        name for name in wanted if not any(module == name or module.endswith(f".{name}") for module in modules)
+    )
+    if unknown:
+        raise ConfigurationError(
+            f"lora_target_modules: the model has no module {unknown[0]}. It has {_linear_names(model)}; all-linear "
+            "takes all but the head."
+        )
+
+
+def _linear_names(model: nn.Module) -> str:
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return ", ".join(sorted(names))
+
+
+def switch_off_router_logits(config: Any) -> None:
+    """Score a mixture of experts without its router loss, whose masks do not fit packed rows and cached decoding."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+            logger.warning_once(
+                "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: modules, numbers that modules pass to functions, and the configuration.
+
+    Attention and layer dropout (Llama, Granite, OPT) are plain floats, read from the module or the configuration in
+    each forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_dropouts(module)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            for part in _configs(config):
+                _zero_dropouts(part)
+
+
+def _zero_dropouts(holder: object) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and value and "drop" in name:
+            setattr(holder, name, 0.0)
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value)
 
 
 def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:

@@ -1,0 +1,396 @@
+"""Laws of the loader: what it refuses and how it says so, where weights are placed, what it switches off."""
+
+import json
+import logging
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.integrations import HfDeepSpeedConfig
+from trl import ModelConfig
+
+from sapo import SAPOConfig, SAPOTrainer
+from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.runs.files import folder_digest
+from sapo.weights import loading
+from sapo.weights.policy import disable_dropout, with_adapter
+from sapo.weights.source import find_source
+from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SAPOConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", max_length=32, gradient_checkpointing=False
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    model = get_peft_model(loading.load_frozen(str(folder)), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def named(folder, **options):
+    return ModelConfig(model_name_or_path=str(folder), **options)
+
+
+# ---- What is refused, and how ----
+
+
+def test_a_leftover_adapter_configuration_is_refused(folder, args):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"config\.json and adapter_config\.json.*Remove"):
+        loading.check_model(named(folder), args)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors"])
+def test_quantized_weights_are_refused_for_full_training_before_loading(method, folder, args, monkeypatch):
+    change(folder / "config.json", quantization_config={"quant_method": method})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    for call in (loading.check_model, loading.load_policy):
+        with pytest.raises(ModelError, match=rf"{method}.*--use_peft"):
+            call(named(folder), args)
+    with pytest.raises(ModelError, match=method):
+        SAPOTrainer(str(folder), args, tiny_rows())
+    loading.check_model(named(folder, use_peft=True), args)
+
+
+def test_a_weight_that_is_not_in_the_checkpoint_is_refused(folder, args, capfd):
+    weights = load_file(folder / "model.safetensors")
+    head = weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight.*random"):
+        loading.load_policy(named(folder), args)
+    save_file({**weights, "lm_head.weight": head[:5]}, folder / "model.safetensors", metadata={"format": "pt"})
+    args.model_init_kwargs = {"ignore_mismatched_sizes": True}
+    with pytest.raises(ModelError, match=r"lm_head\.weight.*random"):
+        loading.load_policy(named(folder), args)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+    change(folder / "config.json", tie_word_embeddings=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args.model_init_kwargs = None
+    model, _ = loading.load_policy(named(folder), args)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_incomplete_folder_is_refused_before_data_are_read(folder, args):
+    (folder / "model.safetensors").rename(folder / "kept")
+    with pytest.raises(ModelError, match="holds no weights"):
+        loading.check_model(named(folder), args)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    (folder / "kept").rename(folder / "model-1.safetensors")
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors \(1 of 2"):
+        loading.check_model(named(folder), args)
+    index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(ModelError, match="not a file of this folder"):
+        loading.check_model(named(folder), args)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_one_line(file, folder, args):
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        loading.load_policy(named(folder), args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "/nowhere/model", "runs/mine/policy", "mine/checkpoint-500", "mine/model/"]
+)
+def test_a_missing_folder_is_said_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    with pytest.raises(ModelError, match="no such model folder"):
+        loading.read_config(name)
+
+
+@pytest.mark.parametrize(
+    ("cause", "says", "never"),
+    [
+        (LocalEntryNotFoundError("not found"), "hub cannot be reached", "log in"),
+        (RepositoryNotFoundError, "no such model on the hub", "cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers_decides_the_advice(cause, says, never, monkeypatch):
+    def answer(*_, **__):
+        error = cause
+        if isinstance(cause, type):
+            error = cause.__new__(cause)
+            Exception.__init__(error, "401")
+        raise OSError("transformers' long advice") from error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", answer)
+    with pytest.raises(ModelError, match=says) as caught:
+        loading.read_config("owner/name")
+    assert never not in str(caught.value)
+    assert "folder is complete" not in str(caught.value)
+
+
+def test_a_model_that_does_not_generate_is_refused(folder, args):
+    change(folder / "config.json", model_type="t5")
+    with pytest.raises(ModelError, match="t5 is not a causal language model"):
+        loading.check_model(named(folder), args)
+
+
+def test_a_tokenizer_that_is_not_there_is_a_tokenizer_error(folder):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(TokenizerError, match="tokenizer"):
+        loading.load_tokenizer(str(folder))
+
+
+def test_nothing_to_train_is_refused(args):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ConfigurationError, match="nothing would be trained"):
+        with_adapter(model, None, args)
+
+
+def test_unknown_target_modules_name_those_that_exist(args):
+    for wanted in (["q_proj", "query"], "no.*such"):
+        with pytest.raises(ConfigurationError, match="down_proj, gate_proj, k_proj, lm_head") as caught:
+            with_adapter(tiny_llama(), LoraConfig(target_modules=wanted), args)
+        assert "\n" not in str(caught.value)
+
+
+# ---- Adapters ----
+
+
+def test_a_stored_adapter_is_trained_on(adapter, folder, args):
+    model, new = loading.load_policy(named(adapter), args)
+    assert new is None
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    loading.check_model(named(adapter), args)
+    with pytest.raises(ConfigurationError, match="leave use_peft out"):
+        loading.check_model(named(adapter, use_peft=True), args)
+    trainer = SAPOTrainer(str(adapter), args, tiny_rows())
+    assert trainer.is_adapter()
+    assert loading.with_stored_adapter(named(adapter)).lora_r == 4
+
+
+def test_an_adapter_computes_with_its_own_weights(adapter, folder):
+    inputs = torch.tensor([[5, 6, 7]])
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()(inputs).logits
+    got = loading.load_frozen(str(adapter))(inputs).logits
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, loading.load_frozen(str(folder))(inputs).logits)
+
+
+def test_an_adapter_without_some_of_its_weights_is_refused(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights.pop(sorted(weights)[0])
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="missing adapter keys"):
+        loading.load_frozen(str(adapter))
+
+
+def test_the_base_of_an_adapter_is_checked(adapter, tmp_path):
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(ModelError, match=r"adapter_config\.json names the base model .*gone"):
+        find_source(str(adapter))
+    change(adapter / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ModelError, match="base_model_name_or_path is missing"):
+        find_source(str(adapter))
+
+
+# ---- Placement ----
+
+
+@pytest.fixture
+def on_gpu(args, monkeypatch):
+    """What a process sees on a machine with GPUs, for code that asks without touching one."""
+
+    def see(device, visible=1):
+        args.use_cpu = False
+        monkeypatch.setattr(SAPOConfig, "device", torch.device(device))
+        args._n_gpu = visible
+        return args
+
+    return see
+
+
+@pytest.fixture
+def device_maps(monkeypatch):
+    """What `from_pretrained` is told; the weights stay where they are."""
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+
+    def spy(*given, device_map="not given", **options):
+        seen.append(device_map)
+        return load(*given, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    return seen
+
+
+def loaded_by_name_and_by_options(folder, args):
+    loading.load_policy(named(folder), args)
+    loading.load_policy(named(folder, use_peft=True), args)
+    loading.load_named_policy(str(folder), args, adapter=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:3", "xpu:1"])
+def test_a_full_model_goes_to_the_device_of_its_process(device, folder, on_gpu, device_maps):
+    # One process, DDP, ZeRO-1, ZeRO-2: each holds everything on its own device.
+    loaded_by_name_and_by_options(folder, on_gpu(device))
+    assert device_maps == [{"": torch.device(device)}] * 3
+
+
+def test_zero3_places_its_shards_itself(folder, on_gpu, device_maps, monkeypatch):
+    configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert configuration.is_zero3()
+    assert loading.device_map(on_gpu("cuda:1")) is None
+
+
+def test_zero2_does_not_shard_weights(on_gpu):
+    configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1})
+    assert not configuration.is_zero3()
+    assert loading.device_map(on_gpu("cuda:1")) == {"": torch.device("cuda:1")}
+
+
+def test_fsdp2_places_its_shards_itself(folder, on_gpu, device_maps, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    loaded_by_name_and_by_options(folder, on_gpu("cuda:1"))
+    assert device_maps == [None] * 3
+
+
+def test_a_processor_is_left_to_trainer(folder, args, device_maps):
+    loaded_by_name_and_by_options(folder, args)
+    assert device_maps == [None] * 3
+
+
+def test_a_user_does_not_place_weights(folder, args):
+    args.model_init_kwargs = {"device_map": "auto"}
+    with pytest.raises(ConfigurationError, match="device_map"):
+        loading.load_policy(named(folder), args)
+
+
+def test_one_process_uses_one_of_several_gpus_and_says_so(on_gpu, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(loading.logger, "propagate", True)
+    args = on_gpu("cuda:0", visible=4)
+    assert args.train_batch_size == 4 * args.per_device_train_batch_size
+    loading.use_one_device(args)
+    assert args.n_gpu == 1
+    # What Trainer wraps in nn.DataParallel, and multiplies the batch by.
+    assert args.train_batch_size == args.per_device_train_batch_size
+    loading.use_one_device(args)
+    (message,) = [record.getMessage() for record in caplog.records if "GPUs are visible" in record.getMessage()]
+    assert message.startswith("4 GPUs are visible and one is used (cuda:0)")
+    assert "sapo train ... --accelerate_config multi_gpu" in message
+
+
+def test_trainer_leaves_one_of_several_gpus_in_one_piece(make_trainer, monkeypatch):
+    """With two GPUs counted, Trainer would wrap the model in DataParallel."""
+    counted = SAPOConfig.__post_init__
+
+    def two(self):
+        counted(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(SAPOConfig, "__post_init__", two)
+    trainer = make_trainer(max_steps=1)
+    assert trainer.args.n_gpu == 1
+    assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
+    trainer.train()
+
+
+# ---- What is switched off ----
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_router_logits_are_switched_off(tmp_path, args):
+    config = MixtralConfig(
+        vocab_size=63, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, output_router_logits=True,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    model, _ = loading.load_policy(named(tmp_path / "moe"), args)
+    assert model.config.output_router_logits is False
+    assert loading.read_config(str(tmp_path / "moe")).output_router_logits is False
+    # Also of a model that the user has loaded.
+    model.config.output_router_logits = True
+    assert with_adapter(model, None, args).config.output_router_logits is False
+
+
+SMALL = {"vocab_size": 63, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tiny_llama(attention_dropout=0.5),
+        lambda: GraniteForCausalLM(
+            GraniteConfig(**SMALL, intermediate_size=16, num_key_value_heads=2, attention_dropout=0.5)
+        ),
+        lambda: OPTForCausalLM(
+            OPTConfig(**SMALL, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+        ),
+    ],
+    ids=["llama", "granite", "opt"],
+)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_dropout_training_computes_what_evaluation_does(build, attention):
+    model = build().train()
+    model.set_attn_implementation(attention)
+    inputs = torch.arange(3, 30).unsqueeze(0)
+    assert not torch.equal(model(inputs).logits, model(inputs).logits)
+    disable_dropout(model)
+    assert torch.equal(model(inputs).logits, model.eval()(inputs).logits)
+
+
+def test_without_dropout_an_adapter_has_none_either():
+    model = get_peft_model(tiny_llama(attention_dropout=0.5), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    disable_dropout(model.train())
+    inputs = torch.arange(3, 30).unsqueeze(0)
+    assert torch.equal(model(inputs).logits, model.eval()(inputs).logits)
+
+
+# ---- Digest ----
+
+
+def test_a_digest_sees_every_byte_and_not_the_folder(tmp_path):
+    def digest(name, content, file="a.safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(content)
+        (tmp_path / name / "other.txt").write_text(name)
+        return folder_digest(tmp_path / name, ("*.safetensors",))
+
+    content = bytes(3 << 20)
+    middle = content[: 1 << 20] + b"\1" + content[(1 << 20) + 1 :]
+    assert digest("one", content) == digest("two", content)
+    assert len({digest("three", content), digest("four", middle), digest("five", content, "b.safetensors")}) == 3
+    assert folder_digest(tmp_path, ("*.safetensors",)) is None

@@ -194,9 +194,8 @@ def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
 
 
 def test_a_published_recipe_is_estimated_without_the_hub():
-    recipe = ROOT / "recipes" / "llama3-8b-dpo.yaml"
     # One pair, so that it takes seconds.
-    more = ["--config", str(recipe), "--per_device_train_batch_size", "1"]
+    more = ["--config", "llama3-8b-dpo", "--per_device_train_batch_size", "1"]
     asked = {"device": "h200", "number": "8", "strategy": "zero3", "model_config": str(LLAMA)}
     report = make_report(asked, more)
     assert report.fits

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from sapo.commands.recipes import find_recipe
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, brief
 
@@ -65,8 +66,8 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):
-            raise ConfigurationError("--config: name a recipe, such as recipes/tiny-cpu-orpo.yaml.")
-        parser.set_defaults_with_config(**_recipe(Path(arguments[place + 1]), actions))
+            raise ConfigurationError("--config: name a recipe, such as tiny-cpu-orpo.")
+        parser.set_defaults_with_config(**_recipe(find_recipe(arguments[place + 1]), actions))
         arguments = arguments[:place] + arguments[place + 2 :]
     known = [flag for action in parser._actions for flag in action.option_strings]
     for argument in arguments:
@@ -90,10 +91,6 @@ def _split_equals(argument: str) -> list[str]:
 def _recipe(file: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        folder = file.parent if file.parent.is_dir() else Path()
-        names = [str(path) for path in folder.glob("*.yaml")]
-        raise ConfigurationError(f"--config {file}: no such file{_nearest(str(file), names)}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {file}: cannot be read ({error}).") from error
     except yaml.YAMLError as error:

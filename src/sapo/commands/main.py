@@ -36,6 +36,7 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
   sapo generate --output_file FILE [--flag value ...]  a model's pairs for a data set, as a preference data set
   sapo compare RUN RUN ... [--json FILE]               runs side by side: settings, curves, time, memory
   sapo data check FILE --model_name_or_path MODEL      what the trainer will see, before any training
+  sapo recipes [NAME]                                  the shipped recipes, or one of them to read or copy
   sapo evaluate MODEL --suite NAME                     did it get better? local measures, benchmarks, judged chat
   sapo report RUN [RUN ...] [--serve]                  curves, pairs and warnings of runs, as one page
   sapo chat MODEL|RUN                                  talk to a model; of a run to start, opponent and policy
@@ -103,6 +104,10 @@ def _dispatch(given: list[str]) -> int:
 
             _quiet()
             run_estimate(rest)
+        case ["recipes", *rest]:
+            from sapo.commands.recipes import run_recipes
+
+            run_recipes(rest)
         case ["evaluate", *rest]:
             from sapo.commands.evaluate import run_evaluate
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 _MACHINE = re.compile(r"^# Machine: (.+)$", re.MULTILINE)
@@ -42,7 +42,9 @@ def run_recipes(arguments: Sequence[str]) -> None:
         case [name] if not name.startswith("-"):
             sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
         case [*_, last]:
-            raise ConfigurationError(f"sapo recipes takes the name of one recipe; unexpected argument {last}.")
+            raise ConfigurationError(
+                f"sapo recipes takes the name of one recipe; unexpected argument {brief(last, 80)}."
+            )
 
 
 def find_recipe(name: str) -> Path:
@@ -72,7 +74,9 @@ def find_recipe(name: str) -> Path:
     known = [*shipped, *short, *(str(path) for path in folder.glob("*.yaml"))]
     nearest = dict.fromkeys(short.get(match, match) for match in difflib.get_close_matches(name, known, n=3))
     close = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    raise ConfigurationError(f"{name}: no such file, and no shipped recipe{close}. Run sapo recipes for the list.")
+    raise ConfigurationError(
+        f"{brief(name, 80)}: no such file, and no shipped recipe{close}. Run sapo recipes for the list."
+    )
 
 
 def _shipped() -> dict[str, Path]:

@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 VLLM_VENV := .venv-vllm
+LOWEST_VENV := .venv-lowest
+NEWEST_VENV := .venv-newest
 
-.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm check bench quality docs clean
+.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm test-versions test-newest
+.PHONY: check bench quality docs dist clean
 
 # The core: what a user needs.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +48,28 @@ demo: install
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The quick suite: what breaks first when a library changes. About five minutes on two cores.
+QUICK := tests/contract tests/golden tests/package tests/unit tests/integration/test_trainer.py \
+	tests/integration/test_resume.py tests/integration/test_cli.py tests/integration/test_sft.py \
+	--ignore tests/unit/test_estimate.py --ignore tests/unit/test_quality.py --ignore tests/unit/test_benchmarks.py
+QUICK_NEEDS := hypothesis pytest pytest-xdist "openai>=2" "setuptools>=77"
+
+$(LOWEST_VENV)/.installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(PYTHON) tests/lowest.py > $(LOWEST_VENV)/lowest.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet -c $(LOWEST_VENV)/lowest.txt -e . $(QUICK_NEEDS)
+	touch $@
+
+# With the lowest versions that pyproject.toml allows. Their torch comes with CUDA libraries: 6 GB, some minutes.
+test-versions: $(LOWEST_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n 2 $(QUICK)
+
+# With the newest versions there are within pyproject.toml's ranges, whatever constraints.txt says.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e . $(QUICK_NEEDS)
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 $(QUICK)
 
 # What is too long for `make test`, besides the two below.
 test-slow: $(VENV)/.installed-test
@@ -92,5 +117,11 @@ quality: install
 	export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000; \
 	$(BIN)/python benchmarks/quality/study.py toy --minutes 60
 
+# Wheel and source distribution, into dist/.
+dist: $(VENV)/.installed-test
+	rm -rf build dist
+	mkdir dist
+	$(BIN)/python -c 'from setuptools import build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(LOWEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info

@@ -6,7 +6,9 @@ Every method has equally many trials, on the validation split of two bases, a se
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
+from sapo.commands.recipes import FOLDER
+
+PRESETS = FOLDER / "presets"
 CONTINUED_SFT = "continued SFT"
 CENTRE = "SAPO-DPO, likelihood term"
 """What the ablations change one thing of. Like all presets it keeps identical pairs: its likelihood term then sees the
@@ -18,7 +20,7 @@ class Method:
     """One way to go on from a base.
 
     Attributes:
-        preset: recipe in `recipes/presets`.
+        preset: recipe in `src/sapo/recipes/presets`.
         trials: flags to choose from on the validation split.
         iterations: over which the steps are divided: all methods take equally many.
         like: the method whose chosen flags it takes, if it is not tuned itself.

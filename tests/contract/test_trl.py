@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from sapo import dpo_loss
 from sapo.commands.main import main
+from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
@@ -46,6 +47,20 @@ def test_signatures_taken_from_trl(function, parameters):
 )
 def test_options_taken_from_trl(options, parameters):
     assert parameters <= set(inspect.signature(options).parameters)
+
+
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="needs trl 1.16")
+def test_the_fused_head_is_trls():
+    from trl.trainer.utils import add_fused_lm_head
+
+    assert next(iter(inspect.signature(add_fused_lm_head).parameters)) == "model"
+    model, ids = tiny_llama(), torch.tensor([[3, 4, 5, 6]])
+    plain = torch.log_softmax(model(ids).logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
+    add_fused_lm_head(model)
+    # Without the flag the forward is the old one, which generation needs.
+    assert model(ids).logits.shape == (1, 4, model.config.vocab_size)
+    fused = model(ids, labels=ids, fused_lm_head=True).log_probs
+    assert torch.allclose(fused[fused != 0], plain[0], atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16

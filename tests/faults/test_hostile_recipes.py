@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import random
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.commands.arguments import parse
+from sapo.commands.recipes import FOLDER
 from sapo.errors import SapoError
 from sapo.options import options
 from tests.faults.mutations import damaged, mutated
 from tests.faults.trials import check_one_line, trials
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 VALUES = [None, True, False, 0, -1, 0.5, 1e308, float("nan"), float("-inf"), 2**70, "", "none", "\x1b[2J", "!!python/x"]
 VALUES += [[], [1], {}, {"a": 1}, "../../etc", "1e-5", "auto", "'", "{", "--beta"]
 

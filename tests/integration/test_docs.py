@@ -22,8 +22,8 @@ SHELL = {
     "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
     "pip install": "installs an extra",
     "trackio show": "serves a page until it is stopped",
-    "sapo train --config recipes/guarded-dpo.yaml --report_to trackio": "test_tracking.py, where trackio is",
-    "sapo train --config recipes/guarded-dpo.yaml --push_to_hub": "test_hub.py, against a hub that is not there",
+    "sapo train --config guarded-dpo --report_to trackio": "test_tracking.py, where trackio is",
+    "sapo train --config guarded-dpo --push_to_hub": "test_hub.py, against a hub that is not there",
 }
 """Commands in `bash` blocks: not run here, and why."""
 
@@ -43,7 +43,7 @@ def sized(command):
         if "--resume_from_checkpoint" in arguments:
             # One step more than the run before.
             return [*arguments[1:], "--max_steps", "2", "--use_cpu"]
-        if "recipes/lora-dpo.yaml" in arguments:
+        if "lora-dpo" in arguments:
             given += ["--bf16", "false", "--dtype", "float32", "--lora_r", "2"]
         return [*arguments[1:], *given, "--gradient_accumulation_steps", "1", "--overwrite_output_dir"]
     return [*arguments[1:], *{"data": ["--max_length", "32"], "demo": ["--max_steps", "2"]}.get(name, [])]
@@ -60,9 +60,7 @@ def test_every_command_of_a_page_runs(page, newcomer, monkeypatch, capsys):  # n
     if page.parent == DOCS / "guides" and any("runs/mine" in command for command in commands):
         # Guides take the tutorial's run for granted.
         for name, more in (("mine", []), ("lora", ["--use_peft", "--lora_r", "2"])):
-            mine = (
-                "sapo train --config recipes/guarded-dpo.yaml --model_name_or_path my-sft-model --dataset_name my.jsonl"
-            )
+            mine = "sapo train --config guarded-dpo --model_name_or_path my-sft-model --dataset_name my.jsonl"
             assert main([*sized(mine), "--output_dir", f"runs/{name}", *more]) == 0
     for command in commands:
         if command.startswith("sapo demo"):

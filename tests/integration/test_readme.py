@@ -10,6 +10,7 @@ import yaml
 
 import sapo
 from sapo.commands.main import main
+from sapo.commands.recipes import find_recipe
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +28,13 @@ def commands():
 
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch, tokenizer):
-    """A folder with a model, a file of conversations and the recipes, which is where the commands are typed."""
+    """A folder with a model and a file of conversations, which is where the commands are typed."""
     tokenizer.chat_template = TEMPLATE
     tiny_llama().save_pretrained(tmp_path / "my-sft-model")
     tokenizer.save_pretrained(tmp_path / "my-sft-model")
     tokenizer.chat_template = None
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5 w6 w7 w8"}]
     (tmp_path / "my.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -78,5 +78,5 @@ def test_the_python_example_runs(newcomer, monkeypatch):
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-    for recipe in re.findall(r"recipes/[\w.-]+\.yaml", README):
-        assert (ROOT / recipe).is_file(), recipe
+    for recipe in re.findall(r"(?:--config |`)(presets/[\w-]+)", README):
+        assert find_recipe(recipe).is_file(), recipe

@@ -200,9 +200,8 @@ def reported(*arguments):
 
 
 def test_a_published_recipe_is_estimated_without_the_hub():
-    recipe = ROOT / "recipes" / "llama3-8b-dpo.yaml"
     # One pair, so that it takes seconds.
-    more = ["--config", str(recipe), "--per_device_train_batch_size", "1"]
+    more = ["--config", "llama3-8b-dpo", "--per_device_train_batch_size", "1"]
     asked = ["--gpu", "h200", "--num_gpus", "8", "--accelerate_config", "zero3", "--model_config", str(LLAMA)]
     report = reported(*asked, *more)
     assert report.fits

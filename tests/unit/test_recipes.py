@@ -1,12 +1,13 @@
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from sapo.commands.arguments import as_recipe, parse
+from sapo.commands.main import main
+from sapo.commands.recipes import FOLDER, find_recipe
+from sapo.errors import ConfigurationError
 
-FOLDER = Path(__file__).parents[2] / "recipes"
 OF_TRL = FOLDER / "trl-sft.yaml"
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
 RECIPES = [file for file in sorted(FOLDER.glob("*.yaml")) if file != OF_TRL] + PRESETS
@@ -43,6 +44,51 @@ def test_every_preset_differs_from_its_neighbour_in_the_named_line_only(preset):
     assert {line.split(":")[0] for line in changed} == {found[2]}
     assert len(changed) == 1
     assert {line.split(":")[0] for line in set(others) - set(lines)} <= {found[2]}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, OF_TRL], ids=lambda file: file.stem)
+def test_a_recipe_is_listed_with_its_machine_and_printed(recipe, capsys):
+    name = recipe.relative_to(FOLDER).with_suffix("").as_posix()
+    assert main(["recipes"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == name]
+    described, machine = recipe.read_text().splitlines()[:2]
+    assert described.removeprefix("# ") in line
+    assert machine.removeprefix("# Machine: ") in line
+    assert main(["recipes", name]) == 0
+    assert capsys.readouterr().out == recipe.read_text()
+
+
+def test_a_name_finds_the_file_here_first_then_the_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spin").mkdir()  # a folder is no recipe
+    for name in ("presets/spin", "presets/spin.yaml", "recipes/presets/spin.yaml", "spin"):
+        assert find_recipe(name) == FOLDER / "presets" / "spin.yaml"
+    for name in ("guarded-dpo", "recipes/guarded-dpo.yaml"):
+        assert find_recipe(name) == FOLDER / "guarded-dpo.yaml"
+    (tmp_path / "guarded-dpo").write_text("beta: 0.1")
+    assert find_recipe("guarded-dpo").read_text() == "beta: 0.1"
+
+
+@pytest.mark.parametrize("name", ["", "guarded-dop", "guarded-dpo.yaml", "x" * 5000, "a\0b", "../presets/spin"])
+def test_a_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="no shipped recipe") as refused:
+        find_recipe(name)
+    if name.startswith("guarded"):
+        assert "nearest: guarded-dpo" in str(refused.value)
+
+
+def test_the_nearest_may_be_a_file_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("beta: 0.1")
+    with pytest.raises(ConfigurationError, match=r"mine\.yaml"):
+        find_recipe("mime.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["a", "b"], ["--list"], ["--help", "x"]])
+def test_recipes_takes_one_name(arguments, capsys):
+    assert main(["recipes", *arguments]) == 2
+    assert "one recipe" in capsys.readouterr().err
 
 
 def test_presets_cover_every_method_and_ablation():

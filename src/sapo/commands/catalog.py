@@ -188,6 +188,10 @@ def _evaluate(parser: ArgumentParser) -> None:
     )
 
 
+def _recipes(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print; default: list all of them")
+
+
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_dir", metavar="FOLDER", default="runs/demo", help="folder of the runs; replaced")
@@ -200,6 +204,13 @@ COMMANDS = {
     for command in (
         Command(
             "demo", "Start", "run the full method on a built-in task, minutes on a CPU", "sapo demo", _demo
+        ),
+        Command(
+            "recipes",
+            "Start",
+            "list the shipped recipes, or print one",
+            "sapo recipes guarded-dpo > mine.yaml",
+            _recipes,
         ),
         Command(
             "data check",

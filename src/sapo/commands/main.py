@@ -134,6 +134,10 @@ def _run(command: Command, given: Parsed) -> int:
             from sapo.commands.evaluate import run_evaluate
 
             run_evaluate(given)
+        case "recipes":
+            from sapo.commands.recipes import run_recipes
+
+            run_recipes(given.own.name)
         case "report":
             from sapo.commands.report import run_report
 

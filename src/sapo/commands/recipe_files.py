@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sapo.commands.recipes import find_recipe
 from sapo.errors import ConfigurationError, brief
 from sapo.options import Option, option
 from sapo.options.aliases import unknown
@@ -28,7 +26,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: no such recipe, or what is wrong with it, with the line.
     """
-    file = _find(name)
+    file = find_recipe(name)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -77,17 +75,3 @@ def _value(where: str, declared: Option, loader: yaml.SafeLoader, node: yaml.Nod
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
     return value
-
-
-def _find(name: str) -> Path:
-    # The shipped recipes have a module of their own where they are part of the package.
-    if importlib.util.find_spec("sapo.commands.recipes") is not None:
-        found: Path = importlib.import_module("sapo.commands.recipes").find_recipe(name)
-        return found
-    file = Path(name)
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path()
-        close = difflib.get_close_matches(name, [str(path) for path in folder.glob("*.yaml")], n=1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ConfigurationError(f"--config {brief(name)}: no such file{nearest}.")
-    return file

@@ -1,0 +1,79 @@
+"""`sapo recipes`: the recipes that the package ships, and where `--config NAME` finds one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from sapo.errors import ConfigurationError, brief
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+SLURM_SCRIPT = "train.sbatch"
+_MACHINE = re.compile(r"^# Machine: (.+)$", re.MULTILINE)
+
+
+def run_recipes(name: str | None) -> None:
+    """`sapo recipes [NAME]`: list the shipped recipes, or print one.
+
+    Raises:
+        ConfigurationError: no such recipe.
+    """
+    if name is None:
+        sys.stdout.write(_listing())
+    elif name == SLURM_SCRIPT:
+        sys.stdout.write((FOLDER / SLURM_SCRIPT).read_text(encoding="utf-8"))
+    else:
+        sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `--config NAME` means.
+
+    Args:
+        name: a file; or, where no such file exists, a shipped recipe: `guarded-dpo`, `presets/spin`, `spin`. The paths
+            that a checkout of version 0.1 had (`recipes/guarded-dpo.yaml`, `presets/spin.yaml`) work everywhere.
+
+    Raises:
+        ConfigurationError: neither a file nor a shipped recipe.
+    """
+    file = Path(name)
+    # os.path says no where Path raises: a name that is too long or holds a zero byte.
+    if os.path.exists(name) and not os.path.isdir(name):
+        return file
+    shipped = _shipped()
+    wanted = name.removeprefix("recipes/")
+    # A bare `spin.yaml` is somebody's own file that is missing, not ours.
+    if "/" in name:
+        wanted = wanted.removesuffix(".yaml")
+    short = {key.removeprefix("presets/"): key for key in shipped}
+    found = shipped.get(wanted) or shipped.get(short.get(name, ""))
+    if found is not None:
+        return found
+    folder = file.parent if os.path.isdir(file.parent) else Path()
+    known = [*shipped, *short, *(str(path) for path in folder.glob("*.yaml"))]
+    nearest = dict.fromkeys(short.get(match, match) for match in difflib.get_close_matches(name, known, n=3))
+    close = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    raise ConfigurationError(
+        f"{brief(name, 80)}: no such file, and no shipped recipe{close}. Run sapo recipes for the list."
+    )
+
+
+def _shipped() -> dict[str, Path]:
+    """Each shipped recipe by its name: its path in the folder, without the suffix."""
+    files = [*sorted(FOLDER.glob("*.yaml")), *sorted((FOLDER / "presets").glob("*.yaml"))]
+    return {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in files}
+
+
+def _listing() -> str:
+    """A line for each recipe: name, machine, description."""
+    rows = []
+    for name, file in _shipped().items():
+        text = file.read_text(encoding="utf-8")
+        machine = _MACHINE.search(text)
+        assert machine is not None, file
+        rows.append((name, machine[1], text.splitlines()[0].removeprefix("# ")))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "".join(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {text}\n" for name, machine, text in rows)

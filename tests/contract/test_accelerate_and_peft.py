@@ -1,0 +1,57 @@
+"""What we take from accelerate and peft that they do not promise."""
+
+import inspect
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tests.tiny import tiny_llama
+
+
+def test_gradient_synchronization_can_be_put_off_by_hand():
+    assert list(inspect.signature(GradientState._set_sync_gradients).parameters) == ["self", "sync_gradients"]
+    state = Accelerator(cpu=True).gradient_state
+    before = state.sync_gradients
+    try:
+        for due in (False, True):
+            state._set_sync_gradients(due)
+            assert state.sync_gradients is due
+            assert GradientState().sync_gradients is due
+    finally:
+        state._set_sync_gradients(before)
+
+
+def test_a_wrapped_model_is_found_and_a_bare_one_is_itself():
+    model = tiny_llama()
+    assert next(iter(inspect.signature(extract_model_from_parallel).parameters)) == "model"
+    assert extract_model_from_parallel(model) is model
+    assert extract_model_from_parallel(nn.DataParallel(model)) is model
+
+
+def test_switching_adapters_moves_requires_grad():
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("other", config)
+
+    def trained():
+        return {name.split(".")[-2] for name, weight in model.named_parameters() if weight.requires_grad}
+
+    assert (model.active_adapter, trained()) == ("default", {"default"})
+    model.set_adapter("other")
+    # So a switch to a shadow adapter must put `requires_grad` back, and does (sapo.weights.opponent).
+    assert (model.active_adapter, trained()) == ("other", {"other"})
+
+
+def test_an_adapter_that_is_off_leaves_the_base_model():
+    base = tiny_llama().eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+        assert not torch.equal(model(ids).logits, expected)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, expected)

@@ -27,7 +27,7 @@ HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
 
 @dataclass
 class SAPOConfig(OwnOptions, TrainingArguments):
-    """Options of `SAPOTrainer`: those of `transformers.TrainingArguments`, and those that SAPO adds.
+    """Options of the trainer: those of `transformers.TrainingArguments`, and those that SAPO adds.
 
     Defaults are the published settings where the paper has one (section 4.1 and the published recipes). Each option is
     declared in `sapo.options`; `sapo train --help-all` prints all of them, `sapo train --help NAME` one.

@@ -128,13 +128,13 @@ def test_engine_writes_while_the_policy_trains(make):
 
     engine.before = second_batch_waits_for_the_first_step
     trainer, _ = make(engine=engine, max_staleness=1, max_steps=2)
-    after = trainer._after_optimizer_step
+    moved = trainer.source.opponent_moved
 
-    def noted():
-        after()
+    def noted(step):
+        moved(step)
         done.set()
 
-    trainer._after_optimizer_step = noted
+    trainer.source.opponent_moved = noted
     trainer.train()
     assert trainer.state.global_step == 2
 

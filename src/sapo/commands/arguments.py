@@ -1,4 +1,4 @@
-"""Options as dataclasses: what `SAPOTrainer` and the loaders of model and data take; and back to a recipe."""
+"""Options as dataclasses: what the trainer and the loaders of model and data take; and back to a recipe."""
 
 from __future__ import annotations
 

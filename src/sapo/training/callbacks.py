@@ -5,22 +5,43 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from sapo.training.trainer import SAPOTrainer
+from sapo.runs.folder import RunFolder
+from sapo.training.metrics import MetricAverages
 
 
 class RunCallback(TrainerCallback):
-    """Ties the trainer's own parts to Trainer's events, in the order they happen."""
+    """Ties the parts of a run to Trainer's events, in the order they happen, and takes the times of a step.
 
-    def __init__(self, trainer: SAPOTrainer) -> None:
-        self._trainer = trainer
+    Args:
+        folder: receives metrics and options.
+        averages: receives the times.
+        begin: fixes what is measured against the start of the run.
+        before_step: looks at the gradients before the optimizer does.
+        after_step: lets opponent and reference follow, before a checkpoint of this step is written.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        averages: MetricAverages,
+        *,
+        begin: Callable[[], None],
+        before_step: Callable[[], None],
+        after_step: Callable[[], None],
+    ) -> None:
+        self._folder = folder
+        self._averages = averages
+        self._begin = begin
+        self._before_step = before_step
+        self._after_step = after_step
         self._optimizer_started = 0.0
         self._step_began = (0.0, 0.0)
 
@@ -28,23 +49,23 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Fix what is measured against the start of the run."""
-        self._trainer._fix_measures()
-        self._trainer.run_folder.begin(state.global_step, args.to_dict())
+        self._begin()
+        self._folder.begin(state.global_step, args.to_dict())
         self._step_began = (time.perf_counter(), time.process_time())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Look at the gradients, and start the clock of the optimizer."""
-        self._trainer._before_optimizer_step()
+        self._before_step()
         self._optimizer_started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """The moving average, before a checkpoint of this step is written."""
-        self._trainer._after_optimizer_step()
-        averages, (wall, cpu) = self._trainer._averages["train"], self._step_began
+        self._after_step()
+        averages, (wall, cpu) = self._averages, self._step_began
         self._step_began = (time.perf_counter(), time.process_time())
         averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
         averages.add("time/step", self._step_began[0] - wall)
@@ -60,7 +81,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Append to metrics.jsonl."""
         if state.is_world_process_zero and logs:
-            self._trainer.run_folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
+            self._folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
 
 
 class StopOnSignal(TrainerCallback):

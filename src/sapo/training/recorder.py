@@ -75,7 +75,6 @@ class RunRecorder(TrainerCallback):
         source: PairSource,
         scorer: PairScorer,
         dataset: Any,
-        *,
         last_pairs: Callable[[], Sequence[Pair]],
         stop_reason: Callable[[], str | None],
     ) -> None:

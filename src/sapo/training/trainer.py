@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from sapo.generation.protocol import Generator
 from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
 from sapo.preference.pair_loss import pair_loss
-from sapo.preference.pairs import Pair, PairSource, PendingBatch
+from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import score
 from sapo.runs.folder import RunFolder
 from sapo.seeds import random_state_restored
@@ -36,6 +35,7 @@ from sapo.training.generators import make_source
 from sapo.training.hooks import CheckpointHooks
 from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
+from sapo.training.look_ahead import LookAhead
 from sapo.training.metrics import MetricAverages
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
@@ -46,7 +46,7 @@ from sapo.weights.loading import load_named_policy, load_tokenizer, use_one_devi
 from sapo.weights.opponent import MovingAverage, ShadowModel
 from sapo.weights.policy import disable_dropout, model_keyword_arguments, padding_token_id, with_adapter
 from sapo.weights.roles import Roles
-from sapo.weights.sharding import global_numel, zero_stage
+from sapo.weights.sharding import global_numel, local_gradients, zero_stage
 from sapo.weights.world import World
 
 logger = logging.get_logger(__name__)
@@ -141,22 +141,24 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._micro_batch, self._micro_batch_of = 0, -1
         self._flops_per_token = 6.0 * sum(map(global_numel, policy.parameters()))
         self._current_eval: dict[tuple[int, int], Pair] = {}
-        self._ahead: list[dict[str, Any]] = []
-        self._pending: list[PendingBatch] = []
+        self._look_ahead = LookAhead(args)
         self._step_guard = NonFiniteStepGuard(self.source)
         self.run_folder = RunFolder(Path(args.output_dir or ""), self._context.world)
         self._run_state = RunState(
             self._context, self.accelerator, self.source, self._log, self._eval_pairs, self._probe, self.train_dataset
         )
-        self.add_callback(RunCallback(self))
+        self.add_callback(
+            RunCallback(
+                self.run_folder,
+                self._averages["train"],
+                begin=self._fix_measures,
+                before_step=self._before_optimizer_step,
+                after_step=self._after_optimizer_step,
+            )
+        )
         self.add_callback(
             RunRecorder(
-                self._context,
-                self.source,
-                self._scorer,
-                self.train_dataset,
-                last_pairs=self.last_pairs,
-                stop_reason=lambda: self.stop_reason,
+                self._context, self.source, self._scorer, self.train_dataset, self.last_pairs, lambda: self.stop_reason
             )
         )
 
@@ -210,26 +212,13 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of one optimizer step, and a look ahead at those whose pairs are generated with them.
-
-        A pool ends where the number of the step is a multiple of `steps_per_generation`, and where the epoch does:
-        a resumed run comes upon the same pools. An engine that generates ahead has a sliding window of steps instead.
-        """
-        if self.state.global_step >= self.state.max_steps:
+        """The micro-batches of one optimizer step, and a look ahead at those whose pairs are generated with them."""
+        step, last = self.state.global_step, self.state.max_steps
+        if step >= last:
             # A run that has ended and is resumed: Trainer would take one step more.
             self.control.should_training_stop = True
             return [], None
-        step, pool, window = self.state.global_step, self.args.steps_per_generation, self.args.lookahead_steps
-        if window or not self._ahead:
-            steps = min(1 + window if window else pool - step % pool, max(1, self.state.max_steps - step))
-            each, there = self.args.gradient_accumulation_steps, len(self._ahead)
-            self._ahead += itertools.islice(epoch_iterator, max(num_batches, steps * each) - there)
-            self._pending = [
-                PendingBatch(inputs["examples"], self._epoch, step + place // each, place % each)
-                for place, inputs in enumerate(self._ahead)
-            ][there:]
-        batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
-        return batches, None
+        return self._look_ahead.take(epoch_iterator, num_batches, step=step, max_steps=last, epoch=self._epoch), None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -241,8 +230,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if self._micro_batch == 0:
             self._step_guard.begin()
         started = time.perf_counter()
-        pending, self._pending = self._pending, []
-        self.source.prefetch(pending, step)
+        self.source.prefetch(self._look_ahead.pending(), step)
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self._drawn = pairs
         passes = self._scorer.passes(pairs)
@@ -254,25 +242,13 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         loss = torch.zeros((), device=self.args.device)
         for number, ((part, batch), reference) in enumerate(zip(passes, references, strict=True), start=1):
             given = {"batch": batch, "pairs": part, "share": len(part) / len(pairs), "reference": reference}
-            with nullcontext() if number == len(passes) else self._gradients_not_synchronized(model):
+            with nullcontext() if number == len(passes) else local_gradients(self.accelerator, model):
                 loss += super().training_step(model, given, num_items_in_batch)
         averages = self._averages["train"]
         averages.add("time/generate", generated - started)
         averages.add("time/reference", scored - generated)
         averages.add("time/policy", time.perf_counter() - scored)
         return loss
-
-    @contextmanager
-    def _gradients_not_synchronized(self, model: nn.Module) -> Iterator[None]:
-        """For all but the last pass of a micro-batch, as between the micro-batches of an accumulation."""
-        state = self.accelerator.gradient_state
-        due = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(due)
 
     def compute_loss(
         self,
@@ -413,7 +389,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             self.source.close()
 
     def _start(self, checkpoint: Path | None) -> None:
-        self._ahead, self._pending = [], []
+        self._look_ahead.clear()
         self.source.clear()
         self._context.roles.create_copies()
         if checkpoint is not None:

@@ -107,7 +107,7 @@ def load_config(model_args: ModelConfig) -> Any:
     if getattr(model_args, "trust_remote_code", False):
         raise ConfigurationError(
             "trust_remote_code: code from a model is never run. Leave it out; a model whose code you trust can be "
-            "loaded in Python and passed to SAPOTrainer as an object."
+            "loaded in Python and passed to the trainer as an object."
         )
     return _config(_source(model_args))
 
@@ -188,7 +188,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None 
 
 
 def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
-    """The model that `SAPOTrainer` is given by name, loaded with `args.model_init_kwargs`, in float32 by default.
+    """The model that the trainer is given by name, loaded with `args.model_init_kwargs`, in float32 by default.
 
     Args:
         name: model folder, adapter folder (loaded with its base, to train on) or hub id.

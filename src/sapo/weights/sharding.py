@@ -61,6 +61,19 @@ def zero_stage(accelerator: Accelerator) -> int:
     return int(accelerator.state.deepspeed_plugin.zero_stage)
 
 
+@contextmanager
+def local_gradients(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """For all but the last pass of a micro-batch: gradients stay on their process, as within an accumulation."""
+    state = accelerator.gradient_state
+    due = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(due)
+
+
 def sharding_of(accelerator: Accelerator) -> str:
     """How the state of the optimizer is spread, on which a checkpoint's form depends: "none", "fsdp2", "zero3", ..."""
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -7,18 +7,22 @@ cache that is not copied for each token.
 
 from __future__ import annotations
 
-import random
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Cache
 
 from sapo.errors import ConfigurationError, ModelError
-from sapo.generation.kv_cache import keep_rows, make_room, surviving_rows
+from sapo.generation.kv_cache import make_room, surviving_rows
 from sapo.generation.protocol import check_request
-from sapo.generation.sampling import INVALID_TOKEN, Sampling, sample_tokens
+from sapo.generation.sampling import INVALID_TOKEN, Sampling, host_computes
+from sapo.generation.token_step import DecodingRows, replay_for
+
+TOKENS_PER_READ = 8
+"""Tokens that an accelerator computes before the host waits for them and looks which rows are done."""
 
 
 class TransformersGenerator:
@@ -93,67 +97,84 @@ class TransformersGenerator:
     ) -> None:
         """Decode `rows` together, appending to their `replies`."""
         device = next(model.parameters()).device
+        state = DecodingRows(
+            [contexts[row] for row in rows],
+            [max_new_tokens[row] for row in rows],
+            [seeds[row] for row in rows],
+            pad_token_id=self._pad_token_id,
+            sampling=self._sampling,
+            device=device,
+        )
         room = max(max_new_tokens[row] for row in rows)
-        batch = _left_padded([contexts[row] for row in rows], self._pad_token_id, room)
-        tokens, attended, positions = (tensor.to(device) for tensor in batch)
-        length = tokens.shape[1]
-        uniforms = [random.Random(seeds[row]).random for row in rows]
-        cache: Cache | None = None
-        while rows:
-            output = model(
-                input_ids=tokens,
-                attention_mask=attended[:, :length],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,
+        options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True, **without_router_logits(model)}
+        forward = functools.partial(model, **options)
+        # The model makes its cache at its first step, and knows which kind its layers need.
+        output = forward(**state.prompt(), past_key_values=None)
+        cache = output.get("past_key_values")
+        if not isinstance(cache, Cache):
+            raise ModelError(
+                f"{type(model).__name__} returned no key-value cache, which decoding needs; "
+                "use a model whose forward returns past_key_values"
             )
-            if cache is None:
-                # The model made it at its first step, and knows which kind of cache its layers need.
-                cache = output.get("past_key_values")
-                if not isinstance(cache, Cache):
-                    raise ModelError(
-                        f"{type(model).__name__} returned no key-value cache, which decoding needs; "
-                        "use a model whose forward returns past_key_values"
-                    )
-                make_room(cache, room)
-            draws = torch.tensor([uniform() for uniform in uniforms], dtype=torch.float64)
-            drawn = sample_tokens(output.logits[:, -1], draws, self._sampling)
-            going = []
-            for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-                if token == INVALID_TOKEN:
-                    raise ModelError(
-                        f"row {row}: the opponent's logits for new token {len(replies[row])} are not finite; "
-                        "lower the learning rate, or use bfloat16 or float32 in place of float16"
-                    )
-                replies[row].append(token)
-                if token not in self._end_ids and len(replies[row]) < max_new_tokens[row]:
-                    going.append(place)
-            positions = positions[:, -1:] + 1
-            if 0 < len(going) < len(rows):
-                going = surviving_rows(going)
-                keep_rows(cache, going, device)
-                kept = torch.tensor(going, device=device)
-                drawn, attended, positions = drawn[kept], attended[kept], positions[kept]
-                uniforms = [uniforms[place] for place in going]
-            rows = [rows[place] for place in going]
-            tokens = drawn[:, None]
-            length += 1
+        make_room(cache, room)
+        capture = replay_for(model, device) if state.hold(model, cache) else None
+        if capture is not None:
+            state.fix()
+        state.draw(output.logits[:, -1])
+        del output
+        state.count += 1
+        step, replay = functools.partial(state.advance, forward), None
+        going: list[int | None] = list(rows)
+        block = 1 if host_computes(device) else TOKENS_PER_READ
+        seen = 0
+        while True:
+            left = [max_new_tokens[row] for row in going if row is not None]
+            if state.count - seen == block or state.count == max(left):
+                new = state.drawn[:, seen : state.count].tolist()
+                going = [
+                    self._take(row, tokens, max_new_tokens, replies) for row, tokens in zip(going, new, strict=True)
+                ]
+                places = [place for place, row in enumerate(going) if row is not None]
+                seen = state.count
+                if not places:
+                    return
+                # A graph is captured for a number of rows: it is worth a new one when at most half are left.
+                if len(places) < len(going) and (capture is None or 2 * len(places) <= len(going)):
+                    state.keep(places)
+                    going, replay = [going[place] for place in surviving_rows(places)], None
+            if capture is None:
+                step()
+            else:
+                replay = replay or capture()
+                replay(step)
+            state.count += 1
+
+    def _take(
+        self, row: int | None, tokens: list[int], max_new_tokens: Sequence[int], replies: list[list[int]]
+    ) -> int | None:
+        """Append to the reply of `row` what belongs to it of `tokens`; None when it is complete, else the row."""
+        if row is None:
+            return None
+        for token in tokens:
+            if token == INVALID_TOKEN:
+                raise ModelError(
+                    f"row {row}: the opponent's logits for new token {len(replies[row])} are not finite; "
+                    "lower the learning rate, or use bfloat16 or float32 in place of float16"
+                )
+            replies[row].append(token)
+            if token in self._end_ids or len(replies[row]) == max_new_tokens[row]:
+                return None
+        return row
 
 
-def _left_padded(contexts: list[Sequence[int]], pad: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids `[B, L]`, attention mask `[B, L + room]` and positions `[B, L]` of right-aligned contexts.
+def without_router_logits(model: nn.Module) -> dict[str, bool]:
+    """Arguments that keep a mixture of experts from forming its router's loss, which scoring and decoding do not use.
 
-    The mask follows from lengths alone, because a prompt may itself hold the pad token. It covers all steps
-    to come, whose tokens are attended to.
+    A configuration may ask for it in every call. transformers then compares the router's logits with an attention
+    mask of all tokens, which there is not while decoding or with shared prefixes.
     """
-    width = max(map(len, contexts))
-    ids = torch.tensor([[pad] * (width - len(context)) + list(context) for context in contexts])
-    empty = torch.tensor([[width - len(context)] for context in contexts])
-    attended = (torch.arange(width + room) >= empty).long()
-    positions = (torch.arange(width) - empty).clamp_(min=0)
-    return ids, attended, positions
+    config = getattr(model, "config", None)
+    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
 
 
 @contextmanager

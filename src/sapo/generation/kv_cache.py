@@ -29,6 +29,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.is_sliding = layer.is_sliding
+        self.window = window_of(layer)
         self._buffers = layer.keys, layer.values
         self._show(rows=layer.keys.shape[0], length=layer.keys.shape[2])
 
@@ -53,6 +54,62 @@ class RoomyLayer(DynamicLayer):
 
     def _show(self, rows: int, length: int) -> None:
         self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
+
+
+class FixedLayer(RoomyLayer):
+    """One layer's keys and values in buffers of fixed length, written at the column that a tensor names.
+
+    A step that computes with it touches the same memory each time, as a CUDA graph demands. Columns that are not
+    written yet must be hidden by the attention mask; so must those outside of the window, which are all kept.
+
+    Args:
+        layer: the layer after the prompt went through it; its content is taken over.
+        length: columns, those of the prompt included.
+        column: `[1]`, where `update` writes.
+    """
+
+    def __init__(self, layer: DynamicLayer, length: int, column: Tensor) -> None:
+        super().__init__(layer)
+        held = layer.keys.shape[2]
+        stop = layer.get_seq_length()
+        rows, heads, _, size = layer.keys.shape
+        # Zeros: a hidden column has weight 0, and 0 times what happens to lie in memory may be nan.
+        self._buffers = (
+            layer.keys.new_zeros(rows, heads, length, size),
+            layer.values.new_zeros(rows, heads, length, layer.values.shape[-1]),
+        )
+        for buffer, states in zip(self._buffers, (layer.keys, layer.values), strict=True):
+            buffer[:, :, stop - held : stop] = states
+        self._column = column
+        self._show(rows, length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values `[B, heads, 1, size]`, and return the buffers."""
+        self.keys.index_copy_(2, self._column, key_states)
+        self.values.index_copy_(2, self._column, value_states)
+        return self.keys, self.values
+
+
+def window_of(layer: object) -> int | None:
+    """Tokens that `layer` attends to, the newest included; None for all."""
+    if isinstance(layer, RoomyLayer):
+        return layer.window
+    return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+def attends_only(cache: Cache) -> bool:
+    """Whether all layers of `cache` hold the keys and values of all tokens or of a window, and nothing else."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, FixedLayer)
+    return type(cache) is DynamicCache and all(
+        type(layer) in kinds and layer.get_seq_length() > 0 for layer in cache.layers
+    )
+
+
+def fix_length(cache: Cache, length: int, column: Tensor) -> None:
+    """Give every layer of `cache`, of which `attends_only` is true, buffers of `length` columns (see `FixedLayer`)."""
+    cache.layers = [FixedLayer(layer, length, column) for layer in cache.layers]
 
 
 def make_room(cache: Cache, new_tokens: int) -> None:

@@ -108,11 +108,17 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     return torch.where(total.isnan(), INVALID_TOKEN, ids.gather(1, places))[:, 0].to(device)
 
 
+def host_computes(device: torch.device) -> bool:
+    """Whether reading a value from `device` costs nothing: elsewhere the host would wait for all that was launched."""
+    return device.type == "cpu"
+
+
 def _top_k(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Scores (logits over temperature, -inf where filtered) and token ids, `[B, K]` each, ids ascending."""
     vocabulary, k = logits.shape[-1], sampling.top_k
     wanted = k + _TIE_MARGIN
-    if k and wanted < vocabulary:
+    # Whether the slice holds all ties is a question of values. Elsewhere the whole vocabulary is sorted on the device.
+    if k and wanted < vocabulary and host_computes(logits.device):
         scores, ids = logits.topk(wanted, -1)
         scores = scores.float() / sampling.temperature
         kth = scores[:, k - 1 : k]

@@ -1,0 +1,94 @@
+"""Laws of decoding on an accelerator: the same text, seldom a wait, and a step that can be captured."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from sapo.generation import decoding, sampling
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
+from tests.gpu_without_gpu.recorder import Recorder
+from tests.unit.test_generation import (
+    ARCHITECTURES,
+    END,
+    EVERY_ARCHITECTURE,
+    GREEDY,
+    PAD,
+    built,
+    generator_for,
+    request,
+)
+
+CAPTURED = [name for name in ARCHITECTURES if name != "lfm2_recurrent"]
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Decode as where the host would have to wait for the device."""
+    for module in (decoding, sampling):
+        monkeypatch.setattr(module, "host_computes", lambda device: False)
+
+
+@pytest.fixture
+def recorder(monkeypatch, accelerator):
+    class Own(Recorder):
+        made = repeated = 0
+
+    monkeypatch.setattr(decoding, "replay_for", lambda model, device: Own)
+    return Own
+
+
+@pytest.mark.parametrize("options", [Sampling(), GREEDY, Sampling(1.3, 0, 1.0)])
+@EVERY_ARCHITECTURE
+def test_reading_tokens_in_blocks_changes_no_text(name, options, monkeypatch):
+    contexts, budgets, seeds = request(rows=10, seed=1)
+    expected = generator_for(built(name), options, eos_ids=[END, 2]).generate(contexts, budgets, seeds)
+    for module in (decoding, sampling):
+        monkeypatch.setattr(module, "host_computes", lambda device: False)
+    for block in (1, 3, 8):
+        monkeypatch.setattr(decoding, "TOKENS_PER_READ", block)
+        assert generator_for(built(name), options, eos_ids=[END, 2]).generate(contexts, budgets, seeds) == expected
+
+
+@pytest.mark.parametrize("options", [Sampling(), GREEDY, Sampling(1.3, 0, 1.0)])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_step_gives_the_same_text(name, options, recorder, monkeypatch):
+    monkeypatch.setattr(decoding, "TOKENS_PER_READ", 3)
+    contexts, budgets, seeds = request(rows=10, seed=1)
+    got = generator_for(built(name), options, eos_ids=[END, 2]).generate(contexts, budgets, seeds)
+    assert recorder.repeated > 5
+    assert 1 < recorder.made < 6  # anew only when half of the rows are left
+    monkeypatch.undo()
+    assert got == generator_for(built(name), options, eos_ids=[END, 2]).generate(contexts, budgets, seeds)
+
+
+def test_a_row_that_is_done_is_given_no_position_that_does_not_exist(accelerator):
+    model = built("gpt2")
+    longest = model.config.max_position_embeddings
+    contexts = [[5] * (longest - 1), [6]]
+    rows = generator_for(model).generate(contexts, [1, 20], [1, 2])
+    assert [len(row) for row in rows] == [1, 20]
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("options", [Sampling(), GREEDY])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_at_most_one_wait_in_eight_tokens(name, options, ragged, accelerator, monkeypatch):
+    waits = []
+    for method in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        real = getattr(torch.Tensor, method)
+        monkeypatch.setattr(
+            torch.Tensor, method, lambda self, real=real, name=method: (waits.append(name), real(self))[1]
+        )
+
+    def waits_for(tokens):
+        waits.clear()
+        model = built(name)
+        generator = TransformersGenerator(lambda: contextlib.nullcontext(model), options, eos_ids=(), pad_token_id=PAD)
+        generator.generate([[3] * 9, [4] * (5 if ragged else 9)], [tokens] * 2, [1, 2])
+        return len(waits)
+
+    assert waits_for(40) - waits_for(8) == 4

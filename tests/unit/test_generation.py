@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "gemma3": (transformers.Gemma3TextConfig, sliding_then_full),
     "gpt2": (transformers.GPT2Config, {"activation_function": "gelu", "attn_pdrop": 0.1, "embd_pdrop": 0.1}),
     "eager": (transformers.LlamaConfig, {"attn_implementation": "eager"}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "output_router_logits": True}),
     "lfm2_recurrent": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
 }
 EVERY_ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -293,6 +294,32 @@ def test_model_is_left_as_it_was_after_an_error(llama):
         generator_for(llama).generate([[5]], [3], [1])
     assert all(module.training for module in llama.modules())
     assert torch.is_grad_enabled()
+
+
+def test_weights_are_stored_by_input_while_decoding_and_as_before_afterwards(monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**(common | {"tie_word_embeddings": True}))
+    ).eval()
+    contexts, _, seeds = request(rows=5, seed=2)
+    contexts, budgets = [context[:6] for context in contexts], [0, 8, 8, 8, 8]
+    expected = generator_for(model).generate(contexts, budgets, seeds)
+    monkeypatch.setattr("sapo.generation.weight_layout._LEAST_BYTES", 0)
+    monkeypatch.setattr("sapo.generation.weight_layout._LEAST_TOKENS", 8)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("torch._C.has_mkl", True)
+    before, addresses = snapshot(model), [p.data_ptr() for p in model.parameters()]
+    strides = []
+    handle = model.register_forward_pre_hook(lambda *_: strides.append(model.lm_head.weight.stride()))
+    assert generator_for(model).generate(contexts, budgets, seeds) == expected
+    assert set(strides) == {(1, VOCABULARY)}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert_same(before, snapshot(model))
+    model.lm_head.weight.data[7] = math.nan
+    with pytest.raises(ModelError):
+        generator_for(model).generate(contexts, budgets, seeds)
+    handle.remove()
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert all(p.is_contiguous() for p in model.parameters())
 
 
 @EVERY_ARCHITECTURE

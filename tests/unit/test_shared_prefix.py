@@ -10,21 +10,24 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
 )
 
 from sapo.config import HAS_FUSED_LM_HEAD
+from sapo.preference import scoring
 from sapo.preference.batches import collate_pairs
 from sapo.preference.objectives import IGNORE, chosen_nll, dpo_loss, orpo_loss, token_logps
 from sapo.preference.pairs import Pair
-from sapo.preference.scoring import frozen, prepare_shared_layout, score, summed_logps
+from sapo.preference.scoring import frozen, heads_disagree, prepare_shared_layout, score, summed_logps
 from sapo.preference.segments import Segment
 from sapo.preference.shared_prefix import PairSpan, SharedPrefixes, may_attend
 from tests.tiny import enable_checkpointing
@@ -209,6 +212,105 @@ def test_an_architecture_that_loses_the_prefixes_on_the_way_is_found_out(monkeyp
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *a, shared_prefixes=None, **k: forward(*a, **k))
     assert "other log-probabilities" in prepare_shared_layout(model)
+
+
+def under_autocast(model):
+    """As accelerate prepares a model: autocast is in the forward that it patches in."""
+    model._original_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def quantized(monkeypatch, model):
+    monkeypatch.setattr(scoring, "_can_compute_in_float32", lambda inner: False)
+    return model.bfloat16()
+
+
+IMPRECISE = {
+    "autocast": lambda monkeypatch, model: under_autocast(model),
+    "bfloat16": lambda monkeypatch, model: model.bfloat16(),
+    "quantized": quantized,
+}
+
+
+@pytest.mark.parametrize("how", IMPRECISE)
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma3", "gpt2"])
+def test_rounding_is_no_reason_for_the_plain_layout(name, how, monkeypatch):
+    model = IMPRECISE[how](monkeypatch, make(name))
+    before = {key: (p.dtype, p.data_ptr()) for key, p in model.named_parameters()}
+    forward = model.forward
+    assert prepare_shared_layout(model) is None
+    assert {key: (p.dtype, p.data_ptr()) for key, p in model.named_parameters()} == before
+    assert model.forward == forward
+
+
+@pytest.mark.parametrize("how", IMPRECISE)
+@pytest.mark.parametrize("lost", ["shared_prefixes", "position_ids"])
+def test_nor_does_rounding_hide_a_fault(lost, how, monkeypatch):
+    model = make("llama")
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: forward(*a, **{**k, lost: None}))
+    assert "other log-probabilities" in prepare_shared_layout(IMPRECISE[how](monkeypatch, model))
+
+
+def test_a_model_that_fails_with_a_shared_prefix_falls_back():
+    config = FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=False
+    )
+    reason = prepare_shared_layout(AutoModelForCausalLM.from_config(config))
+    assert "Falcon" in reason
+    assert "cannot compute a shared prefix (ValueError: too many values to unpack" in reason
+
+
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
+def test_a_head_with_an_adapter_is_not_fused():
+    from trl.trainer.utils import add_fused_lm_head
+
+    for targets, saved, reads in ((["q_proj", "lm_head"], None, False), ("all-linear", None, True)):
+        lora = LoraConfig(r=4, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+        model = get_peft_model(make("llama"), lora)
+        add_fused_lm_head(model.get_base_model())
+        reason = heads_disagree(model)
+        assert reason is None if reads else "adapter, which the fused head does not read" in reason
+
+
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
+@pytest.mark.parametrize("how", ["float32", "autocast", "bfloat16"])
+def test_heads_are_compared_with_each_other(how):
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = make("llama")
+    add_fused_lm_head(model)
+    if how != "float32":
+        IMPRECISE[how](None, model)
+    assert heads_disagree(model) is None
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    assert "other log-probabilities than its own" in heads_disagree(model)
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared"])
+def test_a_routers_loss_is_not_formed(layout):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, **experts))
+    assert prepare_shared_layout(model) is None
+    batch = collate_pairs(ragged_pairs(), pad_token_id=0, layout=layout)
+    found = score(model, batch)
+    model.config.output_router_logits = False
+    assert torch.equal(found.chosen_logps, score(model, batch).chosen_logps)
+
+
+def test_log_probabilities_are_summed_in_float32():
+    model = make("llama").bfloat16()
+    sums, _ = summed_logps(model, collate_pairs(ragged_pairs(), pad_token_id=0))
+    assert sums.dtype == torch.float32
+    real = scoring.token_logps
+    try:
+        scoring.token_logps = lambda logits, targets: real(logits, targets).bfloat16()
+        rounded, _ = summed_logps(model, collate_pairs(ragged_pairs(), pad_token_id=0))
+    finally:
+        scoring.token_logps = real
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, sums, rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -20,6 +20,7 @@ from sapo.generation.kv_cache import make_room, surviving_rows
 from sapo.generation.protocol import check_request
 from sapo.generation.sampling import INVALID_TOKEN, Sampling, host_computes
 from sapo.generation.token_step import DecodingRows, replay_for
+from sapo.generation.weight_layout import stored_by_input
 
 TOKENS_PER_READ = 8
 """Tokens that an accelerator computes before the host waits for them and looks which rows are done."""
@@ -81,7 +82,8 @@ class TransformersGenerator:
         size = self._batch_size or max(1, len(rows))
         if size < len(rows):
             rows.sort(key=lambda row: len(contexts[row]))
-        with self._model_context() as model, _decoding(model):
+        longest = max(max_new_tokens, default=0)
+        with self._model_context() as model, _decoding(model), stored_by_input(model, min(size, len(rows)), longest):
             for first in range(0, len(rows), size):
                 self._decode(model, rows[first : first + size], contexts, max_new_tokens, seeds, replies)
         return replies

@@ -179,11 +179,12 @@ class CudaGraph:
         self._warm = self._failed = False
 
     def __call__(self, step: Callable[[], None]) -> None:
+        """Run `step`, or what was captured of it."""
         if self._failed:
             step()
             return
         if not self._warm:
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 step()

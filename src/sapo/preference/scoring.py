@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapo.errors import ModelError
-from sapo.preference.batches import PairBatch, ScoredRows, collate_pairs
+from sapo.generation.decoding import without_router_logits
+from sapo.preference.batches import Layout, PairBatch, ScoredRows, collate_pairs
 from sapo.preference.objectives import token_logps
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
@@ -65,7 +67,7 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             a Triton kernel on CUDA that forms logits in tiles, and never all of them.
 
     Returns:
-        `[sums]` in float32 at least, and `[sums]` whole numbers.
+        `[sums]` in float32 at least, whatever the model returns, and `[sums]` whole numbers.
     """
     places = rows.places
     targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
@@ -82,6 +84,8 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
                 "embeddings alone; it cannot be scored."
             )
         logps = token_logps(logits[0], targets)
+    if logps.dtype != torch.float64:
+        logps = logps.float()  # a sum of hundreds of bfloat16 numbers is off by whole nats
     sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device).index_add(0, owners, logps)
     return sums, rows.lengths
 
@@ -100,10 +104,10 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
     """Keyword arguments with which `model` computes `rows`, without their scores."""
-    inputs: dict[str, Any] = {"input_ids": rows.input_ids}
+    inner = extract_model_from_parallel(model)
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, **without_router_logits(inner)}
     if rows.prefixes is None:
         return {**inputs, "attention_mask": rows.attention_mask}
-    inner = extract_model_from_parallel(model)
     attention = attention_arguments(inner, rows.prefixes, rows.input_ids.device)
     return {**inputs, "position_ids": rows.position_ids, **attention}
 
@@ -123,14 +127,23 @@ def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_LEAST_TOLERANCE = 1e-3
+"""Nats that the sums over eight tokens may differ by, for float32."""
+_NOISES, _TIMES_NOISE = 3, 4
+_BFLOAT16_ROUNDING = 2.0**-8
+"""Relative error of rounding to bfloat16."""
 
 
 def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> str | None:
     """Make `model` ready for shared prefixes, and try on a small pair that they change nothing.
 
     Architectures differ in what they hand through to their attention; where a prefix cannot be shared, the two
-    layouts disagree.
+    layouts disagree. They are compared in float32, also under autocast and with weights of fewer bits. Where that
+    cannot be (quantized or FSDP2-sharded weights), a difference counts that the model's own rounding does not explain.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        fused_lm_head: also try one call with trl's fused head.
 
     Returns:
         What keeps the model from sharing prefixes, or None.
@@ -140,22 +153,120 @@ def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> s
     if reason is not None:
         return reason
     use_shared_attention(inner)
+    exact = _can_compute_in_float32(inner)
+    with frozen(model), _in_float32(inner) if exact else nullcontext():
+        plain = _probe(model, "plain")
+        try:
+            shared = _probe(model, "shared")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever the architecture raises is the reason
+            return f"{type(inner).__name__} cannot compute a shared prefix ({type(error).__name__}: {error})"
+        tolerance = _LEAST_TOLERANCE if exact else _rounding_noise(model, plain, _BFLOAT16_ROUNDING)
+    if fused_lm_head:
+        with frozen(model):
+            _probe(model, "shared", fused_lm_head=True)
+    difference = float((plain - shared).abs().max())
+    if not difference <= tolerance:
+        return f"{type(inner).__name__} gives other log-probabilities with a shared prefix (by {difference:.2g} nats)"
+    return None
+
+
+def heads_disagree(model: nn.Module) -> str | None:
+    """Why trl's fused head, which `model` must have, may not stand for its own; None when it may.
+
+    The fused head multiplies with the weight of the output embeddings and nothing else: an adapter on them is passed
+    over, in values and gradients. A new adapter changes nothing yet, so its presence counts and not only the values.
+    """
+    inner = extract_model_from_parallel(model)
+    name, head = type(inner).__name__, inner.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        return f"the output embeddings of {name} have an adapter, which the fused head does not read"
+    with frozen(model):
+        own = _probe(model, "plain")
+        difference = float((own - _probe(model, "plain", fused_lm_head=True)).abs().max())
+        if not difference <= _rounding_noise(model, own):
+            return f"the fused head of {name} gives other log-probabilities than its own (by {difference:.2g} nats)"
+    return None
+
+
+def _probe(model: nn.Module, layout: Layout, *, fused_lm_head: bool = False) -> Tensor:
+    """Log-probabilities of a small pair in `layout`."""
+    inner = extract_model_from_parallel(model)
     vocabulary = inner.config.get_text_config().vocab_size
     tokens = tuple((7 * place + 3) % vocabulary for place in range(24))
     chosen, rejected = tokens[8:16], (*tokens[8:11], *tokens[17:21])
     pair = Pair(0, 0, tokens[:8], chosen, rejected, Segment(3, 8), Segment(3, 7))
-    with frozen(model):
-        scores = []
-        for layout in ("plain", "shared"):
-            batch = collate_pairs([pair, pair], pad_token_id=tokens[0], layout=layout).to(_device(inner))
-            scores.append(score(model, batch, fused_lm_head=fused_lm_head))
-    difference = max(float((a - b).abs().max()) for a, b in zip(scores[0][:2], scores[1][:2], strict=True))
-    tolerance = _PROBE_TOLERANCE.get(next(inner.parameters()).dtype, 0.5)
-    if torch.is_autocast_enabled(_device(inner).type):
-        tolerance = 0.5
-    if not difference <= tolerance:
-        return f"{type(inner).__name__} gives other log-probabilities with a shared prefix (by {difference:.2g} nats)"
-    return None
+    batch = collate_pairs([pair, pair], pad_token_id=tokens[0], layout=layout).to(_device(inner))
+    scores = score(model, batch, fused_lm_head=fused_lm_head)
+    return torch.cat([scores.chosen_logps, scores.rejected_logps])
+
+
+def _can_compute_in_float32(inner: nn.Module) -> bool:
+    weights = list(inner.parameters())
+    return all(type(weight.data) is Tensor and weight.is_floating_point() for weight in weights)
+
+
+@contextmanager
+def _in_float32(inner: nn.Module) -> Iterator[None]:
+    """Compute in float32 at least, without autocast; one module's weights at a time are up-cast."""
+    handles = []
+    held: dict[nn.Parameter, Tensor] = {}
+
+    def cast(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight.dtype in (torch.bfloat16, torch.float16) and weight not in held:
+                held[weight] = weight.data
+                weight.data = weight.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight in held:
+                weight.data = held.pop(weight)
+
+    for module in inner.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(cast, with_kwargs=True))
+            handles.append(module.register_forward_hook(restore, prepend=True, always_call=True))
+    # accelerate puts autocast into the forward that it patches in, where it would be switched on again.
+    patched = inner.__dict__.get("forward")
+    if "_original_forward" in inner.__dict__:
+        inner.forward = inner.__dict__["_original_forward"]
+    try:
+        with torch.autocast(_device(inner).type, enabled=False):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if patched is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = patched
+
+
+def _rounding_noise(model: nn.Module, plain: Tensor, rounding: float | None = None) -> float:
+    """Nats by which `plain` may differ from the same in another rounding, as measured with noise of that size.
+
+    `rounding` is relative; None for that of the type in which each module returns its output.
+    """
+    inner = extract_model_from_parallel(model)
+    random = torch.Generator().manual_seed(0)
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        size = rounding or torch.finfo(output.dtype).eps / 2
+        noise = torch.rand(output.shape, generator=random).mul_(2).sub_(1).to(output.device)
+        return (output + output.float() * noise * size).to(output.dtype)
+
+    leaves = [module for module in inner.modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(disturb) for leaf in leaves]
+    try:
+        others = [_probe(model, "plain") for _ in range(_NOISES)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(_LEAST_TOLERANCE, _TIMES_NOISE * max(float((other - plain).abs().max()) for other in others))
 
 
 def _device(model: nn.Module) -> torch.device:

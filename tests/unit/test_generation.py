@@ -296,6 +296,31 @@ def test_model_is_left_as_it_was_after_an_error(llama):
     assert torch.is_grad_enabled()
 
 
+class FourBit(nn.Linear):
+    """As a 4-bit layer with float32 around it: computes in bfloat16, returns the type of its input."""
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs.bfloat16(), self.weight).to(inputs.dtype)
+
+
+def test_a_4_bit_model_keeps_keys_and_values_in_its_compute_type(llama):
+    for layer in llama.model.layers:
+        for parent, name in ((layer.self_attn, "q_proj"), (layer.self_attn, "k_proj"), (layer.self_attn, "v_proj")):
+            linear = FourBit(*getattr(parent, name).weight.shape[::-1], bias=False)
+            linear.weight = nn.Parameter(getattr(parent, name).weight.bfloat16(), requires_grad=False)
+            setattr(parent, name, linear)
+    llama.config.quantization_config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    before, spy = snapshot(llama), Spy(llama)
+    rows = generator_for(llama).generate([[5, 6, 7], [8]], [6, 4], [1, 2])
+    assert [len(row) for row in rows] == [6, 4]
+    assert {layer.keys.dtype for layer in spy.caches[-1].layers} == {torch.bfloat16}
+    after = snapshot(llama)
+    assert {p[2].dtype for p in after[1].values()} == {torch.bfloat16, torch.float32}
+    assert_same(before, after)
+
+
 def test_weights_are_stored_by_input_while_decoding_and_as_before_afterwards(monkeypatch):
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**(common | {"tie_word_embeddings": True}))

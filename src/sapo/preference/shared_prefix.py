@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 SHARED_ATTENTION = "sapo_shared_prefix"
 """Name under which the attention function is registered; without shared prefixes in a call it is sdpa."""
 
+_LARGEST_FLASH_HEAD = 256
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -95,39 +97,59 @@ def shared_prefix_attention(
         )
         return output, None
     window: int | None = kwargs.get("sliding_window")
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return _pairs_attention(query, key, value, shared_prefixes, window, dropout, scaling), None
+
+
+# A graph for each length of each pair would be compiled again and again: torch.compile goes round this function.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _pairs_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefixes: SharedPrefixes,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
     # split, not slices: the backward of a split is one concatenation, that of each slice a tensor of the whole row.
-    sizes = shared_prefixes.lengths
+    sizes = prefixes.lengths
     queries, keys, values = (torch.split(states, sizes, 2) for states in (query, key, value))
     outputs = []
-    for pair, span in enumerate(shared_prefixes.spans):
+    for pair, span in enumerate(prefixes.spans):
         chosen, branch = 2 * pair, 2 * pair + 1
-        length, own = sizes[chosen], sizes[branch]
-        windowed = window is not None and window < length
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[chosen],
-                keys[chosen],
-                values[chosen],
-                attn_mask=shared_prefixes.mask(length, length, window, query.device) if windowed else None,
-                is_causal=not windowed,
-                dropout_p=dropout,
-                scale=scaling,
-            )
-        )
-        windowed = window is not None and window < span.visible + own
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[branch],
-                torch.cat([keys[chosen][:, :, : span.visible], keys[branch]], 2),
-                torch.cat([values[chosen][:, :, : span.visible], values[branch]], 2),
-                attn_mask=shared_prefixes.mask(own, span.visible + own, window if windowed else None, query.device),
-                dropout_p=dropout,
-                scale=scaling,
-            )
-        )
-    return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
+        seen_keys = torch.cat([keys[chosen][:, :, : span.visible], keys[branch]], 2)
+        seen_values = torch.cat([values[chosen][:, :, : span.visible], values[branch]], 2)
+        for q, k, v in (
+            (queries[chosen], keys[chosen], values[chosen]),
+            (queries[branch], seen_keys, seen_values),
+        ):
+            how = attention_options(q, k, window, prefixes)
+            if q.shape[1] != k.shape[1] and "enable_gqa" not in how:
+                k, v = (repeat_kv(states, q.shape[1] // k.shape[1]) for states in (k, v))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **how))
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1)
+
+
+def attention_options(query: Tensor, key: Tensor, window: int | None, prefixes: SharedPrefixes) -> dict[str, Any]:
+    """Arguments of scaled dot-product attention for the last of `key`'s tokens, causal and within `window`.
+
+    On a processor grouped keys are read as they are, with any mask. On an accelerator only the flash kernels do so,
+    which take 16-bit numbers and no mask but a causal one; elsewhere there, keys are repeated and a mask is read.
+    """
+    own, keys, device = query.shape[2], key.shape[2], query.device
+    windowed = window is not None and window < keys
+    on_host = device.type == "cpu"
+    flash = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    options: dict[str, Any] = {}
+    if not windowed and own == keys:
+        options["is_causal"] = True
+    elif not windowed and flash and device.type == "cuda":
+        options["attn_mask"] = causal_lower_right(own, keys)
+    else:
+        options["attn_mask"] = prefixes.mask(own, keys, window if windowed else None, device)
+    if query.shape[1] != key.shape[1] and (on_host or (flash and type(options.get("attn_mask")) is not Tensor)):
+        options["enable_gqa"] = True
+    return options
 
 
 AttentionInterface.register(SHARED_ATTENTION, shared_prefix_attention)

@@ -1,6 +1,7 @@
 import pytest
 
-from sapo.data.formats import Conversation, Dropped, PlainText, detect_format, parse_row
+from sapo.data.formats import detect_format, parse_row
+from sapo.data.messages import Conversation, Dropped, PlainText
 from sapo.errors import DatasetError
 
 WHERE = "row 17 of train.jsonl"
@@ -60,6 +61,9 @@ def test_paired_without_rejected_is_refused():
 def test_row_of_other_format_is_named():
     with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it holds prompt"):
         parse_row({"prompt": "a"}, "prompt/completion", paired=False, chat=True, where=WHERE)
+    given = {"question": "a", "answer": "b"}
+    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it holds answer, question"):
+        parse_row(given, "prompt/completion", paired=False, chat=True, where=WHERE)
 
 
 def test_messages_become_a_conversation():
@@ -96,8 +100,10 @@ def test_last_message_must_be_the_assistants():
         ([{"role": "narrator", "content": "x"}, assistant("b")], 'message 1 .* unknown role "narrator"'),
         ([{"content": "x"}, assistant("b")], "message 1 .* has no role"),
         ([{"role": 3, "content": "x"}], "unknown role 3"),
-        ([user(["part"]), assistant("b")], 'message 1 of "messages" has a list as content'),
-        ([user(None), assistant("b")], "has nothing as content"),
+        ([user([{"type": "image_url"}]), assistant("b")], 'message 1 .* a part of type "image_url" in its content'),
+        ([user([{"type": "text"}]), assistant("b")], 'message 1 .* a part of type "text" in its content'),
+        ([user([7]), assistant("b")], "has the int 7 as a part in its content"),
+        ([{"role": "user", "text": "hi"}, assistant("b")], "message 1 .* has no content; it holds role, text"),
         ([user(7), assistant("b")], "has the int 7 as content"),
         (["hello"], 'message 1 of "messages" is text'),
         ([], "empty list"),
@@ -119,6 +125,8 @@ def test_structural_fault_names_row(messages, fault):
         ({"prompt": "a", "completion": " "}, "empty reply"),
         ({"question": "a", "answer": ""}, "empty reply"),
         ({"instruction": " ", "output": "b"}, "empty prompt"),
+        ({"messages": [user("hi"), assistant(None)]}, "empty reply"),
+        ({"messages": [user(None), assistant("b")]}, "empty user message"),
     ],
 )
 def test_empty_text_drops_the_row(row, reason):

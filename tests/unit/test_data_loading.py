@@ -1,4 +1,10 @@
+import bz2
+import csv
+import gzip
+import importlib.util
 import json
+import lzma
+import sys
 from pathlib import Path
 
 import datasets
@@ -6,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sapo.data.loading import load_rows
+from sapo.data.folders import split_name
+from sapo.data.loading import evaluation_split, load_rows
 from sapo.errors import DatasetError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
@@ -140,8 +147,8 @@ def test_empty_file_is_refused(content):
 
 
 def test_unsupported_kind_lists_the_supported():
-    Path("a.csv").write_text("a,b\n", encoding="utf-8")
-    assert refused("a.csv").endswith("accepted are .jsonl, .json, .ndjson, .parquet, .arrow.")
+    Path("a.txt").write_text("a,b\n", encoding="utf-8")
+    assert "accepted are .jsonl, .json, .ndjson, .csv, .tsv, .parquet, .arrow, also with .gz" in refused("a.txt")
 
 
 def test_damaged_table_is_refused():
@@ -155,7 +162,10 @@ def test_folder_gives_its_splits():
     write_lines("talks/test.jsonl", ROWS[6:])
     assert load_rows("talks") == ROWS[:6]
     assert load_rows("talks", split="test") == ROWS[6:]
-    assert refused("talks", split="validation") == 'talks: has no split "validation"; it has test, train.'
+    assert (
+        refused("talks", split="validation")
+        == 'talks: has no split "validation"; it has test, train. Name one of these.'
+    )
 
 
 def test_folder_joins_parquet_shards():
@@ -234,3 +244,134 @@ def test_one_file_has_no_other_split():
 def test_local_data_has_no_configuration():
     write_lines("a.jsonl")
     assert "no configuration 'en'" in refused("a.jsonl", config="en")
+
+
+def test_compressed_files_are_read():
+    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    for suffix, pack in ((".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)):
+        Path(f"a.jsonl{suffix}").write_bytes(pack(content))
+        assert load_rows(f"a.jsonl{suffix}") == ROWS
+        Path(f"b.jsonl{suffix}").write_bytes(pack(content)[:30])
+        assert f"b.jsonl{suffix}: cannot be decompressed" in refused(f"b.jsonl{suffix}")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "a.parquet")
+    Path("c.parquet.gz").write_bytes(gzip.compress(Path("a.parquet").read_bytes()))
+    assert list(load_rows("c.parquet.gz")) == ROWS
+    write_lines("talks/train.jsonl")
+    Path("talks/test.csv.gz").write_bytes(gzip.compress(b"prompt,completion\na,b\n"))
+    assert load_rows("talks", split="test") == [{"prompt": "a", "completion": "b"}]
+
+
+def test_zstandard_is_read_or_named(monkeypatch):
+    zstandard = pytest.importorskip("zstandard") if importlib.util.find_spec("zstandard") else None
+    packed = b"(\xb5/\xfd" if zstandard is None else zstandard.ZstdCompressor().compress(b'{"a": 1}\n')
+    Path("a.jsonl.zst").write_bytes(packed)
+    if zstandard is not None:
+        assert load_rows("a.jsonl.zst") == [{"a": 1}]
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert refused("a.jsonl.zst") == "a.jsonl.zst: reading .zst needs zstandard. Run: pip install zstandard"
+
+
+def test_tables_of_text_are_read():
+    rows = [{"prompt": 'a, "b"\nc', "completion": "d"}, {"prompt": "é", "completion": "x" * 200_000}]
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(name, "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert load_rows(name) == rows
+    Path("b.csv").write_text("a,b\n1,2\n1,2,3\n", encoding="utf-8")
+    assert refused("b.csv").startswith("b.csv, line 3: has 3 cells, and the first line names 2 columns")
+    Path("c.csv").write_text('a,b\n"1"x,2\n', encoding="utf-8")
+    assert refused("c.csv").startswith("c.csv, line 2: not valid CSV")
+    Path("d.csv").write_text("a,a\n1,2\n", encoding="utf-8")
+    assert "names a column twice" in refused("d.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("train_sft.jsonl", "train_sft"),
+        ("train_1M.jsonl", "train_1M"),
+        ("test_prefs-00000-of-00002.parquet", "test_prefs"),
+        ("train_gen-00001-of-00010.jsonl.gz", "train_gen"),
+        ("train-3.jsonl", "train"),
+        ("train_part2.jsonl", "train"),
+        ("train_sft_shard-01.jsonl", "train_sft"),
+        ("trainer.jsonl", ""),
+        ("part-0.jsonl", ""),
+    ],
+)
+def test_the_name_of_a_file_states_its_split(name, split):
+    assert split_name(Path(name)) == split
+
+
+def test_splits_with_underscores_are_kept_apart():
+    for name, rows in (("train_sft", ROWS[:3]), ("train_gen", ROWS[3:5]), ("test_sft", ROWS[5:])):
+        write_lines(f"ultra/data/{name}-00000-of-00001.jsonl", rows)
+    assert load_rows("ultra", split="train_sft[:2]") == ROWS[:2]
+    assert load_rows("ultra", split="test_sft") == ROWS[5:]
+    assert refused("ultra") == 'ultra: has no split "train"; it has test_sft, train_gen, train_sft. Name one of these.'
+
+
+def test_a_split_has_several_names():
+    write_lines("talks/train.jsonl", ROWS[:2])
+    write_lines("talks/dev.jsonl", ROWS[2:])
+    assert load_rows("talks", split="validation") == load_rows("talks", split="dev") == ROWS[2:]
+
+
+README = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train_sft
+    path: rows/first-*
+  - split: test
+    path: [rows/second.jsonl]
+- config_name: small
+  data_files: rows/second.jsonl
+---
+# Rows
+"""
+
+
+def test_a_snapshot_of_a_hub_dataset_has_the_splits_of_its_readme():
+    write_lines("snap/rows/first-a.jsonl", ROWS[:2])
+    write_lines("snap/rows/first-b.jsonl", ROWS[2:4])
+    write_lines("snap/rows/second.jsonl", ROWS[4:])
+    Path("snap/README.md").write_text(README, encoding="utf-8")
+    assert load_rows("snap", split="train_sft") == ROWS[:4]
+    assert load_rows("snap", split="test") == load_rows("snap", config="small") == ROWS[4:]
+    assert 'no split "train"; it has test, train_sft' in refused("snap")
+    assert "dataset_config has no 'large'; its README has default, small" in refused("snap", config="large")
+    Path("snap/README.md").write_text(README.replace("rows/first-*", "../*"), encoding="utf-8")
+    assert "'../*' leads out of the folder" in refused("snap")
+    Path("snap/README.md").write_text("---\nconfigs: [\n---\n", encoding="utf-8")
+    assert "holds no data" in refused("snap")
+
+
+def test_a_configuration_may_be_a_folder():
+    write_lines("gsm/main/train-00000-of-00001.jsonl", ROWS[:3])
+    assert load_rows("gsm", config="main") == ROWS[:3]
+    assert "no configuration 'other'" in refused("gsm", config="other")
+
+
+def test_one_document_may_hold_splits():
+    Path("a.json").write_text(json.dumps({"train": ROWS[:3], "test": ROWS[3:]}), encoding="utf-8")
+    assert load_rows("a.json") == ROWS[:3]
+    assert load_rows("a.json", split="test") == ROWS[3:]
+    assert 'there is no "dev"' in refused("a.json", split="dev")
+    Path("b.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    assert 'there is no "test"' in refused("b.json", split="test")
+
+
+def test_data_for_evaluation_is_taken_whole_unless_it_has_splits():
+    write_lines("a.jsonl")
+    write_lines("both/train.jsonl", ROWS[:8])
+    write_lines("both/test_prefs.jsonl", ROWS[8:])
+    write_lines("plain/x.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    assert [evaluation_split(name, None, "test[:2]") for name in ("a.jsonl", "plain", "saved")] == ["train[:2]"] * 3
+    assert evaluation_split("both", None, "test_prefs") == "test_prefs"
+    assert evaluation_split("org/talks", None, "test") == "test"

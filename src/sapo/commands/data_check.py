@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.commands.parser import Parsed
-from sapo.data.examples import DataReport, Example, Turn, collate_examples
+from sapo.data.examples import Example, Turn, collate_examples
+from sapo.data.report import DataReport, row_name
+from sapo.errors import DatasetError
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
 from sapo.text import share_text, visible
@@ -40,7 +42,7 @@ def run_data_check(given: Parsed) -> None:
 
     quiet_libraries()
     run = build(given.values() | {"use_cpu": True, "report_to": ["none"]})
-    inputs = load_inputs(run)
+    inputs = load_inputs(run, count_faults=True)
     check_data(
         inputs.train,
         inputs.train_reports,
@@ -72,9 +74,12 @@ def check_data(
         tail_margin: see `segments.choose_segment`.
         seed: which example, and which segment of it, is shown.
         console: where to print; colours and width follow it.
+
+    Raises:
+        DatasetError: training would be refused; raised after all of that.
     """
     for report in reports:
-        for line in report.lines():
+        for line in [*report.lines(), *report.details()]:
             console.print(_safe(line, console))
     prompts = [length for report in reports for length in report.prompt_lengths]
     responses = [length for report in reports for length in report.response_lengths]
@@ -92,9 +97,18 @@ def check_data(
     console.print(_safe(f"Example: {_title(example, turn, reports)}", console, "bold"))
     if turn.rejected_ids is not None:
         _show_pair(turn, tokenizer, console)
-        return
-    segment = choose_segment(len(turn.response_ids), segment_length, rng, tail_margin=tail_margin)
-    _show_segment(turn, segment, tokenizer, console)
+    else:
+        segment = choose_segment(len(turn.response_ids), segment_length, rng, tail_margin=tail_margin)
+        _show_segment(turn, segment, tokenizer, console)
+    for report in reports:
+        if report.faults is not None and report.faults.of_all:
+            raise DatasetError(report.faults.of_all[0])
+    refused = sum(report.faults.counts.total() for report in reports if report.faults is not None)
+    if refused:
+        raise DatasetError(
+            f"{refused} of {sum(report.rows for report in reports)} rows are refused, for the reasons above: training "
+            "would stop at the first. Fix or remove them."
+        )
 
 
 def rewritten_whole(response_lengths: list[int], segment_length: float | None) -> list[str]:
@@ -133,12 +147,7 @@ def _length_table(prompts: list[int], responses: list[int]) -> Table:
 
 
 def _title(example: Example, turn: Turn, reports: Sequence[DataReport]) -> str:
-    row, title = example.row, ""
-    for report in reports:
-        if row < report.rows:
-            title = f"row {row + 1} of {report.source}"
-            break
-        row -= report.rows
+    title = row_name(example.row, reports)
     return f"{title}, reply {turn.index + 1}" if turn.index else title
 
 
@@ -196,11 +205,14 @@ def _brackets(console: Console) -> tuple[str, str]:
 
 
 def _shorten(text: str, *, keep_end: bool = False) -> str:
+    """A text of at most `_SHOWN` characters and a note: without its middle, or its beginning."""
     left_out = len(text) - _SHOWN
     if left_out <= 0:
         return text
     note = f"[{left_out} more characters]"
-    return f"{note} {text[left_out:]}" if keep_end else f"{text[:_SHOWN]} {note}"
+    if keep_end:
+        return f"{note} {text[left_out:]}"
+    return f"{text[: _SHOWN // 2]} {note} {text[len(text) - _SHOWN // 2 :]}"
 
 
 def _safe(text: str, console: Console, style: str = "") -> Text:

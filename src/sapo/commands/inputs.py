@@ -5,20 +5,26 @@ A large model takes minutes to load, so everything that can be wrong with the da
 
 from __future__ import annotations
 
+import datetime
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
 from sapo.commands.arguments import RunArguments
+from sapo.config import SAPOConfig
+from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
-from sapo.data.examples import DataOptions, DataReport
-from sapo.data.loading import load_rows
+from sapo.data.examples import DataOptions, largest_token
+from sapo.data.loading import evaluation_split, load_rows
 from sapo.data.mixture import Member, load_mixture, prepare_mixture, split_rows
+from sapo.data.report import DataReport, row_name
 from sapo.data.texts import PromptTexts, prompt_texts
-from sapo.errors import ConfigurationError, DatasetError
+from sapo.errors import CheckpointError, ConfigurationError, DatasetError, TokenizerError
+from sapo.runs.checkpoint import read_state
 from sapo.weights.loading import generation_eos_ids, load_config, load_tokenizer
 
 
@@ -41,8 +47,14 @@ class Inputs:
     eval_reports: list[DataReport]
 
 
-def load_inputs(run: RunArguments) -> Inputs:
+def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
     """Load the tokenizer, read the rows and prepare them, for training and for `sapo data check` alike.
+
+    Where the chat template prints the date, `run.config.template_date` is set to the one that is printed.
+
+    Args:
+        run: what the command was asked for.
+        count_faults: count malformed rows in the reports instead of stopping at the first.
 
     Raises:
         ConfigurationError: no model or no data are named, or `max_length` is more than the model takes.
@@ -52,9 +64,17 @@ def load_inputs(run: RunArguments) -> Inputs:
     name, revision = str(run.model.model_name_or_path), run.model.model_revision
     config.check_positions(model_config)
     tokenizer = load_tokenizer(name, revision)
+    if prints_date(tokenizer):
+        config.template_date = template_date(config)
     options = DataOptions.of(config)
     eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
-    train, train_reports = prepare_mixture(_training_rows(run), tokenizer, options, eos_ids=eos_ids)
+
+    def prepare(members: list[Member]) -> tuple[datasets.Dataset, list[DataReport]]:
+        prepared, reports = prepare_mixture(members, tokenizer, options, eos_ids=eos_ids, count_faults=count_faults)
+        check_tokens(prepared, reports, tokenizer, model_config)
+        return prepared, reports
+
+    train, train_reports = prepare(_training_rows(run))
     aside: datasets.Dataset | None = None
     if run.mixture.datasets and run.mixture.test_split_size is not None:
         train, aside = split_rows(train, run.mixture.test_split_size, config.seed)
@@ -62,8 +82,57 @@ def load_inputs(run: RunArguments) -> Inputs:
         return Inputs(tokenizer, train, None, train_reports, [])
     if aside is not None and not run.data.eval_dataset_name:
         return Inputs(tokenizer, train, aside, train_reports, [])
-    evaluation, eval_reports = prepare_mixture([_evaluation_rows(run)], tokenizer, options, eos_ids=eos_ids)
+    evaluation, eval_reports = prepare([_evaluation_rows(run)])
     return Inputs(tokenizer, train, evaluation, train_reports, eval_reports)
+
+
+def template_date(config: SAPOConfig) -> str:
+    """The date that chat templates print: the one asked for; of a run that resumes, the one it began with; today's.
+
+    Raises:
+        ConfigurationError: `template_date` is not a date.
+    """
+    if config.template_date is not None:
+        return parse_date(config.template_date).isoformat()
+    return _date_of_checkpoint(config) or datetime.date.today().isoformat()
+
+
+def _date_of_checkpoint(config: SAPOConfig) -> str | None:
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, "false", "False"):
+        return None
+    named = Path(str(wanted))
+    folders = [named] if named.is_dir() else sorted(Path(config.output_dir or ".").glob("checkpoint-*"), reverse=True)
+    for folder in folders:
+        try:
+            found = dict(read_state(folder)["facts"]).get("template_date")
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue  # the trainer tells what is wrong with a checkpoint
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def check_tokens(prepared: datasets.Dataset, reports: list[DataReport], tokenizer: Any, model_config: Any) -> None:
+    """Refuse tokens that the model has no embedding for: they would end the run at the first batch that holds one.
+
+    Raises:
+        TokenizerError: names the token, and a row that holds it.
+    """
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if size is None:
+        return
+    largest, row = largest_token(prepared)
+    where = row_name(row, reports)
+    pad = tokenizer.pad_token_id
+    if largest < size and pad is not None and pad >= size:
+        largest, where = pad, "the pad token"
+    if largest >= size:
+        raise TokenizerError(
+            f"{where}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the {size} embeddings "
+            "of the model. Take the tokenizer that belongs to it, or save the model again after "
+            f"model.resize_token_embeddings({max(len(tokenizer), largest + 1)})."
+        )
 
 
 def load_texts(run: RunArguments, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
@@ -94,7 +163,12 @@ def _training_rows(run: RunArguments) -> list[Member]:
 def _evaluation_rows(run: RunArguments) -> Member:
     data, wanted = run.data, f"eval_strategy={run.config.eval_strategy.value} needs rows to evaluate on"
     if data.eval_dataset_name:
-        return Member(data.eval_dataset_name, load_rows(data.eval_dataset_name, config=data.dataset_config))
+        name = data.eval_dataset_name
+        # Its configuration is its own: that of the training data need not be there.
+        config = data.dataset_config if name == data.dataset_name else None
+        split = evaluation_split(name, config, data.dataset_test_split)
+        label = name if split.startswith("train") else f"{name} ({split})"
+        return Member(label, load_rows(name, config=config, split=split))
     if run.mixture.datasets:
         raise DatasetError(f"{wanted}: name them with eval_dataset_name, or set test_split_size.")
     name, split = str(data.dataset_name), data.dataset_test_split

@@ -6,20 +6,18 @@ response. Here the response is exactly what follows the prompt that generation w
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
 from sapo.data.examples import DataReport, Turn
-from sapo.data.formats import Conversation, Message, PlainText
-from sapo.errors import DatasetError, TokenizerError, brief
+from sapo.data.messages import Conversation, PlainText
+from sapo.data.rendering import TEMPLATE_FAULTS, Renderer, Unprinted, sound
+from sapo.errors import TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
     try:
         _, found, tail = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(marker)
-    except _TEMPLATE_FAULTS:
+    except TEMPLATE_FAULTS:
         return []  # a template for talk of another shape: the rows themselves will tell
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
     for token in ids:
@@ -81,17 +79,31 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class Encoder:
-    """Renders and tokenizes turns, and counts what it meets in `report`."""
+    """Renders and tokenizes turns, and counts what it meets in `report`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int], report: DataReport) -> None:
+    Args:
+        tokenizer: the model's.
+        eos_ids: see `eos_token_ids`.
+        report: of the dataset.
+        date: what a chat template prints that prints the date; None for today's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Collection[int],
+        report: DataReport,
+        date: datetime.date | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
-            raise TokenizerError("the tokenizer has no end token to close a response with. Set tokenizer.eos_token.")
+            raise TokenizerError("the tokenizer has no EOS token to close a response with. Set tokenizer.eos_token.")
         self.chat = bool(tokenizer.chat_template)
         self._tokenizer = tokenizer
         self._ends = frozenset({*eos_ids, tokenizer.eos_token_id})
         self._report = report
         self._blank: dict[int, bool] = {}
         self._start = self._start_ids()
+        self._renderer = Renderer(tokenizer, self._ends, report.columns, date or datetime.date.today())
 
     def plain(self, text: PlainText, row: int, where: str) -> Draft:
         """A row without roles, as one draft.
@@ -100,17 +112,17 @@ class Encoder:
             DatasetError: it holds what is no text.
         """
         replies = [text.completion, *([] if text.rejected is None else [text.rejected])]
-        wholes = tuple(_sound(text.prompt + reply, where) for reply in replies)
+        wholes = tuple(sound(text.prompt + reply, where) for reply in replies)
         return Draft(row, 0, text.prompt, wholes, plain=True)
 
     def render(
         self, talk: Conversation, row: int, chosen_turns: Literal["last", "random", "all"], where: str
     ) -> list[Draft]:
-        """The turns of a conversation to learn from, through the chat template.
+        """The turns of a conversation to train on, through the chat template; counts those that are left out.
 
         Raises:
             TokenizerError: there is no chat template.
-            DatasetError: the template refuses the conversation.
+            DatasetError: the template refuses the conversation, or does not print a part of its prompt.
         """
         if not self.chat:
             raise TokenizerError(
@@ -118,18 +130,33 @@ class Encoder:
                 "tokenizer.chat_template, copy one with trl.clone_chat_template(model, tokenizer, "
                 '"Qwen/Qwen3-0.6B"), or give rows of plain prompt and completion.'
             )
-        places = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        turns = [(index, place) for index, place in enumerate(places) if place >= max(talk.first, 1)]
-        if chosen_turns == "last" or talk.rejected is not None:
-            turns = turns[-1:]
         drafts = []
-        for index, place in turns:
-            before = talk.messages[:place]
-            replies = [talk.messages[place], *([] if talk.rejected is None else [talk.rejected])]
-            prompt = self._template(before, talk, where, opening=True)
-            wholes = tuple(self._template((*before, reply), talk, where) for reply in replies)
-            drafts.append(Draft(row, index, prompt, wholes, plain=False))
+        for index, place in self._chosen(talk, row, chosen_turns):
+            try:
+                prompt, wholes = self._renderer.turn(talk, place, where)
+            except Unprinted as reason:
+                self._report.drop(str(reason), row)
+            else:
+                drafts.append(Draft(row, index, prompt, wholes, plain=False))
         return drafts
+
+    def _chosen(self, talk: Conversation, row: int, chosen_turns: str) -> list[tuple[int, int]]:
+        """The replies to train on: which reply each is, and which message."""
+        places = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        turns = [(index, place) for index, place in enumerate(places) if place >= max(talk.first, 1)]
+        if not turns:
+            self._report.drop("reply without a prompt", row)
+        last = chosen_turns == "last" or talk.rejected is not None
+        chosen = []
+        for index, place in reversed(turns):
+            if place in talk.untrained:
+                self._report.drop(f"reply {talk.untrained[place]}", row)
+            else:
+                chosen.append((index, place))
+            # The rejected reply of a pair answers what the last one answers.
+            if last and (chosen or talk.rejected is not None):
+                break
+        return chosen[::-1]
 
     def turns(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Turn]]:
         """Tokenize drafts, giving the row number and the turn of each.
@@ -141,8 +168,16 @@ class Encoder:
         encoded = iter(self._encode(texts))
         for draft in drafts:
             prompt = next(encoded)
-            replies = [self._reply(draft, text, prompt, next(encoded)) for text in draft.wholes]
-            start = self._start if draft.plain else []
+            wholes = [next(encoded) for _ in draft.wholes]
+            try:
+                replies = [
+                    self._reply(draft, text, prompt, whole) for text, whole in zip(draft.wholes, wholes, strict=True)
+                ]
+            except TokenizerError as error:
+                self._report.refuse(error, draft.row)
+                continue
+            # Text that a template has rendered brings its start token along.
+            start = self._start if draft.plain and prompt[: len(self._start)] != self._start else []
             rejected = replies[1] if len(replies) > 1 else None
             yield draft.row, Turn(draft.index, (*start, *prompt), replies[0], rejected)
 
@@ -176,18 +211,6 @@ class Encoder:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
 
-    def _template(self, messages: Sequence[Message], talk: Conversation, where: str, *, opening: bool = False) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tools=talk.tools, add_generation_prompt=opening, tokenize=False
-            )
-        except _TEMPLATE_FAULTS as error:
-            reason = brief(error).rstrip(".")
-            raise DatasetError(
-                f"{where}: the chat template refuses it ({reason}). Mend the row, or use another template."
-            ) from error
-        return _sound(text, where)
-
     def _rewritten(self, row: int, prompt: list[int], whole: list[int]) -> TokenizerError:
         pairs = enumerate(zip(prompt, whole, strict=False))
         place = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(prompt), len(whole)))
@@ -219,13 +242,3 @@ class Encoder:
             verbose=False,  # lengths are looked after here, not by the tokenizer's own limit
         )["input_ids"]
         return encoded
-
-
-def _sound(text: str, where: str) -> str:
-    """The text, if a tokenizer can read it: JSON may hold halves of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DatasetError(f"{where}: holds {half}, half of a character. Write the text anew.") from error
-    return text

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
+from sapo.data.clock import parse_date
+from sapo.data.report import DataReport
 from sapo.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
@@ -57,17 +61,20 @@ class DataOptions:
         max_length: tokens of prompt and response together.
         max_prompt_length: tokens the prompt keeps when both together are too long.
         prompt_truncation: which side of a prompt is kept.
-        max_length_policy: cut what exceeds `max_length`, leave it out, or stop.
-        assistant_turns: learn from the last reply, from one drawn each epoch, or from each.
+        max_length_policy: truncate what exceeds `max_length`, leave it out, or stop; `auto` truncates, and
+            stops if that concerns more than half of the turns.
+        assistant_turns: train on the last reply, on one drawn each epoch, or on each.
         paired: rows hold chosen and rejected, and both are wanted.
+        date: what chat templates that print the date take for today; None for the day it is.
     """
 
     max_length: int
     max_prompt_length: int
     prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    max_length_policy: Literal["truncate", "drop", "error"] = "truncate"
+    max_length_policy: Literal["auto", "truncate", "drop", "error"] = "truncate"
     assistant_turns: Literal["last", "random", "all"] = "last"
     paired: bool = False
+    date: datetime.date | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2 or self.max_prompt_length < 1:
@@ -91,58 +98,8 @@ class DataOptions:
             max_length_policy=config.max_length_policy,
             assistant_turns=config.assistant_turns,
             paired=config.pair_source == "paired",
+            date=None if config.template_date is None else parse_date(config.template_date),
         )
-
-
-@dataclass
-class DataReport:
-    """What became of the rows.
-
-    Attributes:
-        source: the dataset's name, as in messages.
-        format: the format recognised.
-        rows: rows read.
-        kept: examples kept.
-        dropped: why, and how many rows were left out; where a row gives several turns, how many turns.
-        truncated_prompts: turns whose prompt was cut.
-        truncated_responses: turns whose response (or rejected response) was cut, its end token lost.
-        boundary_merges: replies tokenized apart, since a token would run across the end of the prompt.
-        prompt_lengths: tokens of each turn's prompt, after cutting.
-        response_lengths: tokens of each turn's response, after cutting.
-    """
-
-    source: str
-    format: str
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    truncated_prompts: int = 0
-    truncated_responses: int = 0
-    boundary_merges: int = 0
-    prompt_lengths: list[int] = field(default_factory=list)
-    response_lengths: list[int] = field(default_factory=list)
-
-    def drop(self, reason: str) -> None:
-        """Count one row (or turn) that is left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def lines(self) -> list[str]:
-        """A short summary, in plain text."""
-        turns = len(self.response_lengths)
-        several = f" ({turns} turns)" if turns != self.kept else ""
-        lines = [f"{self.source}: format {self.format}, {self.rows} rows, {self.kept} examples kept{several}"]
-        lines += [f"dropped {count}: {reason}" for reason, count in sorted(self.dropped.items())]
-        if self.truncated_prompts or self.truncated_responses:
-            lines.append(
-                f"cut to fit: {self.truncated_prompts} prompts, {self.truncated_responses} responses "
-                "(a cut response has no end token)"
-            )
-        if self.boundary_merges:
-            lines.append(
-                f"{self.boundary_merges} replies tokenized apart from their prompt, as a token would span "
-                "both; a space that ends the prompts belongs at the start of the completions"
-            )
-        return lines
 
 
 class ExampleTable:
@@ -205,6 +162,21 @@ def is_prepared(rows: Any) -> bool:
     )
 
 
+def largest_token(prepared: datasets.Dataset) -> tuple[int, int]:
+    """The largest token id of a prepared dataset, and the number of a row that holds it."""
+    largest, row = -1, 0
+    for batch in prepared.with_format("arrow").iter(batch_size=1000):
+        for name in ExampleTable.NESTED:
+            if name in batch.column_names:
+                nested = pyarrow.compute.list_flatten(batch.column(name))
+                found = pyarrow.compute.max(pyarrow.compute.list_flatten(nested)).as_py()
+                if found is not None and found > largest:
+                    largest = found
+                    holds = [any(found in ids for ids in turns) for turns in batch.column(name).to_pylist()]
+                    row = batch.column("row")[holds.index(True)].as_py()
+    return largest, row
+
+
 def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
     """Records of a prepared dataset -> `{"examples": [...]}`.
 
@@ -239,3 +211,16 @@ def dataset_digest(prepared: datasets.Dataset) -> str:
 def _feed(digest: _Hash, values: pyarrow.Array) -> None:
     # One width for all, so that a dataset saved with wider integers has the same digest.
     digest.update(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+
+
+__all__ = [
+    "DataOptions",
+    "DataReport",
+    "Example",
+    "ExampleTable",
+    "Turn",
+    "collate_examples",
+    "dataset_digest",
+    "is_prepared",
+    "largest_token",
+]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from sapo.data.examples import DataOptions, DataReport
-from sapo.data.loading import Rows, load_files, load_hub, load_rows
+from sapo.data.files import Rows
+from sapo.data.loading import load_files, load_hub, load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError
 from sapo.seeds import derive_seed
@@ -56,6 +57,7 @@ def prepare_mixture(
     options: DataOptions,
     *,
     eos_ids: Collection[int],
+    count_faults: bool = False,
 ) -> tuple[datasets.Dataset, list[DataReport]]:
     """`prepare_dataset` on each member; row numbers go on from one to the next, so that none occurs twice."""
     parts: list[datasets.Dataset] = []
@@ -68,6 +70,7 @@ def prepare_mixture(
             eos_ids=eos_ids,
             source=member.name,
             first_row=sum(report.rows for report in reports),
+            count_faults=count_faults,
         )
         parts.append(part)
         reports.append(report)

@@ -10,7 +10,9 @@ import datasets
 
 from sapo.data.encoding import Draft, Encoder
 from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, is_prepared
-from sapo.data.formats import Dropped, PlainText, detect_format, parse_row
+from sapo.data.formats import detect_format, parse_row
+from sapo.data.messages import Dropped, PlainText
+from sapo.data.report import SHOWN_ROWS, Faults
 from sapo.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def prepare_dataset(
     eos_ids: Collection[int],
     source: str = "dataset",
     first_row: int = 0,
+    count_faults: bool = False,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenize all rows, in memory.
 
@@ -38,50 +41,99 @@ def prepare_dataset(
         eos_ids: see `eos_token_ids`. A response that ends with none of them gets the tokenizer's own.
         source: the dataset's name in messages.
         first_row: number of the first row in the result; messages count from 1 in any case.
+        count_faults: count malformed rows in the report instead of stopping at the first, and let a `max_length` pass
+            that truncates most rows.
 
     Returns:
         A dataset with one record per `Example` (`row` int64; `turn` list of int64; `prompt_ids`,
         `response_ids` and, if paired, `rejected_ids`, each a list of lists of int32), and the report.
 
     Raises:
-        DatasetError: a malformed row, a too long one if `max_length_policy="error"`, or nothing left.
-        TokenizerError: no chat template, no end token, or a template that rewrites the history.
+        DatasetError: a malformed row; a too long one if `max_length_policy="error"`, or more of them than not if it is
+            "auto"; or nothing left.
+        TokenizerError: no chat template, no EOS token, or a template that rewrites the history.
     """
     numbered = enumerate(rows)
     head = next(numbered, None)
     if head is None:
         raise DatasetError(f"{source}: holds no rows. Give a dataset that does.")
     layout = detect_format(head[1], paired=options.paired, source=source)
-    report = DataReport(source, layout)
-    encoder = Encoder(tokenizer, eos_ids, report)
+    report = DataReport(source, layout, max_length=options.max_length, faults=Faults() if count_faults else None)
+    encoder = Encoder(tokenizer, eos_ids, report, options.date)
     table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
     stream = chain([head], numbered)
+    seen: set[int] = set()
     while chunk := list(islice(stream, _CHUNK)):
         drafts: list[Draft] = []
         for number, row in chunk:
             report.rows += 1
-            where = f"row {number + 1} of {source}"
-            parsed = parse_row(row, layout, paired=options.paired, chat=encoder.chat, where=where)
-            if isinstance(parsed, Dropped):
-                report.drop(parsed.reason)
-            elif isinstance(parsed, PlainText):
-                drafts.append(encoder.plain(parsed, number, where))
-            elif found := encoder.render(parsed, number, options.assistant_turns, where):
-                drafts += found
-            else:
-                report.drop("reply without a prompt")
+            try:
+                drafts += _drafts(row, number, layout, options, encoder, report)
+            except DatasetError as error:
+                report.refuse(error, number)
         for number, turn in encoder.turns(drafts):
-            fitted = _fit(turn, number, options, report)
+            try:
+                fitted = _fit(turn, number, options, report)
+            except DatasetError as error:
+                report.refuse(error, number)
+                continue
             if fitted is not None:
                 table.add(first_row + number, fitted)
+                _note_duplicate(fitted, number, seen, report)
     report.kept = len(table)
+    _check_lengths(options, report)
     if not report.kept:
-        reasons = ", ".join(f"{count} for: {reason}" for reason, count in sorted(report.dropped.items()))
+        reasons = [f"{count} for: {reason}" for reason, count in sorted(report.dropped.items())]
+        refused = [] if report.faults is None else report.faults.lines()
         raise DatasetError(
-            f"{source}: none of its {report.rows} rows can be used (dropped {reasons}). "
-            "Mend the rows, or raise max_length if they are too long."
+            f"{source}: none of its {report.rows} rows can be used (dropped {', '.join(reasons) or 'none'}"
+            f"{''.join(f'; {line}' for line in refused)}). Fix the rows, or raise max_length if they are too long."
         )
     return table.dataset(), report
+
+
+def _drafts(
+    row: dict[str, Any], number: int, layout: str, options: DataOptions, encoder: Encoder, report: DataReport
+) -> list[Draft]:
+    where = f"row {number + 1} of {report.source}"
+    parsed = parse_row(row, layout, paired=options.paired, chat=encoder.chat, where=where, use=report.columns)
+    if isinstance(parsed, Dropped):
+        report.drop(parsed.reason, number)
+        return []
+    if isinstance(parsed, PlainText):
+        report.replies[0] += 1
+        return [encoder.plain(parsed, number, where)]
+    roles = [message["role"] for message in parsed.messages]
+    report.replies[roles.count("assistant")] += 1
+    report.system_messages += any(
+        message["role"] in ("system", "developer") and bool(message["content"].strip()) for message in parsed.messages
+    )
+    return encoder.render(parsed, number, options.assistant_turns, where)
+
+
+def _note_duplicate(turn: Turn, row: int, seen: set[int], report: DataReport) -> None:
+    mark = hash((turn.prompt_ids, turn.response_ids, turn.rejected_ids))
+    if mark not in seen:
+        seen.add(mark)
+        return
+    report.duplicates += 1
+    if report.duplicates <= SHOWN_ROWS:
+        report.duplicate_rows.append(row + 1)
+
+
+def _check_lengths(options: DataOptions, report: DataReport) -> None:
+    """Refuse a `max_length` that is too small for most of the data: a wrong number, more often than a wish."""
+    total = len(report.total_lengths)
+    if options.max_length_policy != "auto" or 2 * report.too_long <= total:
+        return
+    error = DatasetError(
+        f"{report.source}: {report.too_long} of {total} prompts with their responses are longer than "
+        f"max_length={options.max_length} and would be truncated. Raise it: --max_length {report.length_for(95)} keeps "
+        f"95% of them whole, {report.length_for(100)} all; or ask for it with --max_length_policy truncate."
+    )
+    if report.faults is None:
+        raise error
+    report.faults.of_all.append(str(error))
 
 
 def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn | None:
@@ -91,13 +143,14 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         sides.append(turn.rejected_ids)
     if not prompt:
         # Without so much as a start token there is nothing to predict the first token from.
-        report.drop("empty prompt")
+        report.drop("empty prompt", row)
         return None
     if not all(sides):
-        report.drop("empty reply")
+        report.drop("empty reply", row)
         return None
     longest = max(sides, key=len)
     total = len(prompt) + len(longest)
+    report.total_lengths.append(total)
     if total > options.max_length and options.max_length_policy == "error":
         raise DatasetError(
             f"row {row + 1} of {report.source}: {len(prompt)} prompt tokens and {len(longest)} response "
@@ -105,7 +158,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
             "truncate or drop."
         )
     if total > options.max_length and options.max_length_policy == "drop":
-        report.drop(f"longer than max_length={options.max_length}")
+        report.drop(f"longer than max_length={options.max_length}", row)
         return None
     # Both sides of a pair share one prompt, so the longer side decides whether the prompt is cut.
     kept, response = truncate(
@@ -116,11 +169,11 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         prompt_truncation=options.prompt_truncation,
     )
     if not response:
-        report.drop("no room for a response after the prompt")
+        report.drop("no room for a response after the prompt", row)
         return None
     cut = [side[: len(response)] for side in sides]
     if len(cut) == 2 and cut[0] == cut[1]:
-        report.drop("chosen equals rejected")
+        report.drop("chosen equals rejected", row)
         return None
     report.truncated_prompts += len(kept) < len(prompt)
     report.truncated_responses += len(response) < len(longest)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sapo.data.formats import Conversation, Dropped, Message, PlainText, detect_format, parse_row
+from sapo.data.formats import detect_format, parse_row
+from sapo.data.messages import Conversation, Dropped, Message, PlainText
 from sapo.data.mixture import Member
 
 

@@ -140,7 +140,7 @@ def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
     # Evenly spread: files are often sorted by topic.
     places = [place * len(prepared) // wanted for place in range(wanted)]
     examples = collate_examples([prepared[place] for place in places])["examples"]
-    notes = [line for line in report.lines()[1:] if not line.startswith("cut")]
+    notes = [line for line in report.lines()[1:] if not line.startswith(("cut", "warning: "))]
     if report.truncated_prompts or report.truncated_responses:
         notes.append(
             f"Of {len(prepared)} rows, {report.truncated_prompts} prompts and {report.truncated_responses} responses "

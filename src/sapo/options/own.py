@@ -345,8 +345,14 @@ class OwnOptions:
     prompt_truncation: Literal["keep_end", "keep_start"] = _data(
         "keep_end", "End of a prompt that is kept when it is truncated."
     )
-    max_length_policy: Literal["truncate", "drop", "error"] = _data(
-        "truncate", "What to do with rows longer than max_length. They are counted and reported in any case."
+    max_length_policy: Literal["auto", "truncate", "drop", "error"] = _data(
+        "auto",
+        "What to do with rows longer than max_length. They are counted and reported in any case. auto truncates them, "
+        "and stops before training if they are more than half.",
+    )
+    template_date: str | None = _data(
+        None,
+        "Date (YYYY-MM-DD) for chat templates that print it. Unset: the day the run began; a resumed run keeps it.",
     )
 
     # Speed and memory: none of these changes the result beyond floating point.

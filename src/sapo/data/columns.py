@@ -1,0 +1,148 @@
+"""Every column of a row is accounted for: it is used, repeats what is used, is listed, or the row is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sapo.data.messages import Conversation, PlainText, from_json_text, names
+from sapo.errors import DatasetError
+
+SYSTEM = ("system", "system_prompt", "system_message")
+PROMPT_COLUMNS = frozenset(
+    {
+        *SYSTEM,
+        *("prompt", "prompts", "question", "query", "instruction", "input", "inputs", "context", "contexts"),
+        *("passage", "background", "history", "document", "documents", "tools", "functions", "chat_template_kwargs"),
+        *("messages", "conversation", "conversations", "dialog", "dialogue"),
+        *("image", "images", "video", "videos", "audio", "audios"),
+    }
+)
+"""Columns that are part of a prompt wherever they occur, in lower case."""
+
+_WORDS = 5
+"""Words from which a text in a column that is not used looks like a part of the conversation."""
+
+_CHANCE = 16
+"""Characters from which a text does not stand inside another by chance."""
+
+
+@dataclass
+class ColumnUse:
+    """What was not trained on, over all rows of a dataset.
+
+    Attributes:
+        unused: columns that hold something and were not read, and in how many rows.
+        texts: those of them that look like text of the conversation.
+    """
+
+    unused: dict[str, int] = field(default_factory=dict)
+    texts: set[str] = field(default_factory=set)
+
+    def note(self, name: str, *, text: bool = False) -> None:
+        """Count a column, or a part of one, that is not used in a row."""
+        self.unused[name] = self.unused.get(name, 0) + 1
+        if text:
+            self.texts.add(name)
+
+    def lines(self) -> list[str]:
+        """What was not used, in plain text."""
+        lines = [f"columns not used: {', '.join(sorted(self.unused))}"] if self.unused else []
+        if self.texts:
+            lines.append(
+                f"warning: {', '.join(sorted(self.texts))} looks like text of the conversation and is not trained on"
+            )
+        return lines
+
+
+class Fields:
+    """The columns of one row; it remembers which were read."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        self.row = row
+        self.where = where
+        self.used: set[str] = set()
+
+    def peek(self, name: str) -> Any:
+        """A value, without using it."""
+        return self.row.get(name)
+
+    def get(self, name: str) -> Any:
+        """A value that becomes a part of the example."""
+        self.used.add(name)
+        return self.row.get(name)
+
+    def account(self, layout: str, parsed: Conversation | PlainText, use: ColumnUse | None, known: set[str]) -> None:
+        """Look at the columns that were not read.
+
+        Args:
+            layout: the format of the row.
+            parsed: what was read.
+            use: counts the columns; None where nobody asks.
+            known: columns that the format knows and leaves out on purpose; they are listed, with no warning.
+
+        Raises:
+            DatasetError: some belong to the prompt and say what the prompt does not.
+        """
+        left = {name: value for name, value in self.row.items() if name not in self.used and _holds(value)}
+        if not left:
+            return
+        said: list[str] | None = None
+        lost = []
+        for name, value in left.items():
+            belongs = name.lower() in PROMPT_COLUMNS
+            text = False
+            if belongs or (use is not None and name not in known and name not in use.texts):
+                said = _said(parsed) if said is None else said
+                text = not _repeats(value, said)
+                if text and belongs:
+                    lost.append(name)
+            if use is not None:
+                use.note(name, text=text and name not in known and _talks(value))
+        if lost:
+            raise DatasetError(
+                f"{self.where}: the columns {names(lost)} belong to the prompt, and the format {layout} does not use "
+                "them. Put their text into the prompt, or remove these columns."
+            )
+
+
+def _holds(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds, value))
+    return value is not None
+
+
+def _said(parsed: Conversation | PlainText) -> list[str]:
+    if isinstance(parsed, PlainText):
+        return [parsed.prompt.strip(), parsed.completion.strip(), parsed.prompt + parsed.completion]
+    return [str(message["content"]).strip() for message in parsed.messages]
+
+
+def _repeats(value: object, said: list[str]) -> bool:
+    """Whether all texts in a column stand in the example already; short ones as a whole, to be no chance."""
+    found = [text.strip() for text in _texts(from_json_text(value))]
+    return bool(found) and all(
+        text in said or (len(text) >= _CHANCE and any(text in other for other in said)) for text in found
+    )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Texts inside a value; of messages, their contents alone."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        keys = next((keys for keys in (("content",), ("value",)) if keys[0] in value), tuple(value))
+        for key in keys:
+            yield from _texts(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _talks(value: object) -> bool:
+    return any(len(text.split()) >= _WORDS for text in _texts(from_json_text(value)))

@@ -1,0 +1,237 @@
+"""Read one data file: JSON, JSON lines, CSV, Parquet or Arrow, compressed or not.
+
+JSON is read here and not by `datasets`, whose inference refuses rows that differ in their fields, and whose
+errors name neither file nor line.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from sapo.errors import DatasetError, brief
+
+Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]"
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+CSV_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
+
+
+def plain_name(file: Path) -> Path:
+    """The name of a file without the suffix of its compression."""
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
+
+
+def is_data(file: Path) -> bool:
+    """Whether a file has a name that `read_file` reads."""
+    return plain_name(file).suffix.lower() in SUFFIXES
+
+
+def read_file(file: Path, split: str | None = None) -> Rows:
+    """All rows of a file.
+
+    Args:
+        file: its name tells what it is.
+        split: of a JSON document that holds several splits, the one wanted; None for "train".
+
+    Raises:
+        DatasetError: it cannot be read, with the line where there is one.
+    """
+    suffix = plain_name(file).suffix.lower()
+    if suffix == ".json":
+        return _json_document(_bytes(file), file, split or "train")
+    if split not in (None, "train"):
+        raise _one_split(file, str(split))
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_lines(_bytes(file), file)
+    if suffix in CSV_SUFFIXES:
+        return _csv(_bytes(file), file, "\t" if suffix == ".tsv" else ",")
+    try:
+        if suffix in TABLE_SUFFIXES:
+            packed = io.BytesIO(_bytes(file)) if plain_name(file) != file else file
+            table = pyarrow.parquet.read_table(packed) if suffix == ".parquet" else _arrow_table(packed)
+            return datasets.Dataset.from_dict({name: table.column(name) for name in table.column_names})
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DatasetError(f"{file}: not readable as {suffix[1:]} ({one_line(error)}). Write it again.") from error
+    raise DatasetError(
+        f"{file}: is not of a supported kind; accepted are {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}."
+    )
+
+
+def _arrow_table(file: Path | io.BytesIO) -> pyarrow.Table:
+    """`datasets` writes the streaming form of Arrow, other programs the file form."""
+    with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file, "r") as source:
+        if source.read(6) == b"ARROW1":
+            source.seek(0)
+            return pyarrow.ipc.open_file(source).read_all()
+        source.seek(0)
+        return pyarrow.ipc.open_stream(source).read_all()
+
+
+def _bytes(file: Path) -> bytes:
+    suffix = file.suffix.lower()
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+    if suffix in COMPRESSED:
+        raw = _unpacked(raw, file, suffix)
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _unpacked(raw: bytes, file: Path, suffix: str) -> bytes:
+    readers: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.decompress,
+        ".xz": lzma.decompress,
+        ".bz2": bz2.decompress,
+        ".zst": _zstandard,
+    }
+    try:
+        return readers[suffix](raw)
+    except ImportError as error:
+        raise DatasetError(f"{file}: reading .zst needs zstandard. Run: pip install zstandard") from error
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
+        raise DatasetError(f"{file}: cannot be decompressed ({one_line(error)}). Copy or write it again.") from error
+
+
+def _zstandard(raw: bytes) -> bytes:
+    import zstandard  # type: ignore[import-not-found, unused-ignore]
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(raw), read_across_frames=True) as reader:
+            found: bytes = reader.read()
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    return found
+
+
+def _decode(raw: bytes, file: Path, line: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        byte = error.start - (raw.rfind(b"\n", 0, error.start) + 1) + 1
+        raise DatasetError(
+            f"{file}, line {line}: not UTF-8 (byte {byte} of the line is 0x{raw[error.start]:02x}). "
+            "Save the file as UTF-8."
+        ) from error
+
+
+def _csv(raw: bytes, file: Path, delimiter: str) -> list[dict[str, Any]]:
+    """Rows of text under the names of the first line; what a cell does not say is empty."""
+    text = _decode(raw, file, 1)
+    limit = csv.field_size_limit(len(raw) + 1)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DatasetError(f"{file}, line 1: names a column twice. Give each a name of its own.")
+        rows = []
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DatasetError(
+                    f"{file}, line {reader.line_num}: has {len(cells)} cells, and the first line names {len(header)} "
+                    "columns. Quote cells that hold the separator or a line break."
+                )
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DatasetError(
+            f"{file}, line {reader.line_num}: not valid CSV ({one_line(error)}). Quote its cells."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+def _parse(text: str, file: Path, line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{file}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno})."
+        ) from error
+    except RecursionError as error:
+        raise DatasetError(f"{file}, line {line}: JSON nested too deeply to be a conversation.") from error
+
+
+def _json_lines(raw: bytes, file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        text = _decode(line, file, number)
+        if text.strip():
+            rows.append(_object(_parse(text, file, number), f"{file}, line {number}"))
+    return rows
+
+
+def _one_split(file: Path, split: str) -> DatasetError:
+    return DatasetError(
+        f'{file}: is one file, which is the split "train"; there is no "{split}". Give a folder with train.jsonl and '
+        f"{split}.jsonl, or the other file's own path."
+    )
+
+
+def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
+    """A list of objects, an object that holds one (as `data`, or by split), or, in spite of its name, JSON lines."""
+    text = _decode(raw, file, 1)
+    if not text.strip():
+        return []
+    if text.lstrip().startswith("{") and _is_json_lines(text):
+        if split != "train":
+            raise _one_split(file, split)
+        return _json_lines(raw, file)
+    document = _parse(text, file, 1)
+    listed = [name for name, value in document.items() if isinstance(value, list)] if isinstance(document, dict) else []
+    if split != "train" and split not in listed:
+        raise _one_split(file, split)
+    if isinstance(document, dict):
+        if split not in listed and "data" not in listed:
+            raise DatasetError(
+                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; rows are "
+                'expected as a list, under the key "data" or "train", or one object a line.'
+            )
+        document = document[split if split in listed else "data"]
+    if not isinstance(document, list):
+        raise DatasetError(f"{file}: is {_kind(document)}; expected a list of objects.")
+    return [_object(row, f"{file}, row {number}") for number, row in enumerate(document, 1)]
+
+
+def _is_json_lines(text: str) -> bool:
+    first = next(line for line in text.split("\n") if line.strip())
+    try:
+        row = json.loads(first)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(row, dict) and not any(isinstance(row.get(name), list) for name in ("data", "train"))
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DatasetError(f"{where}: is {_kind(value)}; each row must be an object with named fields.")
+    return value
+
+
+def _kind(value: object) -> str:
+    known = {str: "text", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else known.get(type(value), "an object")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, to be quoted in another."""
+    return brief(error).rstrip(".") or type(error).__name__

@@ -1,0 +1,205 @@
+"""Which files of a folder make up a split: by their names, as `datasets` has them, or by a hub snapshot's README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import yaml
+
+from sapo.data.files import JSON_SUFFIXES, Rows, is_data, one_line, plain_name, read_file
+from sapo.errors import DatasetError
+
+_ALIASES = (("train", "training"), ("test", "testing", "eval", "evaluation"), ("validation", "valid", "val", "dev"))
+_WORDS = tuple(word for words in _ALIASES for word in words)
+_METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
+
+def read_folder(folder: Path, config: str | None, split: str) -> Rows:
+    """The rows of a split.
+
+    Args:
+        folder: what `datasets` saved; a snapshot of a hub dataset; or files named by split.
+        config: which configuration of a snapshot.
+        split: its name, such as `train` or `test_prefs`.
+
+    Raises:
+        DatasetError: there is no such configuration or split, or its files cannot be read as one.
+    """
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        _no_configuration(folder, config)
+        return _read_saved(folder, split)
+    stated = _stated(folder, config)
+    if stated is None and config is not None:
+        if not (folder / config).is_dir():
+            _no_configuration(folder, config)
+        folder = folder / config
+    by_split = _by_name(folder, split) if stated is None else stated
+    if not by_split:
+        raise DatasetError(
+            f"{folder}: holds no data. Put train.jsonl (or .json, .csv, .parquet, .arrow) there, or give a file."
+        )
+    if split == "train" and set(by_split) == {""}:
+        return join(by_split[""], folder)  # a folder of nameless shards
+    exact = [file for file in by_split.get("", ()) if plain_name(file).stem == split]
+    found = by_split.get(split) or exact or _alias(by_split, split)
+    if not found:
+        known = sorted({*by_split, *(plain_name(file).stem for file in by_split.get("", ()))} - {""})
+        raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(known)}. Name one of these.')
+    return join(found, folder)
+
+
+def splits_of(folder: Path, config: str | None = None) -> list[str]:
+    """The names of the splits that a folder states; empty where its files bear none, and for what `datasets` saved
+    without any.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if (folder / "state.json").is_file():
+        return []
+    stated = _stated(folder, config)
+    place = folder / config if config is not None and (folder / config).is_dir() else folder
+    return sorted({*(_by_name(place, "") if stated is None else stated)} - {""})
+
+
+def _no_configuration(folder: Path, config: str | None) -> None:
+    if config is not None:
+        raise DatasetError(
+            f"{folder}: is local and has no configuration {config!r}. Leave dataset_config out, or give the path of "
+            "the file itself."
+        )
+
+
+def _by_name(folder: Path, split: str) -> dict[str, list[Path]]:
+    """Data files by the split that their names state; nameless ones under the empty name."""
+    by_split: dict[str, list[Path]] = {}
+    for place in (folder, folder / "data"):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if file.is_file() and is_data(file) and file.name not in _METADATA:
+                by_split.setdefault(split_name(file), []).append(file)
+    for sub in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        if sub.name.split("_")[0] in _WORDS or sub.name == split:
+            shards = [file for file in sorted(sub.iterdir()) if is_data(file)]
+            if shards:
+                by_split.setdefault(sub.name, []).extend(shards)
+    return by_split
+
+
+def split_name(file: Path) -> str:
+    """The split that a file's name states, or nothing.
+
+    `test_prefs-00000-of-00002.parquet` is `test_prefs`, as `datasets` writes it; `train_1M.jsonl` is `train_1M`;
+    `train-3.jsonl` and `train_part2.jsonl` are parts of `train`.
+    """
+    stem = plain_name(file).stem
+    sharded = re.fullmatch(r"(\w[\w.-]*?)-\d+-of-\d+", stem)
+    name = sharded[1] if sharded else re.sub(r"(?:[-_.](?:part|shard|chunk)?[-_.]?\d+)+$", "", stem)
+    first = re.split(r"[-_.]", name, maxsplit=1)[0].lower()
+    return name if first in _WORDS else ""
+
+
+def _alias(by_split: dict[str, list[Path]], split: str) -> list[Path]:
+    """The files of a split under another name of the same meaning, such as `dev` for `validation`."""
+    words = next((words for words in _ALIASES if split in words), ())
+    found = [by_split[word] for word in words if word in by_split]
+    return found[0] if len(found) == 1 else []
+
+
+def _stated(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
+    """Files by split as the README of a hub snapshot states them under `configs:`; None if it does not."""
+    readme = folder / "README.md"
+    try:
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    except OSError:
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    try:
+        content = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return None  # a model card or a note: the names of the files tell
+    listed = content.get("configs") if isinstance(content, dict) else None
+    configs = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    configs = [entry for entry in configs if "data_files" in entry or "data_dir" in entry]
+    if not configs:
+        return None
+    by_name = {str(entry.get("config_name", "default")): entry for entry in configs}
+    wanted = config
+    if wanted is None:
+        marked = [name for name, entry in by_name.items() if entry.get("default") is True or name == "default"]
+        wanted = marked[0] if marked else next(iter(by_name)) if len(by_name) == 1 else None
+    if wanted is None or wanted not in by_name:
+        said = "needs one" if wanted is None else f"has no {wanted!r}"
+        raise DatasetError(f"{folder}: dataset_config {said}; its README has {', '.join(sorted(by_name))}.")
+    return _files_of(folder, by_name[wanted], wanted)
+
+
+def _files_of(folder: Path, entry: dict[str, Any], config: str) -> dict[str, list[Path]]:
+    base = folder / str(entry.get("data_dir", ""))
+    given = entry.get("data_files")
+    if given is None:
+        return _by_name(base, "") if base.is_dir() else {}
+    if isinstance(given, dict):
+        given = [{"split": split, "path": path} for split, path in given.items()]
+    items = given if isinstance(given, list) and given and isinstance(given[0], dict) else [{"path": given}]
+    by_split: dict[str, list[Path]] = {}
+    for item in items:
+        path = item.get("path") if isinstance(item, dict) else None
+        patterns = [path] if isinstance(path, str) else path
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise DatasetError(f"{folder}: README.md, configs, {config}: data_files is not understood. Give a file.")
+        for pattern in patterns:
+            if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+                raise DatasetError(f"{folder}: README.md, configs, {config}: {pattern!r} leads out of the folder.")
+            try:
+                files = [file for file in sorted(base.glob(pattern)) if file.is_file()]
+            except (ValueError, NotImplementedError) as error:
+                raise DatasetError(
+                    f"{folder}: README.md, configs, {config}: {pattern!r}: {one_line(error)}."
+                ) from error
+            if files:  # a snapshot of some of the splits is ordinary
+                by_split.setdefault(str(item.get("split", "train")), []).extend(files)
+    return by_split
+
+
+def join(files: list[Path], where: Path | str) -> Any:
+    """Several files as one split.
+
+    Raises:
+        DatasetError: they are of different kinds, one is there twice, or their columns do not fit.
+    """
+    names = [plain_name(file) for file in files]
+    if len({name.suffix.lower() in JSON_SUFFIXES for name in names}) > 1 or (
+        len({name.with_suffix("") for name in names}) < len(files)
+    ):
+        listing = ", ".join(file.name for file in files[:4])
+        raise DatasetError(f"{where}: {listing} would be read as one split. Keep one of them, or give its path.")
+    parts: list[Any] = [read_file(file) for file in files]
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, list) for part in parts):
+        return [row for part in parts for row in part]
+    try:
+        return datasets.concatenate_datasets(parts)
+    except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        raise DatasetError(
+            f"{where}: its {len(files)} files do not fit together ({one_line(error)}). Give them the same columns."
+        ) from error
+
+
+def _read_saved(folder: Path, split: str) -> Rows:
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise DatasetError(
+            f"{folder}: was saved by datasets, but cannot be read ({one_line(error)}). Save it again."
+        ) from error
+    if not isinstance(saved, datasets.DatasetDict):
+        if split != "train":
+            raise DatasetError(f'{folder}: holds one dataset without splits, so there is no "{split}".')
+        return saved
+    if split not in saved:
+        raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(saved)}.')
+    return saved[split]

@@ -1,0 +1,279 @@
+"""One message, and lists of messages, in any published spelling -> role, content and tool calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from sapo.errors import DatasetError, brief
+
+Message: TypeAlias = dict[str, Any]
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLE_SPELLINGS = {
+    "human": "user",
+    "prompter": "user",
+    "customer": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+"""Roles of ShareGPT and others, in lower case, and what they are called here."""
+
+_KEYS = {"role", "from"}
+_CALL_KEYS = {"name", "function"}
+_CALLS = ("function_call", "tool_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_SWITCHES = ("train", "training", "trainable", "loss", "label")
+_MASKS = ("mask", "masked", "ignore")
+MARKS = ("weight", *_SWITCHES, *_MASKS)
+"""Fields of a row or a message that may say that it is not to be trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that end with the assistant's reply.
+
+    Attributes:
+        messages: `{"role", "content", ...}`, roles as in `ROLES`.
+        first: replies before this message belong to a prompt that the row states, and are not trained on.
+        rejected: the assistant message that a paired row puts in place of the last one.
+        tools: what the row offers in its `tools` column, handed to the chat template.
+        documents: likewise, its `documents` column.
+        template_options: likewise, its `chat_template_kwargs` column.
+        untrained: replies (by index among the messages) that the row says not to train on, and the mark.
+    """
+
+    messages: tuple[Message, ...]
+    first: int = 0
+    rejected: Message | None = None
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    untrained: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """Text without roles: no chat template is applied."""
+
+    prompt: str
+    completion: str
+    rejected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that cannot be trained on, and why, in words that a report can count."""
+
+    reason: str
+
+
+def untrained_mark(fields: Mapping[str, Any]) -> str | None:
+    """What in a row or a message says that it is not to be trained on, such as `weight: 0`; None where nothing does.
+
+    Read are `weight` 0, `train`, `training`, `trainable`, `loss` and `label` false, `mask`, `masked` and `ignore`
+    true; from CSV, as text.
+    """
+    for name in MARKS:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            value = {"true": True, "false": False, "0": 0, "0.0": 0, "1": 1}.get(value.strip().lower(), value)
+        if name == "weight":
+            found = isinstance(value, (bool, int, float)) and value == 0
+        elif name == "label":
+            # A measure such as a loss of 0.0 is no switch, but many tools write KTO's label as 0 and 1.
+            found = isinstance(value, (bool, int)) and value == 0
+        else:
+            found = value is (name in _MASKS)
+        if found:
+            return f"marked {name}: {str(fields[name]).lower()}"
+    return None
+
+
+def parse_messages(value: object, column: str, where: str) -> list[Message]:
+    """Check a list of messages, one message, or JSON text of either; other spellings of keys and roles are translated.
+
+    Raises:
+        DatasetError: it is something else, or holds what is no message.
+    """
+    value = from_json_text(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list of messages.')
+    if not value:
+        raise DatasetError(f'{where}: "{column}" is an empty list; it must hold at least one message.')
+    return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)]
+
+
+def from_json_text(value: object) -> object:
+    """A list or an object that was stored as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            return value
+        return found if isinstance(found, (list, dict)) else value
+    return value
+
+
+def from_stored(value: object) -> object:
+    """Messages that were stored as JSON text; other text stays text, also where it is JSON, as some replies are."""
+    found = from_json_text(value)
+    items = [found] if isinstance(found, Mapping) else found
+    if isinstance(items, list) and items and all(isinstance(item, Mapping) and item.keys() & _KEYS for item in items):
+        return found
+    return value if isinstance(value, str) else found
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the nulls that Arrow adds to objects: a field that any row has, all rows have."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _message(item: object, name: str, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DatasetError(f"{where}: {name} is {kind(item)}; it must be an object with role and content.")
+    fields = {key: value for key, value in item.items() if value is not None}
+    for key, known in (("from", "role"), ("value", "content")):
+        if key in fields and known not in fields:
+            fields[known] = fields.pop(key)
+    given = fields.get("role")
+    spelt = given.strip().lower() if isinstance(given, str) else None
+    role = spelt if spelt in ROLES else ROLE_SPELLINGS.get(spelt or "")
+    if role is None:
+        found = "no role" if given is None else f"the unknown role {brief(json.dumps(given, default=str), 60)}"
+        raise DatasetError(
+            f"{where}: {name} has {found}; known are {names(ROLES)}, and ShareGPT's {names(ROLE_SPELLINGS)}."
+        )
+    if "content" not in item and "value" not in item and not fields.keys() & {"tool_calls", "function_call"}:
+        raise DatasetError(f"{where}: {name} has no content; it holds {names(fields)}.")
+    content = _content(fields.get("content"), name, where)
+    calls = fields.pop("tool_calls", None) or fields.pop("function_call", None)
+    fields.pop("function_call", None)
+    made: Message = {**without_nulls(fields), "role": role, "content": content}
+    if role == "assistant":
+        if not calls and spelt in _CALLS:
+            stored = from_json_text(content)
+            items = [stored] if isinstance(stored, Mapping) else stored
+            if isinstance(items, list) and all(isinstance(i, Mapping) and i.keys() & _CALL_KEYS for i in items):
+                calls, made["content"] = items, ""
+        if calls:
+            made["tool_calls"] = _tool_calls(calls, name, where)
+    return made
+
+
+def _content(content: object, name: str, where: str) -> str:
+    """Text, or a list of text parts, as one text; nothing at all is empty text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise DatasetError(f"{where}: {name} has {kind(content)} as content; it must be text.")
+    texts = []
+    for part in content:
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part
+        sort = fields.get("type", "text") if isinstance(fields, Mapping) else None
+        text = fields.get("text") if isinstance(fields, Mapping) and sort in _TEXT_PARTS else None
+        if not isinstance(text, str):
+            found = f"a part of type {brief(json.dumps(sort, default=str), 40)}" if sort else f"{kind(part)} as a part"
+            raise DatasetError(f"{where}: {name} has {found} in its content; only text can be trained on.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_calls(calls: object, name: str, where: str) -> list[Any]:
+    calls = from_json_text(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise DatasetError(f"{where}: {name} has {kind(calls)} as tool_calls; it must be a list of objects.")
+    return [_tool_call(call) for call in calls]
+
+
+def _tool_call(call: object) -> Any:
+    """A call whose arguments are an object: as JSON text, as some services give them, they would be quoted again."""
+    if not isinstance(call, Mapping):
+        return call
+    if "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return without_nulls(call)
+    made = without_nulls({key: value for key, value in function.items() if key != "arguments"})
+    if "arguments" in function:
+        given = function["arguments"]
+        if given is None or (isinstance(given, str) and not given.strip()):
+            given = {}
+        # Nulls that are written in JSON text are meant; those of a struct are Arrow's.
+        made["arguments"] = from_json_text(given) if isinstance(given, str) else without_nulls(given)
+    return {**without_nulls({key: value for key, value in call.items() if key != "function"}), "function": made}
+
+
+def parse_tools(value: object, column: str, where: str) -> list[Any] | None:
+    """A list of tools or of documents, or JSON text of one.
+
+    Raises:
+        DatasetError: it is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (json.JSONDecodeError, RecursionError) as error:
+            said = getattr(error, "msg", "nested too deeply")
+            raise DatasetError(f'{where}: "{column}" is text but not valid JSON ({said}).') from error
+    if value is not None and not isinstance(value, list):
+        raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list, or JSON text of one.')
+    # An item may be JSON text too: columns of one type hold tools of any shape.
+    return [without_nulls(from_json_text(item)) for item in value] if value else None
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether a message has neither text nor tool calls."""
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+def same_message(mine: Message, theirs: Message) -> bool:
+    """Whether two messages say the same; metadata beside it (scores, ids) often differs between the sides of a pair."""
+    return (mine["role"], mine["content"], mine.get("tool_calls")) == (
+        theirs["role"],
+        theirs["content"],
+        theirs.get("tool_calls"),
+    )
+
+
+def names(given: Collection[str]) -> str:
+    """Names in order, for a message."""
+    return brief(", ".join(sorted(given)) or "nothing")
+
+
+def kind(value: object) -> str:
+    """What a value is, for a message."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, Sequence):
+        return "a list"
+    return f"the {type(value).__name__} {value!r}" if isinstance(value, (bool, int, float)) else "not text"

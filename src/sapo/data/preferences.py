@@ -1,0 +1,227 @@
+"""Preference rows: a prompt in a column of its own or inside both sides, and replies of which one is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sapo.data.columns import ColumnUse, Fields
+from sapo.data.messages import (
+    Conversation,
+    Dropped,
+    Message,
+    PlainText,
+    from_json_text,
+    from_stored,
+    kind,
+    parse_messages,
+    same_message,
+    says_nothing,
+)
+from sapo.data.prompts import BASES, conversation, flat, with_system, wrong_end
+from sapo.data.transcripts import last_reply, shared_text
+from sapo.errors import DatasetError
+
+_PROMPTS = ("prompt", "messages", "conversations", "conversation", *BASES[1:])
+_SCORES = ("overall_score", "score", "rating", "fine-grained_score")
+_REPLY_KEYS = ("response", "completion", "content", "text")
+
+
+def is_prompt(value: object) -> bool:
+    """Whether messages wait for a reply, so that they are a prompt and no whole conversation."""
+    value = from_stored(value)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value or not isinstance(value[-1], Mapping):
+        return False
+    last = value[-1].get("role", value[-1].get("from"))
+    return isinstance(last, str) and last.lower() in ("user", "human", "prompter", "tool", "observation", "system")
+
+
+def text_of(fields: Fields, name: str) -> str:
+    """The text of a column.
+
+    Raises:
+        DatasetError: it holds something else.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise DatasetError(f'{fields.where}: "{name}" is {kind(value)}; it must be text.')
+    return value
+
+
+def pair(
+    fields: Fields, chosen_name: str, rejected_name: str, *, paired: bool, chat: bool
+) -> Conversation | PlainText | Dropped:
+    """A row of a better and a worse reply, with the prompt in front of both or in a column of its own."""
+    chosen = from_stored(fields.get(chosen_name))
+    worse = from_stored(fields.peek(rejected_name))
+    rejected = from_stored(fields.get(rejected_name)) if paired else None
+    base = next((name for name in _PROMPTS if _holds_prompt(fields.peek(name), name)), None)
+    if base is None and fields.peek("prompt") is not None:
+        base = "prompt"
+    if base is None:
+        return _whole(fields, chosen_name, chosen, worse, rejected)
+    if not isinstance(from_stored(fields.peek(base)), str) or not isinstance(chosen, str):
+        return prompt_and_reply(fields, base, chosen_name, chosen, rejected)
+    prompt = fields.peek(base)
+    if rejected is not None and not isinstance(rejected, str):
+        raise DatasetError(f'{fields.where}: "{rejected_name}" is {kind(rejected)}; it must be text.')
+    if prompt.strip() and chosen.startswith(prompt) and isinstance(worse, str) and worse.startswith(prompt):
+        # Both sides repeat the prompt.
+        chosen = chosen[len(prompt) :]
+        rejected = None if rejected is None else rejected[len(prompt) :]
+    return flat(fields, base, chosen, rejected, chat=chat, plain=base == "prompt")
+
+
+def _holds_prompt(value: object, name: str) -> bool:
+    if name in BASES and isinstance(value, str):
+        return name == "prompt" or bool(value.strip())
+    if name == "input" and isinstance(value, Mapping):
+        return is_prompt(value.get("messages"))
+    return is_prompt(value) or (name == "prompt" and value is not None)
+
+
+def _whole(
+    fields: Fields, name: str, chosen: object, worse: object, rejected: object
+) -> Conversation | PlainText | Dropped:
+    """Both sides hold the prompt too."""
+    if isinstance(chosen, str):
+        cut = last_reply(chosen)
+        other = last_reply(worse) if isinstance(worse, str) else None
+        if cut is None or (isinstance(worse, str) and other is None):
+            if not isinstance(worse, str):
+                raise DatasetError(
+                    f"{fields.where}: {name} is text, and neither a prompt nor a rejected text tells where the "
+                    "prompt ends. Add a prompt column."
+                )
+            cut = other = shared_text(chosen, worse)
+        if rejected is None:
+            return _plain(chosen[:cut], chosen[cut:], None)
+        if not isinstance(worse, str) or chosen[:cut] != worse[:other]:
+            return Dropped("chosen and rejected differ before the last reply")
+        return _plain(chosen[:cut], chosen[cut:], worse[other:])
+    messages = with_system(parse_messages(chosen, name, fields.where), fields)
+    other_side = None
+    if rejected is not None:
+        other_side = with_system(parse_messages(rejected, "rejected", fields.where), fields)
+    return _paired(messages, other_side, fields, 0, name)
+
+
+def prompt_and_reply(
+    fields: Fields, base: str, column: str, reply: object, rejected: object
+) -> Conversation | PlainText | Dropped:
+    """A prompt column beside a reply column, of which at least one holds messages."""
+    prompt = from_stored(fields.peek(base))
+    if base == "input" and isinstance(prompt, Mapping):
+        fields.used.add(base)
+        inner = Fields({**fields.row, "tools": prompt.get("tools") or fields.peek("tools")}, fields.where)
+        inner.used = fields.used
+        fields, prompt = inner, prompt["messages"]
+    reply = from_stored(reply)
+    rejected = from_stored(rejected)
+    stated = not isinstance(prompt, str)
+    if isinstance(reply, str):
+        reply = [{"role": "assistant", "content": reply}]
+    messages = parse_messages(reply, column, fields.where)
+    if stated:
+        opening = parse_messages(prompt, base, fields.where)
+        fields.used.add(base)
+        messages, first = _merged(opening, messages)
+    else:
+        opening = [{"role": "user", "content": prompt}]
+        # A reply that opens with another role is the whole conversation, and the prompt repeats part of it: if it does
+        # not, the prompt stays an unused column, and the row is refused for it.
+        first = 0
+        if messages[0]["role"] == "assistant":
+            fields.used.add(base)
+            messages = [*opening, *messages]
+    other = None
+    if rejected is not None:
+        other = _rejected_side(rejected, opening, messages, fields)
+    before = len(messages)
+    messages = with_system(messages, fields)
+    other = None if other is None else with_system(other, fields)
+    return _paired(messages, other, fields, first + (len(messages) - before if first else 0), column)
+
+
+def _merged(opening: list[Message], messages: list[Message]) -> tuple[list[Message], int]:
+    """Prompt and reply as one conversation, and where the reply begins; the reply may repeat all or a part of it."""
+    size = len(opening)
+    for start in range(len(messages) - size):
+        if all(map(same_message, messages[start:], opening)):
+            return messages, start + size
+    for shared in range(min(size, len(messages) - 1), 0, -1):
+        if all(map(same_message, opening[-shared:], messages)):
+            return [*opening[:-shared], *messages], size
+    return [*opening, *messages], size
+
+
+def _rejected_side(rejected: object, opening: list[Message], messages: list[Message], fields: Fields) -> list[Message]:
+    """The whole rejected conversation, whether given whole, after the prompt, or as a reply alone."""
+    if isinstance(rejected, str):
+        rejected = [{"role": "assistant", "content": rejected}]
+    other = parse_messages(rejected, "rejected", fields.where)
+    if other[0]["role"] == "assistant":
+        return [*messages[:-1], *other] if len(other) == 1 else [*opening, *other]
+    return _merged(opening, other)[0] if len(other) > 1 else other
+
+
+def _paired(
+    messages: list[Message], other: list[Message] | None, fields: Fields, first: int, column: str
+) -> Conversation | Dropped:
+    made = conversation(messages, fields, column, first=first)
+    if other is None or isinstance(made, Dropped):
+        return made
+    if other[-1]["role"] != "assistant":
+        raise wrong_end("rejected", other[-1]["role"], fields.where)
+    if len(other) != len(messages) or not all(map(same_message, other, messages[:-1])):
+        return Dropped("chosen and rejected differ before the last reply")
+    if says_nothing(other[-1]):
+        return Dropped("empty rejected reply")
+    return Conversation(
+        made.messages, first, other[-1], made.tools, made.documents, made.template_options, made.untrained
+    )
+
+
+def _plain(prompt: str, completion: str, rejected: str | None) -> PlainText | Dropped:
+    if not completion.strip():
+        return Dropped("empty reply")
+    if rejected is not None and not rejected.strip():
+        return Dropped("empty rejected reply")
+    return PlainText(prompt, completion, rejected)
+
+
+def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) -> Conversation | PlainText | Dropped:
+    """A prompt with several rated replies, as UltraFeedback has them: the best is chosen, the worst rejected.
+
+    Raises:
+        DatasetError: the replies are malformed or have no ratings.
+    """
+    replies = from_json_text(fields.get("completions"))
+    if not isinstance(replies, Sequence) or isinstance(replies, str):
+        raise DatasetError(f'{fields.where}: "completions" is {kind(replies)}; it must be a list of rated replies.')
+    found = [_rated(reply, number, fields.where) for number, reply in enumerate(replies, 1)]
+    base = next((name for name in BASES if isinstance(fields.peek(name), str)), None)
+    if base is None:
+        raise DatasetError(f"{fields.where}: completions need a prompt or instruction of text. Add it.")
+    if not found:
+        return Dropped("no completions")
+    best, worst = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
+    if paired and best[0] == worst[0]:
+        return Dropped("chosen and rejected have the same score")
+    if use is not None and len(found) > (2 if paired else 1):
+        use.note(f"completions (all but the best{' and the worst' if paired else ''})")
+    return flat(fields, base, best[1], worst[1] if paired else None, chat=chat, plain=False)
+
+
+def _rated(reply: object, number: int, where: str) -> tuple[float, str]:
+    text = next((reply[key] for key in _REPLY_KEYS if key in reply), None) if isinstance(reply, Mapping) else None
+    if not isinstance(text, str) or not isinstance(reply, Mapping):
+        raise DatasetError(f'{where}: item {number} of "completions" has no response. Give objects with response.')
+    for key in _SCORES:
+        try:
+            return float(reply[key]), text
+        except (KeyError, TypeError, ValueError):
+            continue
+    raise DatasetError(
+        f'{where}: item {number} of "completions" has no number as {" or ".join(_SCORES[:3])}, so nothing tells which '
+        "is the best. Add the scores, or give prompt, chosen and rejected."
+    )

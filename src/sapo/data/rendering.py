@@ -1,0 +1,243 @@
+"""One turn of a conversation -> text of the prompt and of prompt and reply, and nothing of the template's in the reply.
+
+A template may print less than a row holds (it does not know a role, or tools) and more (headers of the next turn): the
+first must not become training on half a prompt, the second not training on what nobody said.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from sapo.data.clock import dated_template
+from sapo.data.columns import ColumnUse
+from sapo.data.messages import MARKS, Conversation, Message
+from sapo.errors import DatasetError, brief
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a chat template raises."""
+
+_MARKER = "zebra quartz"
+_ROLE = re.compile(r"assistant|model|\bbot\b|chatbot|\bgpt\b|\bai\b", re.IGNORECASE)
+_KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "id", *MARKS})
+
+
+class Unprinted(Exception):  # noqa: N818
+    """A message that the template does not print."""
+
+
+class Renderer:
+    """Applies a tokenizer's chat template.
+
+    Args:
+        tokenizer: one with a chat template, or nothing is rendered.
+        ends: tokens that end a reply.
+        columns: counts fields of messages that are not printed.
+        date: what the template takes for today.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], columns: ColumnUse, date: datetime.date
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._columns = columns
+        self._date = date
+        self._templates: dict[bool, str] = {}
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._ends = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end in special]
+        self._header, self._tail = self._probe() if tokenizer.chat_template else ("", None)
+
+    def turn(self, talk: Conversation, place: int, where: str) -> tuple[str, tuple[str, ...]]:
+        """The prompt of one reply, and the prompt with the reply (and, of a pair, with the rejected one) after it.
+
+        Args:
+            talk: the conversation.
+            place: which message is the reply.
+            where: names the row in errors.
+
+        Raises:
+            Unprinted: the template does not print the reply, or a message before it.
+            DatasetError: the template refuses the conversation, or ignores its tools or documents.
+        """
+        before = talk.messages[:place]
+        prompt = self._render(before, talk, where, opening=True)
+        self._check_prompt(before, prompt, talk, where)
+        header, wholes = self._header, []
+        replies = [talk.messages[place], *([] if talk.rejected is None else [talk.rejected])]
+        for reply in replies:
+            whole = self._render((*before, reply), talk, where)
+            self._check_reply(before, reply, prompt, whole, talk, where)
+            if not whole.startswith(prompt + header):
+                header = ""
+            wholes.append(self._without_tail(before, reply, whole, talk, where))
+        return prompt + header, tuple(wholes)
+
+    def _probe(self) -> tuple[str, str | None]:
+        """What the template prints around a reply: a header that is not in its prompts, and what follows."""
+        asked = [{"role": "user", "content": "Hello"}]
+        talk = Conversation((*asked, {"role": "assistant", "content": _MARKER}))
+        try:
+            closed = self._apply(talk.messages, talk, opening=False)
+            opened = self._apply(asked, talk, opening=True)
+            bare = self._apply(asked, talk, opening=False)
+        except TEMPLATE_FAULTS:
+            return "", None  # a template for talk of another shape: the rows themselves will tell
+        head, found, tail = closed.rpartition(_MARKER)
+        header = head[len(opened) :] if head.startswith(opened) else ""
+        # A template that opens no reply leaves its header to it; what opens thinking or a channel is the model's.
+        if not header.strip() or not (opened == bare or _ROLE.search(header)):
+            header = ""
+        return header, tail if found else None
+
+    def _check_prompt(self, before: Sequence[Message], prompt: str, talk: Conversation, where: str) -> None:
+        for number, message in enumerate(before):
+            role, content = message["role"], message["content"].strip()
+            if role == "assistant" or not content or content in prompt:
+                continue
+            blank = [*before[:number], {**message, "content": ""}, *before[number + 1 :]]
+            if self._same(blank, talk, prompt, opening=True):
+                raise Unprinted(f"the chat template does not print its {role} message")
+        for column, items in (("tools", talk.tools), ("documents", talk.documents)):
+            if items and not any(text in prompt for text in _telling(items)):
+                bare = Conversation(
+                    talk.messages,
+                    tools=None if column == "tools" else talk.tools,
+                    documents=None if column == "documents" else talk.documents,
+                    template_options=talk.template_options,
+                )
+                if self._same(before, bare, prompt, opening=True):
+                    raise DatasetError(
+                        f'{where}: the chat template does not print its "{column}". Use a template that does, or '
+                        "remove the column."
+                    )
+        for name in talk.template_options:
+            if name not in self._template(tools=bool(talk.tools)):
+                self._columns.note(f"chat_template_kwargs.{name}")
+
+    def _check_reply(
+        self, before: Sequence[Message], reply: Message, prompt: str, whole: str, talk: Conversation, where: str
+    ) -> None:
+        body = whole[len(prompt) :] if whole.startswith(prompt) else whole
+        content, calls = reply["content"].strip(), reply.get("tool_calls")
+        said = content in body or ((rest := content.rpartition("</think>")[2].strip()) and rest in body)
+        if content and not said and self._same((*before, {**reply, "content": ""}), talk, whole):
+            raise Unprinted("the chat template does not print the reply")
+        if calls and not any(text in body for text in _telling(calls)):
+            silent = {key: value for key, value in reply.items() if key != "tool_calls"}
+            if self._same((*before, silent), talk, whole):
+                raise Unprinted("the chat template does not print its tool calls")
+        for message in (*before, reply):
+            for key in message.keys() - _KNOWN:
+                value = message[key]
+                if isinstance(value, str) and value.strip() and value.strip() not in whole:
+                    # Templates leave the thoughts of earlier replies out on purpose.
+                    earlier = message["role"] == "assistant" and message is not reply
+                    self._columns.note(f"messages.{key}", text=not earlier and len(value.split()) > 4)
+
+    def _without_tail(
+        self, before: Sequence[Message], reply: Message, whole: str, talk: Conversation, where: str
+    ) -> str:
+        """Prompt and reply without what the template prints after the end of the turn, such as the next header."""
+        tail = self._tail
+        if (tail is None or not whole.endswith(tail)) and not reply.get("tool_calls"):
+            marked = self._render((*before, {**reply, "content": _MARKER}), talk, where)
+            tail = marked.rpartition(_MARKER)[2]
+        if not tail or not whole.endswith(tail):
+            return whole
+        places = [(tail.find(end), len(end)) for end in self._ends if end in tail]
+        if places:
+            start, size = min(places)
+            kept = tail[: start + size]
+        else:
+            kept = "" if tail.strip() else tail
+        return whole[: len(whole) - len(tail)] + kept
+
+    def _same(self, messages: Sequence[Message], talk: Conversation, text: str, *, opening: bool = False) -> bool:
+        """Whether other messages give the same text: what differs between them is not printed."""
+        try:
+            return self._apply(messages, talk, opening=opening) == text
+        except TEMPLATE_FAULTS:
+            return False
+
+    def _render(self, messages: Sequence[Message], talk: Conversation, where: str, *, opening: bool = False) -> str:
+        try:
+            text = self._apply(messages, talk, opening=opening)
+        except TEMPLATE_FAULTS as error:
+            reason = brief(error).rstrip(".")
+            raise DatasetError(
+                f"{where}: the chat template refuses it ({reason}). Fix the row, or use another template."
+            ) from error
+        return sound(text, where)
+
+    def _apply(self, messages: Sequence[Message], talk: Conversation, *, opening: bool) -> str:
+        def render(given: list[Message]) -> str:
+            text: str = self._tokenizer.apply_chat_template(
+                given,
+                tools=talk.tools,
+                documents=talk.documents,
+                chat_template=self._template(tools=bool(talk.tools)),
+                add_generation_prompt=opening,
+                tokenize=False,
+                **talk.template_options,
+            )
+            return text
+
+        try:
+            return render(list(messages))
+        except TypeError:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            # Some templates join the arguments of a call to other text.
+            return render([_with_text_arguments(message) for message in messages])
+
+    def _template(self, *, tools: bool) -> str:
+        if tools not in self._templates:
+            given = self._tokenizer.get_chat_template(None, [{}] if tools else None)
+            self._templates[tools] = dated_template(given, self._date)
+        return self._templates[tools]
+
+
+def _telling(items: Sequence[Any]) -> list[str]:
+    """Texts by which one sees that tools, calls or documents are printed."""
+    found = []
+    for item in items:
+        inner = item.get("function", item) if isinstance(item, dict) else {}
+        inner = inner if isinstance(inner, dict) else {}
+        found += [inner[key].strip() for key in ("name", "text", "content") if isinstance(inner.get(key), str)]
+    return [text for text in found if text]
+
+
+def _with_text_arguments(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    made = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and not isinstance(function.get("arguments", ""), str):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": text}}
+        made.append(call)
+    return {**message, "tool_calls": made}
+
+
+def sound(text: str, where: str) -> str:
+    """The text, if a tokenizer can read it: JSON may hold halves of a character.
+
+    Raises:
+        DatasetError: it does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DatasetError(f"{where}: holds {half}, half of a character. Write the text again.") from error
+    return text

@@ -1,0 +1,62 @@
+"""Whole conversations as one text: where the last reply begins, told by the markers of templates and transcripts."""
+
+from __future__ import annotations
+
+import re
+
+_FAMILIES = tuple(
+    (re.compile(assistant), re.compile(other))
+    for assistant, other in (
+        (r"<\|im_start\|>assistant\n", r"<\|im_start\|>(?!assistant)\w+"),
+        (
+            r"<\|start_header_id\|>assistant<\|end_header_id\|>\n{0,2}",
+            r"<\|start_header_id\|>(?!assistant)\w+<\|end_header_id\|>",
+        ),
+        (r"\[/INST\]", r"\[INST\]"),
+        (r"<start_of_turn>model\n", r"<start_of_turn>(?!model)\w+"),
+        (r"<\|assistant\|>\n?", r"<\|(?:user|system|observation|tool)\|>"),
+        (r"<[|\uff5c]Assistant[|\uff5c]>", r"<[|\uff5c]User[|\uff5c]>"),
+        (r"<\|CHATBOT_TOKEN\|>", r"<\|(?:USER|SYSTEM)_TOKEN\|>"),
+        (
+            r"(?:^|\n)###? ?(?:Response|Assistant|Output|Answer):?[ \t]*(?:\n|(?=\S)|$)",
+            r"(?:^|\n)###? ?(?:Instruction|Input|Human|User|System|Question):?",
+        ),
+        (r"\bASSISTANT:", r"\b(?:USER|HUMAN|SYSTEM):"),
+        (r"(?:^|\n)(?:Assistant|GPT|AI|Bot):", r"(?:^|\n)(?:Human|User|System):"),
+    )
+)
+
+
+def last_reply(text: str) -> int | None:
+    """Where the last reply of a conversation begins, that is, where the marker that opens it ends.
+
+    Only markers of one family count, the one that appears first: a reply may speak of the others.
+
+    Returns:
+        The index in `text`; its length if the conversation ends with another role; None if no marker opens a reply.
+    """
+    found = [(match.start(), family) for family in _FAMILIES for match in _first(family, text)]
+    if not found:
+        return None
+    assistant, other = min(found, key=lambda pair: pair[0])[1]
+    opened = [match.end() for match in assistant.finditer(text)]
+    if not opened:
+        return None
+    rest = other.search(text, opened[-1])
+    return opened[-1] if rest is None else len(text)
+
+
+def _first(family: tuple[re.Pattern[str], re.Pattern[str]], text: str) -> list[re.Match[str]]:
+    return [match for match in (pattern.search(text) for pattern in family) if match is not None]
+
+
+def shared_text(chosen: str, rejected: str) -> int:
+    """Length of the prompt that two texts share, moved back to a white space so as not to tear a word."""
+    cut = 0
+    for mine, theirs in zip(chosen, rejected, strict=False):
+        if mine != theirs:
+            break
+        cut += 1
+    while cut and not (cut < len(chosen) and chosen[cut].isspace()):
+        cut -= 1
+    return cut

@@ -1,0 +1,278 @@
+"""What a person sees as the prompt of a row is the prompt, and no column is lost without a word."""
+
+import pytest
+
+from sapo.data.columns import ColumnUse
+from sapo.data.formats import detect_format, parse_row
+from sapo.data.messages import Conversation, Dropped, PlainText
+from sapo.errors import DatasetError
+
+WHERE = "row 3 of x"
+Q, A, B = "Where is the key?", "Under the mat.", "No idea."
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def parse(row, *, paired=False, chat=True, use=None):
+    layout = detect_format(row, paired=paired, source="x")
+    return parse_row(row, layout, paired=paired, chat=chat, where=WHERE, use=use)
+
+
+def said(row, **options):
+    found = parse(row, **options)
+    assert isinstance(found, Conversation), found
+    return [(message["role"][0], message["content"]) for message in found.messages]
+
+
+TALK = [("s", "Be kind."), ("u", "Hi"), ("a", "Hello"), ("u", Q), ("a", A)]
+HISTORY = [["Hi", "Hello"]]
+EARLIER = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user(Q)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be kind.", "history": HISTORY, "instruction": Q, "output": A},
+        {"system": "Be kind.", "history": HISTORY, "instruction": Q, "input": "", "chosen": A, "rejected": B},
+        {"system_prompt": "Be kind.", "history": [user("Hi"), assistant("Hello")], "question": Q, "response": A},
+        {"system": "Be kind.", "history": HISTORY, "question": Q, "chosen": A, "rejected": B},
+        {"system": "Be kind.", "history": HISTORY, "prompt": Q, "completion": A},
+        {"system": "Be kind.", "history": HISTORY, "prompt": Q, "chosen": A, "rejected": B},
+        {"system": "Be kind.", "messages": [*EARLIER[1:], assistant(A)]},
+        {"system": "Be kind.", "messages": [*EARLIER, assistant(A)]},
+        {"system": "Be kind.", "prompt": EARLIER[1:], "completion": [assistant(A)]},
+        {"system": "Be kind.", "chosen": [*EARLIER[1:], assistant(A)], "rejected": [*EARLIER[1:], assistant(B)]},
+        {"prompt": EARLIER, "chosen": [user(Q), assistant(A)], "rejected": [user(Q), assistant(B)]},
+        {"prompt": EARLIER[-1:], "chosen": [*EARLIER, assistant(A)], "rejected": [*EARLIER, assistant(B)]},
+        {"conversations": EARLIER, "chosen": {"from": "gpt", "value": A}, "rejected": {"from": "gpt", "value": B}},
+        {"messages": EARLIER, "chosen": assistant(A), "rejected": assistant(B)},
+        {"input": {"messages": EARLIER}, "preferred_output": [assistant(A)], "non_preferred_output": [assistant(B)]},
+        {"real": [*EARLIER, assistant(A)], "generated": [*EARLIER, assistant(B)]},
+        {
+            "system": "Be kind.",
+            "history": HISTORY,
+            "instruction": Q,
+            "completions": [{"response": B, "overall_score": "2"}, {"response": A, "overall_score": 9.5}],
+        },
+    ],
+)
+def test_the_prompt_is_what_a_person_sees(row):
+    assert said(row) == TALK
+    layout = detect_format(row, paired=False, source="x")
+    if layout in ("chosen", "real/generated", "preferred_output", "completions"):
+        found = parse(row, paired=True)
+        assert [message["content"] for message in found.messages] == [text for _, text in TALK]
+        assert found.rejected["content"] == B
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}, "Add.\n\n1 2"),
+        ({"instruction": "Sum up.", "context": "Long text.", "response": "3"}, "Sum up.\n\nLong text."),
+        ({"question": "Who?", "context": "Ann ate.", "answer": "Ann"}, "Ann ate.\n\nWho?"),
+        ({"prompt": "Hi", "response": "Yo"}, "Hi"),
+        ({"query": "Hi", "response": "Yo"}, "Hi"),
+    ],
+)
+def test_parts_of_a_question_are_joined(row, prompt):
+    assert said(row)[0] == ("u", prompt)
+    assert parse(row, chat=False).prompt.strip() == prompt
+
+
+def test_without_a_template_the_parts_are_joined_as_text():
+    row = {"system": "Be kind.", "history": HISTORY, "question": Q, "answer": A}
+    assert parse(row, chat=False) == PlainText(f"Be kind.\n\nHi\nHello\n{Q}\n", A)
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Key?\n\nAssistant:"
+
+
+def test_text_pairs_are_cut_at_the_last_role_marker():
+    row = {"chosen": f"{HH} It is here.", "rejected": f"{HH} It is gone."}
+    assert parse(row) == PlainText(HH, " It is here.")
+    assert parse(row, paired=True) == PlainText(HH, " It is here.", " It is gone.")
+    other = {**row, "rejected": row["rejected"].replace("Hello", "Hey")}
+    assert parse(other, paired=True) == Dropped("chosen and rejected differ before the last reply")
+    repeated = {"prompt": HH, **row}
+    assert parse(repeated, paired=True) == PlainText(HH, " It is here.", " It is gone.")
+
+
+@pytest.mark.parametrize(
+    ("opening", "reply"),
+    [
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "It is. Human: no<|im_end|>\n"),
+        ("<s>[INST] Hi [/INST] Yo</s>[INST] Key? [/INST]", " Here</s>"),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "Yo<|eot_id|>",
+        ),
+        ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yo<end_of_turn>\n"),
+        ("<|user|>\nHi</s>\n<|assistant|>\n", "Yo</s>"),
+        ("A chat. USER: Hi ASSISTANT:", " Yo"),
+        ("### Instruction:\nAdd.\n\n### Response:\n", "3"),
+        ("### Human: Hi### Assistant: Yo\n### Human: Key?\n### Assistant: ", "Here"),
+    ],
+)
+def test_rendered_text_is_cut_where_its_last_reply_begins(opening, reply):
+    assert parse({"text": opening + reply}) == PlainText(opening, reply)
+
+
+def test_text_without_a_reply_is_not_trained_on():
+    assert parse({"text": "User: a\nAssistant: b\nUser: c"}) == Dropped("empty reply")
+    with pytest.raises(DatasetError, match=r'row 3 of x: "text" holds no role marker'):
+        parse({"text": "Once upon a time."})
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"messages": [user(Q), assistant(A)], "context": "The mat is red.", "history": HISTORY}, "context, history"),
+        ({"messages": [user(Q), assistant(A)], "prompt": "Another question?"}, "prompt"),
+        ({"question": Q, "answer": A, "passage": "The mat is red."}, "passage"),
+        ({"prompt": Q, "completion": A, "images": [{"bytes": b"x"}]}, "images"),
+        ({"prompt": "Be a pirate, always.", "chosen": [user(Q), assistant(A)]}, "prompt"),
+        ({"chosen": f"{HH} yes", "rejected": f"{HH} no", "system": "Be kind."}, "system"),
+        ({"instruction": "Be brief.", "question": Q, "answer": A}, "question"),
+        ({"prompt": Q, "completion": A, "tools": [{"name": "f"}]}, "tools"),
+    ],
+)
+def test_a_column_of_the_prompt_is_refused_where_it_cannot_be_used(row, names):
+    with pytest.raises(DatasetError, match=f"^row 3 of x: the columns {names} belong to the prompt"):
+        parse(row)
+
+
+def test_columns_that_repeat_the_conversation_or_are_empty_are_no_loss():
+    use = ColumnUse()
+    row = {"prompt": Q, "messages": [user(Q), assistant(A)], "history": [], "system": "", "images": None}
+    assert said({**row, "chosen": row["messages"], "rejected": [user(Q), assistant(B)]}, use=use) == TALK[3:]
+    assert use.unused == {"prompt": 1, "chosen": 1, "rejected": 1}
+    assert not use.texts
+
+
+def test_other_columns_are_listed_and_talk_among_them_is_warned_of():
+    use = ColumnUse()
+    for note in ("short", "a note of more than five words", "x"):
+        parse({"prompt": Q, "completion": A, "id": 7, "note": note, "empty": "", "none": None}, use=use)
+    assert use.unused == {"id": 3, "note": 3}
+    assert use.texts == {"note"}
+    assert use.lines()[0] == "columns not used: id, note"
+    assert "warning: note looks like text of the conversation" in use.lines()[1]
+
+
+def test_two_system_texts_are_refused():
+    with pytest.raises(DatasetError, match="a system column and another system message"):
+        parse({"system": "Be rude.", "messages": [*EARLIER, assistant(A)]})
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"weight": "0"},
+        {"train": False},
+        {"training": False},
+        {"trainable": "false"},
+        {"loss": False},
+        {"label": False},
+        {"label": 0},
+        {"mask": True},
+        {"ignore": True},
+    ],
+)
+def test_marks_of_rows_and_messages_are_honoured(mark):
+    assert isinstance(parse({"prompt": Q, "completion": A, **mark}), Dropped)
+    found = parse({"messages": [user("Hi"), assistant("Hello", **mark), user(Q), assistant(A)]})
+    assert set(found.untrained) == {1}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"label": True}, {"loss": 0.0}, {"mask": False}])
+def test_marks_that_allow_training_change_nothing(mark):
+    use = ColumnUse()
+    assert parse({"prompt": Q, "completion": A, **mark}, use=use) == PlainText(Q, A)
+    assert not parse({"messages": [user(Q), assistant(A, **mark)]}).untrained
+
+
+@pytest.mark.parametrize(
+    ("spelling", "role"),
+    [("Human", "user"), ("USER", "user"), ("bard", "assistant"), ("ChatGPT", "assistant"), ("function", "tool")],
+)
+def test_roles_in_every_spelling(spelling, role):
+    found = parse({"conversation": [{"from": "human", "value": "a"}, {"from": spelling, "value": "b"}, assistant("c")]})
+    assert found.messages[1]["role"] == role
+
+
+def test_messages_may_be_json_text():
+    stored = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    assert said({"messages": stored}) == [("u", "a"), ("a", "b")]
+    row = {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[{"role": "assistant", "content": "b"}]'}
+    assert said(row) == [("u", "a"), ("a", "b")]
+    assert parse({"prompt": "List", "completion": '[{"name": "f"}]'}) == PlainText("List", '[{"name": "f"}]')
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "a ", "image": None}, {"type": "text", "text": "b"}]
+    assert said({"messages": [user(parts), assistant([{"type": "text", "text": "c"}])]}) == [("u", "a b"), ("a", "c")]
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {**CALL, "arguments": '{"a": 1}'}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "day": None}}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "assistant", "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    ],
+)
+def test_tool_calls_in_every_spelling_have_arguments_as_objects(message):
+    found = parse({"messages": [user("Add."), message, {"from": "observation", "value": "2"}, assistant("2")]})
+    (call,) = found.messages[1]["tool_calls"]
+    assert call["function"] == CALL
+
+
+def test_arguments_keep_what_their_text_says():
+    call = {"function": {"name": "f", "arguments": '{"text": "{\\"b\\": 1}", "none": null}'}}
+    found = parse({"messages": [user("a"), {"role": "assistant", "tool_calls": [call]}]})
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"text": '{"b": 1}', "none": None}
+
+
+def test_nulls_that_arrow_adds_to_tools_are_removed():
+    tools = [{"name": "f", "parameters": {"a": {"type": "int", "enum": None}, "b": None}}]
+    found = parse({"messages": [user("a"), assistant("b")], "tools": tools})
+    assert found.tools == [{"name": "f", "parameters": {"a": {"type": "int"}}}]
+
+
+def test_ratings_decide_and_ties_are_dropped():
+    def row(*scores):
+        return {"instruction": Q, "completions": [{"response": f"r{i}", "score": s} for i, s in enumerate(scores)]}
+
+    use = ColumnUse()
+    assert said(row(3, 5, 1), use=use)[1] == ("a", "r1")
+    assert use.unused == {"completions (all but the best)": 1}
+    assert parse(row(3, 5, 1), paired=True).rejected["content"] == "r2"
+    assert parse(row(3, 3), paired=True) == Dropped("chosen and rejected have the same score")
+    with pytest.raises(DatasetError, match=r'item 1 of "completions" has no number as overall_score'):
+        parse(row(None))
+
+
+def test_incomplete_rows_are_dropped_like_empty_ones():
+    row = {"prompt": "a", "completion": None}
+    assert parse_row(row, "prompt/completion", paired=False, chat=True, where=WHERE) == Dropped("no completion")
+
+
+def test_options_for_the_template_may_not_take_the_place_of_the_row():
+    row = {"messages": [user(Q), assistant(A)], "chat_template_kwargs": {"enable_thinking": False, "x": None}}
+    assert parse(row).template_options == {"enable_thinking": False}
+    with pytest.raises(DatasetError, match=r'"chat_template_kwargs" sets add_generation_prompt'):
+        parse({**row, "chat_template_kwargs": {"add_generation_prompt": True}})

@@ -1,0 +1,247 @@
+"""What a chat template prints, and what of it is trained on."""
+
+import datetime
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from sapo.data.clock import dated_template, prints_date
+from sapo.data.encoding import eos_token_ids
+from sapo.data.examples import DataOptions, collate_examples, dataset_digest
+from sapo.data.prepare import prepare_dataset
+from sapo.errors import DatasetError
+from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
+from tests.unit.test_data_prepare import CHATML, WIDE, prepare, talk, texts_of
+
+TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + (c.function | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def only(rows, template, options=WIDE, **more):
+    tokenizer = byte_tokenizer(template, **more)
+    examples, report = prepare(rows, tokenizer, options)
+    return [texts_of(turn, tokenizer) for example in examples for turn in example.turns], report
+
+
+def call(arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def test_arguments_as_text_or_struct_are_printed_as_an_object():
+    rows = [{"messages": [*talk("a"), call(given)]} for given in ('{"day": 0}', {"day": 0, "other": None})]
+    given, _ = only(rows, TOOLS)
+    assert {reply for _, reply in given} == {'<call>{"name": "f", "arguments": {"day": 0}}</call><|im_end|>'}
+
+
+def test_structs_of_arrow_give_no_nulls():
+    rows = [{"messages": [*talk("a"), call({"a": 1})]}, {"messages": [*talk("a"), call({"b": 2})]}]
+    given, _ = only(datasets.Dataset.from_list(rows), TOOLS)
+    assert [reply for _, reply in given] == [
+        '<call>{"name": "f", "arguments": {"a": 1}}</call><|im_end|>',
+        '<call>{"name": "f", "arguments": {"b": 2}}</call><|im_end|>',
+    ]
+
+
+def test_templates_that_join_arguments_as_text_get_text():
+    joining = TOOLS.replace("(c.function | tojson)", "c.function.name + ' ' + c.function.arguments")
+    given, _ = only([{"messages": [*talk("a"), call({"day": 0})]}], joining)
+    assert given[0][1] == '<call>f {"day": 0}</call><|im_end|>'
+
+
+def test_replies_that_the_template_does_not_print_are_dropped_and_counted():
+    rows = [{"messages": [*talk("a"), call("{}")]}, {"messages": talk("a", "b")}]
+    given, report = only(rows, CHATML)
+    assert [reply for _, reply in given] == ["b<|im_end|>"]
+    assert report.dropped == {"the chat template does not print its tool calls": 1}
+    assert report.dropped_rows == {"the chat template does not print its tool calls": [1]}
+    silent = CHATML.replace("m['content']", "('' if m['content'] == 'b' else m['content'])")
+    _, report = only([*rows[1:], {"messages": talk("a", "c")}], silent)
+    assert report.dropped == {"the chat template does not print the reply": 1}
+
+
+def test_a_prompt_that_is_printed_in_part_is_not_trained_on():
+    deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
+    rows = [{"messages": talk("a", "b", system="Be kind.")}, {"messages": talk("a", "b")}]
+    _, report = only(rows, deaf)
+    assert report.dropped == {"the chat template does not print its system message": 1}
+    with pytest.raises(DatasetError, match=r'row 1 of train.jsonl: the chat template does not print its "tools"'):
+        only([{"messages": talk("a", "b"), "tools": [{"name": "f"}]}], CHATML)
+    with pytest.raises(DatasetError, match=r'does not print its "documents"'):
+        only([{"messages": talk("a", "b"), "documents": [{"title": "t", "text": "x y"}]}], CHATML)
+
+
+def test_documents_and_options_reach_the_template():
+    template = "{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ mood | default('') }}" + CHATML
+    row = {"messages": talk("a", "b"), "documents": [{"text": "x y"}], "chat_template_kwargs": {"mood": "!", "z": 1}}
+    given, report = only([row], template)
+    assert given[0][0].startswith("[x y]!<|im_start|>user")
+    assert report.columns.unused == {"chat_template_kwargs.z": 1}
+
+
+def test_fields_of_messages_that_are_not_printed_are_listed():
+    row = {"messages": [*talk("a"), {"role": "assistant", "content": "b", "reasoning_content": "a long thought of it"}]}
+    _, report = only([row], CHATML)
+    assert report.columns.lines() == [
+        "columns not used: messages.reasoning_content",
+        "warning: messages.reasoning_content looks like text of the conversation and is not trained on",
+    ]
+
+
+def test_the_next_header_is_not_trained_on():
+    following = "'<|im_end|>\\n' + ('<|im_start|>user\\n' if loop.last and m['role'] != 'user' else '') }}"
+    eager = CHATML.replace("'<|im_end|>\\n' }}", following)
+    assert eager != CHATML
+    given, _ = only([{"messages": talk("a", "b")}], eager)
+    assert given[0][1] == "b<|im_end|>"
+    marked = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ('\\nuser: ' if m['role'] != 'user' else '\\n') }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    given, _ = only([{"messages": talk("a", "b")}], marked)
+    assert given == [("user: a\nassistant: ", "b</s>")]
+
+
+@pytest.mark.parametrize("opening", ["", "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"])
+def test_the_header_of_a_reply_is_not_trained_on_where_no_prompt_opens_one(opening):
+    template = CHATML.split("{% if add_generation_prompt")[0] + opening
+    given, _ = only([{"messages": talk("a", "b", "c", "d")}], template, DataOptions(4096, 2048, assistant_turns="all"))
+    assert [reply for _, reply in given] == ["b<|im_end|>", "d<|im_end|>"]
+    assert given[0][0] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_opened_thought_stays_the_models_own():
+    thinking = CHATML.replace(
+        "m['role'] + '\\n'",
+        "m['role'] + '\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and m.role != 'user' else '')",
+    )
+    given, _ = only([{"messages": talk("a", "b")}], thinking)
+    assert given[0][1] == "<think>\n\n</think>\n\nb<|im_end|>"
+
+
+def test_text_that_is_rendered_already_gets_no_second_start_token():
+    tokenizer = byte_tokenizer(bos=True)
+    rows = [{"prompt": text, "completion": "yes"} for text in ("<s>Q: ", "Q: ")]
+    examples, _ = prepare(rows, tokenizer)
+    assert [texts_of(example.turns[0], tokenizer)[0] for example in examples] == ["<s>Q: ", "<s>Q: "]
+
+
+MARKED = [{"messages": talk("a", "b", "c", "d", "e", "f")}]
+
+
+@pytest.mark.parametrize(
+    ("turns", "marked", "kept", "dropped"),
+    [
+        ("last", (5,), [1], 1),
+        ("last", (3, 5), [0], 2),
+        ("last", (1,), [2], 0),
+        ("random", (5,), [0, 1], 1),
+        ("all", (1, 5), [1], 2),
+    ],
+)
+def test_marked_replies_are_left_out_of_every_choice_of_turns(turns, marked, kept, dropped):
+    messages = [{**m, "train": False} if i in marked else m for i, m in enumerate(MARKED[0]["messages"])]
+    tokenizer = byte_tokenizer(CHATML)
+    examples, report = prepare([{"messages": messages}], tokenizer, DataOptions(4096, 2048, assistant_turns=turns))
+    assert [turn.index for example in examples for turn in example.turns] == kept
+    assert report.dropped == ({"reply marked train: false": dropped} if dropped else {})
+
+
+DATED = "{{ '<|im_start|>system\\nToday: ' + strftime_now('%d %b %Y, %H:%M%%') + '<|im_end|>\\n' }}" + CHATML
+
+
+def test_a_template_that_prints_the_date_prints_the_given_one():
+    tokenizer = byte_tokenizer(DATED)
+    assert prints_date(tokenizer)
+    assert not prints_date(byte_tokenizer(CHATML))
+
+    def digest(day):
+        options = DataOptions(4096, 2048, date=datetime.date(2026, 3, day))
+        prepared, _ = prepare_dataset(
+            [{"messages": talk("a", "b")}], tokenizer, options, eos_ids=eos_token_ids(tokenizer, None)
+        )
+        return dataset_digest(prepared), texts_of(collate_examples(list(prepared))["examples"][0].turns[0], tokenizer)
+
+    assert "Today: 05 Mar 2026, 00:00%<" in digest(5)[1][0]
+    assert digest(5) == digest(5)
+    assert digest(5)[0] != digest(6)[0]
+
+
+@pytest.mark.parametrize("head", ["", "\n", "  ", "{% set x = 1 %}\n", "{#- c -#} "])
+@pytest.mark.parametrize("text", ["{{ strftime_now('%Y-%m-%d') }}", "{% if strftime_now is defined %}ok{% endif %}"])
+def test_only_the_date_of_a_template_changes(head, text):
+    today = datetime.date.today()
+    tokenizer = byte_tokenizer(head + text + "\n" + CHATML)
+    said = tokenizer.apply_chat_template(talk("a"), tokenize=False)
+    dated = dated_template(tokenizer.chat_template, today)
+    assert tokenizer.apply_chat_template(talk("a"), chat_template=dated, tokenize=False) == said
+
+
+LLAMA = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] "
+    "| trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+REAL = os.environ.get("SAPO_TEST_REAL_MODEL", "")
+
+
+def chatml_tokenizer():
+    return byte_tokenizer(CHATML, merges=[("a", "b"), ("Ċ", "Ċ")])
+
+
+def llama_tokenizer():
+    special = (*BYTE_SPECIAL_TOKENS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return byte_tokenizer(LLAMA, special=special, bos=True, merges=[("t", "h"), ("e", "r")])
+
+
+def real_tokenizer():
+    if not REAL or not Path(REAL).is_dir():
+        pytest.skip("SAPO_TEST_REAL_MODEL names no folder of a real model")
+    return AutoTokenizer.from_pretrained(REAL)
+
+
+CONVERSATIONS = [
+    talk("Where is my parcel, number 4711?", "It left Hamburg on Monday.\n\nGood day!"),
+    talk("2 + 2?", "4", "And doubled?", "8: twice 4.", "Thanks", "You're welcome \u2600", system="Answer in brief."),
+    talk("def f(x):\n    return x", "It returns its argument.", "Another way?", "```python\nf = lambda x: x\n```"),
+    talk("\u4f60\u597d", "Hello! \U0001f600", system="Translate."),
+]
+
+
+@pytest.mark.parametrize("made", [chatml_tokenizer, llama_tokenizer, real_tokenizer])
+@pytest.mark.parametrize("turns", ["last", "random", "all"])
+def test_tokens_are_those_of_the_template(made, turns):
+    tokenizer = made()
+    ends = eos_token_ids(tokenizer, None)
+    examples, report = prepare(
+        [{"messages": messages} for messages in CONVERSATIONS],
+        tokenizer,
+        DataOptions(4096, 2048, assistant_turns=turns),
+    )
+    seen = []
+    for example in examples:
+        messages = CONVERSATIONS[example.row]
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        for turn in example.turns:
+            place = places[turn.index]
+            seen.append((example.row, turn.index))
+            prompt, whole = (
+                tokenizer.apply_chat_template(given, add_generation_prompt=opening, tokenize=True, return_dict=False)
+                for given, opening in ((messages[:place], True), (messages[: place + 1], False))
+            )
+            assert list(turn.prompt_ids) == prompt
+            after = whole[len(prompt) + len(turn.response_ids) :]
+            assert [*turn.prompt_ids, *turn.response_ids, *after] == whole
+            assert not tokenizer.decode(after).strip()
+            assert [token in ends for token in turn.response_ids] == [False] * (len(turn.response_ids) - 1) + [True]
+            assert tokenizer.decode(turn.response_ids[:-1]).strip() == messages[place]["content"].strip()
+    counts = [len([m for m in messages if m["role"] == "assistant"]) for messages in CONVERSATIONS]
+    expected = [(row, index) for row, count in enumerate(counts) for index in range(count)]
+    last = [(row, count - 1) for row, count in enumerate(counts)]
+    assert seen == (last if turns == "last" else expected)
+    assert report.boundary_merges == 0

@@ -10,6 +10,10 @@ from typing import Any
 
 from sapo.options.declare import Option
 
+_NO_COMPILE = (
+    "rows have another length in every pass, so that a graph would be compiled for each. Leave it out; decoding is "
+    "captured as a CUDA graph without it."
+)
 _NO_METRICS = "evaluation takes no compute_metrics, so this has no effect. Leave the option out."
 _JOB_SCRIPT = "transformers leaves this to the calling script; sapo train always trains. Leave the option out"
 
@@ -95,11 +99,6 @@ INHERITED: tuple[Option, ...] = (
            optional=True, one_start=True, since="5.23"),
     _speed("activation_checkpointing_kwargs", None, "Newer name of gradient_checkpointing_kwargs.", type="mapping",
            optional=True, one_start=True, since="5.23"),
-    _speed("torch_compile", False, "Compile the model with torch.compile: slow first steps, faster later ones.",
-           type="bool"),
-    _speed("torch_compile_backend", None, "Backend of torch.compile; turns torch_compile on.", type="str",
-           optional=True),
-    _speed("torch_compile_mode", None, "Mode of torch.compile; turns torch_compile on.", type="str", optional=True),
     _speed("torch_empty_cache_steps", None, "Empty the accelerator's memory cache every N optimizer steps. Unset: "
            "never.", type="int", optional=True, low=1),
     _speed("use_cpu", False, "Train on the CPU even if there is an accelerator.", type="bool", common=True),
@@ -205,6 +204,9 @@ INHERITED: tuple[Option, ...] = (
              "out."),
     _refused("neftune_noise_alpha", "float", None, "the noise would reach the policy and not the reference, so that "
              "the margin is wrong from the first step. Leave it out.", optional=True),
+    _refused("torch_compile", "bool", False, _NO_COMPILE, "Speed and memory"),
+    _refused("torch_compile_backend", "str", None, _NO_COMPILE, "Speed and memory", optional=True),
+    _refused("torch_compile_mode", "str", None, _NO_COMPILE, "Speed and memory", optional=True),
     _refused("length_column_name", "str", "length", "rows are not grouped by length. Leave it out.", "Data loading"),
     _refused("label_names", "list", None, _NO_METRICS, "Evaluation", optional=True),
     _refused("include_for_metrics", "list", [], _NO_METRICS, "Evaluation"),

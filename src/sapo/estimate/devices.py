@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from sapo.errors import ConfigurationError
 
@@ -39,6 +43,8 @@ class Device:
         launch: seconds to start an operation.
         overlaps: whether starting operations and computing go on side by side.
         source: where the figures come from.
+        thin_rates: operations a second in float32 and bfloat16 of products one of whose dimensions is thin, by that
+            dimension, ascending; empty where arithmetic and traffic alone decide.
     """
 
     name: str
@@ -50,6 +56,28 @@ class Device:
     launch: float
     overlaps: bool
     source: str
+    thin_rates: tuple[tuple[int, float, float], ...] = ()
+
+    def rate(self, thin: int, width: int) -> float:
+        """Operations a second of matrix products.
+
+        Args:
+            thin: the product's smallest dimension; 0 for other operations than products.
+            width: bytes of an element of the result.
+        """
+        column = 2 if width == 2 else 1
+        most = self.half_rate if width == 2 else self.float_rate
+        if not (thin and self.thin_rates):
+            return most
+        # On a log scale between the measured dimensions.
+        known = [(row[0], row[column]) for row in self.thin_rates]
+        if thin <= known[0][0]:
+            return known[0][1]
+        for (low, slower), (high, faster) in itertools.pairwise(known):
+            if thin <= high:
+                share = math.log(thin / low) / math.log(high / low)
+                return slower ** (1 - share) * faster**share
+        return min(most, known[-1][1]) if thin == known[-1][0] else most
 
 
 def _sheet(
@@ -115,13 +143,7 @@ def measure() -> Device:
         rates[dtype] = 2 * size**3 / _best(lambda left=left, right=right: torch.mm(left, right), device)  # type: ignore[misc]
     large = torch.zeros(2**28 if on_gpu else 2**25, device=device)
     bandwidth = 2 * large.numel() * large.element_size() / _best(lambda: large.add_(1.0), device)
-    small = torch.zeros(8, device=device)
-
-    def many() -> None:
-        for _ in range(1000):
-            torch.add(small, small)
-
-    launch = _best(many, device) / 1000
+    launch = _best(_small_block(device), device) / _SMALL_OPERATIONS
     if on_gpu:
         name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)
     else:
@@ -136,7 +158,38 @@ def measure() -> Device:
         launch=launch,
         overlaps=on_gpu,
         source="measured just now; links between devices are not",
+        thin_rates=() if on_gpu else tuple(_thin_rates(dimension) for dimension in _THIN),
     )
+
+
+_THIN = (1, 4, 16, 64, 256)
+"""Dimensions of products that a processor is slow at: the rows of decoding, the rank of an adapter."""
+_SMALL_ROUNDS, _SMALL_OPERATIONS = 50, 50 * 12
+
+
+def _thin_rates(dimension: int) -> tuple[int, float, float]:
+    """Operations a second, in float32 and bfloat16, of `dimension` rows times a weight larger than the cache."""
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, rows = torch.randn(8192, 2048).to(dtype), torch.randn(dimension, 2048).to(dtype)
+        rates.append(2 * dimension * weight.numel() / _best(partial(F.linear, rows, weight), torch.device("cpu")))
+    return (dimension, *rates)  # type: ignore[return-value]
+
+
+def _small_block(device: torch.device) -> Callable[[], None]:
+    """Layers too small to compute anything: what remains is Python, PyTorch and starting an operation."""
+    layer = torch.nn.Linear(8, 8, bias=False, device=device)
+    gain, given = torch.ones(8, device=device), torch.ones(1, 1, 8, device=device)
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(_SMALL_ROUNDS):
+                states = given.to(torch.float32)
+                states = gain * (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6))
+                states = F.silu(layer(states)) * layer(states)
+                states = (given + states).view(1, 1, 2, 4).transpose(1, 2).contiguous()
+
+    return run
 
 
 def _best(what: Callable[[], object], device: torch.device, *, rounds: int = 6) -> float:

@@ -216,7 +216,7 @@ def _seconds(
 def trace_seconds(trace: Trace, device: Device) -> float:
     """Each operation takes what its arithmetic or its traffic with memory takes, whichever is more, and its start."""
     computing = sum(
-        max(work.flops / (device.half_rate if work.width == 2 else device.float_rate), work.moved / device.bandwidth)
+        max(work.flops / device.rate(work.thin, work.width), work.moved / device.bandwidth)
         for work in trace.work
     )
     starting = len(trace.work) * device.launch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, SAPOConfig
 from sapo.estimate.tracing import Account, Trace
 from sapo.generation.kv_cache import make_room
+from sapo.generation.sampling import Sampling
+from sapo.generation.token_step import DecodingRows
 from sapo.preference.batches import Layout, PairBatch, collate_pairs
 from sapo.preference.pairs import Pair
 from sapo.preference.scoring import head_at, model_inputs, summed_logps
@@ -102,11 +105,11 @@ def trace_passes(
         cache = 0
         policy.eval()
         if args.objective == "dpo" and args.reference != "none":
-            with _account(policy) as account, torch.no_grad(), _autocast(args):
+            with _computing(policy, roles, args, strategy), _account(policy) as account, torch.no_grad():
                 scores(policy, batch)
             reference = account.trace
         if rows:
-            prefill, token, cache = _generation(policy, lengths, rows)
+            prefill, token, cache = _generation(policy, roles, args, strategy, lengths, rows)
     return Passes(learning, reference, prefill, token, cache, layout, why)
 
 
@@ -156,32 +159,59 @@ def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: S
     return account.trace
 
 
-def _generation(policy: Any, lengths: Lengths, rows: int) -> tuple[Trace, Trace, int]:
-    ids = torch.zeros(rows, lengths.context, dtype=torch.long)
-    attended = torch.ones(rows, lengths.context + lengths.segment, dtype=torch.long)
-    positions = torch.arange(lengths.context).expand(rows, -1)
-
-    def step(ids: Tensor, positions: Tensor, length: int, cache: Any) -> Any:
-        return policy(
-            input_ids=ids,
-            attention_mask=attended[:, :length],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
-
-    with torch.no_grad():
+def _generation(
+    policy: Any, roles: RunModels, args: SAPOConfig, strategy: Strategy, lengths: Lengths, rows: int
+) -> tuple[Trace, Trace, int]:
+    """The decode loop's own first two tokens: the contexts are read, and one token more."""
+    state = DecodingRows(
+        [[0] * lengths.context] * rows,
+        [lengths.segment] * rows,
+        [0] * rows,
+        pad_token_id=0,
+        # top-k looks at values on a CPU. The sort that top-p takes on an accelerator is in the trace.
+        sampling=Sampling(args.temperature, 0, args.top_p),
+        device=torch.device("cpu"),
+    )
+    forward = functools.partial(policy, use_cache=True, logits_to_keep=1, return_dict=True)
+    with torch.no_grad(), _computing(policy, roles, args, strategy, generates=True):
         with _account(policy) as first:
-            cache = step(ids, positions, lengths.context, None).past_key_values
+            output = forward(**state.prompt(), past_key_values=None)
+            cache = output.past_key_values
         make_room(cache, lengths.segment)
+        state.hold(policy, cache)
+        state.draw(output.logits[:, -1])
+        state.count += 1
+        del output
         held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
         # The first token makes room for those to come, so both are counted with the larger cache.
         with _account(policy, held) as token:
-            step(ids[:, :1], positions[:, -1:] + 1, lengths.context + 1, cache)
+            state.advance(forward)
         size = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
     return first.trace, token.trace, size
+
+
+@contextmanager
+def _computing(
+    policy: Any, roles: RunModels, args: SAPOConfig, strategy: Strategy, *, generates: bool = False
+) -> Iterator[None]:
+    """The precision in which opponent and reference compute, here with the policy's weights.
+
+    With mixed precision everything computes in it: gathered copies of a sharded run have their weights in it, and a
+    4-bit model casts to it what is not quantized while it generates.
+    """
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    cast: list[tuple[Tensor, Tensor]] = []
+    if half is not None and (strategy.shards_weights or (generates and roles.quantized)):
+        named = [weight for name, weight in policy.named_parameters() if strategy.shards_weights or "lora_" not in name]
+        cast = [(weight, weight.data) for weight in named if weight.dtype != half]
+    for weight, original in cast:
+        weight.data = torch.empty(original.shape, dtype=half)
+    try:
+        with _autocast(args):
+            yield
+    finally:
+        for weight, original in cast:
+            weight.data = original
 
 
 class _FusedScores:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,14 +21,21 @@ from torch.utils.flop_counter import flop_registry
 _PICKING = ("aten.embedding", "aten.index", "aten.gather", "aten.slice_scatter", "aten.select_scatter")
 """Operations that read as much of their source as they give out."""
 
+_PRODUCTS = ("aten.mm", "aten.addmm")
+"""Matrix products; the factors are their last two tensors. Batched ones belong to attention, bound by its traffic."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one operation does: floating-point operations, bytes read and written, bytes of a result's element."""
+    """What one operation does: floating-point operations, bytes read and written, bytes of a result's element.
+
+    `thin` is the smallest dimension of a matrix product, 0 for everything else.
+    """
 
     flops: int
     moved: int
     width: int
+    thin: int = 0
 
 
 @dataclass(slots=True)
@@ -85,7 +93,7 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind[0] = what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _run(func, args, kwargs or {})
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         new = [tensor for tensor in made if self._is_new(tensor)]
@@ -116,12 +124,21 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[kind[0]] -= size
 
 
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    if "_grouped_mm" not in str(func) or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    # The experts of a mixture. Without data torch takes bfloat16 only, where its kernels take float32 too.
+    left, right = (tensor.new_empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16) for tensor in args[:2])
+    return func(left, right, *args[2:], **kwargs).to(args[0].dtype)
+
+
 def _work(func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]) -> Work:
     name = str(func)
     written = sum(map(_bytes, made))
     moved = 2 * written if name.startswith(_PICKING) else written + sum(map(_bytes, given))
     width = made[0].element_size() if made else 4
-    return Work(_flops(func, name, args, kwargs, result), moved, width)
+    thin = min(*given[-2].shape[-2:], *given[-1].shape[-2:]) if name.startswith(_PRODUCTS) else 0
+    return Work(_flops(func, name, args, kwargs, result), moved, width, thin)
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
@@ -132,6 +149,10 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
         products = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
         # Two products forwards, five backwards; a causal kernel skips the half that is not seen.
         return int(products * 2 * (5 if backward else 2) // (2 if causal else 1))
+    if "_grouped_mm" in name:
+        # Each row goes through the matrix of one expert; of weights' gradients, rows are summed over.
+        left, right = args[0].shape, args[1].shape
+        return int(2 * left[-2] * left[-1] * right[-1])
     counter = flop_registry.get(func._overloadpacket)
     return int(counter(*args, **kwargs, out_val=result)) if counter is not None else 0
 

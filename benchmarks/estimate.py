@@ -47,22 +47,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True},
     "LoRA, checkpointing": {"lora": True, "gradient_checkpointing": True},
     "LoRA, reference initial, one pair a pass": {"lora": True, "reference": "initial", "pairs_per_forward": 1},
+    "135 million weights": {"size": "135M", "pairs_per_forward": 1},
+    "135 million weights, LoRA": {"size": "135M", "lora": True, "reference": "initial", "pairs_per_forward": 1},
     "bfloat16 weights": {"dtype": "bfloat16", "ema_decay": 0.9},
 }
 SIZES = {
     "8k": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6},
     "32k": {"vocab_size": 32768, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
     "40M": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 10},
+    "135M": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
     "warm": {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-}
+}  # fmt: skip
 
 
 class Watch(TrainerCallback):
-    """Seconds of each step."""
+    """Seconds of each step, and of generation in it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.generation: list[float] = []
         self.began = 0.0
+
+    def pairs(self, inner: Any) -> Any:
+        """The source's method, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            found = inner(*args, **kwargs)
+            self.generation.append(time.process_time() - began)
+            return found
+
+        return timed
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.process_time()
@@ -72,10 +90,8 @@ class Watch(TrainerCallback):
 
 
 def model_config(size: str) -> LlamaConfig:
-    return LlamaConfig(
-        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-        **SIZES[size],
-    )  # fmt: skip
+    common = {"max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    return LlamaConfig(**({"num_attention_heads": 4} | common | SIZES[size]))
 
 
 def config(folder: str, options: dict[str, Any]) -> SAPOConfig:
@@ -101,8 +117,8 @@ def config(folder: str, options: dict[str, Any]) -> SAPOConfig:
     return SAPOConfig(**(settings | own))
 
 
-def train(options: dict[str, Any]) -> tuple[float, int, int]:
-    """Median seconds of a step, resident bytes before the model, resident bytes at the peak."""
+def train(options: dict[str, Any]) -> tuple[float, float, int, int]:
+    """Median seconds of a step and of its generation, resident bytes before the model, resident bytes at the peak."""
     size, watch = options.get("size", "8k"), Watch()
     vocabulary = int(SIZES[size]["vocab_size"])
     encode = word_tokenizer(_Vocabulary("32k" if vocabulary == 32768 else "8k"))
@@ -123,8 +139,9 @@ def train(options: dict[str, Any]) -> tuple[float, int, int]:
         )  # fmt: skip
         del model
         trainer.remove_callback(PrinterCallback)
+        trainer.source.pairs = watch.pairs(trainer.source.pairs)
         trainer.train()
-    return statistics.median(watch.seconds[1:]), before, peak_resident()
+    return statistics.median(watch.seconds[1:]), statistics.median(watch.generation[1:]), before, peak_resident()
 
 
 class _Vocabulary:
@@ -134,27 +151,27 @@ class _Vocabulary:
         self.size = size
 
 
-def estimated(options: dict[str, Any]) -> tuple[int, float]:
-    """Bytes and seconds."""
+def estimated(options: dict[str, Any]) -> tuple[int, float, float]:
+    """Bytes, seconds and seconds of generation."""
     lora = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"} if options.get("lora") else {}
     model_args = ModelConfig(dtype=options.get("dtype", "float32"), **lora)
     with tempfile.TemporaryDirectory() as folder:
         args = config(folder, options)
         given = (model_config(options.get("size", "8k")), model_args, args, measure(), Strategy())
         found = estimate(*given, Lengths(PROMPT, 0, SEGMENT, RESPONSE - SEGMENT))
-    return found.memory.most, sum(found.seconds.values())
+    return found.memory.most, sum(found.seconds.values()), found.seconds["generation"]
 
 
-def measured(options: dict[str, Any]) -> tuple[int, float]:
-    """Bytes and seconds, of a fork."""
+def measured(options: dict[str, Any]) -> tuple[int, float, float]:
+    """Bytes, seconds and seconds of generation, of a fork."""
 
-    def both(number: int) -> tuple[float, int, int]:
+    def both(number: int) -> tuple[float, float, int, int]:
         warm = {key: value for key, value in options.items() if key in ("objective", "lora", "reference")}
         train({**warm, "size": "warm"})
         return train(options)
 
-    seconds, before, peak = in_forks(both)[0]
-    return peak - before, seconds
+    seconds, generation, before, peak = in_forks(both)[0]
+    return peak - before, seconds, generation
 
 
 def main() -> None:
@@ -164,14 +181,14 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    print(f"{'':42}{'estimate MB':>12}{'measured MB':>12}{'ratio':>7}{'estimate s':>12}{'measured s':>12}{'ratio':>7}")
+    titles = [f"{what} {kind}" for kind in ("MB", "s", "gen s") for what in ("estimate", "measured")]
+    print(f"{'':42}" + "".join(f"{title:>16}{'ratio' if n % 2 else '':>7}" for n, title in enumerate(titles)))
     for name in options.settings:
-        (memory, seconds), (peak, took) = estimated(SETTINGS[name]), measured(SETTINGS[name])
-        print(
-            f"{name:42}{memory / 1e6:12.0f}{peak / 1e6:12.0f}{memory / peak:7.2f}{seconds:12.2f}{took:12.2f}"
-            f"{seconds / took:7.2f}",
-            flush=True,
-        )
+        found, real = estimated(SETTINGS[name]), measured(SETTINGS[name])
+        line = f"{name:42}"
+        for ours, theirs, unit in zip(found, real, (1e6, 1, 1), strict=True):
+            line += f"{ours / unit:16.2f}{'':7}{theirs / unit:16.2f}{ours / theirs:7.2f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,11 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                     "nll_scope=all with layout=shared: the published term averages over padding, and this layout "
                     "has none. Set layout to plain."
                 )
+        if self.nll_scope == "all" and self.tokens_per_forward is not None:
+            raise ConfigurationError(
+                f"tokens_per_forward={self.tokens_per_forward} with nll_scope=all: the published term counts padding, "
+                "which depends on the passes. Leave it out, or use pairs_per_forward."
+            )
         if self.objective != "orpo" and self.nll_scope != "response":
             raise ConfigurationError(
                 f"nll_scope={self.nll_scope} with objective={self.objective}: it concerns ORPO's likelihood term only."

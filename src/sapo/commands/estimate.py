@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,29 +13,68 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from sapo.commands.arguments import build
-from sapo.commands.inputs import quiet_libraries
+from sapo.commands.arguments import RunArguments, build
+from sapo.commands.inputs import load_inputs, quiet_libraries
 from sapo.commands.launch import shipped_or_file
 from sapo.commands.parser import Parsed
+from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, brief
-from sapo.estimate.advice import Change, changes_that_fit
+from sapo.estimate.advice import Change, changes_that_fit, gpus_that_fit
+from sapo.estimate.checkpointing import set_checkpointing
 from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
+from sapo.weights.source import find_source
+
+USUALLY_TAKES = "1 to 2"
+"""Times the estimated seconds that a step took where both were compared; docs/estimate.md has the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Lengths of the rows that a run will train on, in tokens.
+
+    Attributes:
+        median: prompt and response of the row at 50 % of all lengths together.
+        long: of the row at 99 %.
+        rows: prepared.
+    """
+
+    median: tuple[int, int]
+    long: tuple[int, int]
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was asked for, and what came of it."""
+    """What was asked for, and what came of it.
+
+    Attributes:
+        device: of the estimate.
+        strategy: how the run is divided.
+        lengths: of every pair, for the memory.
+        usual: of every pair, for the seconds.
+        lengths_from: where they come from, in words.
+        steps: of the run, or None where neither data nor max_steps say.
+        result: the estimate.
+        changes: flags that make it fit, where it does not.
+        gpus: how many GPUs it would fit on as it is, with the estimate; None where that is not so, or it fits.
+        checkpointing: what was asked for, where the estimate decided: "auto".
+    """
 
     device: Device
     strategy: Strategy
     lengths: Lengths
+    usual: Lengths
+    lengths_from: str
+    steps: int | None
     result: Estimate
     changes: tuple[Change, ...]
+    gpus: tuple[int, Estimate] | None
+    checkpointing: bool | str
 
     @property
     def fits(self) -> bool:
@@ -70,13 +110,82 @@ def make_report(given: Parsed) -> Report:
         run.model = with_stored_adapter(run.model)
     run.config.check_positions(config)
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
-    lengths = longest(run.config, own.prompt_length, own.response_length)
+    data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)
+    prompt, response = own.prompt_length, own.response_length
+    lengths = longest(run.config, prompt or (data and data.long[0]), response or (data and data.long[1]))
+    usual = longest(run.config, prompt or (data and data.median[0]), response or (data and data.median[1]))
+    asked = run.config.gradient_checkpointing
+    if asked == "auto":
+        set_checkpointing(run.config, False)
     what = (config, run.model, run.config, device, strategy, lengths)
-    result = estimate(*what)
+    result = estimate(*what, usual)
+    if asked == "auto" and result.needed > device.memory:
+        set_checkpointing(run.config, True)
+        result = estimate(*what, usual)
     changes: list[Change] = []
+    gpus = None
     if result.needed > device.memory:
-        changes = changes_that_fit(*what, before=result)
-    return Report(device, strategy, lengths, result, tuple(changes))
+        changes = changes_that_fit(*what, before=result, usual_lengths=usual)
+        gpus = gpus_that_fit(*what)
+    return Report(
+        device,
+        strategy,
+        lengths,
+        usual,
+        _lengths_from(data, prompt, response),
+        _steps(run.config, strategy, data),
+        result,
+        tuple(changes),
+        gpus,
+        "auto" if asked == "auto" else bool(asked),
+    )
+
+
+def _measured(run: RunArguments, stands_in: bool, *given: int | None) -> Measured | None:
+    """Lengths of the data, if some are named and can be tokenized; not where both lengths are given.
+
+    Raises:
+        ConfigurationError, DatasetError, ModelError, TokenizerError: as in `sapo train`.
+    """
+    named = run.data.dataset_name or run.mixture.datasets
+    if stands_in or not named or None not in given or not _has_tokenizer(run):
+        return None
+    inputs = load_inputs(run)
+    pairs = [
+        pair
+        for report in inputs.train_reports
+        for pair in zip(report.prompt_lengths, report.response_lengths, strict=True)
+    ]
+    ordered = sorted(pairs, key=sum)
+    at = [ordered[max(0, -(-percent * len(ordered) // 100) - 1)] for percent in (50, 99)]
+    return Measured(at[0], at[1], len(inputs.train))
+
+
+def _has_tokenizer(run: RunArguments) -> bool:
+    """Whether the model's folder holds a tokenizer; of the hub it is expected."""
+    folder = Path(find_source(str(run.model.model_name_or_path), run.model.model_revision).tokenizer)
+    return not folder.is_dir() or any(next(folder.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model"))
+
+
+def _lengths_from(data: Measured | None, prompt: int | None, response: int | None) -> str:
+    if prompt and response:
+        return "as given"
+    if data is not None:
+        taken = f"of the {data.rows} prepared rows: the 99 % row for memory, the 50 % row for seconds"
+        return taken + ("; one length as given" if prompt or response else "")
+    if prompt or response:
+        return "one as given, the other the MAXIMUM ALLOWED: no data were read"
+    return "the MAXIMUM ALLOWED by max_length and max_prompt_length: no data were read, and most rows are shorter"
+
+
+def _steps(args: SAPOConfig, strategy: Strategy, data: Measured | None) -> int | None:
+    if args.max_steps > 0:
+        return args.max_steps
+    if data is None:
+        return None
+    batches = -(-data.rows // (args.per_device_train_batch_size * strategy.processes))
+    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch) * (args.num_rounds or 1)
 
 
 def as_dictionary(report: Report) -> dict[str, Any]:
@@ -92,6 +201,15 @@ def as_dictionary(report: Report) -> dict[str, Any]:
         "memory": {**memory.lasting, **memory.passing},
         "phases": memory.phases,
         "seconds": report.result.seconds,
+        "limits": report.result.limits,
+        "flops": report.result.flops,
+        "launches_per_token": report.result.launches,
+        "waits_per_token": report.result.waits,
+        "steps": report.steps,
+        "hours": None if report.steps is None else report.steps * sum(report.result.seconds.values()) / 3600,
+        "lengths": {"memory": asdict(report.lengths), "seconds": asdict(report.usual), "from": report.lengths_from},
+        "gradient_checkpointing": {"asked": report.checkpointing, "estimated": report.result.recomputes},
+        "gpus_that_fit": report.gpus and {"num_gpus": report.gpus[0], "needed": report.gpus[1].needed},
         "changes": [{"flag": change.flag, "needed": change.result.needed} for change in report.changes],
     }
 
@@ -134,14 +252,19 @@ def _model_config(name: str) -> Any:
 def _show(report: Report, console: Console) -> None:
     result, device, strategy = report.result, report.device, report.strategy
     count = f"{strategy.processes} x " if strategy.processes > 1 else ""
+    memory_pair, time_pair = report.lengths, report.usual
     lines = [
         f"{count}{device.name} ({bytes_text(device.memory)}), {strategy.name}; {device.source}.",
-        f"{result.parameters / 1e9:.2f} billion weights, {result.trained / 1e9:.3g} billion trained; pairs of "
-        f"{report.lengths.prompt} + {report.lengths.response} tokens; layout {result.layout}"
-        + (f" ({result.why_plain})." if result.why_plain else "."),
-        "",
+        f"{result.parameters / 1e9:.3g} billion weights, {result.trained / 1e9:.3g} billion trained; layout "
+        f"{result.layout}" + (f" ({result.why_plain})." if result.why_plain else "."),
+        f"Lengths are {report.lengths_from}.",
+        f"Memory: pairs of {memory_pair.prompt} + {memory_pair.response} tokens. "
+        f"Seconds: {time_pair.prompt} + {time_pair.response}.",
     ]
-    for line in lines:
+    if report.checkpointing == "auto":
+        chosen = "true, since it would not fit without" if result.recomputes else "false, since it fits without"
+        lines.append(f"gradient_checkpointing=auto: {chosen}.")
+    for line in [*lines, ""]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     memory = Table(title="memory of one device", title_justify="left")
     memory.add_column("part")
@@ -156,17 +279,52 @@ def _show(report: Report, console: Console) -> None:
     if result.needed > result.memory.most:
         memory.add_row("with driver and allocator", bytes_text(result.needed))
     console.print(memory)
-    seconds = Table(title="seconds of an optimizer step", title_justify="left")
-    seconds.add_column("part")
-    seconds.add_column("seconds", justify="right")
-    for name, value in result.seconds.items():
-        seconds.add_row(name, f"{value:.3g}")
-    seconds.add_section()
-    total = sum(result.seconds.values())
-    seconds.add_row("all", f"{total:.3g}")
-    console.print(seconds)
+    console.print(_seconds_table(result))
+    for line in _time(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _verdict(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _seconds_table(result: Estimate) -> Table:
+    table = Table(title="seconds of an optimizer step", title_justify="left")
+    table.add_column("part")
+    for name in ("seconds", "limit", "of limit", "TFLOP"):
+        table.add_column(name, justify="right")
+    for name, value in result.seconds.items():
+        limit, flops = result.limits.get(name), result.flops.get(name)
+        share = f"{limit / value:.0%}" if limit and value else ""
+        table.add_row(
+            name,
+            f"{value:.3g}",
+            "" if limit is None else f"{limit:.3g}",
+            share,
+            f"{flops / 1e12:.3g}" if flops else "",
+        )
+    total, least = sum(result.seconds.values()), sum(result.limits.values())
+    table.add_section()
+    table.add_row(
+        "all", f"{total:.3g}", f"{least:.3g}", f"{least / total:.0%}", f"{sum(result.flops.values()) / 1e12:.3g}"
+    )
+    return table
+
+
+def _time(report: Report) -> list[str]:
+    result, total = report.result, sum(report.result.seconds.values())
+    lines = []
+    if result.launches is not None:
+        graph = " (as a CUDA graph)" if result.launches == 1 else ""
+        waits = f", and a wait for the device every {1 / result.waits:.0f} tokens" if result.waits else ""
+        lines.append(f"Decoding a token: {result.launches} launches{graph}{waits}.")
+    if report.steps is None:
+        lines.append("Hours: unknown without data. Give --dataset_name and a model with its tokenizer, or --max_steps.")
+    else:
+        lines.append(f"{report.steps} optimizer steps: {report.steps * total / 3600:.3g} hours.")
+    lines.append(
+        f"Seconds are a LOWER BOUND: expect {USUALLY_TAKES} times as many on a CPU, 2 to 3 times on a GPU, where nothing "
+        "has been compared. Evaluation, checkpoints and reports are not in them."
+    )
+    return lines
 
 
 def _verdict(report: Report) -> list[str]:
@@ -174,7 +332,14 @@ def _verdict(report: Report) -> list[str]:
         share = report.result.needed / report.device.memory
         return [f"It fits: {bytes_text(report.result.needed)} of {bytes_text(report.device.memory)} ({share:.0%})."]
     lacking = report.result.needed - report.device.memory
-    lines = [f"It does not fit: {bytes_text(lacking)} too much. In this order:"]
+    lines = [f"It does not fit: {bytes_text(lacking)} too much."]
+    if report.gpus is not None:
+        count, found = report.gpus
+        lines.append(
+            f"As it is, on {count} GPUs: --num_gpus {count} --accelerate_config zero3, {bytes_text(found.needed)} on each. "
+            f"With sapo train: --accelerate_config zero3."
+        )
+    lines.append(f"On {'this device' if report.strategy.processes == 1 else 'these devices'}, in this order:")
     before = report.result.needed
     for change in report.changes:
         after = change.result.needed

@@ -17,6 +17,7 @@ _METAVARS = {
     "int": "N",
     "float": "X",
     "bool": "true|false",
+    "bool_or_auto": "true|false|auto",
     "str": "TEXT",
     "str_or_false": "TEXT",
     "list": "TEXT",
@@ -57,7 +58,7 @@ def formatted(
             group.add_argument(
                 f"--{one.name}",
                 metavar=metavar(one),
-                nargs="?" if one.type == "bool" else None,
+                nargs="?" if one.type in ("bool", "bool_or_auto") else None,
                 help=f"{one.help}{_listed(one)}{_default(one.default_text)}".replace("%", "%%"),
             )
     lines = [f"Example:\n  {example}"]

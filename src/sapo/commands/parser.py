@@ -195,12 +195,12 @@ def _run_parser() -> OneLineParser:
     parser = OneLineParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     for one in options():
         more: dict[str, Any] = {"type": partial(_typed, one)}
-        if one.type == "bool":
+        if one.type in ("bool", "bool_or_auto"):
             more |= {"nargs": "?", "const": True}
         if one.type == "list":
             more |= {"nargs": "+"} | ({"action": "append"} if one.repeatable else {})
         parser.add_argument(f"--{one.name}", metavar=metavar(one), **more)
-        if one.type == "bool" and one.default is True:
+        if one.type == "bool_or_auto" or (one.type == "bool" and one.default is True):
             parser.add_argument(f"--no_{one.name}", dest=one.name, action="store_const", const=False)
     return parser
 

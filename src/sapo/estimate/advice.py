@@ -50,6 +50,7 @@ def changes_that_fit(
     strategy: Strategy,
     lengths: Lengths,
     before: Estimate,
+    usual_lengths: Lengths | None = None,
 ) -> list[Change]:
     """Flags that bring the memory under that of the device, one on top of the other; those that save nothing are left.
 
@@ -61,6 +62,7 @@ def changes_that_fit(
         strategy: as it is.
         lengths: of the longest pair.
         before: the estimate without any change.
+        usual_lengths: see `estimate`.
 
     Returns:
         As many changes as it takes; the last one's result may still be too large, when nothing more is known.
@@ -70,11 +72,30 @@ def changes_that_fit(
         if last.needed <= device.memory:
             break
         new = change(plan)
-        found = estimate(config, new.model_args, new.args, device, new.strategy, lengths)
+        found = estimate(config, new.model_args, new.args, device, new.strategy, lengths, usual_lengths)
         if found.memory.most < 0.99 * last.memory.most:
             plan, last = new, found
             changes.append(Change(flag, price, found))
     return changes
+
+
+def gpus_that_fit(
+    config: Any, model_args: ModelConfig, args: SAPOConfig, device: Device, strategy: Strategy, lengths: Lengths
+) -> tuple[int, Estimate] | None:
+    """The fewest of 2, 4 or 8 GPUs on which the run fits as it is, sharded by ZeRO-3; None if they do not suffice.
+
+    See `estimate` for the arguments. An adapter's base is sharded likewise; of a run that has shards already, and of
+    quantized weights, which ZeRO-3 does not shard, more GPUs are not looked at.
+    """
+    if strategy.shards_weights or model_args.load_in_4bit or model_args.load_in_8bit or not device.overlaps:
+        return None
+    for count in (2, 4, 8):
+        if count < strategy.processes:
+            continue
+        found = estimate(config, model_args, args, device, Strategy("zero3", count), lengths)
+        if found.needed <= device.memory:
+            return count, found
+    return None
 
 
 _Candidate = tuple[str, str, Callable[[_Plan], _Plan]]
@@ -101,12 +122,6 @@ def _candidates(start: _Plan) -> Iterator[_Candidate]:
             "a slower opponent",
             lambda plan: plan.with_args(generation_batch_size=8),
         )
-    if model_args.dtype == "float32" and args.bf16:
-        yield (
-            "--dtype bfloat16",
-            "weights and their steps are rounded to bfloat16",
-            lambda plan: plan.with_model(dtype="bfloat16"),
-        )
     if strategy.processes > 1 and not strategy.shards_weights:
         yield (
             "--accelerate_config zero3",
@@ -114,22 +129,28 @@ def _candidates(start: _Plan) -> Iterator[_Candidate]:
             lambda plan: _Plan(plan.model_args, plan.args, Strategy("zero3", strategy.processes)),
         )
     if not model_args.use_peft:
-        if args.objective == "dpo" and args.reference in ("initial", "opponent_copy") and args.pair_source != "paired":
-            yield (
-                "--reference opponent",
-                "another method: the reference moves with the opponent",
-                lambda plan: plan.with_args(reference="opponent"),
-            )
+        yield (
+            "--use_peft --lora_target_modules all-linear",
+            "an adapter learns, not the model; raise the learning rate",
+            lambda plan: plan.with_model(use_peft=True, lora_target_modules="all-linear"),
+        )
         if "8bit" not in OptimizerNames(args.optim).value:
             yield (
                 "--optim adamw_bnb_8bit",
                 'states in 8 bits; needs the extra "quantization"',
                 lambda plan: plan.with_args(optim="adamw_bnb_8bit"),
             )
+        if args.objective == "dpo" and args.reference in ("initial", "opponent_copy") and args.pair_source != "paired":
+            yield (
+                "--reference opponent",
+                "another method: the reference moves with the opponent",
+                lambda plan: plan.with_args(reference="opponent"),
+            )
+    if model_args.dtype in (None, "float32") and args.bf16:
         yield (
-            "--use_peft --lora_target_modules all-linear",
-            "an adapter learns, not the model; raise the learning rate",
-            lambda plan: plan.with_model(use_peft=True, lora_target_modules="all-linear"),
+            "--dtype bfloat16",
+            "opponent, reference and gradients are rounded; the optimizer steps a float32 master",
+            lambda plan: plan.with_model(dtype="bfloat16"),
         )
     if not (model_args.load_in_4bit or strategy.shards_weights):
         yield (

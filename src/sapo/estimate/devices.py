@@ -43,6 +43,7 @@ class Device:
         launch: seconds to start an operation.
         overlaps: whether starting operations and computing go on side by side.
         source: where the figures come from.
+        reached: shares of the promised matrix rate and bandwidth that the two rates and the bandwidth are.
         thin_rates: operations a second in float32 and bfloat16 of products one of whose dimensions is thin, by that
             dimension, ascending; empty where arithmetic and traffic alone decide.
     """
@@ -56,7 +57,20 @@ class Device:
     launch: float
     overlaps: bool
     source: str
+    reached: tuple[float, float] = (1.0, 1.0)
     thin_rates: tuple[tuple[int, float, float], ...] = ()
+
+    def limit(self, flops: float, moved: float, *, half: bool) -> float:
+        """Seconds below which a computation cannot come on this device.
+
+        Args:
+            flops: of its matrix products.
+            moved: bytes that have to be read and written once.
+            half: whether it computes in bfloat16.
+        """
+        matrix, memory = self.reached
+        rate = (self.half_rate if half else self.float_rate) / matrix
+        return max(flops / rate, moved * memory / self.bandwidth)
 
     def rate(self, thin: int, width: int) -> float:
         """Operations a second of matrix products.
@@ -94,6 +108,7 @@ def _sheet(
         launch=LAUNCH,
         overlaps=True,
         source=source,
+        reached=(MATRIX_SHARE, BANDWIDTH_SHARE),
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
 from trl import ModelConfig
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.estimate.devices import Device
-from sapo.estimate.passes import Lengths, Passes, trace_passes
+from sapo.estimate.passes import Lengths, Passes, pairs_of_a_pass, trace_passes
 from sapo.estimate.tracing import Trace
+from sapo.generation.decoding import TOKENS_PER_READ
 from sapo.weights.footprint import (
     RunModels,
     Strategy,
@@ -23,6 +25,9 @@ from sapo.weights.footprint import (
 
 RESERVED = 1e9
 """Bytes of a GPU that its driver and libraries are assumed to take."""
+
+POLICY, OPTIMIZER = "policy, forward and backward", "optimizer and moving average"
+"""Parts of a step that others than this module name."""
 
 FRAGMENTED = 0.05
 """Share of the memory in use that the allocator is assumed to leave unused between blocks."""
@@ -57,16 +62,34 @@ class Memory:
 class Estimate:
     """Of one optimizer step on one of the devices, all of them at work.
 
-    `seconds` is by part; `needed` includes what driver and allocator take of a GPU.
+    Attributes:
+        memory: in bytes.
+        seconds: by part.
+        limits: seconds of each part below which the device cannot come: products at its full matrix rate, nothing
+            computed twice; weights, keys and values read once a token at its full bandwidth; nothing else.
+        flops: operations of matrix products in a step, by part; what is computed twice included.
+        launches: operations that start for each token of decoding; 1 as a CUDA graph; None without generation.
+        waits: times that each token of decoding waits for the device.
+        layout: of the batches.
+        why_plain: what keeps them from being shared.
+        parameters: of the policy.
+        trained: of these.
+        needed: bytes, with what driver and allocator take of a GPU.
+        recomputes: whether activations are computed again in the backward pass.
     """
 
     memory: Memory
     seconds: dict[str, float]
+    limits: dict[str, float]
+    flops: dict[str, float]
+    launches: int | None
+    waits: float
     layout: str
     why_plain: str | None
     parameters: int
     trained: int
     needed: float
+    recomputes: bool
 
 
 def longest(args: SAPOConfig, prompt: int | None = None, response: int | None = None) -> Lengths:
@@ -96,6 +119,7 @@ def estimate(
     device: Device,
     strategy: Strategy,
     lengths: Lengths,
+    usual_lengths: Lengths | None = None,
 ) -> Estimate:
     """Memory and seconds of an optimizer step.
 
@@ -105,12 +129,16 @@ def estimate(
         args: of the run.
         device: what it runs on, `strategy.processes` of them.
         strategy: how the run is divided over them.
-        lengths: of every pair, for the memory; seconds are those of `usual(lengths)`.
+        lengths: of every pair, for the memory.
+        usual_lengths: of every pair, for the seconds, with the segment in the middle of where it may lie; unset, the
+            same.
     """
     roles = build_run_models(config, model_args, args, strategy)
     fused = args.fused_lm_head if args.fused_lm_head is not None else device.overlaps and HAS_FUSED_LM_HEAD
-    pairs = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
     rows = _rows(args)
+
+    def pairs_of(lengths: Lengths) -> int:
+        return pairs_of_a_pass(roles, args, lengths, model_args.attn_implementation)
 
     def traced(lengths: Lengths) -> Passes:
         return trace_passes(
@@ -118,7 +146,7 @@ def estimate(
             args,
             strategy,
             lengths,
-            pairs=pairs,
+            pairs=pairs_of(lengths),
             rows=min(rows, args.generation_batch_size or rows),
             fused_lm_head=bool(fused),
             attention=model_args.attn_implementation,
@@ -126,20 +154,46 @@ def estimate(
 
     passes = traced(lengths)
     memory = _memory(passes, roles, args, strategy, on_gpu=device.overlaps)
-    common = usual(lengths, args)
+    common = usual(usual_lengths or lengths, args)
     timed = passes if common == lengths else traced(common)
-    seconds = _seconds(timed, roles, args, device, strategy, common, pairs, memory)
+    seconds = _seconds(timed, roles, args, device, strategy, common, pairs_of(common), memory)
+    limits, flops = _limits(timed, roles, args, device, strategy, common, pairs_of(common), memory)
+    launches = None if timed.token is None else 1 if _graph(timed, device) else len(timed.token.work)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
     needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
     return Estimate(
         memory=memory,
         seconds=seconds,
+        limits=limits,
+        flops=flops,
+        launches=launches,
+        waits=1 / TOKENS_PER_READ if device.overlaps and timed.token is not None else 0.0,
         layout=passes.layout,
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),
         trained=sum(weight.numel() for weight in roles.trained),
         needed=needed,
+        recomputes=recomputes(args),
     )
+
+
+def learning_memory(
+    config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, lengths: Lengths, *, fused_lm_head: bool
+) -> int:
+    """Bytes at the worst time of the policy's forward and backward pass; see `estimate`."""
+    roles = build_run_models(config, model_args, args, strategy)
+    attention = model_args.attn_implementation
+    passes = trace_passes(
+        roles,
+        args,
+        strategy,
+        lengths,
+        pairs=pairs_of_a_pass(roles, args, lengths, attention),
+        rows=0,
+        fused_lm_head=fused_lm_head,
+        attention=attention,
+    )
+    return _memory(passes, roles, args, strategy, on_gpu=fused_lm_head).phases["learning"]
 
 
 def _rows(args: SAPOConfig) -> int:
@@ -170,7 +224,9 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
         earlier = gradients if args.gradient_accumulation_steps > 1 else 0
         phases["reference"] = lasting + shell + passes.reference.bytes + earlier
     if passes.prefill is not None:
-        phases["generation"] = lasting + shell + max(passes.prefill.bytes, passes.cache)
+        phases["generation"] = lasting + shell + passes.cast + max(passes.prefill.bytes, passes.cache)
+        if passes.cast:
+            passing["weights cast to generate"] = passes.cast
         passing["keys and values of generation"] = passes.cache
     if gathered:
         passing["weights gathered to learn"] = gathered
@@ -195,31 +251,86 @@ def _seconds(
         rows = _rows(args)
         calls = -(-rows // (args.generation_batch_size or rows))
         steps = max(args.steps_per_generation, args.generation_interval)
-        one = trace_seconds(passes.prefill, device) + lengths.segment * trace_seconds(passes.token, device)
+        token = trace_seconds(passes.token, device, launches=1 if _graph(passes, device) else None)
+        one = trace_seconds(passes.prefill, device) + lengths.segment * token
         seconds["generation"] = calls * one / steps
     if passes.reference is not None:
         seconds["reference"] = number * trace_seconds(passes.reference, device)
-    seconds["policy, forward and backward"] = number * trace_seconds(passes.learning, device)
-    states = memory.lasting.get("optimizer", 0)
+    seconds[POLICY] = number * trace_seconds(passes.learning, device)
+    seconds[OPTIMIZER] = _optimizer_bytes(roles, strategy, memory) / device.bandwidth
+    if strategy.processes > 1:
+        seconds["communication"] = _communication(passes, roles, args, device, strategy, number, seconds[POLICY])
+    return seconds
+
+
+def _graph(passes: Passes, device: Device) -> bool:
+    """Whether a token is decoded by one launch of a CUDA graph."""
+    return passes.captured and device.overlaps
+
+
+def _limits(
+    passes: Passes,
+    roles: RunModels,
+    args: SAPOConfig,
+    device: Device,
+    strategy: Strategy,
+    lengths: Lengths,
+    pairs: int,
+    memory: Memory,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`limits` and `flops` of an `Estimate`."""
+    number = args.per_device_train_batch_size * args.gradient_accumulation_steps / pairs
+    weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
+    half = bool(args.bf16 or args.fp16) or all(weight.element_size() == 2 for weight in weights)
+    limits, flops = {}, {}
+    forward = 0.0
+    if passes.prefill is not None and passes.token is not None:
+        calls = -(-_rows(args) // (args.generation_batch_size or _rows(args)))
+        calls /= max(args.steps_per_generation, args.generation_interval)  # type: ignore[assignment]
+        read = sum(weight.numel() for weight in weights) * (2 if half else 4) + passes.cache
+        token = device.limit(passes.token.flops, read, half=half)
+        limits["generation"] = calls * (device.limit(passes.prefill.flops, 0, half=half) + lengths.segment * token)
+        flops["generation"] = calls * (passes.prefill.flops + lengths.segment * passes.token.flops)
+    if passes.reference is not None:
+        forward = passes.reference.flops
+        flops["reference"] = number * forward
+        limits["reference"] = device.limit(flops["reference"], 0, half=half)
+    learning = passes.learning.flops
+    flops[POLICY] = number * learning
+    # A full model's backward pass is twice its forward pass, an adapter's once and a little.
+    twice = (forward or learning / (3 if isinstance(roles.policy, PeftModel) else 4)) if recomputes(args) else 0.0
+    limits[POLICY] = device.limit(number * (learning - twice), 0, half=half)
+    limits[OPTIMIZER] = _optimizer_bytes(roles, strategy, memory) * device.reached[1] / device.bandwidth
+    flops[OPTIMIZER] = 0.0
+    return limits, flops
+
+
+def recomputes(args: SAPOConfig) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    return args.gradient_checkpointing is True
+
+
+def _optimizer_bytes(roles: RunModels, strategy: Strategy, memory: Memory) -> float:
+    states = memory.lasting.get("optimizer", 0) + memory.lasting.get("float32 master", 0)
     trained = sum(weight.numel() * weight.element_size() for weight in roles.trained)
     trained //= strategy.processes if strategy.shards_gradients else 1
     followed = sum(size for name, size in memory.lasting.items() if name.startswith("opponent"))
     # Weights, gradients and states are read and the first and last written; the average reads itself and the policy.
-    seconds["optimizer and moving average"] = (3 * trained + 2 * states + 3 * followed) / device.bandwidth
-    if strategy.processes > 1:
-        seconds["communication"] = _communication(
-            passes, roles, args, device, strategy, number, seconds["policy, forward and backward"]
-        )
-    return seconds
+    return 3 * trained + 2 * states + 3 * followed
 
 
-def trace_seconds(trace: Trace, device: Device) -> float:
-    """Each operation takes what its arithmetic or its traffic with memory takes, whichever is more, and its start."""
+def trace_seconds(trace: Trace, device: Device, *, launches: int | None = None) -> float:
+    """Each operation takes what its arithmetic or its traffic with memory takes, whichever is more, and its start.
+
+    Args:
+        trace: of a pass.
+        device: that it runs on.
+        launches: operations that are started, where several start as one.
+    """
     computing = sum(
-        max(work.flops / device.rate(work.thin, work.width), work.moved / device.bandwidth)
-        for work in trace.work
+        max(work.flops / device.rate(work.thin, work.width), work.moved / device.bandwidth) for work in trace.work
     )
-    starting = len(trace.work) * device.launch
+    starting = (len(trace.work) if launches is None else launches) * device.launch
     return max(computing, starting) if device.overlaps else computing + starting
 
 

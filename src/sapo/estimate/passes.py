@@ -20,7 +20,7 @@ from sapo.estimate.tracing import Account, Trace
 from sapo.generation.kv_cache import make_room
 from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import DecodingRows
-from sapo.preference.batches import Layout, PairBatch, collate_pairs
+from sapo.preference.batches import Layout, PairBatch, collate_pairs, pass_tokens
 from sapo.preference.pairs import Pair
 from sapo.preference.scoring import head_at, model_inputs, summed_logps
 from sapo.preference.segments import Segment
@@ -55,7 +55,9 @@ class Lengths:
 class Passes:
     """Traces of one pass each; a None is a part that the run does not have.
 
-    `prefill` and `token` are of all rows that are decoded together; `cache` is the bytes of their keys and values.
+    `prefill` and `token` are of all rows that are decoded together; `cache` is the bytes of their keys and values, and
+    `cast` those of weights that are cast for a call. `captured` is whether CUDA would launch a token's operations as
+    one graph.
     """
 
     learning: Trace
@@ -63,6 +65,8 @@ class Passes:
     prefill: Trace | None
     token: Trace | None
     cache: int
+    cast: int
+    captured: bool
     layout: Layout
     why_plain: str | None
 
@@ -102,15 +106,25 @@ def trace_passes(
         scores = _FusedScores() if fused_lm_head else summed_logps
         learning = _learning(policy, batch, args, strategy, scores)
         reference = prefill = token = None
-        cache = 0
+        cache = cast = 0
+        captured = False
         policy.eval()
         if args.objective == "dpo" and args.reference != "none":
-            with _computing(policy, roles, args, strategy), _account(policy) as account, torch.no_grad():
+            with _computing(policy, args, strategy), _account(policy) as account, torch.no_grad():
                 scores(policy, batch)
             reference = account.trace
         if rows:
-            prefill, token, cache = _generation(policy, roles, args, strategy, lengths, rows)
-    return Passes(learning, reference, prefill, token, cache, layout, why)
+            prefill, token, cache, cast, captured = _generation(policy, args, strategy, lengths, rows)
+    return Passes(learning, reference, prefill, token, cache, cast, captured and not roles.quantized, layout, why)
+
+
+def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attention: str | None = None) -> int:
+    """Pairs that one forward pass holds by `pairs_per_forward` and `tokens_per_forward`; see `trace_passes`."""
+    most = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
+    if args.tokens_per_forward is None:
+        return most
+    layout: Layout = "plain" if _why_plain(roles.policy, args, attention) else "shared"
+    return max(1, min(most, args.tokens_per_forward // pass_tokens([_pair(lengths, args)], layout)))
 
 
 def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> str | None:
@@ -123,7 +137,7 @@ def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> st
 
 def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
     policy.train()
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing is True:
         # As transformers does by default; and random state does not matter without data.
         options = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
         inner: Any = policy
@@ -160,8 +174,8 @@ def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: S
 
 
 def _generation(
-    policy: Any, roles: RunModels, args: SAPOConfig, strategy: Strategy, lengths: Lengths, rows: int
-) -> tuple[Trace, Trace, int]:
+    policy: Any, args: SAPOConfig, strategy: Strategy, lengths: Lengths, rows: int
+) -> tuple[Trace, Trace, int, int, bool]:
     """The decode loop's own first two tokens: the contexts are read, and one token more."""
     state = DecodingRows(
         [[0] * lengths.context] * rows,
@@ -173,12 +187,12 @@ def _generation(
         device=torch.device("cpu"),
     )
     forward = functools.partial(policy, use_cache=True, logits_to_keep=1, return_dict=True)
-    with torch.no_grad(), _computing(policy, roles, args, strategy, generates=True):
+    with torch.no_grad(), _computing(policy, args, strategy, generates=True) as cast:
         with _account(policy) as first:
             output = forward(**state.prompt(), past_key_values=None)
             cache = output.past_key_values
         make_room(cache, lengths.segment)
-        state.hold(policy, cache)
+        holds = state.hold(policy, cache)
         state.draw(output.logits[:, -1])
         state.count += 1
         del output
@@ -187,28 +201,28 @@ def _generation(
         with _account(policy, held) as token:
             state.advance(forward)
         size = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
-    return first.trace, token.trace, size
+    return first.trace, token.trace, size, cast, holds and bool(policy._can_compile_fullgraph)
 
 
 @contextmanager
-def _computing(
-    policy: Any, roles: RunModels, args: SAPOConfig, strategy: Strategy, *, generates: bool = False
-) -> Iterator[None]:
+def _computing(policy: Any, args: SAPOConfig, strategy: Strategy, *, generates: bool = False) -> Iterator[int]:
     """The precision in which opponent and reference compute, here with the policy's weights.
 
-    With mixed precision everything computes in it: gathered copies of a sharded run have their weights in it, and a
-    4-bit model casts to it what is not quantized while it generates.
+    With mixed precision everything computes in it. Gathered copies of a sharded run have their weights in it; in other
+    runs float32 weights are cast by autocast, but for a call that generates once, beside the originals.
+
+    Yields:
+        Bytes of the casts that lie beside the originals.
     """
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     cast: list[tuple[Tensor, Tensor]] = []
-    if half is not None and (strategy.shards_weights or (generates and roles.quantized)):
-        named = [weight for name, weight in policy.named_parameters() if strategy.shards_weights or "lora_" not in name]
-        cast = [(weight, weight.data) for weight in named if weight.dtype != half]
+    if half is not None and (strategy.shards_weights or generates):
+        cast = [(weight, weight.data) for weight in policy.parameters() if weight.dtype == torch.float32]
     for weight, original in cast:
         weight.data = torch.empty(original.shape, dtype=half)
     try:
         with _autocast(args):
-            yield
+            yield 0 if strategy.shards_weights else sum(weight.data.nbytes for weight, _ in cast)
     finally:
         for weight, original in cast:
             weight.data = original
@@ -266,14 +280,17 @@ def _tiles(hidden: Tensor, weight: Tensor, of_hidden: Tensor | None, of_weight: 
     return hidden.new_empty(len(hidden), dtype=torch.float32)
 
 
-def _batch(lengths: Lengths, pairs: int, layout: Layout, args: SAPOConfig) -> PairBatch:
+def _pair(lengths: Lengths, args: SAPOConfig) -> Pair:
     whole = (1,) * lengths.response
     segment = Segment(lengths.before, lengths.before + lengths.segment)
     after = 0 if args.suffix == "drop" else lengths.after
     rejected = (1,) * (lengths.before + lengths.segment + after)
-    pair = Pair(0, 0, (1,) * lengths.prompt, whole, rejected, segment, segment)
+    return Pair(0, 0, (1,) * lengths.prompt, whole, rejected, segment, segment)
+
+
+def _batch(lengths: Lengths, pairs: int, layout: Layout, args: SAPOConfig) -> PairBatch:
     return collate_pairs(
-        [pair] * pairs,
+        [_pair(lengths, args)] * pairs,
         pad_token_id=0,
         suffix=args.suffix,
         layout=layout,

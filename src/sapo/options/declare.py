@@ -11,7 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 Kind = Literal["own", "inherited", "model", "data"]
 Status = Literal["used", "harmless", "refused"]
 Resume = Literal["fixed", "free"]
-ValueType = Literal["int", "float", "bool", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"]
+ValueType = Literal[
+    "int", "float", "bool", "bool_or_auto", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"
+]
 
 INFINITY = float("inf")
 
@@ -138,6 +140,8 @@ def value_type(hint: Any) -> tuple[ValueType, bool, tuple[str, ...] | None]:
     """Type, whether None is a value, and choices of an annotation."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     optional, parts = type(None) in parts, tuple(part for part in parts if part is not type(None))
+    if bool in parts and Literal["auto"] in parts:
+        return "bool_or_auto", optional, None
     for part in parts:
         if get_origin(part) is Literal:
             return "str", optional, tuple(get_args(part))

@@ -51,9 +51,10 @@ class OwnOptions:
     logging_steps: float = _logging(
         10, "Log metrics every N optimizer steps; below 1, a fraction of all steps.", kind="inherited", common=True
     )
-    gradient_checkpointing: bool = _speed(
-        True,
-        "Recompute activations in the backward pass: much less memory for about 20% more time.",
+    gradient_checkpointing: bool | Literal["auto"] = _speed(
+        "auto",
+        "Recompute activations in the backward pass: much less memory for about 20% more time. auto: only where the "
+        "estimate of this run says that memory asks for it.",
         kind="inherited",
         common=True,
     )
@@ -363,7 +364,13 @@ class OwnOptions:
     )
     pairs_per_forward: int | None = _speed(
         None,
-        "Number of pairs in one forward and backward pass; fewer need less memory. Unset: the full micro-batch.",
+        "Maximum number of pairs in one forward and backward pass; fewer need less memory. Unset: no limit.",
+        low=1,
+    )
+    tokens_per_forward: int | None = _speed(
+        None,
+        "Maximum number of tokens in one forward and backward pass, padding included; a longer pair is computed alone. "
+        "Unset: no limit.",
         low=1,
     )
     fused_lm_head: bool | None = _speed(

@@ -15,6 +15,7 @@ _WANTED = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "bool_or_auto": "true, false or auto",
     "str": "text",
     "str_or_false": "text, or false",
     "list": "text, or a list of texts",
@@ -76,6 +77,8 @@ def check(option: Option, value: Any) -> None:
         raise ConfigurationError(f"{name}={shown}: {option.refuses[spelled]}")
     if option.choices is not None and spelled not in option.choices:
         raise ConfigurationError(f"{name}={shown}: must be {wanted(option)}.")
+    if option.type == "bool_or_auto" and not isinstance(value, bool) and value != "auto":
+        raise ConfigurationError(f"{name}={shown}: must be {wanted(option)}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigurationError(f"{name}={value}: must be a finite number.")
     if isinstance(value, (int, float)) and option.low is not None:
@@ -101,6 +104,10 @@ def _bool(given: Any) -> bool:
     if text not in (*_TRUE, *_FALSE):
         raise ValueError
     return text in _TRUE
+
+
+def _bool_or_auto(given: Any) -> bool | str:
+    return "auto" if given == "auto" else _bool(given)
 
 
 def _str(given: Any) -> str:
@@ -138,6 +145,7 @@ _CONVERTERS = {
     "int": _int,
     "float": _float,
     "bool": _bool,
+    "bool_or_auto": _bool_or_auto,
     "str": _str,
     "str_or_false": _str_or_false,
     "list": _list,

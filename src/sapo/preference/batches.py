@@ -140,25 +140,35 @@ def collate_pairs(
 
 
 def split_pairs(
-    pairs: Sequence[Pair], most: int | None, *, layout: Layout, equal_passes: bool = False
+    pairs: Sequence[Pair],
+    most: int | None,
+    *,
+    layout: Layout,
+    tokens: int | None = None,
+    equal_passes: bool = False,
+    least: int = 1,
 ) -> list[list[Pair]]:
     """Divide the pairs of a micro-batch into passes of at most `most` pairs; which pairs they are does not change.
 
     In the plain layout pairs of like length go together, and a pass ends where one more pair would make its padding
     more than `MOST_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
-    least memory.
+    least memory. With `tokens`, each pair in turn, the longest first, goes to the first pass that has room for it.
 
     Args:
         pairs: at least one.
         most: pairs of a pass; None for all.
         layout: of each pass.
+        tokens: most tokens of a pass, padding included; a pair that has more is alone. None for no limit.
         equal_passes: let the number of passes depend on the number of pairs alone, so that all processes take the same:
-            those that gather weights in each pass must.
+            those that gather weights in each pass must. With `tokens` they have to agree on `least`.
+        least: number of passes that there have to be, at most one for each pair; counts with `tokens`.
     """
+    longest_first = sorted(pairs, key=lambda p: -max(_lengths(p)))
+    if tokens is not None:
+        return _within(longest_first, most or len(pairs), tokens, layout, least, padded=equal_passes)
     if (most is None or most >= len(pairs)) and (layout == "shared" or equal_passes):
         return [list(pairs)]
     most = most or len(pairs)
-    longest_first = sorted(pairs, key=lambda p: -max(_lengths(p)))
     if layout == "plain":
         if equal_passes:
             return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
@@ -170,6 +180,16 @@ def split_pairs(
         turn, seat = divmod(place, passes)
         parts[seat if turn % 2 == 0 else passes - 1 - seat].append(pair)
     return parts
+
+
+def pass_tokens(pairs: Sequence[Pair], layout: Layout) -> int:
+    """Tokens of the rows that `pairs` are laid out in, padding included."""
+    lengths = [_lengths(pair) for pair in pairs]
+    if layout == "plain":
+        return sum(1 if pair.is_sft else 2 for pair in pairs) * max(map(max, lengths))
+    # The rejected response repeats one token of what both share.
+    shared = [max(0, len(pair.prompt_ids) + pair.segment.start - 1) for pair in pairs]
+    return sum(sum(length) - visible for length, visible in zip(lengths, shared, strict=True))
 
 
 def padding_share(pairs: Sequence[Pair]) -> float:
@@ -189,6 +209,27 @@ def _alike(longest_first: Sequence[Pair], most: int) -> list[list[Pair]]:
             parts[-1].append(pair)
         else:
             parts.append([pair])
+    return parts
+
+
+def _within(
+    longest_first: Sequence[Pair], most: int, tokens: int, layout: Layout, least: int, *, padded: bool
+) -> list[list[Pair]]:
+    parts: list[list[Pair]] = []
+    for pair in longest_first:
+        for part in parts:
+            more = [*part, pair]
+            little_padding = layout == "shared" or padded or padding_share(more) <= MOST_PADDING
+            if len(part) < most and little_padding and pass_tokens(more, layout) <= tokens:
+                part.append(pair)
+                break
+        else:
+            parts.append([pair])
+    while len(parts) < min(least, len(longest_first)):
+        # The pass of the most tokens among those of several pairs is halved.
+        largest = max((part for part in parts if len(part) > 1), key=lambda part: pass_tokens(part, layout))
+        parts.append(largest[1::2])
+        largest[:] = largest[::2]
     return parts
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -36,6 +38,7 @@ class PairScorer:
     def __init__(self, context: RunContext, accelerator: Any, model: Callable[[], nn.Module]) -> None:
         self._context = context
         self._model = model
+        self._accelerator = accelerator
         self._layout: Layout | None = None
         # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
         # counts padding.
@@ -89,10 +92,21 @@ class PairScorer:
         return batch.to(args.device)
 
     def passes(self, pairs: Sequence[Pair]) -> list[Pass]:
-        """`pairs` of a micro-batch divided into forward passes of `pairs_per_forward` pairs."""
-        parts = split_pairs(
-            pairs, self._context.args.pairs_per_forward, layout=self.layout, equal_passes=self._equal_passes
+        """`pairs` of a micro-batch divided into forward passes of `pairs_per_forward` and `tokens_per_forward`."""
+        args = self._context.args
+        split = partial(
+            split_pairs,
+            pairs,
+            args.pairs_per_forward,
+            layout=self.layout,
+            tokens=args.tokens_per_forward,
+            equal_passes=self._equal_passes,
         )
+        parts = split()
+        if args.tokens_per_forward is not None and self._equal_passes and args.world_size > 1:
+            # Lengths differ from process to process; all take as many passes as the one that needs most.
+            wanted = self._accelerator.gather(torch.tensor([len(parts)], device=args.device))
+            parts = split(least=int(wanted.max()))
         return [(part, self.collate(part)) for part in parts]
 
     # ---- Scores ----

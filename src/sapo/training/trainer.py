@@ -21,6 +21,7 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
 from sapo.data.prepare import prepare_datasets
 from sapo.errors import ConfigurationError
+from sapo.estimate.checkpointing import resolve_checkpointing
 from sapo.generation.protocol import Generator
 from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
@@ -109,6 +110,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
         args.check_positions(model.config)
+        resolve_checkpointing(args, model, peft_config)
         policy = with_adapter(model, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)

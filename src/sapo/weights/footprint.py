@@ -8,6 +8,7 @@ over processes follows DeepSpeed (ZeRO-2, ZeRO-3) and accelerate (FSDP2); see do
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,18 @@ class RunModels:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
 
+def running_strategy(args: SAPOConfig) -> Strategy:
+    """How this run is divided over processes, as accelerate's launcher has told it by environment variables."""
+    if args.world_size < 2:
+        return Strategy()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return Strategy("fsdp2", args.world_size)
+    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
+    if stage == 3:
+        return Strategy("zero3", args.world_size)
+    return Strategy("zero2" if stage == 2 else "multi_gpu", args.world_size)
+
+
 def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy) -> RunModels:
     """Policy, opponent and reference of a run, without storage.
 
@@ -146,6 +159,7 @@ def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict
     if roles.reference is not None:
         parts["reference"] = _size(roles.reference.tensors().values()) * own
     parts["gradients"] = gradient_memory(trained, args, strategy)
+    parts["float32 master"] = 4 * _count(_mastered(trained, strategy))
     parts["optimizer"] = _optimizer_memory(trained, args, strategy)
     return {name: round(size) for name, size in parts.items() if size}
 
@@ -192,15 +206,17 @@ def gather_shell_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) 
 def optimizer_scratch(trained: list[Tensor], args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> int:
     """Bytes that a step of the optimizer needs for itself."""
     name = _optimizer(args)
+    # A master's gradient is the weight's in float32, which is given up as it is copied.
+    casts = 2 * _count(_mastered(trained, strategy))
     if "fused" in name or "8bit" in name:
-        return 0
+        return casts
     if strategy.name.startswith("zero"):
         # Gradients of the own part in float32.
         return 4 * _count(trained) // strategy.processes
-    size = _size(trained) / (strategy.processes if strategy.shards_gradients else 1)
+    size = _stepped(trained, strategy) / (strategy.processes if strategy.shards_gradients else 1)
     # On a GPU torch steps all weights at once, elsewhere one by one.
     largest = max((weight.numel() * weight.element_size() for weight in trained), default=0)
-    return round(size) if on_gpu else 2 * largest
+    return casts + (round(size) if on_gpu else 2 * largest)
 
 
 def weight_type(config: Any, model_args: ModelConfig) -> torch.dtype:
@@ -225,15 +241,29 @@ def _optimizer_memory(trained: list[Tensor], args: SAPOConfig, strategy: Strateg
     elif strategy.name.startswith("zero"):
         size = 4.0 * _count(trained) * states
     else:
-        size = float(_size(trained) * states)
+        size = float(_stepped(trained, strategy) * states)
     if strategy.name.startswith("zero"):
         # DeepSpeed steps a float32 copy of what is trained.
         size += 4 * _count(trained)
     return size * own
 
 
+def _mastered(trained: Iterable[Tensor], strategy: Strategy) -> list[Tensor]:
+    """Trained weights that have a float32 master beside them; DeepSpeed's is counted with its optimizer."""
+    halves = (torch.bfloat16, torch.float16)
+    return [w for w in trained if w.dtype in halves] if strategy.name in ("none", "multi_gpu") else []
+
+
+def _stepped(trained: list[Tensor], strategy: Strategy) -> float:
+    """Bytes of what the optimizer steps: the masters where there are some, else the weights."""
+    mastered = {id(weight) for weight in _mastered(trained, strategy)}
+    return _size(weight for weight in trained if id(weight) not in mastered) + 4.0 * _count(
+        weight for weight in trained if id(weight) in mastered
+    )
+
+
 def _several_passes(args: SAPOConfig) -> bool:
-    most = args.pairs_per_forward or args.per_device_train_batch_size
+    most = 1 if args.tokens_per_forward else args.pairs_per_forward or args.per_device_train_batch_size
     return bool(args.gradient_accumulation_steps > 1 or most < args.per_device_train_batch_size)
 
 

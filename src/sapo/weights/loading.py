@@ -35,7 +35,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.text import bytes_text
-from sapo.weights.footprint import Strategy, build_run_models, model_memory
+from sapo.weights.footprint import build_run_models, model_memory, running_strategy
 from sapo.weights.policy import model_keyword_arguments, switch_off_router_logits
 from sapo.weights.source import (
     ModelSource,
@@ -423,7 +423,7 @@ def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None
     Raises:
         ConfigurationError: it does not fit; names the parts and what makes them smaller.
     """
-    strategy = _strategy(args)
+    strategy = running_strategy(args)
     parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
     needed = sum(parts.values())
     if torch.cuda.is_available() and not args.use_cpu:
@@ -435,19 +435,7 @@ def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None
         listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         raise ConfigurationError(
             f"{model_args.model_name_or_path} needs about {bytes_text(needed)} ({listed}) before activations, and "
-            f"{bytes_text(available)} are free {where}. Use --use_peft, --dtype bfloat16, --reference opponent, a "
-            "smaller model, more GPUs with --accelerate_config zero3, or --skip_memory_check; sapo estimate tells what "
+            f"{bytes_text(available)} are free {where}. Use more GPUs with --accelerate_config zero3 or fsdp2, "
+            "--use_peft, --optim adamw_bnb_8bit, a smaller model, or --skip_memory_check; sapo estimate tells what "
             "each saves."
         )
-
-
-def _strategy(args: SAPOConfig) -> Strategy:
-    """How this run is divided over processes, as accelerate's launcher has told it by environment variables."""
-    if args.world_size < 2:
-        return Strategy()
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return Strategy("fsdp2", args.world_size)
-    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
-    if stage == 3:
-        return Strategy("zero3", args.world_size)
-    return Strategy("zero2" if stage == 2 else "multi_gpu", args.world_size)

@@ -75,7 +75,7 @@ def with_adapter(
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
     switch_off_router_logits(model.config)
-    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+    if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()
     return model

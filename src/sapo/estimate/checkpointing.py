@@ -1,0 +1,138 @@
+"""`gradient_checkpointing: auto`: recompute activations only where memory asks for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+from trl import ModelConfig
+
+from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
+from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
+from sapo.text import bytes_text
+from sapo.weights.footprint import Strategy, running_strategy
+from sapo.weights.source import quantization_method
+
+logger = logging.get_logger(__name__)
+
+_TRACED = (1, 2)
+"""Numbers of layers that are traced; memory grows in proportion to the layers, and a deep model takes long."""
+
+
+def resolve_checkpointing(args: SAPOConfig, model: Any, peft_config: Any = None) -> None:
+    """Set `gradient_checkpointing` to true or false where it is "auto", alike in all processes of a run.
+
+    It is off where a step without recomputation fits into the memory of the device (on a CPU, into what is free) with
+    pairs of the greatest length that `args` allow; and on where that cannot be estimated.
+
+    Args:
+        args: of the run; changed.
+        model: the policy, loaded, before a new adapter is added.
+        peft_config: of the new adapter, if there is one.
+    """
+    if args.gradient_checkpointing != "auto":
+        return
+    decided = [_needs_recomputation(args, model, peft_config) if args.process_index == 0 else True]
+    if args.world_size > 1:
+        # Sharded weights are gathered again for a recomputation: all processes must do alike.
+        broadcast_object_list(decided)
+    set_checkpointing(args, decided[0])
+
+
+def set_checkpointing(args: SAPOConfig, value: bool) -> None:
+    """Set the option under both of its names."""
+    args.gradient_checkpointing = value
+    if HAS_ACTIVATION_CHECKPOINTING:
+        args.activation_checkpointing = value
+
+
+def memory_without_recomputation(
+    config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool
+) -> float:
+    """Bytes on one device while the policy learns from pairs of the greatest length, nothing computed twice.
+
+    Args:
+        config: of the model.
+        model_args: type of the weights, adapter, quantization, attention.
+        args: of the run.
+        strategy: how the run is divided over processes.
+        on_gpu: whether the fused head is on by default, and memory goes to driver and allocator.
+    """
+    args = copy.copy(args)
+    set_checkpointing(args, False)
+    fused = bool(args.fused_lm_head if args.fused_lm_head is not None else on_gpu and HAS_FUSED_LM_HEAD)
+    layers = config.get_text_config().num_hidden_layers
+    counts = [min(count, layers) for count in _TRACED]
+    found = [
+        learning_memory(_with_layers(config, count), model_args, args, strategy, longest(args), fused_lm_head=fused)
+        for count in counts
+    ]
+    slope = (found[1] - found[0]) / max(1, counts[1] - counts[0])
+    needed = found[1] + (layers - counts[1]) * slope
+    return needed * (1 + FRAGMENTED) + RESERVED if on_gpu else needed
+
+
+def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = inner.config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config.get_text_config(), "num_hidden_layers"):
+        logger.info("gradient_checkpointing=auto: true, since this architecture's memory cannot be estimated.")
+        return True
+    adapter = peft_config or (model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None)
+    on_gpu = args.device.type != "cpu"
+    needed = memory_without_recomputation(
+        config, _described(inner, adapter), args, running_strategy(args), on_gpu=on_gpu
+    )
+    free = _free(args) + sum(weight.nbytes for weight in inner.parameters())
+    logger.info(
+        f"gradient_checkpointing=auto: {str(needed > free).lower()}; without recomputation a step needs "
+        f"{bytes_text(needed)}, and there are {bytes_text(free)}."
+    )
+    return needed > free
+
+
+def _described(model: Any, adapter: Any) -> ModelConfig:
+    """The options with which `sapo train` would have loaded the model."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    options: dict[str, Any] = {"attn_implementation": model.config._attn_implementation}
+    method = quantization_method(model.config)
+    if method is not None:
+        described = model.config.to_dict()["quantization_config"]
+        options["load_in_4bit"] = bool(described.get("load_in_4bit"))
+        options["load_in_8bit"] = not options["load_in_4bit"]
+        dtype = str(described.get("bnb_4bit_compute_dtype") or "bfloat16").removeprefix("torch.")
+    if adapter is not None:
+        targets = adapter.target_modules
+        options |= {
+            "use_peft": True,
+            "lora_r": getattr(adapter, "r", 16),
+            "lora_target_modules": targets if targets is None or isinstance(targets, str) else sorted(targets),
+        }
+    return ModelConfig(dtype=dtype, **options)
+
+
+def _free(args: SAPOConfig) -> float:
+    """Bytes that this process can have besides the loaded policy."""
+    if args.device.type == "cuda":
+        # What torch has reserved and not given out is free to it, too.
+        return torch.cuda.mem_get_info(args.device)[0] + (
+            torch.cuda.memory_reserved(args.device) - torch.cuda.memory_allocated(args.device)
+        )
+    return psutil.virtual_memory().available / max(1, args.world_size)
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    """The configuration with its first `count` layers."""
+    smaller = copy.deepcopy(config)
+    text = smaller.get_text_config()
+    text.num_hidden_layers = count
+    for name, value in vars(text).items():
+        if name.endswith("layer_types") and isinstance(value, list):
+            setattr(text, name, value[:count])
+    return smaller

@@ -43,7 +43,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         # The older name stays the option, because trl's users type it; TrainingArguments lets it follow the newer one.
-        self.activation_checkpointing: bool | None
+        self.activation_checkpointing: Any
         if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         try:

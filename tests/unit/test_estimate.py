@@ -229,9 +229,9 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
     assert [change.flag for change in everything] == [
         "--gradient_checkpointing true",
         "--pairs_per_forward 1",
-        "--reference opponent",
-        "--optim adamw_bnb_8bit",
         "--use_peft --lora_target_modules all-linear",
+        "--optim adamw_bnb_8bit",
+        "--reference opponent",
         "--load_in_4bit",
     ]
     sizes = [needs.needed, *(change.result.needed for change in everything)]

@@ -19,7 +19,8 @@ GPUS = ("a100-40", "a100-80", "h100", "h100-pcie", "h200", "b200", "l40s", "a600
 
 _MODEL_AND_DATA = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split")
 _MEMORY = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "pairs_per_forward", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "pairs_per_forward", "tokens_per_forward",
+    "gradient_checkpointing",
     "fused_lm_head", "bf16", "dtype", "optim", "use_peft", "lora_r", "load_in_4bit",
 )  # fmt: skip
 
@@ -189,7 +190,12 @@ def _evaluate(parser: ArgumentParser) -> None:
 
 
 def _recipes(parser: ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print; default: list all of them")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="recipe to print, or cluster/sky.yaml, cluster/k8s-job.yaml, cluster/train.sbatch; default: list all recipes",
+    )
 
 
 def _demo(parser: ArgumentParser) -> None:

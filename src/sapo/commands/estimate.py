@@ -112,8 +112,9 @@ def make_report(given: Parsed) -> Report:
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)
     prompt, response = own.prompt_length, own.response_length
-    lengths = longest(run.config, prompt or (data and data.long[0]), response or (data and data.long[1]))
-    usual = longest(run.config, prompt or (data and data.median[0]), response or (data and data.median[1]))
+    long, median = (data.long, data.median) if data is not None else ((None, None), (None, None))
+    lengths = longest(run.config, prompt or long[0], response or long[1])
+    usual = longest(run.config, prompt or median[0], response or median[1])
     asked = run.config.gradient_checkpointing
     if asked == "auto":
         set_checkpointing(run.config, False)
@@ -180,12 +181,12 @@ def _lengths_from(data: Measured | None, prompt: int | None, response: int | Non
 
 def _steps(args: SAPOConfig, strategy: Strategy, data: Measured | None) -> int | None:
     if args.max_steps > 0:
-        return args.max_steps
+        return int(args.max_steps)
     if data is None:
         return None
     batches = -(-data.rows // (args.per_device_train_batch_size * strategy.processes))
     per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch) * (args.num_rounds or 1)
+    return int(math.ceil(args.num_train_epochs * per_epoch) * (args.num_rounds or 1))
 
 
 def as_dictionary(report: Report) -> dict[str, Any]:
@@ -303,9 +304,8 @@ def _seconds_table(result: Estimate) -> Table:
         )
     total, least = sum(result.seconds.values()), sum(result.limits.values())
     table.add_section()
-    table.add_row(
-        "all", f"{total:.3g}", f"{least:.3g}", f"{least / total:.0%}", f"{sum(result.flops.values()) / 1e12:.3g}"
-    )
+    products = sum(result.flops.values()) / 1e12
+    table.add_row("all", f"{total:.3g}", f"{least:.3g}", f"{least / total:.0%}", f"{products:.3g}")
     return table
 
 
@@ -321,8 +321,8 @@ def _time(report: Report) -> list[str]:
     else:
         lines.append(f"{report.steps} optimizer steps: {report.steps * total / 3600:.3g} hours.")
     lines.append(
-        f"Seconds are a LOWER BOUND: expect {USUALLY_TAKES} times as many on a CPU, 2 to 3 times on a GPU, where nothing "
-        "has been compared. Evaluation, checkpoints and reports are not in them."
+        f"Seconds are a LOWER BOUND: expect {USUALLY_TAKES} times as many on a CPU, 2 to 3 times on a GPU, where "
+        "nothing has been compared. Evaluation, checkpoints and reports are not in them."
     )
     return lines
 
@@ -336,8 +336,8 @@ def _verdict(report: Report) -> list[str]:
     if report.gpus is not None:
         count, found = report.gpus
         lines.append(
-            f"As it is, on {count} GPUs: --num_gpus {count} --accelerate_config zero3, {bytes_text(found.needed)} on each. "
-            f"With sapo train: --accelerate_config zero3."
+            f"As it is, on {count} GPUs: --num_gpus {count} --accelerate_config zero3, "
+            f"{bytes_text(found.needed)} on each (sapo train takes --accelerate_config zero3)."
         )
     lines.append(f"On {'this device' if report.strategy.processes == 1 else 'these devices'}, in this order:")
     before = report.result.needed

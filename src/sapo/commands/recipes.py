@@ -11,20 +11,21 @@ from pathlib import Path
 from sapo.errors import ConfigurationError, brief
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-SLURM_SCRIPT = "train.sbatch"
+CLUSTER = FOLDER / "cluster"
+"""What starts a run on many machines: not recipes of options."""
 _MACHINE = re.compile(r"^# Machine: (.+)$", re.MULTILINE)
 
 
 def run_recipes(name: str | None) -> None:
-    """`sapo recipes [NAME]`: list the shipped recipes, or print one.
+    """`sapo recipes [NAME]`: list the shipped recipes, or print one; or a file for a cluster, `cluster/sky.yaml`.
 
     Raises:
         ConfigurationError: no such recipe.
     """
     if name is None:
         sys.stdout.write(_listing())
-    elif name == SLURM_SCRIPT:
-        sys.stdout.write((FOLDER / SLURM_SCRIPT).read_text(encoding="utf-8"))
+    elif name in (files := _cluster_files()):
+        sys.stdout.write(files[name].read_text(encoding="utf-8"))
     else:
         sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
 
@@ -53,12 +54,18 @@ def find_recipe(name: str) -> Path:
     if found is not None:
         return found
     folder = file.parent if os.path.isdir(file.parent) else Path()
-    known = [*shipped, *short, *(str(path) for path in folder.glob("*.yaml"))]
+    known = [*shipped, *short, *_cluster_files(), *(str(path) for path in folder.glob("*.yaml"))]
     nearest = dict.fromkeys(short.get(match, match) for match in difflib.get_close_matches(name, known, n=3))
     close = f"; nearest: {', '.join(nearest)}" if nearest else ""
     raise ConfigurationError(
         f"{brief(name, 80)}: no such file, and no shipped recipe{close}. Run sapo recipes for the list."
     )
+
+
+def _cluster_files() -> dict[str, Path]:
+    """Each file for a cluster by its path in the folder of recipes, and by its name alone."""
+    files = sorted(CLUSTER.iterdir())
+    return {file.name: file for file in files} | {f"{CLUSTER.name}/{file.name}": file for file in files}
 
 
 def _shipped() -> dict[str, Path]:

@@ -75,7 +75,7 @@ def memory_without_recomputation(
     ]
     slope = (found[1] - found[0]) / max(1, counts[1] - counts[0])
     needed = found[1] + (layers - counts[1]) * slope
-    return needed * (1 + FRAGMENTED) + RESERVED if on_gpu else needed
+    return float(needed * (1 + FRAGMENTED) + RESERVED if on_gpu else needed)
 
 
 def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool:
@@ -94,7 +94,7 @@ def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool
         f"gradient_checkpointing=auto: {str(needed > free).lower()}; without recomputation a step needs "
         f"{bytes_text(needed)}, and there are {bytes_text(free)}."
     )
-    return needed > free
+    return bool(needed > free)
 
 
 def _described(model: Any, adapter: Any) -> ModelConfig:
@@ -121,10 +121,9 @@ def _free(args: SAPOConfig) -> float:
     """Bytes that this process can have besides the loaded policy."""
     if args.device.type == "cuda":
         # What torch has reserved and not given out is free to it, too.
-        return torch.cuda.mem_get_info(args.device)[0] + (
-            torch.cuda.memory_reserved(args.device) - torch.cuda.memory_allocated(args.device)
-        )
-    return psutil.virtual_memory().available / max(1, args.world_size)
+        unused = torch.cuda.memory_reserved(args.device) - torch.cuda.memory_allocated(args.device)
+        return float(torch.cuda.mem_get_info(args.device)[0] + unused)
+    return float(psutil.virtual_memory().available / max(1, args.world_size))
 
 
 def _with_layers(config: Any, count: int) -> Any:

@@ -90,7 +90,7 @@ class Device:
         for (low, slower), (high, faster) in itertools.pairwise(known):
             if thin <= high:
                 share = math.log(thin / low) / math.log(high / low)
-                return slower ** (1 - share) * faster**share
+                return float(slower ** (1 - share) * faster**share)
         return min(most, known[-1][1]) if thin == known[-1][0] else most
 
 

@@ -282,7 +282,8 @@ def _limits(
     number = args.per_device_train_batch_size * args.gradient_accumulation_steps / pairs
     weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
     half = bool(args.bf16 or args.fp16) or all(weight.element_size() == 2 for weight in weights)
-    limits, flops = {}, {}
+    limits: dict[str, float] = {}
+    flops: dict[str, float] = {}
     forward = 0.0
     if passes.prefill is not None and passes.token is not None:
         calls = -(-_rows(args) // (args.generation_batch_size or _rows(args)))

@@ -122,9 +122,9 @@ def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attent
     """Pairs that one forward pass holds by `pairs_per_forward` and `tokens_per_forward`; see `trace_passes`."""
     most = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
     if args.tokens_per_forward is None:
-        return most
+        return int(most)
     layout: Layout = "plain" if _why_plain(roles.policy, args, attention) else "shared"
-    return max(1, min(most, args.tokens_per_forward // pass_tokens([_pair(lengths, args)], layout)))
+    return max(1, min(int(most), int(args.tokens_per_forward) // pass_tokens([_pair(lengths, args)], layout)))
 
 
 def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> str | None:

@@ -99,6 +99,7 @@ class RunFolder:
         if not self._world.first:
             return
         check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
+        check_renames(self.path)
         for old in [
             *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
             self.path / "opponent",
@@ -236,6 +237,33 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         raise ConfigurationError(
             f"output_dir={path} is not empty (it holds {present[0]}). Choose another, continue with "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
+        )
+
+
+def check_renames(path: Path) -> None:
+    """Refuse a run folder in which folders cannot be renamed, before anything is trained.
+
+    A checkpoint gets its name when it is complete. Mounts of object stores have no folders, and many refuse.
+
+    Raises:
+        CheckpointError: says why, and what to do.
+    """
+    probe, moved = path / ".rename-probe", path / ".rename-probe-moved"
+    try:
+        probe.mkdir(parents=True, exist_ok=True)
+        (probe / "file").write_bytes(b"")
+        probe.rename(moved)
+        reason = "" if (moved / "file").is_file() and not probe.exists() else "what was in it did not move"
+    except OSError as error:
+        reason = brief(error)
+    finally:
+        for left in (probe, moved):
+            shutil.rmtree(left, ignore_errors=True)
+    if reason:
+        raise CheckpointError(
+            f"output_dir={path}: folders cannot be renamed there ({reason}), as in a mounted bucket, and a checkpoint "
+            "is renamed when it is complete. Use a local disk, and copy checkpoints to the bucket as "
+            "`sapo recipes cluster/sky.yaml` does."
         )
 
 

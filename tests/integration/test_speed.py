@@ -59,6 +59,27 @@ def test_passes_of_fewer_pairs_train_to_the_same_weights(layout, make_trainer):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("name", ["dpo", "orpo"])
+def test_loss_and_gradients_do_not_depend_on_the_tokens_of_a_pass(name, layout, make_trainer, monkeypatch):
+    found = []
+    for tokens in (None, 1, 60, 10_000):
+        trainer = make_trainer(
+            objective=name, layout=layout, per_device_train_batch_size=5, max_steps=1, logging_steps=1,
+            tokens_per_forward=tokens, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        start = {key: weight.detach().clone() for key, weight in trainer.policy().named_parameters()}
+        trainer.train()
+        # With plain SGD at a rate of 1 the step is the gradient.
+        steps = {key: start[key] - weight.detach() for key, weight in trainer.policy().named_parameters()}
+        found.append((trainer.state.log_history[0]["loss"], steps))
+    (loss, steps), *others = found
+    largest = max(float(step.abs().max()) for step in steps.values())
+    for other, moved in others:
+        assert other == pytest.approx(loss, abs=1e-6, rel=1e-6)
+        assert max(float((moved[key] - step).abs().max()) for key, step in steps.items()) <= 1e-6 * max(1.0, largest)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_pool_changes_when_a_segment_is_written_and_nothing_else(accumulation, make_trainer, monkeypatch):
     calls = []

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from benchmarks.padding import real_pairs, share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo.preference.batches import MOST_PADDING, collate_pairs, collate_responses, padding_share, split_pairs
+from sapo.preference.batches import (
+    MOST_PADDING,
+    collate_pairs,
+    collate_responses,
+    padding_share,
+    pass_tokens,
+    split_pairs,
+)
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
 
@@ -203,6 +211,28 @@ def test_passes_hold_every_pair_once_and_their_number_depends_on_nothing_but_num
     assert len(parts) == -(-len(pairs) // most)
     assert all(1 <= len(part) <= most for part in parts)
     assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+
+
+@laws
+@given(
+    pair_lists, st.none() | st.integers(1, 6), st.integers(1, 200), st.sampled_from(["plain", "shared"]),
+    st.booleans(), st.integers(1, 6),
+)  # fmt: skip
+def test_passes_stay_within_their_tokens_and_hold_every_pair_once(pairs, most, tokens, layout, equal, least):
+    split = partial(split_pairs, pairs, most, layout=layout, tokens=tokens, equal_passes=equal)
+    parts = split(least=least)
+    assert parts == split(least=least)
+    assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+    assert all(len(part) <= (most or len(pairs)) for part in parts)
+    assert all(len(part) == 1 or pass_tokens(part, layout) <= tokens for part in parts)
+    # Processes that agree on the most that one of them needs take equally many.
+    assert len(parts) == max(len(split()), min(least, len(pairs)))
+
+
+@laws
+@given(pair_lists, st.sampled_from(["plain", "shared"]))
+def test_tokens_of_a_pass_are_those_of_its_rows(pairs, layout):
+    assert pass_tokens(pairs, layout) == collate_pairs(pairs, pad_token_id=0, layout=layout).input_ids.numel()
 
 
 @laws

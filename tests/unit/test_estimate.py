@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 from trl import ModelConfig
 
 from sapo import SAPOConfig
@@ -19,16 +19,22 @@ from sapo.commands.catalog import COMMANDS
 from sapo.commands.estimate import _strategy, make_report
 from sapo.commands.main import main
 from sapo.commands.parser import parse_command
-from sapo.estimate.advice import changes_that_fit
+from sapo.commands.recipes import FOLDER
+from sapo.estimate.advice import changes_that_fit, gpus_that_fit
+from sapo.estimate.checkpointing import memory_without_recomputation
 from sapo.estimate.devices import DEVICES, measure
-from sapo.estimate.estimate import estimate, longest, trace_seconds, usual
-from sapo.estimate.passes import Lengths, trace_passes
+from sapo.estimate.estimate import estimate, learning_memory, longest, trace_seconds, usual
+from sapo.estimate.passes import Lengths, pairs_of_a_pass, trace_passes
 from sapo.estimate.tracing import Account
 from sapo.weights.footprint import Strategy, build_run_models
+from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
 
 ROOT = Path(__file__).parents[2]
-LLAMA = ROOT / "tests" / "configs" / "llama-3-8b.json"
+CONFIGS = ROOT / "tests" / "configs"
+LLAMA = CONFIGS / "llama-3-8b.json"
+SHIPPED = [*sorted(FOLDER.glob("*.yaml")), *sorted((FOLDER / "presets").glob("*.yaml"))]
+RECIPES = [file for file in SHIPPED if file.stem != "trl-sft"]
 LENGTHS = Lengths(prompt=20, before=4, segment=8, after=8)
 
 
@@ -214,6 +220,120 @@ def test_a_published_recipe_is_estimated_without_the_hub():
     assert report.result.memory.passing["weights gathered for opponent and reference"] == 2 * 8_030_261_248
 
 
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_is_estimated(recipe, config, tmp_path, monkeypatch):
+    # Two layers, so that it takes seconds; each layer is like the others.
+    content = json.loads(config.read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    one = reported(
+        "--config", str(recipe), "--model_name_or_path", "unused", "--model_config", str(tmp_path), "--gpu", "h200",
+        "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
+    )  # fmt: skip
+    assert 0 < one.result.memory.most < one.result.needed
+    assert all(seconds > 0 for seconds in one.result.seconds.values())
+    assert all(one.result.limits[part] <= one.result.seconds[part] for part in one.result.limits)
+    assert "MAXIMUM ALLOWED" in one.lengths_from
+
+
+@pytest.mark.parametrize("more", [[], ["--use_peft"], ["--dtype", "bfloat16"]], ids=str)
+def test_experts_are_estimated_in_any_precision(more, tmp_path):
+    experts = MixtralConfig(**SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2})
+    experts.save_pretrained(tmp_path / "model")
+    lengths = ["--max_length", "64", "--segment_length", "8"]
+    one = reported("--model_name_or_path", str(tmp_path / "model"), "--gpu", "h100", *lengths, *more)
+    # Each token goes through two experts of three products each.
+    tokens = 8 * (64 + 9)
+    products = 2 * 2 * tokens * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"] * SMALL["num_hidden_layers"]
+    assert one.result.flops["reference"] > products
+
+
+def test_gathered_copies_generate_in_the_precision_of_the_run():
+    whole, half = (passes(strategy=Strategy(name, 2), bf16=True).cache for name in ("multi_gpu", "fsdp2"))
+    assert half == whole == passes().cache // 2
+    # Beside float32 weights a cast of all of them, where they are not gathered in bfloat16 anyway.
+    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), options(), Strategy())
+    assert passes(bf16=True).cast == 2 * sum(weight.numel() for weight in roles.trained)
+    assert passes(strategy=Strategy("fsdp2", 2), bf16=True).cast == passes().cast == 0
+
+
+def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": 4})
+    model_args, args = ModelConfig(), options(max_length=200, segment_length=8, gradient_checkpointing="auto")
+    found = memory_without_recomputation(config, model_args, args, Strategy(), on_gpu=False)
+    plain = options(max_length=200, segment_length=8, gradient_checkpointing=False)
+    exact = estimate(config, model_args, plain, DEVICES["h100"], Strategy(), longest(plain))
+    assert args.gradient_checkpointing == "auto"
+    unfused = learning_memory(config, model_args, plain, Strategy(), longest(plain), fused_lm_head=False)
+    assert found == pytest.approx(unfused, rel=0.02)
+    assert exact.recomputes is False
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1e12, False), (0, True)])
+def test_auto_becomes_a_truth_value_before_the_model_is_made_ready(free, expected, make_trainer, monkeypatch):
+    monkeypatch.setattr("sapo.estimate.checkpointing._free", lambda args: free - 1e9)
+    trainer = make_trainer(gradient_checkpointing="auto", max_steps=1)
+    assert trainer.args.gradient_checkpointing is expected
+    trainer.train()
+    assert {layer.gradient_checkpointing for layer in trainer.policy().model.layers} == {expected}
+
+
+def test_tokens_of_a_pass_bound_its_memory():
+    long = {"lengths": Lengths(100, 0, 60, 60)}
+    args = options(tokens_per_forward=700)
+    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
+    # 220 tokens, and a branch of 121.
+    assert pairs_of_a_pass(roles, args, long["lengths"]) == 2
+    assert pairs_of_a_pass(roles, options(tokens_per_forward=10), long["lengths"]) == 1
+    assert pairs_of_a_pass(roles, options(), long["lengths"]) == 4
+
+
+def test_lengths_are_those_of_the_rows(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    rows = [{"prompt": " ".join(["w1"] * 2), "completion": " w2" * (3 if place < 97 else 12)} for place in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [
+        "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "32",
+        "--segment_length", "4", "--gpu", "h100", "--per_device_train_batch_size", "4",
+    ]  # fmt: skip
+    one = reported(*given, "--num_train_epochs", "2")
+    assert one.usual.response < one.lengths.response <= 13
+    assert one.steps == 2 * 25
+    assert "100 prepared rows" in one.lengths_from
+    assert reported(*given, "--max_steps", "7").steps == 7
+    mine = reported(*given, "--prompt_length", "5", "--response_length", "6")
+    assert (mine.lengths.prompt, mine.lengths.response, mine.lengths_from) == (5, 6, "as given")
+    assert main(["estimate", *given]) == 0
+    shown = capsys.readouterr().out
+    assert "LOWER BOUND" in shown
+    assert "hours" in shown
+
+
+def test_what_does_not_fit_fits_on_more_devices_as_it_is():
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2})
+    args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
+    device, lengths = DEVICES["h100"], longest(args)
+    four = estimate(config, model_args, args, device, Strategy("zero3", 4), lengths).needed
+    tight = dataclasses.replace(device, memory=four)
+    assert gpus_that_fit(config, model_args, args, tight, Strategy(), lengths)[0] == 4
+    assert gpus_that_fit(config, model_args, args, dataclasses.replace(device, memory=0), Strategy(), lengths) is None
+
+
+def test_lower_precision_is_advised_last_and_with_a_master():
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
+    args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
+    lengths, nothing = longest(args), dataclasses.replace(DEVICES["h100"], memory=0)
+    before = estimate(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths)
+    changes = changes_that_fit(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths, before)
+    flags = [change.flag for change in changes]
+    order = ["--accelerate_config zero3", "--use_peft --lora_target_modules all-linear", "--dtype bfloat16"]
+    places = [flags.index(flag) for flag in order if flag in flags]
+    assert places == sorted(places)
+    assert flags[0] != "--dtype bfloat16"
+
+
 def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes():
     config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
     args, model_args = options(max_length=256, segment_length=8), ModelConfig()
@@ -291,5 +411,5 @@ def test_memory_of_a_real_run_is_what_was_foreseen():
     # A process of its own: in a worker, a run would first take up what other tests have freed.
     command = [sys.executable, "benchmarks/estimate.py", "--settings", "DPO, one pair a pass"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    *_, estimated, measured, _, _, _, _ = done.stdout.splitlines()[-1].split()
+    *_, estimated, measured, _, _, _, _, _, _, _ = done.stdout.splitlines()[-1].split()
     assert float(estimated) == pytest.approx(float(measured), rel=0.15)

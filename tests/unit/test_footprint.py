@@ -113,6 +113,17 @@ def test_a_float32_master_is_counted_where_one_is_kept():
     assert "opponent's float32 master" not in fast
 
 
+@pytest.mark.parametrize("name", ["none", "multi_gpu"])
+def test_bfloat16_weights_are_stepped_in_float32(name):
+    config, half = ARCHITECTURES["llama"], {"model": {"dtype": "bfloat16"}, "bf16": True, "strategy": Strategy(name, 2)}
+    found, whole = parts(config, **half), parts(config)
+    assert found["float32 master"] == 2 * found["policy"] == whole["policy"]
+    assert found["optimizer"] == whole["optimizer"]
+    assert "float32 master" not in whole
+    # An adapter's weights are float32 already.
+    assert "float32 master" not in parts(config, **half | {"model": {"dtype": "bfloat16", "use_peft": True}})
+
+
 @pytest.mark.parametrize("name", ["zero3", "fsdp2"])
 def test_sharding_divides_every_model_and_the_optimizer(name):
     config = ARCHITECTURES["llama"]

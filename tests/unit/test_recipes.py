@@ -1,12 +1,19 @@
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from sapo.commands.arguments import as_recipe, parse
+from sapo.commands.catalog import COMMANDS, LAUNCHER
 from sapo.commands.main import main
-from sapo.commands.recipes import FOLDER, find_recipe
+from sapo.commands.recipes import CLUSTER, FOLDER, find_recipe
 from sapo.errors import ConfigurationError
+from sapo.options import option
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 OF_TRL = FOLDER / "trl-sft.yaml"
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
@@ -146,7 +153,8 @@ def test_published_recipes_hold_published_settings(model, objective):
         8,
         1,
     )
-    assert (config.bf16, config.gradient_checkpointing, run.model.dtype) == (True, True, "bfloat16")
+    # Recomputation and the sizes of passes change no result.
+    assert (config.bf16, config.gradient_checkpointing, run.model.dtype) == (True, "auto", "bfloat16")
     assert (config.max_length, config.max_prompt_length, config.segment_length) == (2048, 1792, 256)
     assert (config.temperature, config.top_k, config.top_p) == (0.7, 50, 0.95)
     assert (config.ema_decay, config.replay_buffer_size, config.replay_draw) == (0.5, 2000, "inverse_count")
@@ -168,3 +176,96 @@ def test_the_saved_recipe_keeps_a_segment_of_the_whole_response(tmp_path):
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_recipe(run)))
     again = parse(["--config", str(tmp_path / "again.yaml"), "--report_to", "none"], "sapo train")
     assert again.config.segment_length is None
+
+
+@pytest.mark.parametrize("name", ["sky.yaml", "k8s-job.yaml", "train.sbatch"])
+def test_a_file_for_a_cluster_is_printed_and_is_no_recipe(name, capsys):
+    file = CLUSTER / name
+    for asked in (f"cluster/{name}", name):
+        assert main(["recipes", asked]) == 0
+        assert capsys.readouterr().out == file.read_text()
+    assert main(["recipes"]) == 0
+    assert name.split(".")[0] not in {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    with pytest.raises(ConfigurationError):
+        find_recipe(f"cluster/{name}")
+    # The command that it runs is one of ours, with a recipe that there is.
+    text = file.read_text()
+    assert "--resume_from_checkpoint auto" in text
+    for flag in re.findall(r"(--[a-z_]+)", text.split("sapo train", 2)[-1].split("volume")[0]):
+        assert option(flag.removeprefix("--")) or flag.removeprefix("--") in COMMANDS["train"].flags or flag in (
+            "--config", *(f"--{one}" for one in LAUNCHER), "--accelerate_config"), flag  # fmt: skip
+
+
+def _python_with(package):
+    """A Python that has it: this one, or the one that SAPO_TOOLS_PYTHON names."""
+    for python in (os.environ.get("SAPO_TOOLS_PYTHON"), sys.executable):
+        found = python and subprocess.run([python, "-c", f"import {package}"], capture_output=True, check=False)
+        if found and found.returncode == 0:
+            return python
+    pytest.skip(f"no {package} (SAPO_TOOLS_PYTHON names a Python that has it)")
+
+
+def test_skypilot_reads_the_task():
+    code = (
+        "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); "
+        "assert all(r.use_spot and r.accelerators for r in task.resources); "
+        "assert task.storage_mounts or task.file_mounts; print(task.name)"
+    )
+    command = [_python_with("sky"), "-c", code, str(CLUSTER / "sky.yaml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1] == "sapo"
+
+
+def test_the_schema_of_kubernetes_takes_the_job():
+    command = [
+        _python_with("kubernetes_validate"),
+        "-m",
+        "kubernetes_validate",
+        "--strict",
+        str(CLUSTER / "k8s-job.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pods_and_volumes_of_the_job_name_each_other():
+    service, job = yaml.safe_load_all((CLUSTER / "k8s-job.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"] == 2
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (command,) = container["args"]
+    assert f"--main_process_ip {job['metadata']['name']}-0.{pod['subdomain']} " in command
+    assert f"--main_process_port {service['spec']['ports'][0]['port']} " in command
+    assert f"--num_machines {spec['completions']} " in command
+
+
+@pytest.mark.parametrize("name", ["sky.yaml", "train.sbatch"])
+def test_shell_scripts_can_be_parsed(name, tmp_path):
+    text = (CLUSTER / name).read_text()
+    content = yaml.safe_load(text) if name.endswith("yaml") else {"run": text}
+    for part in ("run", "setup"):
+        done = subprocess.run(["bash", "-n"], input=content.get(part, ""), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["laptop-lora", "laptop-full"])
+def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.undo()  # this machine's own precision
+    model = tmp_path / "model"
+    tiny_llama(max_position_embeddings=512).save_pretrained(model)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": "w1 w2", "completion": " w3 w4 w5 w6"}] * 8
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([
+        "train", "--config", name, "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"),
+        "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--report_to", "none", "--quiet",
+    ]) == 0  # fmt: skip
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["steps_per_generation"] > 1
+    assert recipe["tokens_per_forward"] > 0
+    assert recipe["save_total_limit"] > 0

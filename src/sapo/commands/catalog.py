@@ -194,7 +194,7 @@ def _recipes(parser: ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="recipe to print, or cluster/sky.yaml, cluster/k8s-job.yaml, cluster/train.sbatch; default: list all recipes",
+        help="recipe to print, or a file of cluster/; default: list all",
     )
 
 

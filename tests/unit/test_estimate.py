@@ -220,11 +220,12 @@ def test_a_published_recipe_is_estimated_without_the_hub():
     assert report.result.memory.passing["weights gathered for opponent and reference"] == 2 * 8_030_261_248
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
-def test_every_recipe_is_estimated(recipe, config, tmp_path, monkeypatch):
-    # Two layers, so that it takes seconds; each layer is like the others.
-    content = json.loads(config.read_text()) | {"num_hidden_layers": 2}
+def test_every_recipe_is_estimated(recipe, tmp_path):
+    # One layer of either model in turn, so that it takes seconds; each layer is like the others.
+    configs = sorted(CONFIGS.glob("*.json"))
+    config = configs[RECIPES.index(recipe) % len(configs)]
+    content = json.loads(config.read_text()) | {"num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(content))
     one = reported(
         "--config", str(recipe), "--model_name_or_path", "unused", "--model_config", str(tmp_path), "--gpu", "h200",

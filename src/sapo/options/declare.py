@@ -140,7 +140,8 @@ def value_type(hint: Any) -> tuple[ValueType, bool, tuple[str, ...] | None]:
     """Type, whether None is a value, and choices of an annotation."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     optional, parts = type(None) in parts, tuple(part for part in parts if part is not type(None))
-    if bool in parts and Literal["auto"] in parts:
+    if bool in parts and str in parts:
+        # The one text is "auto". A Literal would be plainer, and transformers' own parser of dataclasses refuses it.
         return "bool_or_auto", optional, None
     for part in parts:
         if get_origin(part) is Literal:

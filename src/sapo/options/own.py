@@ -51,7 +51,7 @@ class OwnOptions:
     logging_steps: float = _logging(
         10, "Log metrics every N optimizer steps; below 1, a fraction of all steps.", kind="inherited", common=True
     )
-    gradient_checkpointing: bool | Literal["auto"] = _speed(
+    gradient_checkpointing: bool | str = _speed(
         "auto",
         "Recompute activations in the backward pass: much less memory for about 20% more time. auto: only where the "
         "estimate of this run says that memory asks for it.",

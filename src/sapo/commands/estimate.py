@@ -29,9 +29,6 @@ from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
 from sapo.weights.source import find_source
 
-USUALLY_TAKES = "1 to 2"
-"""Times the estimated seconds that a step took where both were compared; docs/estimate.md has the table."""
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -321,8 +318,7 @@ def _time(report: Report) -> list[str]:
     else:
         lines.append(f"{report.steps} optimizer steps: {report.steps * total / 3600:.3g} hours.")
     lines.append(
-        f"Seconds are a LOWER BOUND: expect {USUALLY_TAKES} times as many on a CPU, 2 to 3 times on a GPU, where "
-        "nothing has been compared. Evaluation, checkpoints and reports are not in them."
+        "Seconds are a LOWER BOUND: expect 2 to 3 times as many. Evaluation, checkpoints and reports are not in them."
     )
     return lines
 

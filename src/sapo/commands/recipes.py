@@ -23,8 +23,8 @@ def run_recipes(name: str | None) -> None:
     """
     if name is None:
         sys.stdout.write(_listing())
-    elif name == SLURM_SCRIPT:
-        sys.stdout.write((FOLDER / SLURM_SCRIPT).read_text(encoding="utf-8"))
+    elif name == SLURM_SCRIPT or name in {f"templates/{file.name}" for file in (FOLDER / "templates").glob("*.jinja")}:
+        sys.stdout.write((FOLDER / name).read_text(encoding="utf-8"))
     else:
         sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
 

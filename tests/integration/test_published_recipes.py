@@ -192,6 +192,7 @@ def test_the_tokens_are_the_published_ones_but_for_named_departures(kind, templa
     assert tokenizer.bos_token_id not in ours
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # trl's own default
 def test_the_form_for_trl_makes_the_start_of_the_dpo_recipe(tmp_path, data):
     from trl import SFTConfig, SFTTrainer
 
@@ -220,3 +221,40 @@ def test_the_form_for_trl_makes_the_start_of_the_dpo_recipe(tmp_path, data):
     model = AutoModelForCausalLM.from_pretrained(run)
     assert model.get_input_embeddings().weight.shape[0] == len(made)
     assert torch.isfinite(model.get_input_embeddings().weight).all()
+
+
+def test_data_check_generate_and_evaluate_take_the_template_too(tmp_path, data, capsys):
+    base = save_base(tmp_path / "base", "llama")
+    given = (
+        "--model_name_or_path",
+        str(base),
+        "--dataset_name",
+        str(data),
+        "--max_length",
+        "320",
+        "--segment_length",
+        "16",
+    )
+    assert main(["data", "check", *given]) == 2
+    assert "--chat_template_path chatml" in capsys.readouterr().err
+    template = ("--chat_template_path", "chatml")
+    assert main(["data", "check", *given, *template]) == 0
+    assert "<|im_start|>assistant" in capsys.readouterr().out
+    pairs = tmp_path / "pairs.parquet"
+    assert main(["generate", *given, *template, "--use_cpu", "--output_file", str(pairs)]) == 0
+    assert pairs.is_file()
+    capsys.readouterr()
+    local = ("--suite", "local", "--dataset_name", str(data), "--max_new_tokens", "4", "--max_length", "320")
+    out = ("--output_dir", str(tmp_path / "evaluation"))
+    assert main(["evaluate", str(base), *local, *out]) == 2
+    assert "chat_template_path" in capsys.readouterr().err
+    assert main(["evaluate", str(base), *local, *out, *template]) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft", "--lora_r", "4")])
+def test_the_start_of_a_run_is_asked_as_the_policy_is(more, tmp_path, data, capsys):
+    run = train("llama3-8b-orpo", save_base(tmp_path / "base", "llama"), data, tmp_path / "run", *more)
+    capsys.readouterr()
+    local = ("--suite", "local", "--dataset_name", str(data), "--max_new_tokens", "4", "--max_length", "320")
+    assert main(["evaluate", str(run), *local]) == 0
+    assert "start" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from trl import clone_chat_template
 
 from sapo.data.chat_template import read_chat_template, template_digest, use_chat_template
@@ -7,7 +8,7 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, TokenizerError
-from sapo.weights.embeddings import fit_model, grow
+from sapo.weights.embeddings import fit_model, grow, refuse_new_rows, train_tokens
 from sapo.weights.loading import load_template_tokenizer, load_tokenizer
 from tests.bases import BASES, CONVERSATION, llama_model, llama_tokenizer, mistral_tokenizer, save_base
 
@@ -169,3 +170,33 @@ def test_a_template_of_the_models_own_needs_no_option(tmp_path):
     tokenizer = with_template("llama", "chatml")
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
+
+
+LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+def test_rows_that_peft_cannot_train_are_refused(monkeypatch):
+    model = llama_model(llama_tokenizer())
+    assert train_tokens(LoraConfig(**LORA), model, {3}).trainable_token_indices == {"embed_tokens": [3], "lm_head": [3]}
+    kept = LoraConfig(**LORA, modules_to_save=["lm_head"])
+    assert train_tokens(kept, model, {3}).trainable_token_indices == {"embed_tokens": [3]}
+    assert kept.trainable_token_indices is None
+    with pytest.raises(ConfigurationError, match="lora_target_modules holds lm_head"):
+        train_tokens(LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}), model, {3})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert train_tokens(kept, model, ()) is kept
+    with pytest.raises(ConfigurationError, match="cannot train single rows of sharded embeddings"):
+        train_tokens(kept, model, {3})
+
+
+def test_vllm_is_refused_what_it_has_no_rows_for():
+    tokenizer = with_template("llama", "chatml")
+    refuse_new_rows(tokenizer, len(tokenizer), "vllm_server")
+    with pytest.raises(ConfigurationError, match="adds 2 tokens: vLLM holds the model without"):
+        refuse_new_rows(tokenizer, len(tokenizer) - 2, "vllm_server")
+
+
+def test_an_adapter_over_too_few_embeddings_is_refused():
+    model = get_peft_model(llama_model(llama_tokenizer()), LoraConfig(**LORA))
+    with pytest.raises(ConfigurationError, match="Grow the base model before"):
+        fit_model(model, with_template("llama", "chatml"), seed=0)

@@ -106,7 +106,8 @@ def _with_template(models: list[ChatModel], tokenizer: Any, path: str | None) ->
     """The models with embeddings for all tokens: those that a run has added are new to the model it started from."""
     use_chat_template(tokenizer, path, load_template_tokenizer)
     for one in models:
-        fit_model(one.model, tokenizer, seed=0)
+        if path is not None or (one.name == "start" and not isinstance(one.model, PeftModel)):
+            fit_model(one.model, tokenizer, seed=0)
     return ChatModels(models, tokenizer)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from sapo.data.chat_template import read_chat_template
+from sapo.data.chat_template import read_chat_template, template_digest
 from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
-from sapo.evaluation.targets import LoadedModel, Target, check_target, fingerprint, load_target
+from sapo.evaluation.targets import LoadedModel, Target, borrowed_tokenizer, check_target, fingerprint, load_target
 from sapo.weights.loading import load_template_tokenizer
 
 
@@ -69,6 +69,8 @@ class Session:
         self.fingerprints = {target.name: fingerprint(target) for target in targets}
         path = options.chat_template_path
         self.template = None if path is None else read_chat_template(path, load_template_tokenizer)
+        borrowed = {} if path else {target.name: borrowed_tokenizer(target) for target in targets}
+        self._digests = {name: template_digest(one) for name, one in borrowed.items() if one is not None}
         self._loaded: tuple[str, LoadedModel] | None = None
 
     @property
@@ -105,7 +107,9 @@ class Session:
 
     def identity(self, target: Target) -> dict[str, str]:
         """What every part made with this model depends on."""
-        dtype, template = self.options.dtype, self.template.text if self.template is not None else ""
+        dtype, template = self.options.dtype, self._digests.get(target.name, "")
+        if self.template is not None:
+            template = self.template.text
         return {"model": self.fingerprints[target.name], "dtype": dtype, "chat_template": template}
 
 

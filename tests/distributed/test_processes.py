@@ -25,12 +25,13 @@ VARIANTS = {
     "dpo-lora": {"objective": "dpo", "lora": True, "pairs_per_forward": 1},
     "opponent": {"objective": "dpo", "reference": "opponent", "ema_decay": 0.9},
     "tied": {"objective": "dpo", "tied": True},
+    "grown": {"objective": "dpo", "chat_template_path": str(Path(__file__).with_name("grown.jinja"))},
     "rare": {"objective": "dpo", "generation_interval": 2, "eval_strategy": "steps", "eval_steps": 2},
 }
 QUICK = {
     "ddp": ["dpo", "orpo-lora"],
     "zero2": ["dpo"],
-    "zero3": ["dpo", "dpo-lora"],
+    "zero3": ["dpo", "dpo-lora", "grown"],
     "fsdp2": ["passes", "orpo-lora"],
 }
 ALL = [

@@ -19,6 +19,8 @@ DOCS = ROOT / "docs"
 PAGES = [DOCS / name for name in ("index.md", "tutorial.md")] + sorted((DOCS / "guides").glob("*.md"))
 SHELL = {
     "make install": "what the tests run in was made by it",
+    "sapo train --config llama3-8b": "test_published_recipes.py",
+    "sapo train --config mistral-7b": "test_published_recipes.py",
     "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
     "pip install": "installs an extra",
     "trackio show": "serves a page until it is stopped",

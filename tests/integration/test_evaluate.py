@@ -384,7 +384,8 @@ def test_no_judge(evaluate, model, mt_bench):
         (["--judge_timeout", "0"], "above 0"),
         (["--jugde_model", "j"], "--jugde_model"),
         (["--temperature", "-1"], "temperature=-1"),
-        (["--chat_template", "none.jinja"], "cannot be read"),
+        (["--chat_template_path", "none.jinja"], "no such file"),
+        (["--chat_template", "chat.jinja"], "--chat_template is called --chat_template_path now"),
     ],
 )
 def test_wrong_flags(evaluate, model, held_out, flags, says):
@@ -395,7 +396,7 @@ def test_model_without_chat_template(evaluate, mt_bench, tmp_path):
     bare = save_model(tmp_path / "bare", template=None)
     url = ("--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")
     error = evaluate(bare, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, *url, expect=2)
-    one_line(error, "no chat template", "--chat_template FILE.jinja")
+    one_line(error, "no chat template", "--chat_template_path")
 
 
 def test_unreachable_judge_keeps_the_answers(evaluate, model, mt_bench, tmp_path):

@@ -159,7 +159,7 @@ def test_template_that_rewrites_history_is_refused():
 
 
 def test_messages_without_template_name_the_way_out():
-    with pytest.raises(TokenizerError, match=r"row 1 of train.jsonl: .*no chat template.*clone_chat_template"):
+    with pytest.raises(TokenizerError, match=r"row 1 of train.jsonl: .*no chat template.*--chat_template_path chatml"):
         prepare([{"messages": talk("hi", "yo")}], byte_tokenizer())
 
 

@@ -15,9 +15,9 @@ from sapo.errors import ConfigurationError
 from sapo.options import option
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-OF_TRL = FOLDER / "trl-sft.yaml"
+OF_TRL = [FOLDER / "trl-sft.yaml", FOLDER / "llama3-8b-trl-sft.yaml"]
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
-RECIPES = [file for file in sorted(FOLDER.glob("*.yaml")) if file != OF_TRL] + PRESETS
+RECIPES = [file for file in sorted(FOLDER.glob("*.yaml")) if file not in OF_TRL] + PRESETS
 NEIGHBOUR = re.compile(r"^# Differs from (\S+) in: (.+)$", re.MULTILINE)
 
 
@@ -33,7 +33,7 @@ def test_every_recipe_loads(recipe, tmp_path):
     assert run.config.output_dir == str(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, OF_TRL], ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, *OF_TRL], ids=lambda file: file.stem)
 def test_every_recipe_line_is_commented(recipe):
     assert all("#" in line for line in recipe.read_text().splitlines())
 
@@ -53,7 +53,7 @@ def test_every_preset_differs_from_its_neighbour_in_the_named_line_only(preset):
     assert {line.split(":")[0] for line in set(others) - set(lines)} <= {found[2]}
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, OF_TRL], ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, *OF_TRL], ids=lambda file: file.stem)
 def test_a_recipe_is_listed_with_its_machine_and_printed(recipe, capsys):
     name = recipe.relative_to(FOLDER).with_suffix("").as_posix()
     assert main(["recipes"]) == 0
@@ -117,13 +117,14 @@ def test_presets_cover_every_method_and_ablation():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # trl's own default
-def test_the_recipe_for_trl_loads_there():
+@pytest.mark.parametrize("recipe", OF_TRL, ids=lambda file: file.stem)
+def test_the_recipes_for_trl_load_there(recipe):
     from trl.scripts.sft import make_parser
 
     _, args = make_parser().parse_args_and_config(
-        ["--config", str(OF_TRL), "--dataset_name", "rows", "--output_dir", "run", "--report_to", "none"]
+        ["--config", str(recipe), "--dataset_name", "rows", "--output_dir", "run", "--report_to", "none"]
     )[:2]
-    assert args.assistant_only_loss
+    assert args.assistant_only_loss != args.packing
 
 
 @pytest.mark.parametrize("model", ["llama3-8b", "mistral-7b"])

@@ -17,7 +17,9 @@ LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", 
 GPUS = ("a100-40", "a100-80", "h100", "h100-pcie", "h200", "b200", "l40s", "a6000", "rtx4090", "rtx3090")
 """Devices of `sapo estimate`; `estimate.devices` has their figures."""
 
-_MODEL_AND_DATA = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split")
+_TEMPLATE = "chat template to use instead of the model's: chatml, zephyr, a Jinja file, a folder or a Hub id"
+_MODEL_AND_DATA = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split",
+                   "chat_template_path")  # fmt: skip
 _MEMORY = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "pairs_per_forward", "tokens_per_forward",
     "gradient_checkpointing",
@@ -111,6 +113,7 @@ def _chat(parser: ArgumentParser) -> None:
     add("--seed", metavar="N", type=int, default=0, help="random seed of the first turn, shared by all models")
     add("--revision", metavar="NAME", default="main", help="branch, tag or commit of a model on the Hub")
     add("--device", metavar="NAME", help="cpu, cuda, ...; default: the accelerator if there is one")
+    add("--chat_template_path", metavar="PATH", help=_TEMPLATE)
     add("--plain", action="store_true", help="use no chat template: send each turn alone, as it is")
 
 
@@ -130,7 +133,7 @@ def _evaluate(parser: ArgumentParser) -> None:
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="data type of the weights")
     add("--batch_size", metavar="N", type=whole(), default=8, help="number of rows per forward pass")
-    add("--chat_template", metavar="FILE", help="Jinja file that replaces the model's own chat template")
+    add("--chat_template_path", metavar="PATH", help=_TEMPLATE)
     add(
         "--max_new_tokens",
         metavar="N",

@@ -31,7 +31,12 @@ def run_chat(given: Parsed) -> None:
     options = given.own
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     console = Console(highlight=False)
-    cast = load_chat_models(options.target, revision=options.revision, device=options.device)
+    cast = load_chat_models(
+        options.target,
+        revision=options.revision,
+        device=options.device,
+        chat_template_path=options.chat_template_path,
+    )
     talk = ChatSession(
         cast, console, sampling, options.max_new_tokens, options.seed, options.system, plain=options.plain
     )

@@ -12,12 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
+from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, TokenizerError
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
-from sapo.weights.loading import load_adapter, load_frozen, load_tokenizer
+from sapo.weights.embeddings import fit_model
+from sapo.weights.loading import load_adapter, load_frozen, load_template_tokenizer, load_tokenizer
 from sapo.weights.source import find_source
 
 Message = dict[str, str]
@@ -57,13 +59,16 @@ class ChatModels:
     tokenizer: Any
 
 
-def load_chat_models(target: str, *, revision: str = "main", device: str | None = None) -> ChatModels:
+def load_chat_models(
+    target: str, *, revision: str = "main", device: str | None = None, chat_template_path: str | None = None
+) -> ChatModels:
     """Load a model, or the start, the opponent and the policy of a run.
 
     Args:
         target: a model folder, an adapter folder, a hub id, or the output folder of a run that has ended.
         revision: of a hub id.
         device: where to; unset: the accelerator if there is one.
+        chat_template_path: the template to use instead of the tokenizer's; see `use_chat_template`.
 
     Raises:
         ModelError: a model is missing or cannot be read.
@@ -71,7 +76,8 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
     """
     if not is_run(Path(target)):
         model, adapter = _load(target, revision, device)
-        return ChatModels([ChatModel(Path(target).name, model, adapter)], load_tokenizer(target, revision))
+        models = [ChatModel(Path(target).name, model, adapter)]
+        return _with_template(models, load_tokenizer(target, revision), chat_template_path)
     folder = Path(target)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigurationError(
@@ -93,7 +99,16 @@ def load_chat_models(target: str, *, revision: str = "main", device: str | None 
         models.insert(0, ChatModel("start", policy, None if began is None else "start"))
     elif start is not None:
         models.insert(0, ChatModel("start", _load(start, "main", device)[0]))
-    return ChatModels(models, load_tokenizer(target))
+    return _with_template(models, load_tokenizer(target), chat_template_path)
+
+
+def _with_template(models: list[ChatModel], tokenizer: Any, path: str | None) -> ChatModels:
+    """The models with embeddings for all tokens: those that a run has added are new to the model it started from."""
+    use_chat_template(tokenizer, path, load_template_tokenizer)
+    for one in models:
+        if path is not None or (one.name == "start" and not isinstance(one.model, PeftModel)):
+            fit_model(one.model, tokenizer, seed=0)
+    return ChatModels(models, tokenizer)
 
 
 def _load(target: str, revision: str, device: str | None) -> tuple[Any, str | None]:

@@ -28,6 +28,7 @@ from sapo.preference.self_play import self_play
 from sapo.runs.files import folder_digest
 from sapo.runs.pair_files import PairsReport, PairWriter
 from sapo.training.generators import checked_servers
+from sapo.weights.embeddings import fit_model, refuse_new_rows
 from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_generating
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import find_source
@@ -122,6 +123,8 @@ def write_pairs(
         generator: Generator = _servers(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
     else:
         model = load_generating(run.model, config, adapter)
+        if config.chat_template_path is not None:
+            fit_model(model, tokenizer, seed=config.seed)
         generator = TransformersGenerator(
             lambda: nullcontext(model),
             Sampling(config.temperature, config.top_k, config.top_p),
@@ -169,6 +172,7 @@ def _servers(
             f"model_name_or_path={folder} with generation_backend=vllm_server: the servers are given the weights as a "
             "folder. Name a local one."
         )
+    refuse_new_rows(tokenizer, load_config(run.model).get_text_config().vocab_size, config.generation_backend)
     servers = checked_servers(config, tokenizer, load_config(run.model), eos_ids=ends, adapter=adapter is not None)
     state.wait_for_everyone()
     servers.load(folder, version)

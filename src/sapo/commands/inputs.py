@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from sapo.commands.arguments import RunArguments
 from sapo.config import SAPOConfig
+from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, largest_token
@@ -25,7 +26,7 @@ from sapo.data.report import DataReport, row_name
 from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError, TokenizerError
 from sapo.runs.checkpoint import read_state
-from sapo.weights.loading import generation_eos_ids, load_config, load_tokenizer
+from sapo.weights.loading import generation_eos_ids, load_config, load_template_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class Inputs:
     """Tokenizer, prepared training and evaluation rows, and what became of them.
 
     Attributes:
-        tokenizer: the model's.
+        tokenizer: the model's, with the chat template that was asked for.
         train: prepared rows.
         eval: prepared rows, or None if the run does not evaluate.
         train_reports: one for each data set that went into `train`.
         eval_reports: one for each that went into `eval` alone.
+        new_tokens: ids of tokens that the chat template has added.
     """
 
     tokenizer: Any
@@ -45,6 +47,7 @@ class Inputs:
     eval: datasets.Dataset | None
     train_reports: list[DataReport]
     eval_reports: list[DataReport]
+    new_tokens: tuple[int, ...] = ()
 
 
 def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
@@ -64,6 +67,11 @@ def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
     name, revision = str(run.model.model_name_or_path), run.model.model_revision
     config.check_positions(model_config)
     tokenizer = load_tokenizer(name, revision)
+    new_tokens = use_chat_template(tokenizer, config.chat_template_path, load_template_tokenizer)
+    if new_tokens:
+        # The embeddings will grow to these when the model is loaded.
+        text_config = model_config.get_text_config()
+        text_config.vocab_size = max(text_config.vocab_size, new_tokens[-1] + 1)
     if prints_date(tokenizer):
         config.template_date = template_date(config)
     options = DataOptions.of(config)
@@ -79,11 +87,11 @@ def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
     if run.mixture.datasets and run.mixture.test_split_size is not None:
         train, aside = split_rows(train, run.mixture.test_split_size, config.seed)
     if config.eval_strategy == "no":
-        return Inputs(tokenizer, train, None, train_reports, [])
+        return Inputs(tokenizer, train, None, train_reports, [], new_tokens)
     if aside is not None and not run.data.eval_dataset_name:
-        return Inputs(tokenizer, train, aside, train_reports, [])
+        return Inputs(tokenizer, train, aside, train_reports, [], new_tokens)
     evaluation, eval_reports = prepare([_evaluation_rows(run)])
-    return Inputs(tokenizer, train, evaluation, train_reports, eval_reports)
+    return Inputs(tokenizer, train, evaluation, train_reports, eval_reports, new_tokens)
 
 
 def template_date(config: SAPOConfig) -> str:

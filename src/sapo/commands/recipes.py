@@ -24,7 +24,7 @@ def run_recipes(name: str | None) -> None:
     """
     if name is None:
         sys.stdout.write(_listing())
-    elif name in (files := _cluster_files()):
+    elif name in (files := _other_files()):
         sys.stdout.write(files[name].read_text(encoding="utf-8"))
     else:
         sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
@@ -62,10 +62,11 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _cluster_files() -> dict[str, Path]:
-    """Each file for a cluster by its path in the folder of recipes, and by its name alone."""
-    files = sorted(CLUSTER.iterdir())
-    return {file.name: file for file in files} | {f"{CLUSTER.name}/{file.name}": file for file in files}
+def _other_files() -> dict[str, Path]:
+    """Job files for clusters and chat templates, each by its path in the folder of recipes; the first by name too."""
+    cluster, templates = sorted(CLUSTER.iterdir()), sorted((FOLDER / "templates").glob("*.jinja"))
+    paths = {f"{file.parent.name}/{file.name}": file for file in [*cluster, *templates]}
+    return {file.name: file for file in cluster} | paths
 
 
 def _shipped() -> dict[str, Path]:

@@ -173,4 +173,9 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     data.eval_dataset_name = str(folder / ROUND_EVAL_PAIRS_FILE) if evaluation is not None else None
     mixture.datasets = [DatasetConfig(path=str(file)) for file in files] if len(files) > 1 else []
     own = RunArguments(data=data, mixture=mixture, config=config, model=run.model)
-    return Round(own, Inputs(inputs.tokenizer, train, evaluation, [], []), adapter, folder.parent / RECIPE_FILE)
+    return Round(
+        own,
+        Inputs(inputs.tokenizer, train, evaluation, [], [], inputs.new_tokens),
+        adapter,
+        folder.parent / RECIPE_FILE,
+    )

@@ -18,6 +18,7 @@ from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE, LOSS, MARGIN
 from sapo.training.callbacks import StopOnSignal
 from sapo.training.progress import TerminalProgress
 from sapo.training.trainer import SAPOTrainer
+from sapo.weights.embeddings import train_tokens
 from sapo.weights.loading import check_model, load_policy
 from sapo.weights.sharding import shutdown_process_group
 
@@ -65,6 +66,8 @@ def _train(
     """One run, or the round of the one that `recipe` gives again; whether it came to its end."""
     config = run.config
     config.disable_tqdm = True
+    if inputs.new_tokens:
+        peft_config = train_tokens(peft_config, model, inputs.new_tokens)
     with StopOnSignal() as stop:
         trainer = SAPOTrainer(
             model,

@@ -62,15 +62,20 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list
     return frozenset(ids)
 
 
-def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def template_tail(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template prints after the text of a last reply; raises what the template does."""
     marker = "zebra quartz"
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}]
+    _, found, tail = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(marker)
+    return str(tail) if found else ""
+
+
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
-        _, found, tail = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(marker)
+        tail = template_tail(tokenizer)
     except TEMPLATE_FAULTS:
         return []  # a template for talk of another shape: the rows themselves will tell
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
-    for token in ids:
+    for token in tokenizer(tail, add_special_tokens=False)["input_ids"]:
         # Skipped before the test: some vocabularies hold line breaks as added tokens.
         if tokenizer.decode([token]).strip():
             special = token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
@@ -126,9 +131,9 @@ class Encoder:
         """
         if not self.chat:
             raise TokenizerError(
-                f"{where}: holds messages, but the tokenizer has no chat template. Set "
-                "tokenizer.chat_template, copy one with trl.clone_chat_template(model, tokenizer, "
-                '"Qwen/Qwen3-0.6B"), or give rows of plain prompt and completion.'
+                f"{where}: holds messages, but the tokenizer has no chat template. Give one with "
+                "--chat_template_path chatml (or zephyr, a Jinja file, a folder, a Hub id), or give rows of plain "
+                "prompt and completion."
             )
         drafts = []
         for index, place in self._chosen(talk, row, chosen_turns):

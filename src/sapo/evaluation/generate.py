@@ -40,7 +40,7 @@ def require_chat_template(loaded: LoadedModel, name: str) -> None:
     """
     if not loaded.tokenizer.chat_template:
         raise TokenizerError(
-            f"{name}: has no chat template, which a chat benchmark needs. Give one with --chat_template FILE.jinja."
+            f"{name}: has no chat template, which a chat benchmark needs. Give one with --chat_template_path."
         )
 
 

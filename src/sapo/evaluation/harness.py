@@ -28,7 +28,9 @@ from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.text import visible
+from sapo.weights.embeddings import trained_rows
 from sapo.weights.loading import load_tokenizer, read_config
+from sapo.weights.source import read_adapter_config
 
 TASKS_FOLDER = "lm_eval_tasks"
 _NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"
@@ -114,6 +116,7 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
     facts = load_all(manager, everything)
     for target in session.targets:
         _require_room(session, target, facts)
+        _require_tokens(session, target)
     include = session.folder / TASKS_FOLDER if data is not None else None
     results = {}
     for target in session.targets:
@@ -170,8 +173,24 @@ def _chat(session: Session, target: Target, suite: str) -> bool:
         return choice == "true"
     if suite == "leaderboard":
         return False
-    tokenizer = load_tokenizer(target.base or target.path)
-    return bool(session.template or tokenizer.chat_template)
+    return bool(session.template or load_tokenizer(_tokenizer(target)).chat_template)
+
+
+def _tokenizer(target: Target) -> str:
+    """Folder or hub id of the tokenizer: the base model's, unless the adapter has learnt tokens that it lacks."""
+    own = target.base is None or trained_rows(read_adapter_config(Path(target.path)))
+    return target.path if own else str(target.base)
+
+
+def _require_tokens(session: Session, target: Target) -> None:
+    """The harness loads the model by itself, without rows for new tokens."""
+    known = load_tokenizer(_tokenizer(target)).get_vocab()
+    missing = [str(token) for token in session.template.tokens if str(token) not in known] if session.template else []
+    if missing:
+        raise ConfigurationError(
+            f"chat_template_path={session.options.chat_template_path}: {target.path} has no token {missing[0]!r}, and "
+            "lm-evaluation-harness cannot add it. Use a template whose tokens the model has, such as zephyr."
+        )
 
 
 class _Runner:
@@ -237,6 +256,8 @@ class _Runner:
         model_args = {"pretrained": target.base or target.path, "dtype": options.dtype, "trust_remote_code": False}
         if target.base is not None:
             model_args["peft"] = target.path
+            if _tokenizer(target) != target.base:
+                model_args["tokenizer"] = _tokenizer(target)
         return {
             "model_args": model_args,
             "device": session.device,
@@ -244,7 +265,7 @@ class _Runner:
             "limit": options.limit,
             "gen_kwargs": {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
             "chat": self.chat,
-            "chat_template": session.template,
+            "chat_template": None if session.template is None else session.template.text,
             "include_path": None if self._include is None else str(self._include),
             "parts": str(self._parts.file),
             "positions": _positions(target),

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from sapo.data.chat_template import read_chat_template, template_digest
 from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
-from sapo.evaluation.targets import LoadedModel, Target, check_target, fingerprint, load_target
+from sapo.evaluation.targets import LoadedModel, Target, borrowed_tokenizer, check_target, fingerprint, load_target
+from sapo.weights.loading import load_template_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class EvaluateOptions:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int = 8
-    chat_template: str | None = None
+    chat_template_path: str | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -65,7 +67,10 @@ class Session:
         for target in targets:
             check_target(target)
         self.fingerprints = {target.name: fingerprint(target) for target in targets}
-        self.template = _template(options.chat_template)
+        path = options.chat_template_path
+        self.template = None if path is None else read_chat_template(path, load_template_tokenizer)
+        borrowed = {} if path else {target.name: borrowed_tokenizer(target) for target in targets}
+        self._digests = {name: template_digest(one) for name, one in borrowed.items() if one is not None}
         self._loaded: tuple[str, LoadedModel] | None = None
 
     @property
@@ -84,7 +89,12 @@ class Session:
         if self._loaded is None or self._loaded[0] != target.name:
             self.release()
             self.say(f"Loading {target.path}")
-            loaded = load_target(target, device=self.device, dtype=self.options.dtype, chat_template=self.template)
+            loaded = load_target(
+                target,
+                device=self.device,
+                dtype=self.options.dtype,
+                chat_template_path=self.options.chat_template_path,
+            )
             self._loaded = (target.name, loaded)
         return self._loaded[1]
 
@@ -97,17 +107,10 @@ class Session:
 
     def identity(self, target: Target) -> dict[str, str]:
         """What every part made with this model depends on."""
-        dtype, template = self.options.dtype, self.template or ""
+        dtype, template = self.options.dtype, self._digests.get(target.name, "")
+        if self.template is not None:
+            template = self.template.text
         return {"model": self.fingerprints[target.name], "dtype": dtype, "chat_template": template}
-
-
-def _template(file: str | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--chat_template {file}: cannot be read ({error}).") from error
 
 
 def chunks(size: int, total: int) -> list[range]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ModelError, TokenizerError
 from sapo.runs.files import folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
-from sapo.weights.loading import load_frozen, load_tokenizer, read_config
+from sapo.weights.embeddings import fit_model
+from sapo.weights.loading import load_frozen, load_template_tokenizer, load_tokenizer, read_config
 from sapo.weights.policy import padding_token_id
 
 ADAPTER_FILE = "adapter_config.json"
@@ -100,13 +102,15 @@ def _of_run(folder: Path, start: str | None) -> list[Target]:
         found.append(_of_folder(folder / OPPONENT_FOLDER, f"{name} opponent", "opponent", folder))
     began = start or start_of(folder)
     if began is not None and (start is not None or Path(began).is_dir()):
-        found.insert(0, _start(began))
+        found.insert(0, _start(began, folder))
     return found
 
 
-def _start(path: str) -> Target:
+def _start(path: str, run: Path | None = None) -> Target:
     folder = Path(path)
-    return _of_folder(folder, "start", "start") if folder.is_dir() else Target("start", path, "start")
+    if folder.is_dir():
+        return _of_folder(folder, "start", "start", run)
+    return Target("start", path, "start", run=None if run is None else str(run))
 
 
 def _of_folder(folder: Path, name: str, role: str = "model", run: Path | None = None) -> Target:
@@ -163,18 +167,39 @@ def fingerprint(target: Target, revision: str = "main") -> str:
     return digest.hexdigest()[:16]
 
 
+def borrowed_tokenizer(target: Target, revision: str = "main") -> Any | None:
+    """The run's tokenizer, for the start of a run that has no chat template of its own; None for every other model."""
+    if target.role != "start" or target.run is None or load_tokenizer(target.path, revision).chat_template:
+        return None
+    found = load_tokenizer(target.run)
+    return found if found.chat_template else None
+
+
 def load_target(
-    target: Target, *, device: str, dtype: str, chat_template: str | None = None, revision: str = "main"
+    target: Target, *, device: str, dtype: str, chat_template_path: str | None = None, revision: str = "main"
 ) -> LoadedModel:
     """Load a model with its tokenizer.
+
+    The start of a run that has no chat template of its own is given the run's: both are asked the same.
+
+    Args:
+        target: the model.
+        device: where to.
+        dtype: of the weights; "auto" as they are stored.
+        chat_template_path: the template to use instead of the model's; see `use_chat_template`.
+        revision: of a Hub id.
 
     Raises:
         ModelError, TokenizerError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(target.path, revision)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+    borrowed = borrowed_tokenizer(target, revision) if chat_template_path is None else None
+    if borrowed is not None:
+        tokenizer = borrowed
+    use_chat_template(tokenizer, chat_template_path, load_template_tokenizer)
     model = load_frozen(target.path, revision=revision, dtype=dtype, device=device)
+    if chat_template_path is not None or borrowed is not None:
+        fit_model(model, tokenizer, seed=0)
     try:
         eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
     except TokenizerError as error:

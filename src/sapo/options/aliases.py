@@ -9,6 +9,7 @@ from sapo.options.table import accepted, option
 
 RENAMED = {
     "num_iterations": "num_rounds",
+    "chat_template": "chat_template_path",
     "truncation_mode": "prompt_truncation",
     "reference_sync_steps": "ref_model_sync_steps",
     "mix_previous_iteration": "mix_previous_round",
@@ -125,9 +126,10 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
     Returns:
         One sentence.
     """
+    known = list(known)
     dashes = "--" if flag else ""
     key = name.replace("-", "_").lower()
-    if options and key in RENAMED:
+    if key in RENAMED and (options or RENAMED[key] in known):
         return f"{dashes}{name} is called {dashes}{RENAMED[key]} now."
     names = [*known, *(one.name for one in accepted() if options)]
     if key in ALIASES and (example := _usable(ALIASES[key], names)):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from sapo.errors import ModelError
@@ -180,7 +181,7 @@ def heads_disagree(model: nn.Module) -> str | None:
     """
     inner = extract_model_from_parallel(model)
     name, head = type(inner).__name__, inner.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
+    if isinstance(head, (BaseTunerLayer, TrainableTokensWrapper)):
         return f"the output embeddings of {name} have an adapter, which the fused head does not read"
     with frozen(model):
         own = _probe(model, "plain")

@@ -197,6 +197,7 @@ def _check_adapter(context: RunContext) -> None:
     refused = {
         "use_dora": adapter.use_dora,
         "modules_to_save": adapter.modules_to_save,
+        "trainable_token_indices (from chat_template_path)": getattr(adapter, "trainable_token_indices", None),
         # Others change the base model.
         "init_lora_weights": isinstance(start, str)
         and start.lower() not in ("gaussian", "eva", "orthogonal")

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 
+from sapo.data.chat_template import template_digest
 from sapo.errors import CheckpointError
 from sapo.options import resume_facts
 from sapo.preference.pair_tensors import checked_entries, entries_to_tensors
@@ -21,7 +22,7 @@ from sapo.runs import untrusted
 from sapo.training.context import RunContext
 from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs
-from sapo.weights.opponent import POLICY_ADAPTER
+from sapo.weights.opponent import POLICY_ADAPTER, saves_embeddings
 from sapo.weights.sharding import global_numel, sharding_of, zero_stage
 
 _FREE_WITH_PROCESSES = [
@@ -64,6 +65,9 @@ class RunState:
         )
         facts["sharding"] = sharding_of(self.accelerator)
         facts["dataset"] = self.eval_pairs.digest(self.dataset)
+        if args.chat_template_path is not None:
+            # By its content: the same template may lie elsewhere when the run resumes.
+            facts["chat_template_path"] = template_digest(self.context.tokenizer)
         facts["parameters"] = sum(map(global_numel, self.context.roles.policy().parameters()))
         return facts
 
@@ -171,7 +175,8 @@ def other_weights(names: Sequence[str]) -> CheckpointError:
 
 def _check_adapter(policy: Any, folder: Path) -> None:
     """Peft fills in what an adapter lacks, and says nothing."""
-    own = set(get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER))
+    embeddings = saves_embeddings(policy, POLICY_ADAPTER)
+    own = set(get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER, save_embedding_layers=embeddings))
     different = sorted(own ^ set(parts.read_tensors(folder, "adapter_model")))
     if different:
         raise other_weights(different)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
+from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
 from sapo.data.prepare import prepare_datasets
@@ -43,7 +44,8 @@ from sapo.training.recorder import RunRecorder
 from sapo.training.scorer import PairScorer
 from sapo.training.state import RunState
 from sapo.training.step_guard import NonFiniteStepGuard
-from sapo.weights.loading import load_named_policy, load_tokenizer, use_one_device
+from sapo.weights.embeddings import embedding_rows, fit_model, refuse_new_rows, train_tokens
+from sapo.weights.loading import load_named_policy, load_template_tokenizer, load_tokenizer, use_one_device
 from sapo.weights.opponent import MovingAverage, ShadowModel
 from sapo.weights.policy import disable_dropout, model_keyword_arguments, padding_token_id, with_adapter
 from sapo.weights.roles import Roles
@@ -109,6 +111,12 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             model = load_named_policy(model, args, adapter=peft_config is not None)
         if processing_class is None:
             raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
+        if args.chat_template_path is not None:
+            new_tokens = use_chat_template(processing_class, args.chat_template_path, load_template_tokenizer)
+            if args.generation_backend != "transformers":
+                refuse_new_rows(processing_class, embedding_rows(model), args.generation_backend)
+            grown = fit_model(model, processing_class, seed=args.seed)
+            peft_config = train_tokens(peft_config, model, {*new_tokens, *grown})
         args.check_positions(model.config)
         resolve_checkpointing(args, model, peft_config)
         policy = with_adapter(model, peft_config, args)

@@ -35,9 +35,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.text import bytes_text
+from sapo.weights.embeddings import grow, trained_rows
 from sapo.weights.footprint import build_run_models, model_memory, running_strategy
 from sapo.weights.policy import model_keyword_arguments, switch_off_router_logits
 from sapo.weights.source import (
+    TOKENIZER_FILES,
     ModelSource,
     check_weights,
     find_source,
@@ -80,6 +82,21 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision, trust_remote_code=False)
     except _LOADING_ERRORS as error:
+        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
+
+
+def load_template_tokenizer(name: str) -> Any:
+    """The tokenizer whose chat template is taken; a folder needs no model beside it.
+
+    Raises:
+        ModelError, TokenizerError: there is none, or it cannot be read.
+    """
+    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        return load_tokenizer(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        source = ModelSource(name, name, None, "main")
         raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
 
 
@@ -140,6 +157,10 @@ def _config(source: ModelSource) -> Any:
             "model that generates text from left to right."
         )
     switch_off_router_logits(config)
+    if source.adapter is not None:
+        # The base's embeddings grow for tokens that the adapter has learnt.
+        text, rows = config.get_text_config(), trained_rows(read_adapter_config(Path(source.adapter)))
+        text.vocab_size = max(text.vocab_size, rows)
     return config
 
 
@@ -253,7 +274,10 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
     Raises:
         ModelError: it cannot be read, or lacks weights.
     """
-    read_adapter_config(Path(folder))
+    rows = trained_rows(read_adapter_config(Path(folder)))
+    if not isinstance(model, PeftModel):
+        # What new rows begin with does not matter: the adapter holds them all.
+        grow(model, rows)
     try:
         with warnings.catch_warnings():
             # peft would go on with random weights in their place.

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from peft import PeftModel, PeftType
@@ -359,13 +359,26 @@ def squared_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]
 
 def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write adapter `name` alone into `folder`, as the folder's only adapter; with the weights of `state_dict`."""
-    policy.save_pretrained(str(folder), selected_adapters=[name], state_dict=state_dict)
+    policy.save_pretrained(
+        str(folder),
+        selected_adapters=[name],
+        state_dict=state_dict,
+        save_embedding_layers=saves_embeddings(policy, name),
+    )
     nested = folder / name
     # PEFT puts every adapter but "default" into a folder of its own.
     if nested.is_dir():
         for file in nested.iterdir():
             file.replace(folder / file.name)
         nested.rmdir()
+
+
+def saves_embeddings(policy: PeftModel, name: str) -> Literal["auto", False]:
+    """Whether peft stores the embeddings of the base with adapter `name`, or decides that itself.
+
+    It would do so where the base has grown, though the adapter holds all of the new rows.
+    """
+    return "auto" if getattr(policy.peft_config[name], "trainable_token_indices", None) is None else False
 
 
 def save_sharded(policy: nn.Module, shell: GatherShell, folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
@@ -104,7 +105,7 @@ class Roles:
             wanted = HAS_FUSED_LM_HEAD and self._args.device.type == "cuda"
         if not wanted:
             return False
-        if isinstance(policy.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+        if isinstance(policy.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):  # type: ignore[operator]
             if self._args.fused_lm_head:
                 raise ConfigurationError(
                     "fused_lm_head=true with LoRA on the output head: trl's fused head reads the base weight alone. "

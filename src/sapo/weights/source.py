@@ -23,7 +23,7 @@ from sapo.errors import ModelError, brief
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ModelSource:
     @property
     def tokenizer(self) -> str:
         """Folder or hub id that holds the tokenizer: the adapter's folder may have one, with a template of its own."""
-        own = self.adapter is not None and any((Path(self.adapter) / file).is_file() for file in _TOKENIZER_FILES)
+        own = self.adapter is not None and any((Path(self.adapter) / file).is_file() for file in TOKENIZER_FILES)
         return str(self.adapter) if own else self.base
 
 

@@ -1,0 +1,183 @@
+"""What toys hide: a real chat model through every command. `make test-real` makes the model and runs this.
+
+SAPO_TEST_REAL_MODEL names the model's folder; SAPO_TEST_REAL_RESULTS, if set, a folder for times and memory as JSON.
+"""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MODEL = os.environ.get("SAPO_TEST_REAL_MODEL", "")
+RESULTS = os.environ.get("SAPO_TEST_REAL_RESULTS")
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not Path(MODEL, "config.json").is_file(), reason="SAPO_TEST_REAL_MODEL names no model folder"),
+]
+
+TOPICS = ("rivers", "bread", "maps", "violins", "bees", "bridges", "clocks", "glass", "tea", "comets")
+SMALL = (
+    "--use_cpu", "--report_to", "none", "--max_length", "160", "--segment_length", "16", "--save_strategy", "steps",
+    "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_pairs", "0", "--chosen_probe_size", "0",
+    "--gradient_checkpointing", "false", "--save_total_limit", "2",
+)  # fmt: skip
+LORA = ("--use_peft", "--lora_target_modules", "all-linear", "--learning_rate", "1e-4")
+FORMS = {
+    "lora-dpo-float32": (*LORA, "--objective", "dpo"),
+    "lora-orpo-bfloat16": (*LORA, "--objective", "orpo", "--bf16", "true"),
+    "full-dpo-bfloat16": ("--objective", "dpo", "--bf16", "true", "--learning_rate", "1e-6"),
+    "full-orpo-float32": ("--objective", "orpo", "--learning_rate", "1e-6"),
+}
+
+
+def rows(count=24, seed=0):
+    """Questions with answers of one to three sentences, own text."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        one, other = rng.sample(TOPICS, 2)
+        facts = [f"{one.capitalize()} reward patience.", f"People write about {one} and {other}.", "Start small."]
+        answer = " ".join(facts[: rng.randint(1, 3)])
+        made.append({"messages": [{"role": "user", "content": f"Tell me about {one}."},
+                                  {"role": "assistant", "content": answer}]})  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, seed in (("train", 0), ("test", 1)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(seed=seed)))
+    return folder
+
+
+def sapo(*arguments, expect=0):
+    """Run a command in a process of its own; its output, wall seconds, CPU seconds and peak memory in GB."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [sys.executable, "-m", "sapo", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # The largest of all children so far: the first of its size tells.
+    return done.stdout, {"wall_s": round(time.monotonic() - started, 1), "cpu_s": round(cpu, 1),
+                         "largest_child_gb": round(after.ru_maxrss / 2**20, 2)}  # fmt: skip
+
+
+def note(name, figures):
+    print(name, figures)
+    if RESULTS:
+        folder = Path(RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def train(form, data, out, *more, expect=0):
+    given = ("--model_name_or_path", MODEL, "--dataset_name", data / "train.jsonl", "--output_dir", out)
+    return sapo("train", *given, *SMALL, *FORMS[form], *more, expect=expect)[1]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    (file,) = [run / name for name in ("model.safetensors", "adapter_model.safetensors") if (run / name).is_file()]
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_trains(form, data, runs):
+    figures = train(form, data, runs / form, "--max_steps", "3", "--save_steps", "1")
+    lines = [line for line in metrics(runs / form) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    if "dpo" in form:
+        # The policy has not moved yet: it is the reference.
+        assert abs(lines[0]["rewards/margins"]) < (1e-5 if "float32" in form else 0.05)
+    figures["loss"] = [line["loss"] for line in lines]
+    figures["step_s"] = [line["time/step"] for line in lines if "time/step" in line]
+    note(f"train-{form}", figures)
+
+
+@pytest.mark.parametrize("form", ["lora-dpo-float32", "full-orpo-float32"])
+def test_resumes_bit_for_bit_after_a_kill(form, data, runs):
+    whole, killed = runs / form, runs / f"{form}-killed"
+    if not (whole / "metrics.jsonl").is_file():
+        train(form, data, whole, "--max_steps", "3", "--save_steps", "1")
+    given = ("--model_name_or_path", MODEL, "--dataset_name", data / "train.jsonl", "--output_dir", killed)
+    command = ("train", *given, *SMALL, *FORMS[form], "--max_steps", "3", "--save_steps", "1")
+    child = subprocess.Popen([sys.executable, "-m", "sapo", *map(str, command)], stdout=subprocess.DEVNULL)
+    while child.poll() is None and not (killed / "checkpoint-1").is_dir():
+        time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    note(f"resume-{form}", train(form, data, killed, "--max_steps", "3", "--save_steps", "1",
+                                 "--resume_from_checkpoint", "auto"))  # fmt: skip
+    assert weights(killed) == weights(whole)
+    assert [line["loss"] for line in metrics(killed) if "loss" in line] == [
+        line["loss"] for line in metrics(whole) if "loss" in line
+    ]
+
+
+def test_generates_pairs(data, runs):
+    file = runs / "pairs.parquet"
+    given = ("--model_name_or_path", MODEL, "--dataset_name", data / "test.jsonl", "--dataset_train_split", "test")
+    lengths = ("--max_length", "160", "--segment_length", "16", "--use_cpu")
+    note("generate", sapo("generate", *given, *lengths, "--output_file", file)[1])
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    assert len(table) > 12
+    assert {"prompt", "chosen", "rejected"} <= set(table.column_names)
+
+
+def test_chats_with_every_model_of_a_run(data, runs):
+    run = runs / "lora-dpo-float32"
+    if not (run / "metrics.jsonl").is_file():
+        train("lora-dpo-float32", data, run, "--max_steps", "3", "--save_steps", "1")
+    asked = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max_new_tokens", "24")
+    said, figures = sapo("chat", run, *asked)
+    for name in ("start>", "opponent>", "policy>"):
+        assert name in said
+    assert said.count("Paris") >= 3
+    note("chat", figures)
+
+
+def test_evaluates_on_local_measures(data, runs):
+    run = runs / "lora-dpo-float32"
+    if not (run / "metrics.jsonl").is_file():
+        train("lora-dpo-float32", data, run, "--max_steps", "3", "--save_steps", "1")
+    rows = ("--suite", "local", "--dataset_name", data / "test.jsonl", "--dataset_split", "test", "--limit", "6")
+    _, figures = sapo("evaluate", run, *rows, "--max_new_tokens", "24", "--output_dir", runs / "evaluation")
+    results = json.loads((runs / "evaluation" / "results.json").read_text())
+    figures["local"] = results["suites"]["local"] if "suites" in results else list(results)
+    note("evaluate-local", figures)
+
+
+def test_a_new_template_grows_it(data, runs):
+    """Tokens that the tokenizer lacks: rows are added to 49,152 of them, and trained under LoRA."""
+    template = runs / "own.jinja"
+    template.write_text(
+        "{#- added_tokens: <|turn|> <|over|> -#}{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|over|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    run = runs / "template"
+    figures = train("lora-dpo-float32", data, run, "--max_steps", "1", "--chat_template_path", template)
+    indices = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert indices == {"embed_tokens": [49152, 49153]}
+    note("template", figures)

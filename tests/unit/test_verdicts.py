@@ -36,7 +36,7 @@ from sapo.evaluation.verdicts import rating, without_thinking
         ("<think>Rating: [[9]], or perhaps", None),
         ("Rating: [[9]] at first sight, but</think>\nRating: [[4]]", 4),
         ("[THINK]Rating: [[2]][/THINK]\n[[8]]", 8),
-        ("<|channel|>analysis<|message|>Rating: [[1]]<|end|><|start|>assistant<|channel|>final<|message|>Rating: [[6]]", 6),
+        ("<|channel|>analysis<|message|>Rating: [[1]]<|end|><|channel|>final<|message|>Rating: [[6]]", 6),
         ("◁think▷Rating: [[1]]◁/think▷Rating: [[6]]", 6),
         # Unclear, or no number of the scale.
         ("Rating: [[4]]\nOr rather\n[[9]]", None),

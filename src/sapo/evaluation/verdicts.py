@@ -18,7 +18,8 @@ _NUMBER = r"(\d+(?:\.\d+)?)"
 _EMPHASIS = r"[*_`\"'“”]*"
 _LABEL = rf"\b(?:rating|score|grade|verdict){_EMPHASIS}\s*[:=]\s*{_EMPHASIS}\s*"
 _EXAMPLE = re.compile(
-    r"(?:for example|for instance|e\.g\.|such as|format|template|in the form|instructed|\bas in)[^.\n]{0,60}$|\bout of\s*$",
+    r"(?:for example|for instance|e\.g\.|such as|format|template|in the form|instructed|\bas in)[^.\n]{0,60}$"
+    r"|\bout of\s*$",
     re.IGNORECASE,
 )
 """What leads to a rating that is shown and not given."""
@@ -41,7 +42,7 @@ def without_thinking(text: str) -> str:
 def rating(verdict: str) -> float | None:
     """The rating between 1 and 10 that a verdict gives.
 
-    Given is a number in double brackets after "Rating:" (or score, grade, verdict), or alone on a line, or at the end of
+    Given is a number in double brackets after "Rating:" (or score, grade, verdict), alone on a line, or at the end of
     the text; the last one counts. Not given is one within marks of reasoning, or one that is quoted from the rubric
     ("for example: [[5]]", "[[1]] is the worst"). Single brackets count where there are no double ones.
 

@@ -77,6 +77,12 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
                 "a run have as many."
             )
+        if self.max_steps == 0:
+            raise ConfigurationError(
+                "max_steps=0: there would be no step. Give a number of steps, or -1 to train for num_train_epochs."
+            )
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ConfigurationError("num_train_epochs=0: there would be no step. Raise it, or set max_steps.")
         if self.segment_length == 0:
             raise ConfigurationError("segment_length=0: must be positive, or none for the full response.")
         if self.beta == 0 and self.objective == "dpo":

@@ -14,6 +14,7 @@ from sapo.commands.parser import Command, parse_command
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, brief
 from sapo.options import one_start, option
+from sapo.options.values import unmet
 
 
 @dataclasses.dataclass
@@ -57,7 +58,26 @@ def build(values: Mapping[str, Any]) -> RunArguments:
         declared = option(name)
         since = f" It came with transformers {declared.since}." if declared is not None and declared.since else ""
         raise ConfigurationError(f"{name}: the installed transformers and trl do not have this option.{since}")
-    return RunArguments(*parts)
+    run = RunArguments(*parts)
+    _check_needs(values, run)
+    return run
+
+
+def _check_needs(given: Mapping[str, Any], run: RunArguments) -> None:
+    """Refuse options that have no effect without others.
+
+    Raises:
+        ConfigurationError: names both.
+    """
+    values = {name: value for part in vars(run).values() for name, value in vars(part).items()}
+    for name, value in given.items():
+        declared = option(name)
+        need = unmet(declared, value, values) if declared is not None else None
+        if need is not None:
+            shown = str(value).lower() if isinstance(value, bool) else brief(value, 80)
+            raise ConfigurationError(
+                f"{name}={shown} has no effect without {need}. Add --{need.replace('=', ' ')}, or leave {name} out."
+            )
 
 
 def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:

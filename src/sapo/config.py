@@ -92,8 +92,9 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         self._check_rounds()
         self._check_engine()
         self._check_device()
-        if self.eval_local and self.eval_strategy == "no":
-            raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
+        for name in ("eval_local", "eval_on_start"):
+            if getattr(self, name) and self.eval_strategy == "no":
+                raise ConfigurationError(f"{name}=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
         if self.push_opponent_to_hub and self.pair_source == "paired":
             raise ConfigurationError(
                 "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."

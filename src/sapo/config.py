@@ -92,9 +92,13 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         self._check_rounds()
         self._check_engine()
         self._check_device()
-        for name in ("eval_local", "eval_on_start"):
-            if getattr(self, name) and self.eval_strategy == "no":
-                raise ConfigurationError(f"{name}=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
+        for name in ("eval_local", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
+            value = getattr(self, name)
+            if value and self.eval_strategy == "no":
+                shown = "true" if value is True else value
+                raise ConfigurationError(
+                    f"{name}={shown} needs evaluations. Set eval_strategy to steps, and eval_steps."
+                )
         if self.push_opponent_to_hub and self.pair_source == "paired":
             raise ConfigurationError(
                 "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
@@ -274,6 +278,9 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 f"fused_lm_head=true needs trl 1.16 or newer, here is {trl.__version__}. Leave the option out, or "
                 "upgrade."
             )
+        backends = torch.distributed.Backend.backend_list if torch.distributed.is_available() else []
+        if self.ddp_backend is not None and self.ddp_backend not in backends:
+            raise ConfigurationError(f"ddp_backend={self.ddp_backend}: must be one of {', '.join(backends[1:])}.")
         if self.use_cpu:
             return
         if self.bf16 and not _accelerator_has_bf16():

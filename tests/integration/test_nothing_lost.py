@@ -1,4 +1,4 @@
-"""What a run has made is on the disk when it ends, whatever fails; what would fail at the end is refused at the start."""
+"""What a run has made is on the disk when it ends, whatever fails; what would fail then is refused at the start."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_files_of_a_run_have_the_permissions_of_the_umask(umask, make_trainer):
         trainer.save_model()
     finally:
         os.umask(before)
-    files = [file for file in trainer.run_folder.path.rglob("*.safetensors")]
+    files = list(trainer.run_folder.path.rglob("*.safetensors"))
     assert {"model.safetensors", "opponent.safetensors"} <= {file.name for file in files}
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 

@@ -124,8 +124,9 @@ def test_a_library_that_fails_after_the_first_step_keeps_its_traceback():
     def fail():
         json.loads("{")
 
-    with pytest.raises(ConfigurationError, match=r"the run cannot start: JSONDecodeError.*Given here: Expecting=b"):
-        with library_errors({"dataset_name": "a", "Expecting": "b"}, lambda: False):
-            fail()
+    said = r"the run cannot start: JSONDecodeError.*Given here: Expecting=b"
+    given = {"dataset_name": "a", "Expecting": "b"}
+    with pytest.raises(ConfigurationError, match=said), library_errors(given, lambda: False):
+        fail()
     with pytest.raises(json.JSONDecodeError), library_errors({}, lambda: True):
         fail()

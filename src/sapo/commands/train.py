@@ -222,12 +222,15 @@ def _closing_screen(
     package = "peft" if trainer.is_adapter() else "transformers"
     lines += ["", f"Use it:    from {package} import {load}; model = {load}.from_pretrained({str(folder)!r})"]
     unfinished = stopped or bool(trainer.stop_reason) or state.global_step < state.max_steps
-    lines += next_commands(run, folder, recipe or folder / RECIPE_FILE, unfinished, 2 * state.max_steps)
+    plain = not trainer.processing_class.chat_template
+    lines += next_commands(run, folder, recipe or folder / RECIPE_FILE, unfinished, 2 * state.max_steps, plain=plain)
     for line in lines:
         _say(console, line)
 
 
-def next_commands(run: RunArguments, folder: Path, recipe: Path, unfinished: bool, longer: int) -> list[str]:
+def next_commands(
+    run: RunArguments, folder: Path, recipe: Path, unfinished: bool, longer: int, *, plain: bool
+) -> list[str]:
     """What can be done with a run that has ended, each line a label and a command.
 
     Args:
@@ -236,6 +239,7 @@ def next_commands(run: RunArguments, folder: Path, recipe: Path, unfinished: boo
         recipe: gives it again; of rounds, all of them.
         unfinished: whether it can be continued as it is.
         longer: steps of a longer run.
+        plain: whether the model has no chat template.
     """
     name = _quoted(folder)
     again = f"sapo train --config {_quoted(recipe)} --resume_from_checkpoint true"
@@ -246,7 +250,7 @@ def next_commands(run: RunArguments, folder: Path, recipe: Path, unfinished: boo
     elif recipe.parent == folder:
         lines.append(f"Longer:    {again} --max_steps {longer}")
     lines.append(f"Report:    sapo report {name} --serve    (or open {folder / REPORT_FILE})")
-    lines.append(f"Chat:      sapo chat {name}")
+    lines.append(f"Chat:      sapo chat {name}{' --plain' if plain else ''}")
     if evaluation:
         length = f" --max_length {run.config.max_length}"
         lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {_quoted(evaluation)}{length}")

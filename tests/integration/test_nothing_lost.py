@@ -181,16 +181,19 @@ def test_runs_of_no_steps_and_options_without_effect_are_refused(model, data, tm
     assert "max_steps=0" in said("--max_steps", "0")
     assert "num_train_epochs=0" in said("--max_steps", "-1", "--num_train_epochs", "0")
     assert "lora_r=4 has no effect without use_peft. Add --use_peft" in said("--lora_r", "4")
-    assert "has no effect without num_rounds" in said("--mix_previous_round")
-    assert "has no effect without objective=orpo" in said("--nll_scope", "all")
+    assert "eval_local_size=4 has no effect without eval_local" in said("--eval_local_size", "4")
+    assert "load_best_model_at_end=true needs evaluations" in said("--load_best_model_at_end")
+    assert "mix_previous_round needs rounds" in said("--mix_previous_round")
     assert "cannot be resumed" in said("--save_only_model")
 
 
 # ---- The lock ----
 
 
-def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, capsys):  # noqa: F811
+def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, capsys, monkeypatch):  # noqa: F811
     out = tmp_path / "run"
+    said = []
+    monkeypatch.setattr(lock.logger, "warning", said.append)
     holder = (
         "import sys, time; from pathlib import Path; from sapo.runs.lock import locked\n"
         f"with locked(Path({str(out)!r})): print('held', flush=True); time.sleep(600)"
@@ -207,11 +210,12 @@ def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, caps
         # The owner is dead: its lock is broken, and that is said.
         with locked(out):
             pass
-        assert f"broke the lock of process {process.pid}" in capsys.readouterr().err
+        assert [f"broke the lock of process {process.pid}" in line for line in said] == [True]
         assert list(out.iterdir()) == []
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(("age", "alive"), [(10, True), (100_000, False)])

@@ -289,9 +289,7 @@ def test_printed_commands_work_when_pasted_into_another_folder(model, data, tmp_
     assert all(Path(recipe[name]).is_absolute() for name in ("model_name_or_path", "dataset_name", "output_dir"))
 
 
-def test_the_recipe_is_there_from_the_first_step_and_a_restart_takes_it_for_its_own(
-    make_trainer, model, data, tmp_path
-):  # noqa: F811
+def test_a_restart_takes_a_recipe_of_before_the_first_checkpoint_for_its_own(model, data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     out.mkdir()
     (out / "recipe.yaml").write_text("{}")

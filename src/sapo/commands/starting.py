@@ -49,24 +49,8 @@ def check_libraries(config: SAPOConfig) -> None:
             num_training_steps=10,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
-    if config.torch_compile:
-        _check_compiler(config)
     if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
         _check_checkpointing(config.gradient_checkpointing_kwargs)
-
-
-def _check_compiler(config: SAPOConfig) -> None:
-    backends = torch._dynamo.list_backends(exclude_tags=())
-    if config.torch_compile_backend not in (None, *backends):
-        raise ConfigurationError(
-            f"torch_compile_backend={config.torch_compile_backend}: this torch has {', '.join(backends)}."
-        )
-    if config.torch_compile_mode is not None:
-        modes = list(torch._inductor.list_mode_options())
-        if config.torch_compile_mode not in modes:
-            raise ConfigurationError(
-                f"torch_compile_mode={config.torch_compile_mode}: must be one of {', '.join(modes)}."
-            )
 
 
 def _check_checkpointing(given: Any) -> None:

@@ -77,6 +77,12 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
                 "a run have as many."
             )
+        if self.max_steps == 0:
+            raise ConfigurationError(
+                "max_steps=0: there would be no step. Give a number of steps, or -1 to train for num_train_epochs."
+            )
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ConfigurationError("num_train_epochs=0: there would be no step. Raise it, or set max_steps.")
         if self.segment_length == 0:
             raise ConfigurationError("segment_length=0: must be positive, or none for the full response.")
         if self.beta == 0 and self.objective == "dpo":
@@ -86,8 +92,13 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         self._check_rounds()
         self._check_engine()
         self._check_device()
-        if self.eval_local and self.eval_strategy == "no":
-            raise ConfigurationError("eval_local=true needs evaluations. Set eval_strategy to steps, and eval_steps.")
+        for name in ("eval_local", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
+            value = getattr(self, name)
+            if value and self.eval_strategy == "no":
+                shown = "true" if value is True else value
+                raise ConfigurationError(
+                    f"{name}={shown} needs evaluations. Set eval_strategy to steps, and eval_steps."
+                )
         if self.push_opponent_to_hub and self.pair_source == "paired":
             raise ConfigurationError(
                 "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
@@ -272,6 +283,9 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                 f"fused_lm_head=true needs trl 1.16 or newer, here is {trl.__version__}. Leave the option out, or "
                 "upgrade."
             )
+        backends = torch.distributed.Backend.backend_list if torch.distributed.is_available() else []
+        if self.ddp_backend is not None and self.ddp_backend not in backends:
+            raise ConfigurationError(f"ddp_backend={self.ddp_backend}: must be one of {', '.join(backends[1:])}.")
         if self.use_cpu:
             return
         if self.bf16 and not _accelerator_has_bf16():

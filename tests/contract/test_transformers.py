@@ -18,6 +18,9 @@ HOOKS = {
     "_get_output_dir": ["self", "trial"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_issue_warnings_after_load": ["self", "load_result"],
+    "_load_best_model": ["self"],
+    "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
+    "_determine_best_metric": ["self", "metrics", "trial"],
 }
 """The private hooks that the trainer overrides, and their parameters."""
 

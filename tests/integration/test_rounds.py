@@ -292,7 +292,7 @@ def test_rounds_on_a_server_equal_rounds_in_this_process(lora, model, data, serv
         assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
 
 
-def test_pairs_are_not_written_by_an_engine_inside_a_training_process(data, server, tmp_path, model, capsys):
-    flags = [*pairs_flags(model, data), *on(server), "--output_file", str(tmp_path / "pairs.parquet")]
+def test_pairs_are_not_written_by_an_engine_inside_a_training_process(data, tmp_path, model, capsys):
+    flags = [*pairs_flags(model, data), "--output_file", str(tmp_path / "pairs.parquet")]
     assert main(["generate", *flags, "--generation_backend", "vllm_colocate"]) == 2
     assert "sapo generate writes here or on vllm_server" in capsys.readouterr().err

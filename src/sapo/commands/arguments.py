@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
@@ -13,6 +14,7 @@ from sapo.commands.parser import Command, parse_command
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, brief
 from sapo.options import one_start, option
+from sapo.options.values import unmet
 
 
 @dataclasses.dataclass
@@ -56,7 +58,26 @@ def build(values: Mapping[str, Any]) -> RunArguments:
         declared = option(name)
         since = f" It came with transformers {declared.since}." if declared is not None and declared.since else ""
         raise ConfigurationError(f"{name}: the installed transformers and trl do not have this option.{since}")
-    return RunArguments(*parts)
+    run = RunArguments(*parts)
+    _check_needs(values, run)
+    return run
+
+
+def _check_needs(given: Mapping[str, Any], run: RunArguments) -> None:
+    """Refuse options that have no effect without others.
+
+    Raises:
+        ConfigurationError: names both.
+    """
+    values = {name: value for part in vars(run).values() for name, value in vars(part).items()}
+    for name, value in given.items():
+        declared = option(name)
+        need = unmet(declared, value, values) if declared is not None else None
+        if need is not None:
+            shown = str(value).lower() if isinstance(value, bool) else brief(value, 80)
+            raise ConfigurationError(
+                f"{name}={shown} has no effect without {need}. Add --{need.replace('=', ' ')}, or leave {name} out."
+            )
 
 
 def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:
@@ -75,7 +96,7 @@ def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | 
 
 
 def as_recipe(arguments: RunArguments) -> dict[str, Any]:
-    """The options that differ from their defaults, as a recipe that gives the same run again."""
+    """The options that differ from their defaults, as a recipe that gives the same run again, from any folder."""
     recipe: dict[str, Any] = {}
     for part in (arguments.model, arguments.data, arguments.mixture, arguments.config):
         for field in dataclasses.fields(part):
@@ -89,5 +110,35 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
             default = default.value if isinstance(default, Enum) else default
             if value != default:
                 plain = [dataclasses.asdict(v) for v in value] if field.name == "datasets" else value
-                recipe[field.name] = plain
+                recipe[field.name] = _from_anywhere(field.name, plain)
     return recipe
+
+
+_PATHS = ("output_dir", "vllm_weights_dir")
+"""Options that name a place whether or not something is there yet."""
+_PERHAPS_PATHS = (
+    "model_name_or_path", "dataset_name", "eval_dataset_name", "deepspeed", "fsdp_config", "path", "data_files",
+    "data_dir",
+)  # fmt: skip
+"""Options, and fields of the members of `datasets`, that name a file or folder here, or something elsewhere."""
+
+
+def _from_anywhere(name: str, value: Any) -> Any:
+    """The value of an option as it is understood in any working folder: paths are absolute."""
+    if isinstance(value, list):
+        return [_from_anywhere(name, one) for one in value]
+    if name == "datasets" and isinstance(value, dict):
+        return {key: _from_anywhere(key, one) for key, one in value.items()}
+    if not isinstance(value, str) or not value:
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if name in _PATHS or (name in _PERHAPS_PATHS and _is_here(path)) else value
+
+
+def _is_here(path: Path) -> bool:
+    """Whether there is such a file or folder."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # Longer than a path can be, or with a character that no path has.
+        return False

@@ -54,7 +54,7 @@ def find_recipe(name: str) -> Path:
     if found is not None:
         return found
     folder = file.parent if os.path.isdir(file.parent) else Path()
-    known = [*shipped, *short, *_cluster_files(), *(str(path) for path in folder.glob("*.yaml"))]
+    known = [*shipped, *short, *_other_files(), *(str(path) for path in folder.glob("*.yaml"))]
     nearest = dict.fromkeys(short.get(match, match) for match in difflib.get_close_matches(name, known, n=3))
     close = f"; nearest: {', '.join(nearest)}" if nearest else ""
     raise ConfigurationError(

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sapo.errors import CheckpointError, ConfigurationError
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import check_output_dir
 from sapo.runs.layout import RECIPE_FILE, ROUND_EVAL_PAIRS_FILE, ROUND_FILE, ROUND_FOLDER, ROUND_PAIRS_FILE
+from sapo.runs.lock import locked
 from sapo.runs.pair_files import PairsReport, read_pairs
 from sapo.weights.loading import check_model, load_policy
 
@@ -72,7 +74,12 @@ def rounds(run: RunArguments, console: Console) -> Iterator[Round]:
     for report in [*inputs.train_reports, *inputs.eval_reports]:
         for line in report.lines():
             console.print(line, markup=False, highlight=False)
-    state = PartialState()
+    with locked(root) if config.process_index == 0 else nullcontext():
+        yield from _rounds(run, inputs, root, console)
+
+
+def _rounds(run: RunArguments, inputs: Inputs, root: Path, console: Console) -> Iterator[Round]:
+    config, state = run.config, PartialState()
     for number in range(config.num_rounds or 0):
         folder = root / ROUND_FOLDER.format(number=number)
         if (folder / ROUND_FILE).is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,21 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
+from sapo.commands.catalog import COMMANDS
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
-from sapo.hub.card import write_card
-from sapo.runs.folder import check_output_dir
+from sapo.commands.starting import check_libraries, library_errors
+from sapo.errors import SapoError, TrainingError
+from sapo.hub.card import card, write_card
+from sapo.report.page import render, report_data
+from sapo.runs.folder import RunFolder, check_output_dir
+from sapo.runs.layout import CARD_FILE, OPPONENT_FOLDER, RECIPE_FILE, REPORT_FILE
 from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE, LOSS, MARGIN
-from sapo.training.callbacks import StopOnSignal
+from sapo.runs.reading import read_run
+from sapo.training.callbacks import KeepRecipe, StopOnSignal
 from sapo.training.progress import TerminalProgress
+from sapo.training.recorder import loaded_step
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.embeddings import train_tokens
 from sapo.weights.loading import check_model, load_policy
@@ -43,32 +52,63 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
     config = run.config
     # Of several processes the first prints.
     console = Console(quiet=quiet or config.process_index > 0)
-    if config.num_rounds is not None:
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+
+    with library_errors(as_recipe(run), lambda: begun):
+        if config.num_rounds is not None:
+            quiet_libraries()
+            check_libraries(config)
+            for round in rounds(run, console):
+                if not _train(round.run, round.inputs, *round.policy(), console, begin=begin, recipe=round.recipe):
+                    return
+            return
+        if config.process_index == 0:
+            afresh = config.resume_from_checkpoint in (None, "false", "False")
+            path = Path(config.output_dir or "")
+            check_output_dir(path, overwrite=config.overwrite_output_dir or not afresh)
         quiet_libraries()
-        for round in rounds(run, console):
-            if not _train(round.run, round.inputs, *round.policy(), console, recipe=round.recipe):
-                return
-        return
-    if config.resume_from_checkpoint in (None, "false", "False") and config.process_index == 0:
-        check_output_dir(Path(config.output_dir or ""), overwrite=config.overwrite_output_dir)
-    quiet_libraries()
-    check_model(run.model, config)
-    inputs = load_inputs(run)
-    for report in [*inputs.train_reports, *inputs.eval_reports]:
-        for line in report.lines():
-            console.print(line, markup=False, highlight=False)
-    _train(run, inputs, *load_policy(run.model, config), console)
+        check_libraries(config)
+        check_model(run.model, config)
+        inputs = load_inputs(run)
+        for report in [*inputs.train_reports, *inputs.eval_reports]:
+            for line in report.lines():
+                console.print(line, markup=False, highlight=False)
+        _train(run, inputs, *load_policy(run.model, config), console, begin=begin)
 
 
 def _train(
-    run: RunArguments, inputs: Inputs, model: Any, peft_config: Any, console: Console, *, recipe: Path | None = None
+    run: RunArguments,
+    inputs: Inputs,
+    model: Any,
+    peft_config: Any,
+    console: Console,
+    *,
+    begin: Callable[[], None],
+    recipe: Path | None = None,
 ) -> bool:
-    """One run, or the round of the one that `recipe` gives again; whether it came to its end."""
+    """One run, or the round of the one that `recipe` gives again; whether it came to its end.
+
+    Args:
+        run: what to train.
+        inputs: tokenizer and rows.
+        model: the policy.
+        peft_config: of a new adapter, or None.
+        console: to print on.
+        begin: called before the first step.
+        recipe: of all rounds.
+
+    Raises:
+        SapoError: why the run cannot begin or go on, or what of its results could not be written.
+    """
     config = run.config
     config.disable_tqdm = True
     if inputs.new_tokens:
         peft_config = train_tokens(peft_config, model, inputs.new_tokens)
-    with StopOnSignal() as stop:
+    with StopOnSignal(begin) as stop:
         trainer = SAPOTrainer(
             model,
             config,
@@ -78,6 +118,7 @@ def _train(
             peft_config=peft_config,
             callbacks=[stop],
         )
+        folder = trainer.run_folder
         progress = TerminalProgress(
             console,
             inputs.tokenizer,
@@ -86,19 +127,57 @@ def _train(
             pairs=config.num_pairs_to_print,
         )
         _only_own_progress(trainer, progress)
-        try:
-            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        finally:
-            progress.close()
-        trainer.save_model()
-        trainer.run_folder.write_recipe(as_recipe(run))
-        if config.push_to_hub:
-            trainer.push_to_hub()
-        elif trainer.is_world_process_zero():
-            write_card(trainer.run_folder.path, str(config.output_dir))
+        trainer.add_callback(KeepRecipe(folder, as_recipe(run), lambda: _rehearse(folder.path)))
+        with folder.locked():
+            try:
+                trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
+            finally:
+                progress.close()
+            _save(trainer)
     stopped = stop.received is not None
-    _closing_screen(console, trainer, progress, stopped=stopped, recipe=recipe)
+    _closing_screen(console, run, trainer, progress, stopped=stopped, recipe=recipe)
     return not (stopped or trainer.stop_reason)
+
+
+def _checkpoint(folder: RunFolder, wanted: str | None, console: Console) -> str | None:
+    """Find out where the run resumes from, and say so."""
+    found = folder.find_checkpoint(wanted)
+    if found is None:
+        if wanted == "auto":
+            _say(console, f"No checkpoint in {folder.path}: starting afresh.")
+        return wanted
+    _say(console, f"Resuming from {found}.")
+    return str(found)
+
+
+def _rehearse(folder: Path) -> None:
+    """Make card and report of a run that begins: what of an earlier one is damaged in the folder shows now."""
+    card(read_run(folder), folder.name, picture=False)
+    render(report_data([folder]), live=False)
+
+
+def _save(trainer: SAPOTrainer) -> None:
+    """Save models, card and what else there is, each whatever becomes of the others.
+
+    Raises:
+        SapoError: what could not be saved.
+    """
+    folder, error = trainer.run_folder, None
+    try:
+        trainer.save_model()
+    except SapoError as raised:
+        error = raised
+    if trainer.args.push_to_hub and error is None:
+        trainer.push_to_hub()
+    elif trainer.is_world_process_zero():
+        folder.attempt(CARD_FILE, lambda: write_card(folder.path, str(trainer.args.output_dir)))
+    if error is not None:
+        raise error
+    if folder.failed:
+        raise TrainingError(
+            f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
+            f"`sapo report {_quoted(folder.path)}` writes the report again."
+        )
 
 
 def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None:
@@ -107,14 +186,26 @@ def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None
 
 
 def _closing_screen(
-    console: Console, trainer: SAPOTrainer, progress: TerminalProgress, *, stopped: bool, recipe: Path | None
+    console: Console,
+    run: RunArguments,
+    trainer: SAPOTrainer,
+    progress: TerminalProgress,
+    *,
+    stopped: bool,
+    recipe: Path | None,
 ) -> None:
-    """What happened, where it lies, what to run next."""
-    state, folder, last = trainer.state, trainer.args.output_dir, progress.last
+    """What happened, where it lies, what to run next: commands that work from any folder."""
+    state, folder, last = trainer.state, trainer.run_folder.path.absolute(), progress.last
     head = "Stopped" if stopped or trainer.stop_reason else "Done"
     lines = ["", f"{head} after step {state.global_step} of {state.max_steps}."]
     if trainer.stop_reason:
         lines.append(trainer.stop_reason)
+    best = loaded_step(trainer.args, state)
+    if best is not None:
+        lines.append(
+            f"Saved are the models of step {best}, the best by {trainer.args.metric_for_best_model} "
+            f"({state.best_metric:.4g})."
+        )
     if LOSS.name in last:
         line = f"At the last log: loss {last[LOSS.name]:.4g}"
         if ACCURACY.name in last:
@@ -127,20 +218,56 @@ def _closing_screen(
     if change is not None:
         fell = " The chosen responses became less likely: see chosen_nll_weight." if change < 0 else ""
         lines.append(f"Log-probability of chosen training responses since the start: {change:+.3g} nats each.{fell}")
-    lines.append(f"Policy: {folder}    metrics: {folder}/metrics.jsonl    every option: {folder}/recipe.yaml")
+    lines.append(f"Policy: {folder}")
     if trainer.opponent is not None:
-        lines.append(f"Opponent (the moving average): {folder}/opponent")
-    lines.append("")
-    if stopped or trainer.stop_reason or state.global_step < state.max_steps:
-        again = recipe or f"{folder}/recipe.yaml"
-        lines.append(f"Continue:  sapo train --config {again} --resume_from_checkpoint true")
-    elif recipe is None:
-        longer = 2 * state.max_steps
-        lines.append(
-            f"Longer:    sapo train --config {folder}/recipe.yaml --resume_from_checkpoint true --max_steps {longer}"
-        )
+        lines.append(f"Opponent (the moving average): {folder / OPPONENT_FOLDER}")
     load = "AutoPeftModelForCausalLM" if trainer.is_adapter() else "AutoModelForCausalLM"
     package = "peft" if trainer.is_adapter() else "transformers"
-    lines.append(f'Use it:    from {package} import {load}; model = {load}.from_pretrained("{folder}")')
+    lines += ["", f"Use it:    from {package} import {load}; model = {load}.from_pretrained({str(folder)!r})"]
+    unfinished = stopped or bool(trainer.stop_reason) or state.global_step < state.max_steps
+    plain = not trainer.processing_class.chat_template
+    lines += next_commands(run, folder, recipe or folder / RECIPE_FILE, unfinished, 2 * state.max_steps, plain=plain)
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(console, line)
+
+
+def next_commands(
+    run: RunArguments, folder: Path, recipe: Path, unfinished: bool, longer: int, *, plain: bool
+) -> list[str]:
+    """What can be done with a run that has ended, each line a label and a command.
+
+    Args:
+        run: what was trained.
+        folder: of the run.
+        recipe: gives it again; of rounds, all of them.
+        unfinished: whether it can be continued as it is.
+        longer: steps of a longer run.
+        plain: whether the model has no chat template.
+    """
+    name = _quoted(folder)
+    again = f"sapo train --config {_quoted(recipe)} --resume_from_checkpoint true"
+    evaluation = run.data.eval_dataset_name or run.data.dataset_name
+    lines = []
+    if unfinished:
+        lines.append(f"Continue:  {again}")
+    elif recipe.parent == folder:
+        lines.append(f"Longer:    {again} --max_steps {longer}")
+    lines.append(f"Report:    sapo report {name} --serve    (or open {folder / REPORT_FILE})")
+    lines.append(f"Chat:      sapo chat {name}{' --plain' if plain else ''}")
+    if evaluation:
+        length = f" --max_length {run.config.max_length}"
+        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {_quoted(evaluation)}{length}")
+    lines.append(f"Compare:   sapo compare {name}")
+    if "export" in COMMANDS:
+        lines.append(f"Export:    sapo export {name}")
+    return lines
+
+
+def _quoted(path: str | Path) -> str:
+    """For a shell in any folder; a name that is no file here, such as a Hub id, stays as it is."""
+    there = Path(path).exists()
+    return shlex.quote(str(Path(path).absolute() if there else path))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -116,15 +116,18 @@ def preference(verdict: Mapping[str, Any], *, model_first: bool) -> float | None
     """Probability that the model's answer is the better one, from the log-probabilities of the first token.
 
     Returns:
-        None where neither letter is among the likeliest tokens.
+        None where neither letter is the likeliest token: the judge begins to reason, or says something else.
     """
     chances = {FIRST: 0.0, SECOND: 0.0}
+    other = 0.0
     for token, logprob in verdict.get("top_logprobs") or ():
         letter = token.strip()
         if letter in chances:
             chances[letter] += math.exp(logprob)
+        else:
+            other = max(other, math.exp(logprob))
     total = sum(chances.values())
-    if not total:
+    if total <= other:
         return None
     return chances[FIRST if model_first else SECOND] / total
 

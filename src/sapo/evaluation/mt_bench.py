@@ -23,6 +23,7 @@ from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
 from sapo.evaluation.store import part_key, write_result
 from sapo.evaluation.targets import Target
+from sapo.evaluation.verdicts import rating
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
 from sapo.seeds import derive_seed
@@ -50,8 +51,6 @@ PROMPTS = {
 }
 """Judge prompt by turn, and whether there is a reference answer."""
 
-_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-_LOOSE_RATING = re.compile(r"\[(\d+(?:\.\d+)?)\]")
 _PLACE = re.compile(r"\{(question|answer|question_1|question_2|answer_1|answer_2|ref_answer_1|ref_answer_2)\}")
 
 
@@ -90,13 +89,6 @@ def load_files(folder: Path, limit: int | None = None) -> Files:
         if question.get("category") in WITH_REFERENCE and number not in references:
             raise DatasetError(f"{folder}: no reference answer to question {number}, which its category needs.")
     return Files(questions, references, prompts)
-
-
-def rating(verdict: str) -> float | None:
-    """The rating that a verdict states, between 1 and 10; None if it states none."""
-    found = _RATING.search(verdict) or _LOOSE_RATING.search(verdict)
-    value = float(found[1]) if found else None
-    return value if value is not None and 1 <= value <= 10 else None
 
 
 def grading(files: Files, question: Mapping[str, Any], turns: Sequence[str], turn: int) -> JudgeRequest:

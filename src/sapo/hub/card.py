@@ -79,7 +79,7 @@ def card(run: Run, name: str, *, picture: bool) -> str:
         "## Data",
         f"{', '.join(f'`{_short(one)}`' for one in data) or 'Not recorded'}{f': {rows:,} rows' if rows else ''}.",
         "## How the training went",
-        " ".join(_short_words(text, base) for text in sentences(run)),
+        " ".join(_short_words(text, base) for text in [*sentences(run), *_loaded(run)]),
     ]
     found = warnings(run)
     if found:
@@ -113,6 +113,14 @@ def _source(run: Run) -> str:
     if run.config.get("pair_source") == "paired":
         return "It learnt from a preference dataset."
     return "The rejected responses were written by a moving average of the model itself; no preference data were used."
+
+
+def _loaded(run: Run) -> list[str]:
+    step = run.facts.get("loaded_step")
+    if step is None:
+        return []
+    metric = run.config.get("metric_for_best_model") or "loss"
+    return [f"The models are those of step {step}, the best by {metric} of the evaluations of the run."]
 
 
 def _is_local(name: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -107,7 +108,7 @@ class HubMixin:
 def _asked(what: str, ask: Callable[[], Any]) -> Any:
     try:
         return ask()
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, httpx2.HTTPError) as error:
         raise ConfigurationError(
             f"push_to_hub: cannot {what}: {brief(error)}. Log in with `hf auth login`, or give --hub_token, and check "
             "--hub_model_id."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,26 @@ def check(option: Option, value: Any) -> None:
         high = math.inf if option.high is None else option.high
         if not option.low <= value <= high:
             raise ConfigurationError(f"{name}={value}: must be {option.range}.")
+
+
+def unmet(option: Option, value: Any, values: Mapping[str, Any]) -> str | None:
+    """What an option has no effect without, if it is set and that is not given.
+
+    Args:
+        option: declares what it `needs`: another option, or one with certain values. Anything else is not checked here.
+        value: of the option.
+        values: of all options of the run, by name.
+
+    Returns:
+        The need in words, or None.
+    """
+    found = re.fullmatch(r"(\w+)(?:=(\w+(?: or \w+)*))?", option.needs)
+    if found is None or found[1] not in values or value in (option.default, [], None):
+        return None
+    other = values[found[1]]
+    spelled = str(getattr(other, "value", other)).lower()
+    met = bool(other) if found[2] is None else spelled in found[2].split(" or ")
+    return None if met else option.needs
 
 
 def _int(given: Any) -> int:

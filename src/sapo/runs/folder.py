@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,36 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
 
-from sapo.errors import CheckpointError, ConfigurationError, brief
+from sapo.errors import CheckpointError, ConfigurationError, SapoError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import write_atomically
 from sapo.runs.layout import (
     BAD_PAIRS_FILE,
     CONFIG_FILE,
+    LOCK_FILE,
     METRICS_FILE,
+    OPPONENT_FOLDER,
     RECIPE_FILE,
     REPORT_FILES,
     TRACE_FILE,
 )
+from sapo.runs.lock import check_unlocked, locked
+from sapo.runs.metrics import LOSS, RUNTIME
 from sapo.runs.trace import TrainedPair, describe
+from sapo.weights.opponent import policy_tensors
 from sapo.weights.roles import Roles
 from sapo.weights.world import World
+
+logger = logging.get_logger(__name__)
 
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _STAGING = ".saving"
 _OLD = ".old"
+_RESCUED = "rescued_weights"
+"""Of a policy that transformers would not save: its weights alone."""
 
 
 class RunFolder:
@@ -49,8 +60,18 @@ class RunFolder:
         self._world = world
         self.staging: Path | None = None
         """Where a checkpoint is being written; None in between."""
+        self.failed: list[str] = []
+        """What `attempt` could not write, and why."""
 
     # ---- Beginning ----
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder; the first process of a run holds the lock.
+
+        Raises:
+            ConfigurationError: another run holds it.
+        """
+        return locked(self.path) if self._world.first else nullcontext()
 
     def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that or none.
@@ -121,7 +142,9 @@ class RunFolder:
         for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
             if file.exists():
                 kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                write_atomically(file, "".join(f"{line}\n" for line in kept))
+                # The last one of a kind: a run may have been there twice.
+                once = {_kind_of(line): line for line in kept} if file.name == METRICS_FILE else {}
+                write_atomically(file, "".join(f"{line}\n" for line in (once.values() if once else kept)))
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml, which gives the same run again."""
@@ -176,6 +199,7 @@ class RunFolder:
         self._world.barrier()
         if self._world.first:
             finish(staging / name, self.path / name)
+            _readable(*(staging / name).iterdir())
             parts.seal(staging / name)
             _replace_folder(staging / name, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
@@ -192,27 +216,79 @@ class RunFolder:
         roles.save_policy(folder, writes=self._world.first)
         if self._world.first:
             tokenizer.save_pretrained(folder)
+            _readable(*folder.iterdir())
 
     def save_models(self, folder: Path, roles: Roles, tokenizer: Any) -> None:
-        """Write policy and tokenizer into `folder`, and the opponent into `folder`/opponent, each a model folder."""
-        staging, opponent = folder / _STAGING, folder / _STAGING / "opponent"
+        """Write policy and tokenizer into `folder`, then the opponent into `folder`/opponent, each a model folder.
+
+        One that fails does not keep the other from being written.
+
+        Raises:
+            CheckpointError: what could not be written, and where its weights are.
+        """
+        errors: list[SapoError] = []
+        try:
+            with self._staged(folder) as staging:
+                self.save_policy(staging, roles, tokenizer)
+                self._world.barrier()
+                if self._world.first:
+                    for file in staging.iterdir():
+                        file.replace(folder / file.name)
+        except CheckpointError as error:
+            errors.append(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the weights are worth more
+            errors.append(self._rescued(folder, roles, error))
+        try:
+            if roles.opponent is not None:
+                with self._staged(folder / OPPONENT_FOLDER, staging=folder / _STAGING) as staging:
+                    roles.save_opponent(staging, writes=self._world.first)
+                    if self._world.first:
+                        tokenizer.save_pretrained(staging)
+                        _readable(*staging.iterdir())
+                        _replace_folder(staging, folder / OPPONENT_FOLDER)
+        except CheckpointError as error:
+            errors.append(error)
+        except Exception as error:  # noqa: BLE001 - as above
+            errors.append(CheckpointError(f"the opponent cannot be saved ({type(error).__name__}: {brief(error)})."))
+        self._world.barrier()
+        if errors:
+            raise CheckpointError(" ".join(map(str, errors))) from errors[0]
+
+    @contextmanager
+    def _staged(self, target: Path, staging: Path | None = None) -> Iterator[Path]:
+        """An empty folder to write `target` in, removed at the end; all processes take part."""
+        staging = staging or target / _STAGING
         if self._world.first:
             shutil.rmtree(staging, ignore_errors=True)
-            opponent.mkdir(parents=True)
+            staging.mkdir(parents=True)
         self._world.barrier()
-        with _writing(folder, staging):
-            self.save_policy(staging, roles, tokenizer)
-            has_opponent = roles.save_opponent(opponent, writes=self._world.first)
+        try:
+            with _writing(target, staging):
+                yield staging
+        finally:
+            if self._world.first:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _rescued(self, folder: Path, roles: Roles, error: Exception) -> CheckpointError:
+        """Write the weights of a policy that cannot be saved as a model; the error that says where they are."""
+        said = f"the policy cannot be saved as a model ({type(error).__name__}: {brief(error)})"
+        if roles.sharded:
+            return CheckpointError(f"{said}. Continue from the newest checkpoint in {folder}, if there is one.")
         if self._world.first:
-            if has_opponent:
-                tokenizer.save_pretrained(opponent)
-                _replace_folder(opponent, folder / "opponent")
-            else:
-                opponent.rmdir()
-            for file in staging.iterdir():
-                file.replace(folder / file.name)
-            staging.rmdir()
-        self._world.barrier()
+            with _writing(folder / f"{_RESCUED}.safetensors", folder / _STAGING):
+                parts.write_tensors(folder, _RESCUED, policy_tensors(roles.policy()))
+                _readable(folder / f"{_RESCUED}.safetensors")
+        return CheckpointError(
+            f"{said}; its weights are in {folder / _RESCUED}.safetensors, by the names of the model's parameters."
+        )
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write something that is not worth losing the rest for: a failure is a warning, and kept in `failed`."""
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self.failed.append(f"{what} ({type(error).__name__}: {brief(error)})")
+            logger.warning(f"{self.path}: could not write {self.failed[-1]}")
 
 
 def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:
@@ -224,14 +300,18 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         restarted: whether what a run leaves before its first checkpoint may be.
 
     Raises:
-        ConfigurationError: `path` is not an empty folder, and may not be overwritten.
+        ConfigurationError: `path` is not an empty folder, and may not be overwritten; it cannot be written; or another
+            process writes in it.
     """
     if path.exists() and not path.is_dir():
         raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
-    present = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    _check_writable(path)
+    check_unlocked(path)
+    present = sorted(file.name for file in path.iterdir() if file.name != LOCK_FILE) if path.is_dir() else []
     if restarted:
-        early = [METRICS_FILE, CONFIG_FILE, TRACE_FILE.format(process="*") + "*", f".{CONFIG_FILE}.partial"]
-        early += [*REPORT_FILES, *(f".{name}.partial" for name in REPORT_FILES)]
+        early = [METRICS_FILE, TRACE_FILE.format(process="*") + "*", ".rehearsal-*"]
+        for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES):
+            early += [name, f".{name}.partial"]
         present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
     if present and not overwrite:
         raise ConfigurationError(
@@ -265,6 +345,28 @@ def check_renames(path: Path) -> None:
             "is renamed when it is complete. Use a local disk, and copy checkpoints to the bucket as "
             "`sapo recipes cluster/sky.yaml` does."
         )
+
+
+def _check_writable(path: Path) -> None:
+    """Ask without making anything: a run that is refused leaves no folder.
+
+    Raises:
+        ConfigurationError: this user cannot make files in `path`, or the folder itself.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigurationError(f"output_dir={path}: {there} is a file. Name another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"output_dir={path}: no permission to write in {there}. Name a folder of yours.")
+
+
+def _readable(*paths: Path) -> None:
+    """Give files the permissions that the umask asks for: safetensors makes them readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in paths:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _replace_folder(new: Path, target: Path) -> None:
@@ -316,3 +418,12 @@ def _number(value: float) -> float | str:
 
 def _step_of(line: str) -> int:
     return int(json.loads(line)["step"])
+
+
+def _kind_of(line: str) -> tuple[object, ...]:
+    """What two lines of metrics have in common of which the later one counts: step, and what was measured."""
+    row = json.loads(line)
+    for name in (LOSS.name, RUNTIME.name):
+        if name in row:
+            return row["step"], name
+    return row["step"], *sorted(row)

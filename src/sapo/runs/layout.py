@@ -4,6 +4,8 @@ from __future__ import annotations
 
 METRICS_FILE = "metrics.jsonl"
 """One line a log: metrics by name, and `step`."""
+LOCK_FILE = ".lock"
+"""Whose folder it is, while a run goes on: host, process and since when."""
 CONFIG_FILE = "sapo_config.yaml"
 """Every option with the value that the run used."""
 RECIPE_FILE = "recipe.yaml"

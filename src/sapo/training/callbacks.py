@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -84,11 +85,47 @@ class RunCallback(TrainerCallback):
             self._folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+class KeepRecipe(TrainerCallback):
+    """Writes recipe.yaml when a run begins, and tries what will be written of it when it ends.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of the run.
+        recipe: gives the same run again.
+        rehearse: raises a `SapoError` if the end of the run could not be written.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: dict[str, Any], rehearse: Callable[[], None]) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._rehearse = rehearse
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Write the recipe: it is wanted most by those whose run did not end."""
+        self._folder.write_recipe(self._recipe)
+        if state.is_world_process_zero:
+            self._rehearse()
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - never leaves the trainer
+    """A signal came while the run evaluated."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once.
+
+    What follows the step (snapshot, evaluation, table of pairs) is left out, an evaluation under way is abandoned, and
+    no further step begins. Before the first step there is nothing to keep: the run ends at once.
+
+    Args:
+        begin: called before each step.
+    """
+
+    def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
+        self._begin = begin
         self.received: signal.Signals | None = None
+        self._begun, self._ended = False, False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -101,19 +138,52 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None or not self._begun:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        said = "Saving the models" if self._ended else "Stopping after this step, with a checkpoint"
+        if os.environ.get("RANK", "0") == "0":
+            # Not through the stream: the signal may have come in the middle of another write to it.
+            os.write(2, f"\n{said}; Ctrl-C again ends at once.\n".encode())
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
+    def is_told(self, args: TrainingArguments) -> bool:
+        """Whether a signal has come, to whichever of the processes; all take part."""
         told = self.received is not None
         if args.world_size > 1:
             flag = torch.tensor(float(told), device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             told = bool(flag)
-        if told:
+        return told
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """From here on a stop keeps something."""
+        self._begun = True
+        self._begin()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Abandon an evaluation; of several processes none leaves the others behind.
+
+        Raises:
+            EvaluationStopped: `CheckpointHooks` goes on without its metrics.
+        """
+        if args.world_size == 1 and self.received is not None and not self._ended:
+            raise EvaluationStopped
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
+        if self.is_told(args):
             control.should_save = True
             control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """What is left is saving."""
+        self._ended = True

@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sapo.config import SAPOConfig
 from sapo.runs import untrusted
 from sapo.runs.checkpoint import rotate
 from sapo.runs.folder import RunFolder
+from sapo.training.callbacks import EvaluationStopped, StopOnSignal
 from sapo.training.context import RunContext
+from sapo.training.rehearsal import check_best_metric, check_length, rehearse_saving
 from sapo.training.state import RunState, best_checkpoint_beside, other_weights
 
 
@@ -31,6 +34,28 @@ class CheckpointHooks(Trainer):
     def _start(self, checkpoint: Path | None) -> None:
         """Model and optimizer are ready and Trainer's part of `checkpoint` is loaded: the run takes its own."""
         raise NotImplementedError
+
+    # ---- Stopping ----
+
+    def _ends_before(self, step: int) -> bool:
+        """Whether a signal asks for the end before optimizer step `step` + 1 begins; a checkpoint is asked for then."""
+        stops = [one for one in self.callback_handler.callbacks if isinstance(one, StopOnSignal)]
+        if not any(one.is_told(self.args) for one in stops):
+            return False
+        saved = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self.control.should_save = step > 0 and not saved.is_dir()
+        return True
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            return {}
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Nothing was measured by an evaluation that a signal ended.
+        return bool(metrics) and bool(super()._determine_best_metric(metrics, trial))
 
     # ---- Loading ----
 
@@ -52,13 +77,23 @@ class CheckpointHooks(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        check_length(len(train_dataloader), len(self.train_dataset), self.args)
+        check_best_metric(self.args, self.eval_dataset)
         folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         with nullcontext() if folder is None else untrusted.reading(folder):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start(folder)
+        rehearse_saving(self._context, self.run_folder.path, checkpoints=self.args.save_strategy != "no")
         if folder is not None:
             self.state.best_model_checkpoint = best_checkpoint_beside(folder, self.state.best_model_checkpoint)
         return prepared
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        with untrusted.reading(best):
+            super()._load_best_model()
+        # The opponent of that step is its moving average; that of the last step has never met this policy.
+        self._run_state.restore_copies(best)
 
     # ---- Saving ----
 

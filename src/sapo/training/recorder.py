@@ -32,6 +32,7 @@ from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
+from sapo.runs.folder import RunFolder
 from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
 from sapo.seeds import derive_seed
@@ -57,11 +58,19 @@ def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
     return {math.ceil(j * max_steps / snapshots) for j in range(snapshots + 1)}
 
 
+def loaded_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose checkpoint was loaded when the run ended; None if the last step's models are the result."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return int(Path(state.best_model_checkpoint).name.rsplit("-", 1)[1])
+
+
 class RunRecorder(TrainerCallback):
     """Keeps pairs.jsonl and run.json while a run goes on, and writes its report now and then and at its end.
 
     Args:
         context: of the run.
+        run_folder: takes the files, and notes a report that could not be written.
         source: regenerates the followed prompts, and knows the history of pairs.
         scorer: scores what is kept.
         dataset: prepared training rows.
@@ -72,6 +81,7 @@ class RunRecorder(TrainerCallback):
     def __init__(
         self,
         context: RunContext,
+        run_folder: RunFolder,
         source: PairSource,
         scorer: PairScorer,
         dataset: Any,
@@ -84,7 +94,8 @@ class RunRecorder(TrainerCallback):
         self._dataset = dataset
         self._last_pairs = last_pairs
         self._stop_reason = stop_reason
-        self._folder = Path(context.args.output_dir or "")
+        self._run_folder = run_folder
+        self._folder = run_folder.path
         self._steps: set[int] = set()
         self._followed: list[int] = []
         self._refreshed, self._took = 0.0, 0.0
@@ -108,14 +119,16 @@ class RunRecorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Keep pairs and refresh the report, when they are due."""
+        """Keep pairs and refresh the report, when they are due, unless a signal ends the run now."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return
         if state.global_step in self._steps:
             self._take(state.global_step)
         every = self._context.args.report_steps
         if every and state.global_step % every == 0 and state.is_world_process_zero:
             began = time.perf_counter()
             if began - self._refreshed >= _SHARE_OF_TIME * self._took:
-                write_report(self._folder / REPORT_FILE, [self._folder])
+                self._write_report()
                 self._refreshed = time.perf_counter()
                 self._took = self._refreshed - began
 
@@ -126,8 +139,13 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         run = json.loads((self._folder / RUN_FILE).read_text(encoding="utf-8"))
-        self._write_run(run | {"ended": _now(), "steps": state.global_step, "stopped": self._stop_reason()})
-        write_report(self._folder / REPORT_FILE, [self._folder])
+        ended = {"ended": _now(), "steps": state.global_step, "stopped": self._stop_reason()}
+        self._write_run(run | ended | {"loaded_step": loaded_step(args, state)})
+        self._write_report()
+
+    def _write_report(self) -> None:
+        # The models are not saved yet: no report is worth their loss.
+        self._run_folder.attempt(REPORT_FILE, lambda: write_report(self._folder / REPORT_FILE, [self._folder]))
 
     def _write_run(self, run: dict[str, Any]) -> None:
         write_atomically(self._folder / RUN_FILE, json.dumps(run, indent=1))

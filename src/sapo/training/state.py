@@ -126,11 +126,7 @@ class RunState:
         """
         with untrusted.reading(folder):
             state, world = parts.read_state(folder), self.context.world
-            for role, shadow in self.context.roles.kept().items():
-                try:
-                    shadow.restore(parts.read_tensors(folder, role))
-                except ValueError as error:
-                    raise CheckpointError(f"{folder / role}.safetensors: {error}.") from error
+            self.restore_copies(folder)
             processes = int(state["facts"]["world_size"])
             resized = processes != world.size
             sources = range(processes) if resized else [world.process]
@@ -152,6 +148,18 @@ class RunState:
                 tensors = parts.read_tensors(folder, f"eval_pairs_{digest}")
                 entries = checked_entries(tensors, self._vocabulary_size)
                 self.eval_pairs.made[digest] = [entry.item for entry in entries]
+
+    def restore_copies(self, folder: Path) -> None:
+        """Put opponent and reference back as a checkpoint has them.
+
+        Raises:
+            CheckpointError: one is missing, damaged or of other shapes.
+        """
+        for role, shadow in self.context.roles.kept().items():
+            try:
+                shadow.restore(parts.read_tensors(folder, role))
+            except ValueError as error:
+                raise CheckpointError(f"{folder / role}.safetensors: {error}.") from error
 
     @property
     def _vocabulary_size(self) -> int:

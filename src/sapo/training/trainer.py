@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 after_step=self._after_optimizer_step,
             )
         )
-        self.add_callback(
-            RunRecorder(
-                self._context, self.source, self._scorer, self.train_dataset, self.last_pairs, lambda: self.stop_reason
-            )
-        )
+        watched = (self.source, self._scorer, self.train_dataset, self.last_pairs)
+        self.add_callback(RunRecorder(self._context, self.run_folder, *watched, lambda: self.stop_reason))
 
     # ---- Construction ----
 
@@ -224,8 +221,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
     ) -> tuple[list[dict[str, Any]], None]:
         """The micro-batches of one optimizer step, and a look ahead at those whose pairs are generated with them."""
         step, last = self.state.global_step, self.state.max_steps
-        if step >= last:
-            # A run that has ended and is resumed: Trainer would take one step more.
+        if step >= last or self._ends_before(step):
+            # Of a run that has ended and is resumed, Trainer would take one step more.
             self.control.should_training_stop = True
             return [], None
         return self._look_ahead.take(epoch_iterator, num_batches, step=step, max_steps=last, epoch=self._epoch), None
@@ -382,21 +379,19 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
 
         Raises:
             CheckpointError: the checkpoint is incomplete, damaged, or of another configuration.
-            ConfigurationError: a fresh run in an output folder that is not empty.
+            ConfigurationError: a fresh run in an output folder that is not empty, or that another process writes in.
         """
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: there is nothing to train on.")
-        checkpoint = self.run_folder.find_checkpoint(resume_from_checkpoint)
-        if checkpoint is None:
-            self.run_folder.start_afresh(
-                overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
-            )
-        else:
-            self._run_state.check(checkpoint)
-        try:
+        with self.run_folder.locked(), closing(self.source):
+            checkpoint = self.run_folder.find_checkpoint(resume_from_checkpoint)
+            if checkpoint is None:
+                self.run_folder.start_afresh(
+                    overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
+                )
+            else:
+                self._run_state.check(checkpoint)
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-        finally:
-            self.source.close()
 
     def _start(self, checkpoint: Path | None) -> None:
         self._look_ahead.clear()

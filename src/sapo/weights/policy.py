@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, TokenizerError, brief
+from sapo.weights.generation_settings import repair_generation_config
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +76,7 @@ def with_adapter(
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
     switch_off_router_logits(model.config)
+    repair_generation_config(model.get_base_model() if isinstance(model, PeftModel) else model)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()

@@ -1,0 +1,113 @@
+"""The libraries under a run, asked before anything is loaded; what they raise before the first step, in one line."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+import sapo
+from sapo.config import SAPOConfig
+from sapo.errors import ConfigurationError, SapoError, brief
+
+_NEED_THE_MODEL = ("lomo", "galore", "apollo")
+"""Optimizers that transformers does not make without the model."""
+
+
+def check_libraries(config: SAPOConfig) -> None:
+    """Make trackers, optimizer and schedule on nothing, to see whether they can be made.
+
+    Raises:
+        ConfigurationError: a package is missing, or an option is not one of its own.
+    """
+    for name in config.report_to:
+        with _of("report_to", name):
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optim = str(getattr(config.optim, "value", config.optim))
+    with _of("optim", optim, "optim_args", config.optim_args):
+        if not any(name in optim for name in _NEED_THE_MODEL):
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
+            kind([weight], **options)
+    scheduler = str(config.lr_scheduler_type.value)
+    if scheduler in ("reduce_lr_on_plateau", "greedy") and config.eval_strategy == "no":
+        raise ConfigurationError(f"lr_scheduler_type={scheduler} follows evaluations. Set eval_strategy to steps.")
+    with _of("lr_scheduler_type", scheduler, "lr_scheduler_kwargs", config.lr_scheduler_kwargs):
+        get_scheduler(
+            scheduler,
+            torch.optim.SGD([weight], lr=1.0),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
+        _check_checkpointing(config.gradient_checkpointing_kwargs)
+
+
+def _check_checkpointing(given: Any) -> None:
+    known = [*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "every_n_layers", "offload"]
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in known:
+            raise ConfigurationError(
+                f"gradient_checkpointing_kwargs: torch's checkpointing has no argument {name}. It has use_reentrant, "
+                "preserve_rng_state, determinism_check, debug."
+            )
+
+
+@contextmanager
+def _of(name: str, value: Any, more: str = "", setting: Any = None) -> Iterator[None]:
+    """Tell which option a library means."""
+    try:
+        yield
+    except Exception as error:
+        given = f"{name}={value}" + (f" with {more}={brief(setting, 80)}" if setting else "")
+        raise ConfigurationError(f"{given}: {_said(error)}") from error
+
+
+@contextmanager
+def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Iterator[None]:
+    """Answer in one line what a library raises before the first step; with --debug its traceback is shown.
+
+    What this package raises that is no `SapoError` is a fault of its own and keeps its traceback.
+
+    Args:
+        options: that differ from their defaults; those that an error names are named with it.
+        begun: whether the first step has begun.
+
+    Raises:
+        ConfigurationError: in place of the library's error.
+    """
+    try:
+        yield
+    except SapoError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if begun() or Path(where).is_relative_to(Path(sapo.__file__).parent):
+            raise
+        named = [
+            f"{name}={brief(value, 60)}"
+            for name, value in options.items()
+            if name in str(error) or (isinstance(value, str) and len(value) > 2 and value in str(error))
+        ]
+        meant = f" Given here: {', '.join(named)}." if named else ""
+        raise ConfigurationError(
+            f"the run cannot start: {_said(error)}{meant} `sapo train --help NAME` explains an option."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    text = brief(error)
+    if isinstance(error, ImportError) and error.name and "pip install" not in text:
+        text += f": pip install {error.name.partition('.')[0]}"
+    said = text if type(error) in (ValueError, ImportError, RuntimeError) else f"{type(error).__name__}: {text}"
+    return said if said.endswith((".", "!", "?")) else f"{said}."

@@ -1,0 +1,175 @@
+"""One process a run folder: a lock that says whose it is, and that a dead owner does not keep."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from transformers.utils import logging
+
+from sapo.errors import ConfigurationError
+from sapo.runs.layout import LOCK_FILE
+
+logger = logging.get_logger(__name__)
+
+_BEAT = 30.0
+"""Seconds between two signs of life, for hosts that cannot ask the kernel of the owner."""
+_DEAD = 10 * _BEAT
+"""Seconds without a sign of life after which an owner on another host counts as dead."""
+
+_held: dict[Path, Lock] = {}
+
+
+class Lock:
+    """The lock of a folder, held by this process.
+
+    The kernel releases it when the process ends, however it ends, on this host and, over most network file systems, on
+    others. Where it does not reach, the time of the file tells: the owner renews it twice a minute.
+
+    Args:
+        folder: must exist.
+        stream: of the lock file, locked.
+    """
+
+    def __init__(self, folder: Path, stream: IO[str]) -> None:
+        self._file = folder / LOCK_FILE
+        self._stream = stream
+        self._ended = threading.Event()
+        self.holders = 0
+        _write_owner(stream)
+        threading.Thread(target=self._beat, name="sapo-lock", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(_BEAT):
+            # A network that is away for a moment must not end the run.
+            with suppress(OSError):
+                os.utime(self._stream.fileno())
+
+    def release(self) -> None:
+        """Remove the lock file, then let go: in this order nobody finds a file that is about to vanish."""
+        self._ended.set()
+        self._file.unlink(missing_ok=True)
+        self._stream.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder; within one process it may be taken again. The folder is made.
+
+    Raises:
+        ConfigurationError: another process holds it.
+    """
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _held.get(folder)
+    if lock is None:
+        lock = _held[folder] = Lock(folder, _take(folder))
+    lock.holders += 1
+    try:
+        yield
+    finally:
+        lock.holders -= 1
+        if not lock.holders:
+            del _held[folder]
+            lock.release()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Find out before anything is loaded whether another process holds the lock of a folder, which need not exist.
+
+    Raises:
+        ConfigurationError: one does.
+    """
+    file = folder / LOCK_FILE
+    if folder.absolute() in _held or not file.is_file():
+        return
+    with file.open("r+", encoding="utf-8") as stream:
+        if not _lock(stream):
+            raise _in_use(folder, stream)
+        if _other_host_alive(stream):
+            raise _in_use(folder, stream)
+
+
+def _take(folder: Path) -> IO[str]:
+    """Open and lock the lock file, over that of a dead owner if there is one."""
+    file = folder / LOCK_FILE
+    while True:
+        stream = file.open("a+", encoding="utf-8")
+        if not _lock(stream):
+            error = _in_use(folder, stream)
+            stream.close()
+            raise error
+        # Its last owner may have removed the file between these two lines: then nobody else would see this lock.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
+                break
+        stream.close()
+    if _other_host_alive(stream):
+        error = _in_use(folder, stream)
+        stream.close()
+        raise error
+    owner = _owner(stream)
+    if owner:
+        logger.warning(f"{folder}: broke the lock of {_described(owner)}, which has ended without removing it.")
+    return stream
+
+
+def _lock(stream: IO[str]) -> bool:
+    """Whether no process that the kernel knows holds the file."""
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks: the owner's sign of life decides, whatever its host.
+        return not _owner(stream) or _age(stream) > _DEAD
+    return True
+
+
+def _other_host_alive(stream: IO[str]) -> bool:
+    owner = _owner(stream)
+    return bool(owner) and owner.get("host") != socket.gethostname() and _age(stream) <= _DEAD
+
+
+def _age(stream: IO[str]) -> float:
+    return time.time() - os.fstat(stream.fileno()).st_mtime
+
+
+def _owner(stream: IO[str]) -> dict[str, Any]:
+    stream.seek(0)
+    try:
+        found = json.loads(stream.read())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_owner(stream: IO[str]) -> None:
+    stream.seek(0)
+    stream.truncate()
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    stream.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}))
+    stream.flush()
+
+
+def _described(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('process')} on {owner.get('host')} (since {owner.get('since')})"
+
+
+def _in_use(folder: Path, stream: IO[str]) -> ConfigurationError:
+    owner = _owner(stream)
+    elsewhere = owner.get("host") not in (None, socket.gethostname())
+    gone = f", or remove {folder / LOCK_FILE} if that process is gone" if elsewhere else ""
+    return ConfigurationError(
+        f"{folder} is in use by {_described(owner) if owner else 'another process'}. Wait for it or stop it{gone}; or "
+        "choose another --output_dir."
+    )

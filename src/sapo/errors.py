@@ -10,7 +10,7 @@ from sapo.text import visible
 
 
 def brief(text: object, limit: int = 300) -> str:
-    """Text of an error or a file on one line of at limit `limit` printable characters, to quote in a message."""
+    """Text of an error or a file on one line of at most `limit` printable characters, to quote in a message."""
     text = " ".join(str(text).split())
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return visible(text)

@@ -134,14 +134,14 @@ def test_a_pickle_in_a_checkpoint_is_not_run(original, tmp_path, name):
     checkpoint = fresh(original[0], tmp_path / "run")
     torch.save({"state": Shell(tmp_path / "owned")}, checkpoint / name)
     seal(checkpoint)
-    with pytest.raises(CheckpointError, match="a part of it cannot be used"):
+    with pytest.raises(CheckpointError, match="a part of it cannot be read"):
         resume(checkpoint, original[1])
     assert not (tmp_path / "owned").exists()
 
 
 def test_even_a_library_that_asks_for_pickles_gets_none(tmp_path):
     torch.save({"state": Shell(tmp_path / "owned")}, tmp_path / "states.pt")
-    with pytest.raises(CheckpointError, match="a part of it cannot be used"), untrusted.reading(tmp_path):
+    with pytest.raises(CheckpointError, match="a part of it cannot be read"), untrusted.reading(tmp_path):
         torch.load(tmp_path / "states.pt", weights_only=False)
     assert not (tmp_path / "owned").exists()
 

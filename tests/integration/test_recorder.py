@@ -116,7 +116,7 @@ def test_refreshing_takes_no_more_than_its_share_of_the_time(make_trainer, monke
 
 
 def test_too_few_pairs_for_a_start_and_an_end_are_refused(make_trainer):
-    with pytest.raises(ConfigurationError, match="give 0, or 12 or more"):
+    with pytest.raises(ConfigurationError, match="must be 0, or 12 or more"):
         make_trainer(report_pairs=5)
 
 

@@ -227,7 +227,7 @@ def test_prompt_that_fills_the_length_is_dropped():
     rows = [{"prompt": "p" * 30, "completion": "c"}, {"prompt": "p", "completion": "c"}]
     examples, report = prepare(rows, byte_tokenizer(), DataOptions(10, 10))
     assert [example.row for example in examples] == [1]
-    assert report.dropped == {"no room for a response after the prompt": 1}
+    assert report.dropped == {"no tokens left for a response after the prompt": 1}
 
 
 def test_empty_prompt_needs_a_start_token():

@@ -160,8 +160,8 @@ def _message(item: object, name: str, where: str) -> Message:
         if key in fields and known not in fields:
             fields[known] = fields.pop(key)
     given = fields.get("role")
-    spelt = given.strip().lower() if isinstance(given, str) else None
-    role = spelt if spelt in ROLES else ROLE_SPELLINGS.get(spelt or "")
+    given_role = given.strip().lower() if isinstance(given, str) else None
+    role = given_role if given_role in ROLES else ROLE_SPELLINGS.get(given_role or "")
     if role is None:
         found = "no role" if given is None else f"the unknown role {brief(json.dumps(given, default=str), 60)}"
         raise DatasetError(
@@ -174,7 +174,7 @@ def _message(item: object, name: str, where: str) -> Message:
     fields.pop("function_call", None)
     made: Message = {**without_nulls(fields), "role": role, "content": content}
     if role == "assistant":
-        if not calls and spelt in _CALLS:
+        if not calls and given_role in _CALLS:
             stored = from_json_text(content)
             items = [stored] if isinstance(stored, Mapping) else stored
             if isinstance(items, list) and all(isinstance(i, Mapping) and i.keys() & _CALL_KEYS for i in items):

@@ -169,7 +169,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         prompt_truncation=options.prompt_truncation,
     )
     if not response:
-        report.drop("no room for a response after the prompt", row)
+        report.drop("no tokens left for a response after the prompt", row)
         return None
     cut = [side[: len(response)] for side in sides]
     if len(cut) == 2 and cut[0] == cut[1]:

@@ -154,7 +154,7 @@ class OwnOptions:
     )
     num_rounds: int | None = _self_play(
         None,
-        "Number of SPIN rounds. In each, a frozen opponent generates pairs for the full data set, the policy trains on "
+        "Number of SPIN rounds. In each, a frozen opponent generates pairs for the full dataset, the policy trains on "
         "them for num_train_epochs and becomes the next opponent and reference. Unset: one run with a moving opponent.",
         low=1,
         resume="free",

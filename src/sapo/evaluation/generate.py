@@ -67,7 +67,7 @@ def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
     return whole[: next(places, 0) + len(bare)]
 
 
-def room(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+def max_reply_tokens(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
     """Maximum tokens of a response: `max_new_tokens`, or what the prompt leaves of the model's context; may be 0."""
     if max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")

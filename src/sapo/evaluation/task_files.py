@@ -15,9 +15,9 @@ from sapo.evaluation.generate import (
     chat_ids,
     finish_reason,
     generator_of,
+    max_reply_tokens,
     plain_ids,
     require_chat_template,
-    room,
     text_of,
 )
 from sapo.evaluation.results import SuiteResult
@@ -171,7 +171,7 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
             continue
         loaded = session.load(target)
         prompts = [_prompt(loaded, target, task, task.rows[place]) for place in missing]
-        budgets = [room(loaded, prompt, task.max_new_tokens) for prompt in prompts]
+        budgets = [max_reply_tokens(loaded, prompt, task.max_new_tokens) for prompt in prompts]
         generator = generator_of(loaded, Sampling(task.temperature, 0, 1.0), session.options.batch_size)
         seeds = [derive_seed(session.options.seed, "task", place) for place in missing]
         for place, tokens, budget in zip(missing, generator.generate(prompts, budgets, seeds), budgets, strict=True):

@@ -193,7 +193,7 @@ class PairBrowser {
     this.detail.replaceChildren(
       h("div", { class: "detail-head" },
         h("h3", {}, `Step ${wholeText(pair.s)}, row ${wholeText(pair.r)}`, pair.t ? `, turn ${pair.t}` : ""),
-        h("span", { class: `chip ${pair.k === "f" ? "followed" : "learnt"}` }, pair.k === "f" ? "tracked prompt" : "trained on at this step"),
+        h("span", { class: `chip ${pair.k === "f" ? "followed" : "trained"}` }, pair.k === "f" ? "tracked prompt" : "trained on at this step"),
         pair.i ? h("span", { class: "chip same" }, "identical: no signal") : null, toggle),
       h("h4", {}, "Prompt"),
       h("pre", { class: "text prompt", tabindex: "0" }, pair.prompt),

@@ -181,7 +181,7 @@ def test_an_empty_buffer_gives_nothing_and_takes_nothing_from_the_generator():
 
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_buffer_holds_at_least_one_item(capacity):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         ReplayBuffer(capacity)
 
 

@@ -97,6 +97,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/words.py
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) -e ".[docs]"

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError, brief
 from sapo.options import option
-from sapo.options.own import LEAST_REPORT_PAIRS, VLLM_URL, OwnOptions, Reference
+from sapo.options.own import MIN_REPORT_PAIRS, VLLM_URL, OwnOptions, Reference
 from sapo.options.values import check
 
 __all__ = ["HAS_ACTIVATION_CHECKPOINTING", "HAS_FUSED_LM_HEAD", "VLLM_URL", "SAPOConfig"]
@@ -22,18 +22,18 @@ HAS_ACTIVATION_CHECKPOINTING = Version(transformers.__version__) >= Version("5.2
 """Whether transformers calls gradient checkpointing `activation_checkpointing` and deprecates the older name."""
 
 HAS_FUSED_LM_HEAD = Version(trl.__version__) >= Version("1.16")
-"""Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 has not."""
+"""Whether trl has `add_fused_lm_head`; the newest trl for Python 3.10 does not."""
 
 
 @dataclass
 class SAPOConfig(OwnOptions, TrainingArguments):
-    """Options of the trainer: those of `transformers.TrainingArguments`, and those that SAPO adds.
+    """Options of the trainer: those of `transformers.TrainingArguments`, plus those of SAPO.
 
-    Defaults are the published settings where the paper has one (section 4.1 and the published recipes). Each option is
+    Defaults are the published settings where there are any (section 4.1 and the published recipes). Each option is
     declared in `sapo.options`; `sapo train --help-all` prints all of them, `sapo train --help NAME` one.
 
     Raises:
-        ConfigurationError: options that are out of range, without effect here, or that clash, with the way out.
+        ConfigurationError: an option is out of range, has no effect, or conflicts with another.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
@@ -50,10 +50,10 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise ConfigurationError(brief(error)) from error
-        # Only now a mapping, where it came as JSON.
+        # JSON text is a mapping from here on.
         if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
             raise ConfigurationError(
-                "model_init_kwargs holds a token, which would be written into the run folder. Leave it out, and log in "
+                "model_init_kwargs contains a token, which would be written into the run folder. Remove it, and log in "
                 "with `hf auth login` or set HF_TOKEN."
             )
 
@@ -65,17 +65,17 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
-                    f"segment_length={self.segment_length}: give a whole number of tokens, a fraction below "
+                    f"segment_length={self.segment_length}: must be an integer number of tokens, a fraction below "
                     "1, or none for the full response."
                 )
             self.segment_length = int(self.segment_length)
         if self.objective == "sft" and self.pair_source == "self_play":
             self.pair_source = "none"
         self.reference = self.reference or self._default_reference()
-        if 0 < self.report_pairs < LEAST_REPORT_PAIRS:
+        if 0 < self.report_pairs < MIN_REPORT_PAIRS:
             raise ConfigurationError(
-                f"report_pairs={self.report_pairs}: give 0, or {LEAST_REPORT_PAIRS} or more: the start and the end of "
-                "a run have as many."
+                f"report_pairs={self.report_pairs}: must be 0, or {MIN_REPORT_PAIRS} or more: the start and the end of "
+                "a run need as many."
             )
         if self.max_steps == 0:
             raise ConfigurationError(
@@ -105,7 +105,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
 
     def check_positions(self, model_config: Any) -> None:
-        """Refuse more tokens than a model has positions for; a configuration that does not say passes.
+        """Refuse a `max_length` above the model's number of positions, if the configuration has one.
 
         Raises:
             ConfigurationError: `max_length` exceeds them.
@@ -119,7 +119,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
 
     @property
     def scores_shared(self) -> bool:
-        """Whether the loss looks at the beginning that both responses share; in a plain DPO margin it cancels."""
+        """Whether the loss depends on the shared tokens of both responses; in a plain DPO margin they cancel."""
         return bool(self.objective != "dpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
 
     def _default_reference(self) -> Reference:
@@ -162,7 +162,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                     )
             if self.reference != "none":
                 raise ConfigurationError(
-                    f"reference={self.reference} with objective={self.objective}: it uses none. Leave the option out."
+                    f"reference={self.reference} with objective={self.objective}: no reference is used. Leave it out."
                 )
             if self.loss_type != "sigmoid":
                 raise ConfigurationError(
@@ -181,11 +181,11 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
         if self.objective != "orpo" and self.nll_scope != "response":
             raise ConfigurationError(
-                f"nll_scope={self.nll_scope} with objective={self.objective}: it concerns ORPO's likelihood term only."
+                f"nll_scope={self.nll_scope} with objective={self.objective}: only for ORPO's likelihood term."
             )
         if self.objective == "dpo" and self.reference == "none" and self.dpop_weight:
             raise ConfigurationError(
-                f"dpop_weight={self.dpop_weight} with reference=none: the guard measures the fall against the "
+                f"dpop_weight={self.dpop_weight} with reference=none: the guard is relative to the "
                 "reference. Use chosen_nll_weight, or another reference."
             )
         if self.pair_source == "paired" and self.reference in ("opponent", "opponent_copy"):
@@ -194,23 +194,23 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
         if self.chosen_drop_limit is not None and self.chosen_probe_size == 0:
             raise ConfigurationError(
-                "chosen_drop_limit needs examples to follow, and chosen_probe_size=0. Raise chosen_probe_size."
+                "chosen_drop_limit requires tracked examples, but chosen_probe_size=0. Raise chosen_probe_size."
             )
 
     def _check_rounds(self) -> None:
         if self.max_new_tokens is not None and self.segment_length is not None:
             raise ConfigurationError(
-                f"max_new_tokens={self.max_new_tokens} with segment_length={self.segment_length}: a segment takes its "
+                f"max_new_tokens={self.max_new_tokens} with segment_length={self.segment_length}: a segment has its "
                 "own number of tokens. Set segment_length to none, or leave max_new_tokens out."
             )
         if self.num_rounds is None:
             if self.mix_previous_round:
-                raise ConfigurationError("mix_previous_round needs rounds. Set num_rounds.")
+                raise ConfigurationError("mix_previous_round requires rounds. Set num_rounds.")
             return
         if self.pair_source != "self_play":
             raise ConfigurationError(
-                f"num_rounds={self.num_rounds} with pair_source={self.pair_source}: rounds generate pairs of "
-                "their own. Leave one of the two out."
+                f"num_rounds={self.num_rounds} with pair_source={self.pair_source}: rounds generate their "
+                "own pairs. Leave one of the two out."
             )
         if self.ema_decay != 1:
             raise ConfigurationError(
@@ -280,7 +280,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
     def _check_device(self) -> None:
         if self.fused_lm_head and not HAS_FUSED_LM_HEAD:
             raise ConfigurationError(
-                f"fused_lm_head=true needs trl 1.16 or newer, here is {trl.__version__}. Leave the option out, or "
+                f"fused_lm_head=true requires trl 1.16 or newer, not {trl.__version__}. Leave the option out, or "
                 "upgrade."
             )
         backends = torch.distributed.Backend.backend_list if torch.distributed.is_available() else []

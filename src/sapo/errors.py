@@ -9,10 +9,10 @@ from __future__ import annotations
 from sapo.text import visible
 
 
-def brief(said: object, most: int = 300) -> str:
-    """What an error or a file says, to be quoted in a message: one line of at most `most` printable characters."""
-    text = " ".join(str(said).split())
-    text = text if len(text) <= most else text[: most - 3] + "..."
+def brief(text: object, limit: int = 300) -> str:
+    """Text of an error or a file on one line of at most `limit` printable characters, to quote in a message."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
     return visible(text)
 
 
@@ -21,32 +21,32 @@ class SapoError(Exception):
 
 
 class ConfigurationError(SapoError, ValueError):
-    """Options that are wrong, unknown, or clash with one another or with this machine."""
+    """Options that are invalid, unknown, or incompatible with each other or with this machine."""
 
 
 class DatasetError(SapoError, ValueError):
-    """A dataset that is missing, malformed, or of which nothing can be used."""
+    """A dataset that is missing, malformed, or without usable rows."""
 
 
 class TokenizerError(SapoError, ValueError):
-    """A tokenizer that lacks what the data needs: a chat template, an end token, a stable prefix."""
+    """A tokenizer that lacks what the data requires: a chat template, an EOS token, a stable prefix."""
 
 
 class ModelError(SapoError, ValueError):
-    """A model folder that is missing, incomplete, or does not fit the tokenizer or the machine."""
+    """A model folder that is missing, incomplete, or incompatible with the tokenizer or the machine."""
 
 
 class CheckpointError(SapoError, RuntimeError):
-    """A checkpoint that lacks a part, is damaged, or belongs to another configuration."""
+    """A checkpoint that is incomplete, damaged, or of another configuration."""
 
 
 class TrainingError(SapoError, RuntimeError):
-    """A run that cannot go on: numbers that are not finite, or another process that failed."""
+    """A run that cannot continue: non-finite numbers, or another process that failed."""
 
 
 class GenerationError(SapoError, RuntimeError):
-    """An engine that writes for the opponent and does not answer, serves other weights, or answers what cannot be."""
+    """A generation engine that is unavailable, serves other weights, or returns an invalid response."""
 
 
 class EvaluationError(SapoError, RuntimeError):
-    """An evaluation that cannot go on: a missing package or file, a judge that does not answer, answers of no use."""
+    """An evaluation that cannot continue: a missing package or file, or a judge that fails."""

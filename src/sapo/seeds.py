@@ -1,4 +1,4 @@
-"""The one source of randomness: seeds by explicit formula, and a guard for the state that libraries share."""
+"""The one source of randomness: seeds by explicit formula, and a guard for global random state."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from contextlib import contextmanager
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on `parts` alone.
 
-    All randomness of a run is drawn from such seeds: `parts` says what the draw concerns (run seed, purpose, epoch,
-    row, draw), so nothing depends on batch composition, on the number of processes or on what was drawn before.
+    All randomness of a run comes from such seeds: `parts` name the draw (run seed, purpose, epoch, row, index), so
+    nothing depends on batch composition, the number of processes or earlier draws.
 
     Raises:
-        ValueError: a part holds "/", which separates the parts: others would give the same seed.
+        ValueError: a part contains the separator "/", so that other parts could give the same seed.
     """
     for part in parts:
         if "/" in str(part):
-            raise ValueError(f'derive_seed: part {part!r} holds "/", which separates the parts')
+            raise ValueError(f'derive_seed: part {part!r} contains the separator "/"')
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager
 def random_state_restored() -> Iterator[None]:
-    """Give Python, NumPy and torch (its CPU and its current CUDA device) their random state back, errors or not.
+    """Restore the random state of Python, NumPy and torch (CPU and current CUDA device), even after errors.
 
-    For code that draws from, or seeds, the state that the training draws from.
+    For code that uses or seeds the global random state that training uses.
     """
-    # Seeds are derived by commands that start without torch.
+    # Imported here: commands that start without torch derive seeds too.
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""Text for people: control characters spelled out; numbers, sizes and durations."""
+"""Text formatting: escaped control characters, numbers, sizes and durations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(text: str, encoding: str = "utf-8") -> str:
-    r"""`text` with its control and format characters spelled out as \x1b, so that it cannot drive a terminal.
+    r"""`text` with control and format characters escaped as \x1b, so that it cannot control a terminal.
 
-    Line breaks stay, as do the joiners of some scripts and of emoji. What `encoding` does not have is spelled out too.
+    Line breaks stay, as do the joiners of some scripts and of emoji. Characters outside `encoding` are escaped too.
     """
     if not text.isprintable():
         text = "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode() for char in text)
@@ -26,14 +26,14 @@ def _is_harmless(char: str) -> bool:
 
 
 def number_text(value: float | None, digits: int = 3) -> str:
-    """`value` with so many significant digits, from 10,000 on as an integer with commas; "-" for None."""
+    """`value` with `digits` significant digits, from 10,000 on as an integer with commas; "-" for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
 
 
 def share_text(value: float) -> str:
-    """A share between 0 and 1 in percent."""
+    """A fraction between 0 and 1 in percent."""
     return f"{value:.0%}"
 
 

@@ -107,16 +107,16 @@ def test_search_and_filters_leave_what_matches(opened, tmp_path):
     assert shown.rows() == 1
     assert "A Wholly Different answer" in page.locator(".response.rejected mark").inner_text()
     assert page.locator(".response.rejected mark del").count() >= 1
-    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Reset filters").click()
     assert shown.rows() == 40
     page.get_by_label("First step", exact=True).fill("10")
     page.get_by_label("Last step", exact=True).fill("19")
     assert shown.rows() == 10
-    page.get_by_role("button", name="Clear").click()
-    page.get_by_label("Least margin").fill("0.5")
+    page.get_by_role("button", name="Reset filters").click()
+    page.get_by_label("Minimum margin").fill("0.5")
     assert shown.rows() == sum(pair["margin"] >= 0.5 for pair in pairs)
-    page.get_by_role("button", name="Clear").click()
-    page.get_by_label("only where the rewriting differs").check()
+    page.get_by_role("button", name="Reset filters").click()
+    page.get_by_label("Hide identical pairs").check()
     assert shown.rows() == 39
     page.get_by_role("searchbox", name="Search prompts and responses").fill("nowhere to be found")
     assert shown.rows() == 0
@@ -277,7 +277,7 @@ def test_a_run_that_has_logged_nothing_yet_opens(opened, tmp_path):
     folder = write_run(tmp_path / "run", pairs=[])
     (folder / "metrics.jsonl").write_text("")
     page = opened(folder).page
-    assert page.get_by_text("Nothing has been logged yet.").is_visible()
+    assert page.get_by_text("Nothing logged yet.").is_visible()
     assert page.get_by_text("No pairs were kept").is_visible()
 
 

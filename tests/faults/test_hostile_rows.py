@@ -100,7 +100,7 @@ HOSTILE_TEMPLATES = {
 @pytest.mark.parametrize("template", HOSTILE_TEMPLATES)
 def test_a_chat_template_that_reaches_out_is_refused_in_one_line(template):
     tokenizer = byte_tokenizer(HOSTILE_TEMPLATES[template])
-    with pytest.raises(DatasetError, match="the chat template refuses it") as error:
+    with pytest.raises(DatasetError, match="the chat template raised an error") as error:
         prepare_dataset(
             [{"messages": talk("a", "b")}], tokenizer, DataOptions(64, 32), eos_ids=eos_token_ids(tokenizer, None)
         )

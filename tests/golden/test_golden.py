@@ -11,7 +11,7 @@ import torch
 from sapo import ReplayBuffer, Segment, choose_segment, dpo_loss, orpo_loss, sequence_logps, splice
 from sapo.data.prepare import truncate
 from sapo.preference.objectives import chosen_nll, log_odds, token_logps
-from sapo.preference.segments import cut_at_end
+from sapo.preference.segments import truncate_at_eos
 from sapo.weights.opponent import ModelCopy
 
 HERE = Path(__file__).parent
@@ -134,7 +134,7 @@ def test_stitching_is_the_published_one(case):
             width = len(case["expected"]["generation_input_ids"][index])
             response = real[cut:]
             segment = Segment(start, min(start + given["actual_token_generate_length"][index], len(response)))
-            written = cut_at_end(next(outputs)[width:][: len(segment)], eos)
+            written = truncate_at_eos(next(outputs)[width:][: len(segment)], eos)
             rejected = splice(response, segment, written, eos_ids=eos)
             assert [*real[:cut], *rejected] == expected["generated_input_ids"]
 

@@ -78,7 +78,7 @@ def test_bad_input_is_one_line_that_names_the_way_out(model, data, tmp_path, cap
     assert "raise max_length to 40" in refused(
         command(model, data, out, "--max_prompt_length", "30", "--segment_length", "10"), capsys
     )
-    assert "nearest here:" in refused(command(model, tmp_path / "trian.jsonl", out), capsys)
+    assert "did you mean" in refused(command(model, tmp_path / "trian.jsonl", out), capsys)
     assert "no such model folder" in refused(command(tmp_path / "nothing", data, out), capsys)
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(command(tmp_path / "empty", data, out), capsys)

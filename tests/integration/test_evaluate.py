@@ -349,7 +349,7 @@ def test_results_of_another_kind_are_not_overwritten(evaluate, model, held_out, 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("mine")
     command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 4)
-    one_line(evaluate(*command, expect=2), "is not a file of results")
+    one_line(evaluate(*command, expect=2), "is not a results file")
     assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
 

@@ -107,7 +107,7 @@ def test_task_without_data_or_network_is_one_line(tmp_path, monkeypatch, capsys)
     )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("DatasetError: winogrande: its data cannot be had")
+    assert last.startswith("DatasetError: winogrande: its data could not be loaded")
     assert "--task_data" in last
 
 

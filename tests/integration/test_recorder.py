@@ -71,7 +71,7 @@ def test_a_run_without_pairs_has_a_report_all_the_same(make_trainer):
     trainer = make_trainer(report_pairs=20, objective="sft")
     trainer.train()
     assert not (trainer.run_folder.path / "pairs.jsonl").exists()
-    assert "SFT on the good responses" in (trainer.run_folder.path / "report.html").read_text()
+    assert "SFT on the chosen responses" in (trainer.run_folder.path / "report.html").read_text()
 
 
 def test_a_resumed_run_keeps_what_the_uninterrupted_one_does(make_trainer):
@@ -116,7 +116,7 @@ def test_refreshing_takes_no_more_than_its_share_of_the_time(make_trainer, monke
 
 
 def test_too_few_pairs_for_a_start_and_an_end_are_refused(make_trainer):
-    with pytest.raises(ConfigurationError, match="give 0, or 12 or more"):
+    with pytest.raises(ConfigurationError, match="must be 0, or 12 or more"):
         make_trainer(report_pairs=5)
 
 
@@ -125,4 +125,4 @@ def test_a_stopped_run_says_why_in_its_report(make_trainer):
     trainer.train()
     page = (trainer.run_folder.path / "report.html").read_text()
     assert trainer.stop_reason is not None
-    assert "The run stopped itself" in page
+    assert "Early stop" in page

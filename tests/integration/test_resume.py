@@ -247,7 +247,7 @@ CHANGES = {
 def test_resume_with_another_value_of_a_fixed_option_is_refused(checkpoint, make_trainer):
     for name, value in CHANGES.items():
         trainer = make_trainer(f"with-{name}", **{name: value})
-        with pytest.raises(CheckpointError, match=rf"belongs to another configuration: .*{name} was "):
+        with pytest.raises(CheckpointError, match=rf"has another configuration: .*{name} was "):
             trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -159,5 +159,5 @@ def test_the_reference_is_opened_once_for_all_passes_of_a_micro_batch(make_train
 
 def test_a_fused_head_that_trl_has_not_is_refused(make_trainer, monkeypatch):
     monkeypatch.setattr(config, "HAS_FUSED_LM_HEAD", False)
-    with pytest.raises(ConfigurationError, match=r"fused_lm_head=true needs trl 1.16"):
+    with pytest.raises(ConfigurationError, match=r"fused_lm_head=true requires trl 1.16"):
         make_trainer(fused_lm_head=True)

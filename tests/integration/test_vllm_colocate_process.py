@@ -106,7 +106,7 @@ def test_weights_of_another_model_end_the_engine(started, what):
     other = {"unknown": {"model.layers.2.mlp.other.weight": whole[PART]}, "shape": {PART: whole[PART][:, :-1]}}
     engine = started()
     refused(engine, whole | other[what], "cannot load the weights refused")
-    refused(engine, whole, "start the engine anew")
+    refused(engine, whole, "Restart the engine")
 
 
 def test_an_engine_without_weights_writes_nothing(started):

@@ -197,7 +197,7 @@ def test_line_that_breaks_is_a_passing_trouble(stand_in, servers_of):
 
 def test_server_that_cannot_be_sent_weights_is_refused(stand_in, servers_of):
     stand_in.extension = ""
-    with pytest.raises(ConfigurationError, match=r"cannot be sent weights\. Start it with sapo serve"):
+    with pytest.raises(ConfigurationError, match=r"does not accept streamed weights\. Start it with sapo serve"):
         servers_of(stand_in.url, stream=True)
 
 
@@ -270,7 +270,7 @@ def test_weights_of_another_run_end_the_run(stand_in, folder, servers_of):
             stand_in.version = "other-run-3"
 
     stand_in.fault = another_run
-    with pytest.raises(GenerationError, match="serves weights other-run-3, which this run has not given it"):
+    with pytest.raises(GenerationError, match="serves weights other-run-3, which this run did not load"):
         servers.generate(CONTEXTS, BUDGETS, SEEDS)
 
 
@@ -308,7 +308,7 @@ def test_server_that_hangs_is_given_up_and_named(stand_in, folder, servers_of):
     servers.load(folder, version())
     over = threading.Event()
     stand_in.fault = lambda path, body: over.wait(30) and "drop" if path == "/v1/completions" else None
-    with pytest.raises(GenerationError, match=r"3 rows were asked for 6 times and never came"):
+    with pytest.raises(GenerationError, match=r"3 rows failed after 6 attempts"):
         servers.generate(CONTEXTS, BUDGETS, SEEDS)
     over.set()
 
@@ -339,11 +339,11 @@ def test_of_several_servers_one_may_die(folder, servers_of, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "says"),
     [
-        ([5, 6], "wrote 2 tokens where 9 were asked for"),
-        ([5] * 10, "wrote 10 tokens where 9"),
-        ([5, 1, 6, 7, 8, 9, 10, 11, 12], "wrote on after an end token"),
-        ([5] * 8 + [500], "wrote tokens that the policy does not know"),
-        (["5"] * 9, "holds no token ids"),
+        ([5, 6], "generated 2 of 9 tokens and no EOS token"),
+        ([5] * 10, "generated 10 of 9 tokens"),
+        ([5, 1, 6, 7, 8, 9, 10, 11, 12], "generated tokens after an EOS token"),
+        ([5] * 8 + [500], "generated tokens outside the policy's vocabulary"),
+        (["5"] * 9, "contains no token ids"),
     ],
 )
 def test_answers_that_cannot_be_are_refused(tokens, says, stand_in, folder, servers_of):
@@ -480,13 +480,13 @@ def test_tied_weights_are_refused_on_a_cpu_server(real, make_trainer):
     """There vLLM 0.32 computes on with the head it was started with."""
     real.wait()
     options = {"generation_backend": "vllm_server", "vllm_server_url": [real.url]}
-    with pytest.raises(ConfigurationError, match="computes on a CPU, where vLLM does not take over all new weights"):
+    with pytest.raises(ConfigurationError, match="runs on a CPU, where vLLM does not apply all new weights"):
         make_trainer("run", model=servable_llama(tie_word_embeddings=True), **options)
 
 
 def test_no_server_is_an_error_of_one_line(make_trainer):
     options = {"generation_backend": "vllm_server", "vllm_server_url": ["http://127.0.0.1:9"]}
-    with pytest.raises(GenerationError, match=r"no vLLM server answers there after 0.1 s\. Start one with sapo serve"):
+    with pytest.raises(GenerationError, match=r"no vLLM server responds there after 0.1 s\. Start one with sapo serve"):
         make_trainer("run", vllm_server_timeout=0.1, **options)
 
 

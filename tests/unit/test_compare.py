@@ -73,7 +73,7 @@ def test_the_command_writes_tables_and_json(runs, tmp_path, capsys):
 
 def test_what_is_no_run_is_refused_in_one_line(runs, tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
-    assert "no metrics.jsonl in it" in capsys.readouterr().err
+    assert "contains no metrics.jsonl" in capsys.readouterr().err
     assert main(["compare", str(runs / "one"), "--metrics", "los"]) == 2
     assert "no run has los; they have" in capsys.readouterr().err
     assert main(["compare"]) == 2

@@ -126,7 +126,7 @@ def test_rendered_text_is_cut_where_its_last_reply_begins(opening, reply):
 
 def test_text_without_a_reply_is_not_trained_on():
     assert parse({"text": "User: a\nAssistant: b\nUser: c"}) == Dropped("empty reply")
-    with pytest.raises(DatasetError, match=r'row 3 of x: "text" holds no role marker'):
+    with pytest.raises(DatasetError, match=r'row 3 of x: "text" contains no role marker'):
         parse({"text": "Once upon a time."})
 
 
@@ -262,7 +262,7 @@ def test_ratings_decide_and_ties_are_dropped():
     assert use.unused == {"completions (all but the best)": 1}
     assert parse(row(3, 5, 1), paired=True).rejected["content"] == "r2"
     assert parse(row(3, 3), paired=True) == Dropped("chosen and rejected have the same score")
-    with pytest.raises(DatasetError, match=r'item 1 of "completions" has no number as overall_score'):
+    with pytest.raises(DatasetError, match=r'item 1 of "completions" has no numeric overall_score'):
         parse(row(None))
 
 

@@ -54,15 +54,15 @@ def test_unknown_format_lists_columns_and_accepted():
 
 
 def test_paired_without_rejected_is_refused():
-    with pytest.raises(DatasetError, match=r"has the columns chosen, prompt, but .* needs chosen and rejected"):
+    with pytest.raises(DatasetError, match=r"has the columns chosen, prompt, but .* requires chosen and rejected"):
         detect_format({"prompt": "a", "chosen": "b"}, paired=True, source="x")
 
 
 def test_row_of_other_format_is_named():
-    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it holds prompt"):
+    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it has prompt"):
         parse_row({"prompt": "a"}, "prompt/completion", paired=False, chat=True, where=WHERE)
     given = {"question": "a", "answer": "b"}
-    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it holds answer, question"):
+    with pytest.raises(DatasetError, match=r"row 17 of train\.jsonl: lacks completion.* it has answer, question"):
         parse_row(given, "prompt/completion", paired=False, chat=True, where=WHERE)
 
 
@@ -103,7 +103,7 @@ def test_last_message_must_be_the_assistants():
         ([user([{"type": "image_url"}]), assistant("b")], 'message 1 .* a part of type "image_url" in its content'),
         ([user([{"type": "text"}]), assistant("b")], 'message 1 .* a part of type "text" in its content'),
         ([user([7]), assistant("b")], "has the int 7 as a part in its content"),
-        ([{"role": "user", "text": "hi"}, assistant("b")], "message 1 .* has no content; it holds role, text"),
+        ([{"role": "user", "text": "hi"}, assistant("b")], "message 1 .* has no content; its fields are role, text"),
         ([user(7), assistant("b")], "has the int 7 as content"),
         (["hello"], 'message 1 of "messages" is text'),
         ([], "empty list"),
@@ -210,7 +210,7 @@ def test_shared_text_is_the_prompt(chosen, rejected, prompt):
 
 
 def test_chosen_text_without_prompt_is_refused():
-    with pytest.raises(DatasetError, match=r"row 17 .*tells where the prompt ends. Add a prompt column"):
+    with pytest.raises(DatasetError, match=r"row 17 .*the end of the prompt is unknown. Add a prompt column"):
         parse({"chosen": "text"})
 
 

@@ -104,7 +104,7 @@ def test_a_run_prints_one_date(tmp_path, monkeypatch):
         assert "Today: 06 Mar 2026" in texts(found.train, found.tokenizer)[0]
     _, given = run(dated, data, tmp_path)
     assert given.config.template_date == "2030-01-02"
-    with pytest.raises(ConfigurationError, match=r"template_date=5\.3\.: not a date. Write it as 2026-01-31"):
+    with pytest.raises(ConfigurationError, match=r"template_date=5\.3\.: not a date. Use the form 2026-01-31"):
         run(dated, data, tmp_path, "--template_date", "5.3.")
 
 
@@ -121,7 +121,10 @@ def test_a_length_that_cuts_most_rows_is_refused_unless_asked_for(model, tmp_pat
     assert len(found.train) == 10
     found, _ = run(model, data, tmp_path, "--max_length", "60")
     lines = found.train_reports[0].lines()
-    assert "warning: 5 of 10 (50%) exceed max_length=60 and are cut; --max_length 102 would keep 95% whole" in lines[1]
+    assert (
+        "warning: 5 of 10 (50%) exceed max_length=60 and are truncated; --max_length 102 would keep 95% complete"
+        in lines[1]
+    )
     found, _ = run(model, data, tmp_path, "--max_length", "40", "--max_length_policy", "drop")
     assert len(found.train) == 3
 

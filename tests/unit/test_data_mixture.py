@@ -72,7 +72,7 @@ def test_fractions_take_what_trl_takes(tmp_path, monkeypatch):
 
 def test_members_that_do_not_fit_are_refused():
     assert "the list is empty" in refused()
-    assert "nearest here: 'a.jsonl'" in refused({"path": "json", "data_files": "a.json"})
+    assert "did you mean 'a.jsonl'?" in refused({"path": "json", "data_files": "a.json"})
     assert 'has no split "test"; it has train' in refused({"path": "json", "data_files": "a.jsonl", "split": "test"})
     assert "some have a fraction" in refused({"path": "a.jsonl", "fraction": 0.5}, {"path": "b.jsonl"})
     assert "must be above 0" in refused({"path": "a.jsonl", "fraction": 0.0})
@@ -104,5 +104,5 @@ def test_turns_of_a_row_stay_on_one_side_of_the_split():
 
 @pytest.mark.parametrize("size", [0, 20, 0.01, -1])
 def test_split_that_leaves_a_side_empty_is_refused(size):
-    with pytest.raises(DatasetError, match="of 20 rows aside"):
+    with pytest.raises(DatasetError, match=r"hold out .* of 20 rows"):
         split_rows(datasets.Dataset.from_dict({"row": list(range(20))}), size, seed=0)

@@ -137,7 +137,7 @@ def test_token_across_the_boundary_is_counted_and_split():
     rows = [{"prompt": "xa", "completion": "by"}, {"prompt": "x", "completion": "ab"}]
     examples, report = prepare(rows, tokenizer)
     assert report.boundary_merges == 1
-    assert any("tokenized apart" in line for line in report.lines())
+    assert any("tokenized separately" in line for line in report.lines())
     assert [texts_of(example.turns[0], tokenizer) for example in examples] == [
         ("xa", "by</s>"),
         ("x", "ab</s>"),
@@ -154,7 +154,7 @@ def test_template_that_rewrites_history_is_refused():
         prepare(rows, byte_tokenizer(template))
     message = str(caught.value)
     assert message.startswith("row 2 of train.jsonl: the chat template renders the prompt differently")
-    assert "it has '<th' before and 'yo<|im_end|>' after" in message
+    assert "is '<th' without the reply and 'yo<|im_end|>' with it" in message
     assert "get_training_chat_template" in message
 
 
@@ -176,7 +176,9 @@ def test_question_and_answer_follow_the_tokenizer(chatml):
 def test_template_refusal_names_row():
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + CHATML
     rows = [{"messages": talk("hi", "yo")}, {"messages": talk("hi", "yo", system="x")}]
-    with pytest.raises(DatasetError, match=r"^row 2 of train.jsonl: the chat template refuses it \(No system role\)"):
+    with pytest.raises(
+        DatasetError, match=r"^row 2 of train.jsonl: the chat template raised an error \(No system role\)"
+    ):
         prepare(rows, byte_tokenizer(template))
 
 
@@ -217,7 +219,7 @@ def test_row_numbers_survive_drops(chatml):
 def test_nothing_left_says_why(chatml):
     with pytest.raises(DatasetError, match=r"none of its 3 rows can be used \(dropped 3 for: empty reply\)"):
         prepare([{"messages": talk("a", "")}] * 3, chatml)
-    with pytest.raises(DatasetError, match=r"train\.jsonl: holds no rows"):
+    with pytest.raises(DatasetError, match=r"train\.jsonl: has no rows"):
         prepare([], chatml)
 
 
@@ -225,7 +227,7 @@ def test_prompt_that_fills_the_length_is_dropped():
     rows = [{"prompt": "p" * 30, "completion": "c"}, {"prompt": "p", "completion": "c"}]
     examples, report = prepare(rows, byte_tokenizer(), DataOptions(10, 10))
     assert [example.row for example in examples] == [1]
-    assert report.dropped == {"no room for a response after the prompt": 1}
+    assert report.dropped == {"no tokens left for a response after the prompt": 1}
 
 
 def test_empty_prompt_needs_a_start_token():
@@ -242,7 +244,7 @@ def test_overlong_rows_are_cut_dropped_or_refused():
     assert texts_of(short.turns[0], tokenizer) == ("p", "c</s>")
     assert (report.truncated_prompts, report.truncated_responses) == (1, 1)
     assert (report.prompt_lengths, report.response_lengths) == ([5, 1], [5, 2])
-    assert "cut to fit: 1 prompts, 1 responses" in "\n".join(report.lines())
+    assert "truncated: 1 prompts, 1 responses" in "\n".join(report.lines())
     (_, report) = prepare(rows, tokenizer, DataOptions(10, 5, max_length_policy="drop"))
     assert report.dropped == {"longer than max_length=10": 1}
     with pytest.raises(DatasetError, match=r"row 1 of train\.jsonl: 8 prompt tokens and 9 response .* to 17"):
@@ -352,7 +354,7 @@ def test_end_token_survives_an_odd_template():
 
 def test_no_end_token_at_all_is_refused():
     tokenizer = byte_tokenizer(eos=None)
-    with pytest.raises(TokenizerError, match=r"no end token: .*Set tokenizer\.eos_token"):
+    with pytest.raises(TokenizerError, match=r"no EOS token: .*Set tokenizer\.eos_token"):
         eos_token_ids(tokenizer, None)
     with pytest.raises(TokenizerError, match=r"Set tokenizer\.eos_token"):
         prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, eos_ids=[3])

@@ -475,7 +475,7 @@ def test_scripted_function_answers_every_call():
 
 
 def test_scripted_reply_must_fit_the_request():
-    with pytest.raises(ConfigurationError, match="call 0: the script gives 1 rows for 2 contexts"):
+    with pytest.raises(ConfigurationError, match="call 0: the script has 1 rows for 2 contexts"):
         ScriptedGenerator([[[7]]]).generate([[1], [2]], [1, 1], [1, 2])
     with pytest.raises(ConfigurationError, match="call 0, row 0: the reply has 2 tokens, the budget is 1"):
         ScriptedGenerator([[[7, 8]]]).generate([[1]], [1], [1])

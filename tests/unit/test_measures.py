@@ -53,7 +53,7 @@ def test_any_block_repeated_often_enough_is_a_loop(block, head):
 def test_distinct_is_types_over_tokens():
     assert distinct([[1, 2], [1, 2]], 1) == 0.5
     assert distinct([[1, 2], [1, 2]], 2) == 0.5
-    assert distinct([[1, 2], [1, 2]], 1, most=2) == 1
+    assert distinct([[1, 2], [1, 2]], 1, limit=2) == 1
     assert distinct([[1]], 2) is None
 
 

@@ -181,13 +181,13 @@ def test_an_empty_buffer_gives_nothing_and_takes_nothing_from_the_generator():
 
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_buffer_holds_at_least_one_item(capacity):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         ReplayBuffer(capacity)
 
 
 def test_more_entries_than_fit_are_refused_and_the_contents_stay():
     buffer = filled(2, [1, 1])
     before = buffer.entries()
-    with pytest.raises(ValueError, match="3 entries do not fit"):
+    with pytest.raises(ValueError, match="3 entries exceed"):
         buffer.restore([BufferEntry(item, 0, 0) for item in range(3)])
     assert buffer.entries() == before

@@ -80,12 +80,12 @@ def test_each_text_is_kept_once_and_never_cut_in_silence():
     assert len(whole["texts"]) == len({t for p in pairs for t in (p["prompt"], *p["chosen"], *p["rejected"])})
     small = pack(pairs, budget=40_000)
     assert sum(map(len, small["texts"])) < 40_000 + 80 * len(small["texts"])
-    cut = [text for text in small["texts"] if "characters left out" in text]
+    cut = [text for text in small["texts"] if "characters omitted" in text]
     assert cut
     assert small["limit"] is not None
     text = "a" * 500 + "b" * 500
     kept = shorten(text, 100)
-    assert kept.startswith("a" * 50 + "\n[900 characters left out")
+    assert kept.startswith("a" * 50 + "\n[900 characters omitted")
     assert kept.endswith("\n" + "b" * 50)
 
 
@@ -135,7 +135,7 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    with pytest.raises(ConfigurationError, match=r"no metrics\.jsonl in it"):
+    with pytest.raises(ConfigurationError, match=r"contains no metrics\.jsonl"):
         read_run(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
     assert "Give the output folder of a run" in capsys.readouterr().err
@@ -169,9 +169,9 @@ def test_a_calm_run_gives_no_warning(tmp_path):
     ("title", "changed"),
     [
         ("The chosen responses became less likely", {"self_play/chosen_logp_change": lambda step: -0.2 * step}),
-        ("The opponent writes ever more of the original", {"self_play/identical_fraction": lambda step: step / 100}),
-        ("The rejected responses grow shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
-        ("The rejected responses grow longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
+        ("More and more pairs are identical", {"self_play/identical_fraction": lambda step: step / 100}),
+        ("The rejected responses become shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
+        ("The rejected responses become longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
         ("The pairs have become easy", {"rewards/accuracies": lambda step: 1.0}),
         ("Steps without a finite loss or gradient", {"nonfinite_step_fraction": lambda step: float(step == 50)}),
     ],
@@ -182,16 +182,16 @@ def test_what_goes_wrong_is_warned_of(title, changed, tmp_path):
 
 def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
     run = write_run(tmp_path / "run", evaluations=[(20, 0.6), (40, 0.5), (60, 0.7)])
-    assert titles(run) == ["The evaluation loss is past its best"]
+    assert titles(run) == ["The evaluation loss is past its minimum"]
 
 
 def test_the_summary_says_where_the_margin_came_from(tmp_path):
     both = {"rewards/chosen": lambda step: -0.01 * step, "rewards/rejected": lambda step: -0.02 * step}
     text = " ".join(sentences(read_run(write_run(tmp_path / "sank", **both))))
-    assert "both sank, the rejected responses more" in text
+    assert "both fell, the rejected responses more" in text
     assert "some/model (7.24 B parameters) was trained for 100 steps" in text
     text = " ".join(sentences(read_run(write_run(tmp_path / "apart"))))
-    assert "the chosen responses rose and the rejected ones sank" in text
+    assert "the chosen responses rose and the rejected ones fell" in text
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_live_page_gives_nothing_else_away(path, host, status, served):
 
 
 def test_a_port_that_is_taken_is_told(served, tmp_path):
-    with pytest.raises(ConfigurationError, match="is not free"):
+    with pytest.raises(ConfigurationError, match="is in use"):
         make_server([served[0]], served[1][1])
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.data.prepare import truncate
-from sapo.preference.segments import Segment, choose_segment, cut_at_end, segment_tokens, splice
+from sapo.preference.segments import Segment, choose_segment, segment_tokens, splice, truncate_at_eos
 from sapo.seeds import derive_seed
 
 settings.register_profile("laws", derandomize=True, deadline=None)
@@ -100,7 +100,7 @@ def test_a_length_that_is_not_positive_is_refused(length):
 
 
 def test_an_empty_response_has_no_segment():
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         choose_segment(0, 3, random.Random(0))
 
 
@@ -147,18 +147,18 @@ def test_suffix_drop_leaves_nothing_after_the_replacement(response_and_segment, 
 @laws
 @given(tokens, st.integers(1, 5))
 def test_splice_refuses_a_segment_beyond_the_response(response, beyond):
-    with pytest.raises(ValueError, match="reaches beyond"):
+    with pytest.raises(ValueError, match="extends beyond"):
         splice(response, Segment(0, len(response) + beyond), [2])
 
 
 @laws
 @given(st.lists(st.integers(0, 5), max_size=20))
-def test_cut_at_end_is_a_prefix_with_at_most_one_end_token_the_last(row):
-    cut = cut_at_end(row, {0, 1})
+def test_truncate_at_eos_is_a_prefix_with_at_most_one_end_token_the_last(row):
+    cut = truncate_at_eos(row, {0, 1})
     assert row[: len(cut)] == cut
     assert not {0, 1} & set(cut[:-1])
     assert cut == row or cut[-1] in {0, 1}
-    assert cut_at_end(cut, {0, 1}) == cut
+    assert truncate_at_eos(cut, {0, 1}) == cut
 
 
 modes = st.sampled_from(["keep_end", "keep_start"])
@@ -204,7 +204,7 @@ def test_a_seed_depends_on_all_parts_and_their_order_and_on_nothing_else(some, o
 
 
 def test_a_part_that_could_pass_for_two_is_refused():
-    with pytest.raises(ValueError, match="'a/b' holds \"/\""):
+    with pytest.raises(ValueError, match="'a/b' contains the separator \"/\""):
         derive_seed(42, "a/b")
 
 

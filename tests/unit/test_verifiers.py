@@ -60,7 +60,7 @@ def test_callable_by_import_path_gets_response_and_row(tmp_path):
     ("task", "says"),
     [
         ({"verifier": "magic"}, "exact_match, regex, numeric"),
-        ({"verifier": "regex", "pattern": "("}, "no regular expression"),
+        ({"verifier": "regex", "pattern": "("}, "not a regular expression"),
         ({"verifier": "no_such_module_here:f"}, "cannot be imported"),
         ({"verifier": "json:nothing"}, "no function nothing"),
     ],

@@ -23,7 +23,7 @@ from sapo.commands.arguments import RunArguments, build
 from sapo.commands.parser import Parsed
 from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
-from sapo.generation.vllm.limits import adapter_room
+from sapo.generation.vllm.limits import max_lora_rank
 from sapo.generation.vllm.weight_stream import RECEIVER
 from sapo.weights.loading import load_config, with_stored_adapter
 
@@ -126,7 +126,7 @@ def servers_for(run: RunArguments, python: str, devices: Sequence[str] = (), ext
     else:
         flags += ["--gpu-memory-utilization", str(_SERVER_SHARE)]
     if model.use_peft:
-        flags += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(adapter_room(model.lora_r))]
+        flags += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(max_lora_rank(model.lora_r))]
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     found = []
     for place, url in enumerate(urls):

@@ -1,4 +1,4 @@
-"""Chat templates that print the date print one date a run: otherwise the same rows are other data tomorrow."""
+"""Fix the date that chat templates print, so that the same rows give the same tokens on any day."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template asks for the time."""
+    """Whether the chat template prints the current date or time."""
     template: Any = tokenizer.chat_template
     return any(_CLOCK in text for text in (template.values() if isinstance(template, dict) else [template or ""]))
 
@@ -24,18 +24,18 @@ def parse_date(text: str) -> datetime.date:
     """A date written YYYY-MM-DD.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: `text` is not a date in this form.
     """
     try:
         return datetime.date.fromisoformat(text)
     except ValueError as error:
-        raise ConfigurationError(f"template_date={text}: not a date. Write it as 2026-01-31.") from error
+        raise ConfigurationError(f"template_date={text}: not a date. Use the form 2026-01-31.") from error
 
 
 def dated_template(template: str, date: datetime.date) -> str:
-    """The template, with the time standing still at the start of a day.
+    """The template with its clock fixed at the start of a day.
 
-    A macro takes the place of the function that asks the clock. It knows the directives of `strftime` as texts.
+    A macro shadows `strftime_now` and replaces each `strftime` directive by its text.
     """
     if _CLOCK not in template:
         return template
@@ -45,7 +45,7 @@ def dated_template(template: str, date: datetime.date) -> str:
         for directive in _DIRECTIVES:
             steps.append(f"replace('%{flag}{directive}', {_literal(day.strftime(f'%{flag}{directive}'))})")
     steps.append("replace('\\0', '%')")
-    # The line break after the macro is not printed: the first one after a block never is.
+    # Jinja drops the first line break after a block, so the one after the macro is not printed.
     return f"{{%- macro {_CLOCK}(format) -%}}{{{{ format | {' | '.join(steps)} }}}}{{%- endmacro %}}\n{template}"
 
 

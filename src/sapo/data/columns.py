@@ -1,4 +1,4 @@
-"""Every column of a row is accounted for: it is used, repeats what is used, is listed, or the row is refused."""
+"""Every column of a row is accounted for: used, a repetition of a used column, listed as unused, or an error."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PROMPT_COLUMNS = frozenset(
 """Columns that are part of a prompt wherever they occur, in lower case."""
 
 _WORDS = 5
-"""Words from which a text in a column that is not used looks like a part of the conversation."""
+"""From this many words on, text in an unused column looks like part of the conversation."""
 
 _CHANCE = 16
-"""Characters from which a text does not stand inside another by chance."""
+"""From this many characters on, a text is not contained in another one by chance."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ColumnUse:
     """What was not trained on, over all rows of a dataset.
 
     Attributes:
-        unused: columns that hold something and were not read, and in how many rows.
+        unused: number of rows in which each non-empty column was not read.
         texts: those of them that look like text of the conversation.
     """
 
@@ -41,13 +41,13 @@ class ColumnUse:
     texts: set[str] = field(default_factory=set)
 
     def note(self, name: str, *, text: bool = False) -> None:
-        """Count a column, or a part of one, that is not used in a row."""
+        """Count a row in which a column, or part of one, is not used."""
         self.unused[name] = self.unused.get(name, 0) + 1
         if text:
             self.texts.add(name)
 
     def lines(self) -> list[str]:
-        """What was not used, in plain text."""
+        """Summary of the unused columns, one line each."""
         lines = [f"columns not used: {', '.join(sorted(self.unused))}"] if self.unused else []
         if self.texts:
             lines.append(
@@ -57,7 +57,7 @@ class ColumnUse:
 
 
 class Fields:
-    """The columns of one row; it remembers which were read."""
+    """The columns of one row; records which were read."""
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
         self.row = row
@@ -65,25 +65,27 @@ class Fields:
         self.used: set[str] = set()
 
     def peek(self, name: str) -> Any:
-        """A value, without using it."""
+        """A value, without marking its column as used."""
         return self.row.get(name)
 
     def get(self, name: str) -> Any:
-        """A value that becomes a part of the example."""
+        """A value that becomes part of the example; marks its column as used."""
         self.used.add(name)
         return self.row.get(name)
 
-    def account(self, layout: str, parsed: Conversation | PlainText, use: ColumnUse | None, known: set[str]) -> None:
-        """Look at the columns that were not read.
+    def account(
+        self, row_format: str, parsed: Conversation | PlainText, use: ColumnUse | None, known: set[str]
+    ) -> None:
+        """Check the columns that were not read.
 
         Args:
-            layout: the format of the row.
-            parsed: what was read.
-            use: counts the columns; None where nobody asks.
-            known: columns that the format knows and leaves out on purpose; they are listed, with no warning.
+            row_format: the format of the row.
+            parsed: the parsed row.
+            use: counts unused columns; None to count nothing.
+            known: columns that the format omits on purpose; they are listed without a warning.
 
         Raises:
-            DatasetError: some belong to the prompt and say what the prompt does not.
+            DatasetError: an unused column belongs to the prompt and its text is missing from the prompt.
         """
         left = {name: value for name, value in self.row.items() if name not in self.used and _holds(value)}
         if not left:
@@ -102,8 +104,8 @@ class Fields:
                 use.note(name, text=text and name not in known and _talks(value))
         if lost:
             raise DatasetError(
-                f"{self.where}: the columns {names(lost)} belong to the prompt, and the format {layout} does not use "
-                "them. Put their text into the prompt, or remove these columns."
+                f"{self.where}: the columns {names(lost)} belong to the prompt, but the format {row_format} does "
+                "not use them.  Put their text into the prompt, or remove these columns."
             )
 
 
@@ -124,7 +126,7 @@ def _said(parsed: Conversation | PlainText) -> list[str]:
 
 
 def _repeats(value: object, said: list[str]) -> bool:
-    """Whether all texts in a column stand in the example already; short ones as a whole, to be no chance."""
+    """Whether the example already contains all texts of a column; short texts must match completely."""
     found = [text.strip() for text in _texts(from_json_text(value))]
     return bool(found) and all(
         text in said or (len(text) >= _CHANCE and any(text in other for other in said)) for text in found
@@ -132,7 +134,7 @@ def _repeats(value: object, said: list[str]) -> bool:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Texts inside a value; of messages, their contents alone."""
+    """All texts inside a value; of messages, only the contents."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

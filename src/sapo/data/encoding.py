@@ -1,7 +1,7 @@
 """Conversations and plain text -> token ids: prompt and response of each turn.
 
-The published code puts every message through the template alone, so that the assistant's header lands in the
-response. Here the response is exactly what follows the prompt that generation will start from.
+The published code renders each message separately, so the assistant's header becomes part of the response. Here the
+response is exactly what follows the generation prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sapo.data.examples import DataReport, Turn
 from sapo.data.messages import Conversation, PlainText
-from sapo.data.rendering import TEMPLATE_FAULTS, Renderer, Unprinted, sound
+from sapo.data.rendering import TEMPLATE_FAULTS, Renderer, Unprinted, valid_unicode
 from sapo.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -26,28 +26,28 @@ class Draft:
 
     Attributes:
         row: row of the source dataset, from 0.
-        index: which assistant message of the row, from 0.
+        index: index among the assistant messages of the row.
         prompt: the text before the reply.
-        wholes: prompt and reply together; then, if paired, prompt and rejected reply.
-        plain: no chat template wrote it, so the tokenizer's start token is still to come.
+        full_texts: prompt plus reply; if paired, also prompt plus rejected reply.
+        plain: not rendered by a chat template, so the tokenizer's BOS token is still to be added.
     """
 
     row: int
     index: int
     prompt: str
-    wholes: tuple[str, ...]
+    full_texts: tuple[str, ...]
     plain: bool
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
-    """All tokens that end a reply: the tokenizer's, the generation configuration's, and the chat template's.
+    """All EOS tokens: the tokenizer's, the generation configuration's and the chat template's.
 
     Args:
         tokenizer: the model's tokenizer.
         generation_eos: `eos_token_id` of the model's generation configuration.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: there is no EOS token.
     """
     ids = {generation_eos} if isinstance(generation_eos, int) else set(generation_eos or ())
     if tokenizer.eos_token_id is not None:
@@ -56,8 +56,8 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list
         ids.update(_template_end(tokenizer))
     if not ids:
         raise TokenizerError(
-            "no end token: neither the tokenizer, nor the generation configuration, nor a chat template has "
-            "one, so no reply would ever end. Set tokenizer.eos_token."
+            "no EOS token: the tokenizer, the generation configuration and the chat template define none, so "
+            "generation would never stop. Set tokenizer.eos_token."
         )
     return frozenset(ids)
 
@@ -84,13 +84,13 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class Encoder:
-    """Renders and tokenizes turns, and counts what it meets in `report`.
+    """Renders and tokenizes turns; counts special cases in `report`.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         eos_ids: see `eos_token_ids`.
-        report: of the dataset.
-        date: what a chat template prints that prints the date; None for today's.
+        report: the dataset's report.
+        date: the date for chat templates that print one; None for today.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Encoder:
         date: datetime.date | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise TokenizerError("the tokenizer has no EOS token to close a response with. Set tokenizer.eos_token.")
+            raise TokenizerError("the tokenizer has no EOS token to end a response with. Set tokenizer.eos_token.")
         self.chat = bool(tokenizer.chat_template)
         self._tokenizer = tokenizer
         self._ends = frozenset({*eos_ids, tokenizer.eos_token_id})
@@ -111,23 +111,23 @@ class Encoder:
         self._renderer = Renderer(tokenizer, self._ends, report.columns, date or datetime.date.today())
 
     def plain(self, text: PlainText, row: int, where: str) -> Draft:
-        """A row without roles, as one draft.
+        """One draft from a row without roles.
 
         Raises:
-            DatasetError: it holds what is no text.
+            DatasetError: the text contains an unpaired surrogate.
         """
         replies = [text.completion, *([] if text.rejected is None else [text.rejected])]
-        wholes = tuple(sound(text.prompt + reply, where) for reply in replies)
-        return Draft(row, 0, text.prompt, wholes, plain=True)
+        full_texts = tuple(valid_unicode(text.prompt + reply, where) for reply in replies)
+        return Draft(row, 0, text.prompt, full_texts, plain=True)
 
     def render(
         self, talk: Conversation, row: int, chosen_turns: Literal["last", "random", "all"], where: str
     ) -> list[Draft]:
-        """The turns of a conversation to train on, through the chat template; counts those that are left out.
+        """Render the turns to train on with the chat template; count the turns that are left out.
 
         Raises:
             TokenizerError: there is no chat template.
-            DatasetError: the template refuses the conversation, or does not print a part of its prompt.
+            DatasetError: the template refuses the conversation or omits part of its prompt.
         """
         if not self.chat:
             raise TokenizerError(
@@ -136,52 +136,53 @@ class Encoder:
                 "prompt and completion."
             )
         drafts = []
-        for index, place in self._chosen(talk, row, chosen_turns):
+        for index, position in self._chosen(talk, row, chosen_turns):
             try:
-                prompt, wholes = self._renderer.turn(talk, place, where)
+                prompt, full_texts = self._renderer.turn(talk, position, where)
             except Unprinted as reason:
                 self._report.drop(str(reason), row)
             else:
-                drafts.append(Draft(row, index, prompt, wholes, plain=False))
+                drafts.append(Draft(row, index, prompt, full_texts, plain=False))
         return drafts
 
     def _chosen(self, talk: Conversation, row: int, chosen_turns: str) -> list[tuple[int, int]]:
-        """The replies to train on: which reply each is, and which message."""
-        places = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        turns = [(index, place) for index, place in enumerate(places) if place >= max(talk.first, 1)]
+        """The replies to train on: index among the replies, and index among the messages."""
+        positions = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        turns = [(index, position) for index, position in enumerate(positions) if position >= max(talk.first, 1)]
         if not turns:
             self._report.drop("reply without a prompt", row)
         last = chosen_turns == "last" or talk.rejected is not None
         chosen = []
-        for index, place in reversed(turns):
-            if place in talk.untrained:
-                self._report.drop(f"reply {talk.untrained[place]}", row)
+        for index, position in reversed(turns):
+            if position in talk.untrained:
+                self._report.drop(f"reply {talk.untrained[position]}", row)
             else:
-                chosen.append((index, place))
-            # The rejected reply of a pair answers what the last one answers.
+                chosen.append((index, position))
+            # The rejected reply answers the same message as the last reply.
             if last and (chosen or talk.rejected is not None):
                 break
         return chosen[::-1]
 
     def turns(self, drafts: Sequence[Draft]) -> Iterator[tuple[int, Turn]]:
-        """Tokenize drafts, giving the row number and the turn of each.
+        """Tokenize drafts; yield the row number and the turn of each.
 
         Raises:
             TokenizerError: the chat template renders a prompt differently once the reply follows.
         """
-        texts = [text for draft in drafts for text in (draft.prompt, *draft.wholes)]
+        texts = [text for draft in drafts for text in (draft.prompt, *draft.full_texts)]
         encoded = iter(self._encode(texts))
         for draft in drafts:
             prompt = next(encoded)
-            wholes = [next(encoded) for _ in draft.wholes]
+            full_texts = [next(encoded) for _ in draft.full_texts]
             try:
                 replies = [
-                    self._reply(draft, text, prompt, whole) for text, whole in zip(draft.wholes, wholes, strict=True)
+                    self._reply(draft, text, prompt, whole)
+                    for text, whole in zip(draft.full_texts, full_texts, strict=True)
                 ]
             except TokenizerError as error:
                 self._report.refuse(error, draft.row)
                 continue
-            # Text that a template has rendered brings its start token along.
+            # Text from a chat template already contains the BOS token.
             start = self._start if draft.plain and prompt[: len(self._start)] != self._start else []
             rejected = replies[1] if len(replies) > 1 else None
             yield draft.row, Turn(draft.index, (*start, *prompt), replies[0], rejected)
@@ -191,21 +192,21 @@ class Encoder:
             return self._ended(whole[len(prompt) :])
         if not text.startswith(draft.prompt):
             raise self._rewritten(draft.row, prompt, whole)
-        # Generation continues the prompt's own tokens, so a token that spans both could never be generated.
+        # Generation continues the prompt's tokens, so a token that spans prompt and reply could never be generated.
         self._report.boundary_merges += 1
         return self._ended(self._encode([text[len(draft.prompt) :]])[0])
 
     def _ended(self, reply: list[int]) -> tuple[int, ...]:
-        """Cut after the end token of the turn, or append one if there is none.
+        """Truncate after the EOS token of the turn, or append one if there is none.
 
-        Templates add white space after the end token, and some a second one that closes the document. Both
-        come after the point where generation stops.
+        Templates add white space after the EOS token, and some a second EOS token that closes the document. Both come
+        after the point where generation stops.
         """
         end = None
-        for place in range(len(reply) - 1, -1, -1):
-            if reply[place] in self._ends:
-                end = place
-            elif not self._is_blank(reply[place]):
+        for position in range(len(reply) - 1, -1, -1):
+            if reply[position] in self._ends:
+                end = position
+            elif not self._is_blank(reply[position]):
                 break
         if end is not None:
             return tuple(reply[: end + 1])
@@ -218,23 +219,23 @@ class Encoder:
 
     def _rewritten(self, row: int, prompt: list[int], whole: list[int]) -> TokenizerError:
         pairs = enumerate(zip(prompt, whole, strict=False))
-        place = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(prompt), len(whole)))
+        position = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(prompt), len(whole)))
         before, after = (
-            repr(self._tokenizer.decode(ids[place : place + 3])) if place < len(ids) else "nothing"
+            repr(self._tokenizer.decode(ids[position : position + 3])) if position < len(ids) else "nothing"
             for ids in (prompt, whole)
         )
         return TokenizerError(
             f"row {row + 1} of {self._report.source}: the chat template renders the prompt differently "
-            f"once the reply follows: at token {place + 1} it has {before} before and {after} after. Use a "
-            "template that leaves the history unchanged, such as trl's get_training_chat_template gives."
+            f"once the reply follows: token {position + 1} is {before} without the reply and {after} with it. Use a "
+            "template that leaves the history unchanged, such as one from trl's get_training_chat_template."
         )
 
     def _start_ids(self) -> list[int]:
-        """What the tokenizer puts before plain text, such as a start token, but not what it puts after."""
+        """The tokens that the tokenizer adds before plain text, such as a BOS token."""
         bare = self._encode(["a"])[0]
         full = self._tokenizer("a")["input_ids"]
-        places = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-        return list(full[: next(places, 0)])
+        positions = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
+        return list(full[: next(positions, 0)])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -244,6 +245,6 @@ class Encoder:
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # lengths are looked after here, not by the tokenizer's own limit
+            verbose=False,  # Lengths are checked here, not against the tokenizer's own limit.
         )["input_ids"]
         return encoded

@@ -1,4 +1,4 @@
-"""What the trainer is given: `Example`s of `Turn`s, the options that shape them, and how they are stored."""
+"""`Example`s of `Turn`s for the trainer, the options that shape them, and how they are stored."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One assistant reply and what came before it, as token ids.
+    """One assistant reply and its prompt, as token ids.
 
     Attributes:
-        index: which assistant message of the row this is, from 0.
-        prompt_ids: all before the reply, up to and including the header that opens it.
-        response_ids: the reply; its end token included, unless it was cut.
-        rejected_ids: the worse reply, of paired data only.
+        index: index among the assistant messages of the row.
+        prompt_ids: everything before the reply, including the header that opens it.
+        response_ids: the reply, including its EOS token unless it was truncated.
+        rejected_ids: the rejected reply, in paired data only.
     """
 
     index: int
@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one draw from the dataloader gives.
+    """One item of the dataloader.
 
     Attributes:
         row: row of the source dataset, from 0. Seeds derive from it, so it survives shuffling and sharding.
@@ -58,14 +58,14 @@ class DataOptions:
     """How rows become examples.
 
     Attributes:
-        max_length: tokens of prompt and response together.
-        max_prompt_length: tokens the prompt keeps when both together are too long.
+        max_length: maximum tokens of prompt plus response.
+        max_prompt_length: maximum tokens of the prompt when prompt plus response are too long.
         prompt_truncation: which side of a prompt is kept.
-        max_length_policy: truncate what exceeds `max_length`, leave it out, or stop; `auto` truncates, and
-            stops if that concerns more than half of the turns.
-        assistant_turns: train on the last reply, on one drawn each epoch, or on each.
-        paired: rows hold chosen and rejected, and both are wanted.
-        date: what chat templates that print the date take for today; None for the day it is.
+        max_length_policy: truncate turns longer than `max_length`, drop them, or raise an error; `auto` truncates, and
+            raises an error if more than half of the turns are too long.
+        assistant_turns: train on the last reply, on a random one per epoch, or on all.
+        paired: read both the chosen and the rejected reply.
+        date: the date for chat templates that print one; None for today.
     """
 
     max_length: int
@@ -79,8 +79,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.max_length < 2 or self.max_prompt_length < 1:
             raise ConfigurationError(
-                f"max_length={self.max_length} and max_prompt_length={self.max_prompt_length} leave no room "
-                "for a prompt and a response. Give at least 2 and 1 tokens."
+                f"max_length={self.max_length} and max_prompt_length={self.max_prompt_length} leave no tokens "
+                "for a prompt and a response. Set them to at least 2 and 1."
             )
         if self.max_prompt_length > self.max_length:
             raise ConfigurationError(
@@ -90,7 +90,7 @@ class DataOptions:
 
     @classmethod
     def of(cls, config: SAPOConfig) -> DataOptions:
-        """The options that a run's configuration gives."""
+        """The data options of a run's configuration."""
         return cls(
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length or config.max_length,
@@ -103,7 +103,7 @@ class DataOptions:
 
 
 class ExampleTable:
-    """Prepared turns, gathered in flat arrays: far smaller than lists of Python integers."""
+    """Prepared turns in flat arrays, which take far less memory than lists of Python integers."""
 
     NESTED = ("prompt_ids", "response_ids", "rejected_ids")
 
@@ -119,7 +119,7 @@ class ExampleTable:
         return len(self._rows)
 
     def add(self, row: int, turn: Turn) -> None:
-        """Store a turn; with `join_turns`, turns of one row that follow one another form one example."""
+        """Store a turn; with `join_turns`, consecutive turns of one row form one example."""
         if self._join and self._rows and self._rows[-1] == row:
             self._first[-1] += 1
         else:
@@ -149,21 +149,21 @@ class ExampleTable:
 def _offsets(offsets: array[int]) -> pyarrow.Array:
     if offsets[-1] >= 2**31:
         raise DatasetError(
-            f"{offsets[-1]} tokens are more than one dataset can hold in memory. Take a part of the split, "
+            f"{offsets[-1]} tokens exceed what one dataset can hold in memory. Use part of the split, "
             "such as train[:50%]."
         )
     return pyarrow.array(np.array(offsets, dtype=np.int32))
 
 
 def is_prepared(rows: Any) -> bool:
-    """Whether `rows` are what `prepare_dataset` gives, and not rows that it has still to read."""
+    """Whether `rows` is a dataset that `prepare_dataset` returned."""
     return isinstance(rows, datasets.Dataset) and {"row", "turn", "prompt_ids", "response_ids"} <= set(
         rows.column_names
     )
 
 
 def largest_token(prepared: datasets.Dataset) -> tuple[int, int]:
-    """The largest token id of a prepared dataset, and the number of a row that holds it."""
+    """The largest token id of a prepared dataset, and the number of a row that contains it."""
     largest, row = -1, 0
     for batch in prepared.with_format("arrow").iter(batch_size=1000):
         for name in ExampleTable.NESTED:
@@ -180,7 +180,7 @@ def largest_token(prepared: datasets.Dataset) -> tuple[int, int]:
 def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
     """Records of a prepared dataset -> `{"examples": [...]}`.
 
-    Draws nothing: on resume the first batches are collated before any state is restored.
+    Uses no random numbers: on resume the first batches are collated before any state is restored.
     """
     examples = []
     for record in records:
@@ -195,7 +195,7 @@ def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
 
 
 def dataset_digest(prepared: datasets.Dataset) -> str:
-    """SHA-256 of row numbers and tokens, in order: on resume it tells whether the data are the same."""
+    """SHA-256 of row numbers and tokens, in order; detects changed data on resume."""
     names = [name for name in ("row", "turn", *ExampleTable.NESTED) if name in prepared.column_names]
     digest = hashlib.sha256(" ".join(names).encode())
     for batch in prepared.with_format("arrow").iter(batch_size=1000):
@@ -209,7 +209,7 @@ def dataset_digest(prepared: datasets.Dataset) -> str:
 
 
 def _feed(digest: _Hash, values: pyarrow.Array) -> None:
-    # One width for all, so that a dataset saved with wider integers has the same digest.
+    # One integer width, so that a dataset saved with wider integers has the same digest.
     digest.update(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
 
 

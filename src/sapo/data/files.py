@@ -1,7 +1,7 @@
 """Read one data file: JSON, JSON lines, CSV, Parquet or Arrow, compressed or not.
 
-JSON is read here and not by `datasets`, whose inference refuses rows that differ in their fields, and whose
-errors name neither file nor line.
+JSON is not read with `datasets`: its type inference refuses rows with different fields, and its errors name neither
+file nor line.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
 
 
 def plain_name(file: Path) -> Path:
-    """The name of a file without the suffix of its compression."""
+    """The name of a file without its compression suffix."""
     return file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
 
 
 def is_data(file: Path) -> bool:
-    """Whether a file has a name that `read_file` reads."""
+    """Whether `read_file` supports files with this name."""
     return plain_name(file).suffix.lower() in SUFFIXES
 
 
@@ -46,11 +46,11 @@ def read_file(file: Path, split: str | None = None) -> Rows:
     """All rows of a file.
 
     Args:
-        file: its name tells what it is.
-        split: of a JSON document that holds several splits, the one wanted; None for "train".
+        file: its suffix determines the file type.
+        split: split to read from a JSON document with several; None for "train".
 
     Raises:
-        DatasetError: it cannot be read, with the line where there is one.
+        DatasetError: the file cannot be read; the message names the line if there is one.
     """
     suffix = plain_name(file).suffix.lower()
     if suffix == ".json":
@@ -67,9 +67,9 @@ def read_file(file: Path, split: str | None = None) -> Rows:
             table = pyarrow.parquet.read_table(packed) if suffix == ".parquet" else _arrow_table(packed)
             return datasets.Dataset.from_dict({name: table.column(name) for name in table.column_names})
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DatasetError(f"{file}: not readable as {suffix[1:]} ({one_line(error)}). Write it again.") from error
+        raise DatasetError(f"{file}: not readable as {suffix[1:]} ({one_line(error)}). Export it again.") from error
     raise DatasetError(
-        f"{file}: is not of a supported kind; accepted are {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}."
+        f"{file}: unsupported file type; supported are {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}."
     )
 
 
@@ -104,9 +104,9 @@ def _unpacked(raw: bytes, file: Path, suffix: str) -> bytes:
     try:
         return readers[suffix](raw)
     except ImportError as error:
-        raise DatasetError(f"{file}: reading .zst needs zstandard. Run: pip install zstandard") from error
+        raise DatasetError(f"{file}: reading .zst requires zstandard. Run: pip install zstandard") from error
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
-        raise DatasetError(f"{file}: cannot be decompressed ({one_line(error)}). Copy or write it again.") from error
+        raise DatasetError(f"{file}: cannot be decompressed ({one_line(error)}). Copy or export it again.") from error
 
 
 def _zstandard(raw: bytes) -> bytes:
@@ -133,22 +133,22 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
 
 
 def _csv(raw: bytes, file: Path, delimiter: str) -> list[dict[str, Any]]:
-    """Rows of text under the names of the first line; what a cell does not say is empty."""
+    """Rows of text, with the first line as column names; missing values are empty text."""
     text = _decode(raw, file, 1)
     limit = csv.field_size_limit(len(raw) + 1)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DatasetError(f"{file}, line 1: names a column twice. Give each a name of its own.")
+            raise DatasetError(f"{file}, line 1: duplicate column name. Rename one of the columns.")
         rows = []
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise DatasetError(
-                    f"{file}, line {reader.line_num}: has {len(cells)} cells, and the first line names {len(header)} "
-                    "columns. Quote cells that hold the separator or a line break."
+                    f"{file}, line {reader.line_num}: has {len(cells)} cells, but the first line names {len(header)} "
+                    "columns. Quote cells that contain the separator or a line break."
                 )
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
@@ -182,13 +182,13 @@ def _json_lines(raw: bytes, file: Path) -> list[dict[str, Any]]:
 
 def _one_split(file: Path, split: str) -> DatasetError:
     return DatasetError(
-        f'{file}: is one file, which is the split "train"; there is no "{split}". Give a folder with train.jsonl and '
-        f"{split}.jsonl, or the other file's own path."
+        f'{file}: a single file is the split "train"; there is no "{split}". Use a folder with train.jsonl and '
+        f"{split}.jsonl, or the path of the other file."
     )
 
 
 def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
-    """A list of objects, an object that holds one (as `data`, or by split), or, in spite of its name, JSON lines."""
+    """A list of objects, an object that holds one (as `data`, or by split), or JSON lines despite its name."""
     text = _decode(raw, file, 1)
     if not text.strip():
         return []
@@ -203,8 +203,8 @@ def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
     if isinstance(document, dict):
         if split not in listed and "data" not in listed:
             raise DatasetError(
-                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; rows are "
-                'expected as a list, under the key "data" or "train", or one object a line.'
+                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; expected a "
+                'list of rows, a list under the key "data" or "train", or one object per line.'
             )
         document = document[split if split in listed else "data"]
     if not isinstance(document, list):
@@ -233,5 +233,5 @@ def _kind(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, to be quoted in another."""
+    """The message of an error on one line, to quote in another error."""
     return brief(error).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which files of a folder make up a split: by their names, as `datasets` has them, or by a hub snapshot's README."""
+"""Find the files of a split in a folder: by file name, as in `datasets`, or by the README of a Hub snapshot."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.
 
 
 def read_folder(folder: Path, config: str | None, split: str) -> Rows:
-    """The rows of a split.
+    """Read the rows of a split.
 
     Args:
-        folder: what `datasets` saved; a snapshot of a hub dataset; or files named by split.
-        config: which configuration of a snapshot.
-        split: its name, such as `train` or `test_prefs`.
+        folder: saved by `datasets`, a snapshot of a Hub dataset, or files named by split.
+        config: configuration of a snapshot.
+        split: name of the split, such as `train` or `test_prefs`.
 
     Raises:
-        DatasetError: there is no such configuration or split, or its files cannot be read as one.
+        DatasetError: there is no such configuration or split, or its files cannot be combined.
     """
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         _no_configuration(folder, config)
@@ -40,22 +40,20 @@ def read_folder(folder: Path, config: str | None, split: str) -> Rows:
     by_split = _by_name(folder, split) if stated is None else stated
     if not by_split:
         raise DatasetError(
-            f"{folder}: holds no data. Put train.jsonl (or .json, .csv, .parquet, .arrow) there, or give a file."
+            f"{folder}: contains no data. Put train.jsonl (or .json, .csv, .parquet, .arrow) there, or use a file."
         )
     if split == "train" and set(by_split) == {""}:
-        return join(by_split[""], folder)  # a folder of nameless shards
+        return join(by_split[""], folder)  # shards without a split name
     exact = [file for file in by_split.get("", ()) if plain_name(file).stem == split]
     found = by_split.get(split) or exact or _alias(by_split, split)
     if not found:
         known = sorted({*by_split, *(plain_name(file).stem for file in by_split.get("", ()))} - {""})
-        raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(known)}. Name one of these.')
+        raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(known)}. Use one of these.')
     return join(found, folder)
 
 
 def splits_of(folder: Path, config: str | None = None) -> list[str]:
-    """The names of the splits that a folder states; empty where its files bear none, and for what `datasets` saved
-    without any.
-    """
+    """The split names in a folder; empty if its files name no splits, or if `datasets` saved it without splits."""
     if (folder / "dataset_dict.json").is_file():
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if (folder / "state.json").is_file():
@@ -68,13 +66,13 @@ def splits_of(folder: Path, config: str | None = None) -> list[str]:
 def _no_configuration(folder: Path, config: str | None) -> None:
     if config is not None:
         raise DatasetError(
-            f"{folder}: is local and has no configuration {config!r}. Leave dataset_config out, or give the path of "
+            f"{folder}: is local and has no configuration {config!r}. Remove dataset_config, or use the path of "
             "the file itself."
         )
 
 
 def _by_name(folder: Path, split: str) -> dict[str, list[Path]]:
-    """Data files by the split that their names state; nameless ones under the empty name."""
+    """Data files by the split in their names; files without a split under the empty name."""
     by_split: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
@@ -89,9 +87,9 @@ def _by_name(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def split_name(file: Path) -> str:
-    """The split that a file's name states, or nothing.
+    """The split in a file's name, or empty text.
 
-    `test_prefs-00000-of-00002.parquet` is `test_prefs`, as `datasets` writes it; `train_1M.jsonl` is `train_1M`;
+    `test_prefs-00000-of-00002.parquet` is `test_prefs`, as written by `datasets`; `train_1M.jsonl` is `train_1M`;
     `train-3.jsonl` and `train_part2.jsonl` are parts of `train`.
     """
     stem = plain_name(file).stem
@@ -102,14 +100,14 @@ def split_name(file: Path) -> str:
 
 
 def _alias(by_split: dict[str, list[Path]], split: str) -> list[Path]:
-    """The files of a split under another name of the same meaning, such as `dev` for `validation`."""
+    """The files of a split under an alias, such as `dev` for `validation`."""
     words = next((words for words in _ALIASES if split in words), ())
     found = [by_split[word] for word in words if word in by_split]
     return found[0] if len(found) == 1 else []
 
 
 def _stated(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
-    """Files by split as the README of a hub snapshot states them under `configs:`; None if it does not."""
+    """Files by split from `configs:` in the README of a Hub snapshot; None without one."""
     readme = folder / "README.md"
     try:
         text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
@@ -119,7 +117,7 @@ def _stated(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
     try:
         content = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError:
-        return None  # a model card or a note: the names of the files tell
+        return None  # a README without dataset metadata: splits follow from file names
     listed = content.get("configs") if isinstance(content, dict) else None
     configs = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     configs = [entry for entry in configs if "data_files" in entry or "data_dir" in entry]
@@ -131,8 +129,8 @@ def _stated(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
         marked = [name for name, entry in by_name.items() if entry.get("default") is True or name == "default"]
         wanted = marked[0] if marked else next(iter(by_name)) if len(by_name) == 1 else None
     if wanted is None or wanted not in by_name:
-        said = "needs one" if wanted is None else f"has no {wanted!r}"
-        raise DatasetError(f"{folder}: dataset_config {said}; its README has {', '.join(sorted(by_name))}.")
+        problem = "is required" if wanted is None else f"{wanted!r} does not exist"
+        raise DatasetError(f"{folder}: dataset_config {problem}; its README has {', '.join(sorted(by_name))}.")
     return _files_of(folder, by_name[wanted], wanted)
 
 
@@ -149,33 +147,35 @@ def _files_of(folder: Path, entry: dict[str, Any], config: str) -> dict[str, lis
         path = item.get("path") if isinstance(item, dict) else None
         patterns = [path] if isinstance(path, str) else path
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise DatasetError(f"{folder}: README.md, configs, {config}: data_files is not understood. Give a file.")
+            raise DatasetError(
+                f"{folder}: README.md, configs, {config}: data_files is not understood. Use a file name."
+            )
         for pattern in patterns:
             if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-                raise DatasetError(f"{folder}: README.md, configs, {config}: {pattern!r} leads out of the folder.")
+                raise DatasetError(f"{folder}: README.md, configs, {config}: {pattern!r} is outside the folder.")
             try:
                 files = [file for file in sorted(base.glob(pattern)) if file.is_file()]
             except (ValueError, NotImplementedError) as error:
                 raise DatasetError(
                     f"{folder}: README.md, configs, {config}: {pattern!r}: {one_line(error)}."
                 ) from error
-            if files:  # a snapshot of some of the splits is ordinary
+            if files:  # snapshots often contain only some splits
                 by_split.setdefault(str(item.get("split", "train")), []).extend(files)
     return by_split
 
 
 def join(files: list[Path], where: Path | str) -> Any:
-    """Several files as one split.
+    """Combine several files into one split.
 
     Raises:
-        DatasetError: they are of different kinds, one is there twice, or their columns do not fit.
+        DatasetError: the files have different types or incompatible columns, or one occurs twice.
     """
     names = [plain_name(file) for file in files]
     if len({name.suffix.lower() in JSON_SUFFIXES for name in names}) > 1 or (
         len({name.with_suffix("") for name in names}) < len(files)
     ):
         listing = ", ".join(file.name for file in files[:4])
-        raise DatasetError(f"{where}: {listing} would be read as one split. Keep one of them, or give its path.")
+        raise DatasetError(f"{where}: {listing} would be read as one split. Keep one of them, or use its path.")
     parts: list[Any] = [read_file(file) for file in files]
     if len(parts) == 1:
         return parts[0]
@@ -185,7 +185,7 @@ def join(files: list[Path], where: Path | str) -> Any:
         return datasets.concatenate_datasets(parts)
     except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise DatasetError(
-            f"{where}: its {len(files)} files do not fit together ({one_line(error)}). Give them the same columns."
+            f"{where}: its {len(files)} files cannot be combined ({one_line(error)}). Give them the same columns."
         ) from error
 
 
@@ -198,7 +198,7 @@ def _read_saved(folder: Path, split: str) -> Rows:
         ) from error
     if not isinstance(saved, datasets.DatasetDict):
         if split != "train":
-            raise DatasetError(f'{folder}: holds one dataset without splits, so there is no "{split}".')
+            raise DatasetError(f'{folder}: contains one dataset without splits, so there is no "{split}".')
         return saved
     if split not in saved:
         raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(saved)}.')

@@ -1,7 +1,7 @@
 """Rows of any supported shape -> one conversation, or one piece of plain text, with the reply to train on.
 
-Pure Python on dictionaries: no tokenizer, no files. A fault in the structure of a row is a `DatasetError`
-that names the row; a well-formed row that teaches nothing (an empty reply) becomes a `Dropped`.
+Pure Python on dictionaries: no tokenizer, no files. A malformed row is a `DatasetError` that names the
+row; a well-formed row without anything to train on (an empty reply) becomes a `Dropped`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sapo.errors import DatasetError
 
 Row: TypeAlias = Mapping[str, Any]
 Format: TypeAlias = str
-"""How a dataset is laid out: `messages`, `conversations`, `chosen`, `prompt/completion`, `alpaca` and others."""
+"""Row format of a dataset: `messages`, `conversations`, `chosen`, `prompt/completion`, `alpaca` and others."""
 
 ACCEPTED = (
     "messages; prompt + completion (or response); prompt, question, instruction or conversations + chosen "
@@ -42,10 +42,10 @@ _NAMED = {"instruction/output": "alpaca"}
 
 
 def detect_format(row: Row, *, paired: bool, source: str) -> Format:
-    """Tell the format of a dataset from the columns of its first row (one that holds None counts as absent).
+    """Detect the format of a dataset from the columns of its first row; a column with None counts as absent.
 
-    Preference datasets often carry `messages` beside `chosen`; both then hold the same conversation, and the first is
-    taken unless pairs are wanted.
+    Preference datasets often have `messages` as well as `chosen`, with the same conversation; `messages` is used unless
+    `paired`.
 
     Raises:
         DatasetError: no format fits, or `paired` and the row lacks chosen or rejected.
@@ -59,8 +59,8 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
         if base and "completions" in columns:
             return "completions"
         raise DatasetError(
-            f"{source}: has the columns {names(columns)}, but training on pairs needs chosen and rejected "
-            "(and prompt, unless both repeat it). Give paired rows, or let the model generate the rejected side."
+            f"{source}: has the columns {names(columns)}, but training on pairs requires chosen and rejected "
+            "(and prompt, unless both repeat it). Use paired rows, or let the model generate the rejected side."
         )
     if "messages" in columns and not ("chosen" in columns and preferences.is_prompt(row["messages"])):
         return "messages"
@@ -87,26 +87,26 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
 
 
 def parse_row(
-    row: Row, layout: Format, *, paired: bool, chat: bool, where: str, use: ColumnUse | None = None
+    row: Row, row_format: Format, *, paired: bool, chat: bool, where: str, use: ColumnUse | None = None
 ) -> Conversation | PlainText | Dropped:
-    """Turn one row into what is to be rendered.
+    """Parse one row.
 
     Args:
         row: columns and values.
-        layout: from `detect_format`.
-        paired: keep the rejected side.
-        chat: whether rows of a question and its answer become conversations (there is a chat template).
-        where: names the row in messages, such as "row 17 of train.jsonl".
-        use: counts the columns that are not used.
+        row_format: from `detect_format`.
+        paired: read the rejected reply too.
+        chat: convert question and answer to a conversation (the tokenizer has a chat template).
+        where: names the row in errors, such as "row 17 of train.jsonl".
+        use: counts unused columns.
 
     Raises:
-        DatasetError: the row is of another format, its messages are malformed, or a column that belongs to the prompt
-            would not be used.
+        DatasetError: the row has another format, its messages are malformed, or a column that belongs to the prompt
+            would be ignored.
     """
-    needed = _needed(layout, paired=paired)
+    needed = _needed(row_format, paired=paired)
     missing = [name for name in needed if row.get(name) is None]
     if missing:
-        return _incomplete(row, missing, layout, paired=paired, where=where)
+        return _incomplete(row, missing, row_format, paired=paired, where=where)
     mark = untrained_mark(row)
     if mark is not None:
         return Dropped(mark)
@@ -114,25 +114,25 @@ def parse_row(
     for name in MARKS:
         if row.get(name) in (0, 1, "0", "1", "true", "false", "True", "False"):
             fields.used.add(name)
-    parsed = _parse(fields, layout, paired=paired, chat=chat, use=use)
+    parsed = _parse(fields, row_format, paired=paired, chat=chat, use=use)
     if not isinstance(parsed, Dropped):
         known = {"rejected", "generated", "non_preferred_output"}
-        fields.account(layout, parsed, use, known)
+        fields.account(row_format, parsed, use, known)
     return parsed
 
 
-def _needed(layout: Format, *, paired: bool) -> tuple[str, ...]:
-    if layout in _PAIRS:
-        return _PAIRS[layout] if paired else _PAIRS[layout][:1]
-    if layout == "completions":
+def _needed(row_format: Format, *, paired: bool) -> tuple[str, ...]:
+    if row_format in _PAIRS:
+        return _PAIRS[row_format] if paired else _PAIRS[row_format][:1]
+    if row_format == "completions":
         return ("completions",)
-    return ("instruction", "output") if layout == "alpaca" else tuple(layout.split("/"))
+    return ("instruction", "output") if row_format == "alpaca" else tuple(row_format.split("/"))
 
 
-def _incomplete(row: Row, missing: list[str], layout: Format, *, paired: bool, where: str) -> Dropped:
-    """A row of which a column is null, as in an export of a database: dropped like one that holds empty text.
+def _incomplete(row: Row, missing: list[str], row_format: Format, *, paired: bool, where: str) -> Dropped:
+    """A row with a null column, as in a database export: dropped like one with empty text.
 
-    A row that has no such column, or that has another format's, is a fault.
+    A row without the column, or with another format's columns, is an error.
     """
     other = ""
     try:
@@ -142,29 +142,29 @@ def _incomplete(row: Row, missing: list[str], layout: Format, *, paired: bool, w
             return Dropped(f"no {names(missing)}")
     present = {name for name, value in row.items() if value is not None}
     raise DatasetError(
-        f"{where}: lacks {names(missing)}, which the first row has; it holds {names(present)}"
-        f"{f', the format {other}' if other else ''}. One dataset has one format, here {layout}: complete the row or "
+        f"{where}: lacks {names(missing)}, which the first row has; it has {names(present)}"
+        f"{f', the format {other}' if other else ''}. A dataset has one format, here {row_format}: complete the row or "
         "remove it."
     )
 
 
 def _parse(
-    fields: Fields, layout: Format, *, paired: bool, chat: bool, use: ColumnUse | None
+    fields: Fields, row_format: Format, *, paired: bool, chat: bool, use: ColumnUse | None
 ) -> Conversation | PlainText | Dropped:
-    if layout in _TALKS:
-        messages = parse_messages(fields.get(layout), layout, fields.where)
-        return conversation(with_system(messages, fields), fields, layout)
-    if layout in _PAIRS:
-        return preferences.pair(fields, *_PAIRS[layout], paired=paired, chat=chat)
-    if layout == "completions":
+    if row_format in _TALKS:
+        messages = parse_messages(fields.get(row_format), row_format, fields.where)
+        return conversation(with_system(messages, fields), fields, row_format)
+    if row_format in _PAIRS:
+        return preferences.pair(fields, *_PAIRS[row_format], paired=paired, chat=chat)
+    if row_format == "completions":
         return preferences.rated(fields, paired=paired, chat=chat, use=use)
-    if layout == "text":
+    if row_format == "text":
         return _transcript(fields)
-    base, reply = _needed(layout, paired=paired)
+    base, reply = _needed(row_format, paired=paired)
     if all(isinstance(from_stored(fields.peek(name)), str) for name in (base, reply)):
-        return flat(fields, base, fields.get(reply), None, chat=chat, plain=layout == "prompt/completion")
+        return flat(fields, base, fields.get(reply), None, chat=chat, plain=row_format == "prompt/completion")
     if base != "prompt":
-        # Text or messages are the two shapes of a prompt; a question is text.
+        # A prompt is text or messages; a question is text.
         for name in (base, reply):
             preferences.text_of(fields, name)
     return preferences.prompt_and_reply(fields, base, reply, fields.get(reply), None)
@@ -172,12 +172,12 @@ def _parse(
 
 def _transcript(fields: Fields) -> PlainText | Dropped:
     text = preferences.text_of(fields, "text")
-    place = last_reply(text)
-    if place is None:
+    start = last_reply(text)
+    if start is None:
         raise DatasetError(
-            f'{fields.where}: "text" holds no role marker (such as <|im_start|>assistant, [/INST] or "Assistant:"), so '
-            "nothing tells where the reply begins. Give the columns prompt and completion, or messages."
+            f'{fields.where}: "text" contains no role marker (such as <|im_start|>assistant, [/INST] or "Assistant:"), '
+            "so the start of the reply is unknown. Use the columns prompt and completion, or messages."
         )
-    if not text[place:].strip():
+    if not text[start:].strip():
         return Dropped("empty reply")
-    return PlainText(text[:place], text[place:])
+    return PlainText(text[:start], text[start:])

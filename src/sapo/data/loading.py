@@ -1,4 +1,4 @@
-"""Find and read rows: a local file or folder, or a dataset on the hub.
+"""Find and read rows: a local file or folder, or a dataset on the Hub.
 
 Local data is read into memory; nothing is written to any cache.
 """
@@ -27,18 +27,17 @@ def load_rows(
 
     Args:
         name_or_path: a file (JSONL, JSON, CSV, Parquet, Arrow, also compressed), a folder (such files, named by
-            split; a snapshot of a hub dataset; or what `Dataset.save_to_disk` wrote), or the id of a dataset on the
-            hub.
-        config: which configuration of a hub dataset or of a snapshot.
-        split: which split, optionally a part of it, as in `train_sft[:1000]` or `test[10%:20%]`. A single file or
+            split; a snapshot of a Hub dataset; or the output of `Dataset.save_to_disk`), or the id of a Hub dataset.
+        config: configuration of a Hub dataset or a snapshot.
+        split: split name, optionally with a slice, as in `train_sft[:1000]` or `test[10%:20%]`. A single file or
             a saved `Dataset` is the split "train".
-        streaming: fetch a hub dataset row by row and do not store it; local data is read into memory anyway.
+        streaming: stream a Hub dataset instead of downloading it; local data is always read into memory.
 
     Returns:
-        A list of rows for JSON and CSV, whose rows may differ in their fields; otherwise a `datasets.Dataset`.
+        A list of rows for JSON and CSV, whose rows may have different fields; otherwise a `datasets.Dataset`.
 
     Raises:
-        DatasetError: nothing is found, a file cannot be read, or there are no rows.
+        DatasetError: nothing was found, a file cannot be read, or there are no rows.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
@@ -50,9 +49,9 @@ def load_rows(
 
 
 def evaluation_split(name_or_path: str | Path, config: str | None, wanted: str) -> str:
-    """The split of a dataset that is given for evaluation alone.
+    """The split to read from a dataset that is only for evaluation.
 
-    A file, and a folder whose files bear no names of splits, is taken whole; of anything else, the split `wanted`.
+    All rows of a file, or of a folder whose files name no splits; of anything else, the split `wanted`.
     """
     path = Path(name_or_path).expanduser()
     _, part = _split_parts(wanted)
@@ -61,7 +60,7 @@ def evaluation_split(name_or_path: str | Path, config: str | None, wanted: str) 
 
 
 def load_files(files: list[Path], *, split: str = "train") -> Rows:
-    """Read several files as one split; of `split` only the part in brackets counts.
+    """Read several files as one split; only the slice in `split` is used.
 
     Raises:
         DatasetError: as `load_rows`.
@@ -77,22 +76,22 @@ def load_files(files: list[Path], *, split: str = "train") -> Rows:
 
 
 def load_hub(name: str, config: str | None, split: str, streaming: bool, **files: Any) -> Rows:
-    """Read a dataset on the hub through `datasets`; `files` are its `data_dir` and `data_files`.
+    """Read a Hub dataset with `datasets`; `files` are its `data_dir` and `data_files`.
 
     Raises:
-        DatasetError: the hub does not give it, or it has no rows.
+        DatasetError: the dataset could not be loaded, or it has no rows.
     """
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming, **files)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
         raise DatasetError(
-            f"{wanted}: no such file or folder here, and the hub did not give it ({one_line(error)}). Check "
-            "the name, the configuration and the split; without network give a local file; for private data "
+            f"{wanted}: no such local file or folder, and loading from the Hub failed ({one_line(error)}). Check "
+            "the name, configuration and split; offline, use a local file; for private data "
             "run `hf auth login`."
         ) from error
     if not streaming and not len(rows):
-        raise DatasetError(f"{name}: split {split} holds no rows. Choose another split.")
+        raise DatasetError(f"{name}: split {split} has no rows. Choose another split.")
     return rows
 
 
@@ -108,13 +107,13 @@ def _not_found(name: str, path: Path) -> str:
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    # Compare with what stands where the first missing part should be: a folder may be misspelt, not the file.
+    # Compare with the siblings of the first missing part: the typo may be in a folder's name.
     wanted = path.relative_to(folder).parts[0]
     near = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1)
     if near:
         found = str(folder / near[0])
-        return f"no file or folder {name!r}; nearest here: {found!r}."
-    return f"no file or folder {name!r}; nothing in {str(folder.absolute())!r} resembles it. Check the path."
+        return f"no file or folder {name!r}; did you mean {found!r}?"
+    return f"no file or folder {name!r}; no similar name in {str(folder.absolute())!r}. Check the path."
 
 
 def _load_local(path: Path, config: str | None, split: str) -> Rows:
@@ -123,8 +122,8 @@ def _load_local(path: Path, config: str | None, split: str) -> Rows:
         return _part(read_folder(path, config, base), split, path)
     if config is not None:
         raise DatasetError(
-            f"{path}: is local, so it has no configuration {config!r}. Leave dataset_config out, "
-            "or give the path of the file itself."
+            f"{path}: is local, so it has no configuration {config!r}. Remove dataset_config, "
+            "or use the path of the file itself."
         )
     return _part(read_file(path, base), split, path)
 
@@ -133,14 +132,14 @@ def _part(rows: datasets.Dataset | list[dict[str, Any]], split: str, where: Path
     base, part = _split_parts(split)
     taken = _take(rows, base, split, where) if part else rows
     if not len(taken):
-        raise DatasetError(f"{where}: holds no rows{f' in {split}' if part else ''}. Give a file that does.")
+        raise DatasetError(f"{where}: has no rows{f' in {split}' if part else ''}. Use another file or split.")
     return taken
 
 
 def _split_parts(split: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\w[\w.-]*)((?:\[[^\]]*\])?)", split)
     if match is None:
-        raise DatasetError(f'split "{split}": not understood. Write a name, or a part such as train[:1000].')
+        raise DatasetError(f'split "{split}": not understood. Use a name, or a slice such as train[:1000].')
     return match[1], match[2]
 
 
@@ -152,7 +151,7 @@ def _take(
     except (ValueError, AssertionError) as error:
         raise DatasetError(
             f'{path}: split "{split}" does not fit its {len(rows)} rows ({one_line(error)}). '
-            "Write a part such as train[:1000] or train[10%:20%]."
+            "Use a slice such as train[:1000] or train[10%:20%]."
         ) from error
     start, stop = span.from_ or 0, len(rows) if span.to is None else span.to
     if isinstance(rows, list):

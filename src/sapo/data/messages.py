@@ -32,7 +32,7 @@ ROLE_SPELLINGS = {
     "tool_response": "tool",
     "ipython": "tool",
 }
-"""Roles of ShareGPT and others, in lower case, and what they are called here."""
+"""Role names of ShareGPT and others, in lower case, and the role that each stands for."""
 
 _KEYS = {"role", "from"}
 _CALL_KEYS = {"name", "function"}
@@ -41,7 +41,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _SWITCHES = ("train", "training", "trainable", "loss", "label")
 _MASKS = ("mask", "masked", "ignore")
 MARKS = ("weight", *_SWITCHES, *_MASKS)
-"""Fields of a row or a message that may say that it is not to be trained on."""
+"""Fields that may exclude a row or a message from training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Conversation:
 
     Attributes:
         messages: `{"role", "content", ...}`, roles as in `ROLES`.
-        first: replies before this message belong to a prompt that the row states, and are not trained on.
-        rejected: the assistant message that a paired row puts in place of the last one.
-        tools: what the row offers in its `tools` column, handed to the chat template.
+        first: replies before this message index belong to the row's prompt and are not trained on.
+        rejected: the rejected assistant message of a paired row, in place of the last one.
+        tools: the row's `tools` column, passed to the chat template.
         documents: likewise, its `documents` column.
         template_options: likewise, its `chat_template_kwargs` column.
-        untrained: replies (by index among the messages) that the row says not to train on, and the mark.
+        untrained: message indices of replies that the row excludes from training, with the reason.
     """
 
     messages: tuple[Message, ...]
@@ -78,16 +78,16 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that cannot be trained on, and why, in words that a report can count."""
+    """A row that cannot be trained on, with a reason that a report can count."""
 
     reason: str
 
 
 def untrained_mark(fields: Mapping[str, Any]) -> str | None:
-    """What in a row or a message says that it is not to be trained on, such as `weight: 0`; None where nothing does.
+    """The field that excludes a row or a message from training, such as `weight: 0`; None if there is none.
 
-    Read are `weight` 0, `train`, `training`, `trainable`, `loss` and `label` false, `mask`, `masked` and `ignore`
-    true; from CSV, as text.
+    Recognized are `weight` 0, `train`, `training`, `trainable`, `loss` and `label` false, `mask`, `masked` and `ignore`
+    true; also as text, from CSV.
     """
     for name in MARKS:
         value = fields.get(name)
@@ -98,7 +98,7 @@ def untrained_mark(fields: Mapping[str, Any]) -> str | None:
         if name == "weight":
             found = isinstance(value, (bool, int, float)) and value == 0
         elif name == "label":
-            # A measure such as a loss of 0.0 is no switch, but many tools write KTO's label as 0 and 1.
+            # A number such as a loss of 0.0 is not a flag, but many tools write KTO's label as 0 and 1.
             found = isinstance(value, (bool, int)) and value == 0
         else:
             found = value is (name in _MASKS)
@@ -111,7 +111,7 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
     """Check a list of messages, one message, or JSON text of either; other spellings of keys and roles are translated.
 
     Raises:
-        DatasetError: it is something else, or holds what is no message.
+        DatasetError: it is something else, or an item is not a message.
     """
     value = from_json_text(value)
     if isinstance(value, Mapping):
@@ -119,7 +119,7 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list of messages.')
     if not value:
-        raise DatasetError(f'{where}: "{column}" is an empty list; it must hold at least one message.')
+        raise DatasetError(f'{where}: "{column}" is an empty list; it must contain at least one message.')
     return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)]
 
 
@@ -135,7 +135,7 @@ def from_json_text(value: object) -> object:
 
 
 def from_stored(value: object) -> object:
-    """Messages that were stored as JSON text; other text stays text, also where it is JSON, as some replies are."""
+    """Messages that were stored as JSON text; other text stays text, even if it is JSON, as some replies are."""
     found = from_json_text(value)
     items = [found] if isinstance(found, Mapping) else found
     if isinstance(items, list) and items and all(isinstance(item, Mapping) and item.keys() & _KEYS for item in items):
@@ -144,7 +144,7 @@ def from_stored(value: object) -> object:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the nulls that Arrow adds to objects: a field that any row has, all rows have."""
+    """The value without the nulls that Arrow adds for fields that only other rows have."""
     if isinstance(value, Mapping):
         return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, (list, tuple)):
@@ -160,21 +160,21 @@ def _message(item: object, name: str, where: str) -> Message:
         if key in fields and known not in fields:
             fields[known] = fields.pop(key)
     given = fields.get("role")
-    spelt = given.strip().lower() if isinstance(given, str) else None
-    role = spelt if spelt in ROLES else ROLE_SPELLINGS.get(spelt or "")
+    given_role = given.strip().lower() if isinstance(given, str) else None
+    role = given_role if given_role in ROLES else ROLE_SPELLINGS.get(given_role or "")
     if role is None:
         found = "no role" if given is None else f"the unknown role {brief(json.dumps(given, default=str), 60)}"
         raise DatasetError(
             f"{where}: {name} has {found}; known are {names(ROLES)}, and ShareGPT's {names(ROLE_SPELLINGS)}."
         )
     if "content" not in item and "value" not in item and not fields.keys() & {"tool_calls", "function_call"}:
-        raise DatasetError(f"{where}: {name} has no content; it holds {names(fields)}.")
+        raise DatasetError(f"{where}: {name} has no content; its fields are {names(fields)}.")
     content = _content(fields.get("content"), name, where)
     calls = fields.pop("tool_calls", None) or fields.pop("function_call", None)
     fields.pop("function_call", None)
     made: Message = {**without_nulls(fields), "role": role, "content": content}
     if role == "assistant":
-        if not calls and spelt in _CALLS:
+        if not calls and given_role in _CALLS:
             stored = from_json_text(content)
             items = [stored] if isinstance(stored, Mapping) else stored
             if isinstance(items, list) and all(isinstance(i, Mapping) and i.keys() & _CALL_KEYS for i in items):
@@ -185,7 +185,7 @@ def _message(item: object, name: str, where: str) -> Message:
 
 
 def _content(content: object, name: str, where: str) -> str:
-    """Text, or a list of text parts, as one text; nothing at all is empty text."""
+    """Text, or a list of text parts, as one text; null is empty text."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, Sequence):
@@ -211,7 +211,7 @@ def _tool_calls(calls: object, name: str, where: str) -> list[Any]:
 
 
 def _tool_call(call: object) -> Any:
-    """A call whose arguments are an object: as JSON text, as some services give them, they would be quoted again."""
+    """A call with its arguments as an object: templates would quote JSON text a second time."""
     if not isinstance(call, Mapping):
         return call
     if "function" not in call and "name" in call:
@@ -224,7 +224,7 @@ def _tool_call(call: object) -> Any:
         given = function["arguments"]
         if given is None or (isinstance(given, str) and not given.strip()):
             given = {}
-        # Nulls that are written in JSON text are meant; those of a struct are Arrow's.
+        # Nulls in JSON text are intended; nulls in a struct come from Arrow.
         made["arguments"] = from_json_text(given) if isinstance(given, str) else without_nulls(given)
     return {**without_nulls({key: value for key, value in call.items() if key != "function"}), "function": made}
 
@@ -233,27 +233,27 @@ def parse_tools(value: object, column: str, where: str) -> list[Any] | None:
     """A list of tools or of documents, or JSON text of one.
 
     Raises:
-        DatasetError: it is something else.
+        DatasetError: it is neither.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except (json.JSONDecodeError, RecursionError) as error:
-            said = getattr(error, "msg", "nested too deeply")
-            raise DatasetError(f'{where}: "{column}" is text but not valid JSON ({said}).') from error
+            problem = getattr(error, "msg", "nested too deeply")
+            raise DatasetError(f'{where}: "{column}" is text but not valid JSON ({problem}).') from error
     if value is not None and not isinstance(value, list):
         raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list, or JSON text of one.')
     # An item may be JSON text too: columns of one type hold tools of any shape.
     return [without_nulls(from_json_text(item)) for item in value] if value else None
 
 
-def says_nothing(message: Message) -> bool:
+def is_empty(message: Message) -> bool:
     """Whether a message has neither text nor tool calls."""
     return not message["content"].strip() and not message.get("tool_calls")
 
 
 def same_message(mine: Message, theirs: Message) -> bool:
-    """Whether two messages say the same; metadata beside it (scores, ids) often differs between the sides of a pair."""
+    """Whether two messages have the same content, ignoring metadata such as scores and ids."""
     return (mine["role"], mine["content"], mine.get("tool_calls")) == (
         theirs["role"],
         theirs["content"],
@@ -262,12 +262,12 @@ def same_message(mine: Message, theirs: Message) -> bool:
 
 
 def names(given: Collection[str]) -> str:
-    """Names in order, for a message."""
+    """Sorted names, for an error."""
     return brief(", ".join(sorted(given)) or "nothing")
 
 
 def kind(value: object) -> str:
-    """What a value is, for a message."""
+    """Description of a value's type, for an error."""
     if value is None:
         return "nothing"
     if isinstance(value, str):

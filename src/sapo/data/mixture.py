@@ -1,4 +1,4 @@
-"""Several datasets as one. Each is read and recognised on its own, so they may differ in shape."""
+"""Several datasets as one. Each has its own format and columns."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from trl.scripts.utils import DatasetConfig
 
 _READERS = ("json", "parquet", "arrow")
-"""Values of `path` that name a file format, as `datasets.load_dataset` takes them, and that are read here."""
+"""Values of `path` that name a file format, as in `datasets.load_dataset`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One dataset of a mixture, or the only one: what messages call it, and its rows."""
+    """One dataset of a mixture, or the only one: its name in messages, and its rows."""
 
     name: str
     rows: Rows
@@ -38,15 +38,15 @@ class Member:
 def load_mixture(mixture: DatasetMixtureConfig) -> list[Member]:
     """Read the members of trl's `datasets` list, with its `path`, `split`, `columns`, `fraction` and the rest.
 
-    As trl's `get_dataset`, but `path` may also be a local file or folder, and the members are not put into one table:
-    neither do they need the same columns, nor does an error lose the name of its file.
+    As trl's `get_dataset`, but `path` may also be a local file or folder, and the members are not concatenated: their
+    columns may differ, and errors name the file.
 
     Raises:
-        DatasetError: no member, one that cannot be loaded or lacks a column, or fractions that do not fit.
+        DatasetError: no member, one that cannot be loaded or lacks a column, or invalid fractions.
     """
     members = [_load_member(part, mixture.streaming) for part in mixture.datasets]
     if not members:
-        raise DatasetError("datasets: the list is empty. Name at least one, such as `- path: my.jsonl`.")
+        raise DatasetError("datasets: the list is empty. Add at least one, such as `- path: my.jsonl`.")
     fractions = [part.fraction for part in mixture.datasets if part.fraction is not None]
     return _shares(members, fractions) if fractions else members
 
@@ -59,7 +59,7 @@ def prepare_mixture(
     eos_ids: Collection[int],
     count_faults: bool = False,
 ) -> tuple[datasets.Dataset, list[DataReport]]:
-    """`prepare_dataset` on each member; row numbers go on from one to the next, so that none occurs twice."""
+    """`prepare_dataset` on each member; row numbers continue from one member to the next, so each is unique."""
     parts: list[datasets.Dataset] = []
     reports: list[DataReport] = []
     for member in members:
@@ -78,12 +78,12 @@ def prepare_mixture(
 
 
 def split_rows(prepared: datasets.Dataset, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Put a share of the rows aside for evaluation; the turns of one row stay together.
+    """Split off rows for evaluation; the turns of one row stay together.
 
     Args:
         prepared: from `prepare_mixture`.
-        test_size: a share of the rows below 1, or their number.
-        seed: the run's; a resumed run has to split alike.
+        test_size: fraction of the rows if below 1, else number of rows.
+        seed: the run's seed, so that a resumed run splits identically.
 
     Raises:
         DatasetError: one of the sides would be empty.
@@ -93,8 +93,8 @@ def split_rows(prepared: datasets.Dataset, test_size: float, seed: int) -> tuple
     count = round(test_size * len(rows)) if test_size < 1 else int(test_size)
     if not 0 < count < len(rows):
         raise DatasetError(
-            f"test_split_size={test_size} puts {count} of {len(rows)} rows aside. Give a share between 0 and 1, or a "
-            "number of rows that leaves some on either side."
+            f"test_split_size={test_size} would hold out {count} of {len(rows)} rows. Use a fraction between 0 and 1, "
+            "or a number of rows that leaves both sides non-empty."
         )
     aside = set(random.Random(derive_seed(seed, "test split")).sample(rows, count))
     sides = ([i for i, row in enumerate(numbers) if (row in aside) == test] for test in (False, True))
@@ -124,7 +124,7 @@ def _load_member(part: DatasetConfig, streaming: bool) -> Member:
 
 
 def _files(given: str | list[str] | dict[str, Any] | None) -> dict[str, list[str]] | None:
-    """`data_files` in its full form: a list for each split."""
+    """`data_files` in its full form: a list of files per split."""
     if given is None:
         return None
     by_split = given if isinstance(given, dict) else {"train": given}
@@ -142,7 +142,7 @@ def _select(rows: Rows, columns: list[str], name: str) -> Rows:
     if isinstance(rows, list):
         present = {column for row in rows for column in row}
     else:
-        present = set(rows.column_names or columns)  # a stream may not know its columns
+        present = set(rows.column_names or columns)  # a streamed dataset may not know its columns
     missing = [column for column in columns if column not in present]
     if missing:
         raise DatasetError(
@@ -154,13 +154,15 @@ def _select(rows: Rows, columns: list[str], name: str) -> Rows:
 
 
 def _shares(members: list[Member], fractions: list[float]) -> list[Member]:
-    """Cut each member to its share of the largest mixture in which none has to be repeated, as trl does."""
+    """Truncate each member to its fraction of the largest mixture without repetition, as trl does."""
     if len(fractions) < len(members):
         raise DatasetError("datasets: some have a fraction and some have none. Give one to all, or to none.")
     if any(isinstance(member.rows, datasets.IterableDataset) for member in members):
-        raise DatasetError("datasets: fraction needs the number of rows, and a stream has none. Leave streaming out.")
+        raise DatasetError(
+            "datasets: fraction requires the number of rows, which streaming does not know. Remove streaming."
+        )
     if min(fractions) <= 0:
-        raise DatasetError(f"datasets: fraction={min(fractions)} must be above 0. Leave the dataset out instead.")
+        raise DatasetError(f"datasets: fraction={min(fractions)} must be above 0. Remove the dataset instead.")
     weights = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(member.rows) / weight for member, weight in zip(members, weights, strict=True))
     counts = [max(1, round(weight * total)) for weight in weights]

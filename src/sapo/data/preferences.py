@@ -1,4 +1,4 @@
-"""Preference rows: a prompt in a column of its own or inside both sides, and replies of which one is better."""
+"""Preference rows: a chosen and a rejected reply, with the prompt in its own column or in both sides."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sapo.data.messages import (
     PlainText,
     from_json_text,
     from_stored,
+    is_empty,
     kind,
     parse_messages,
     same_message,
-    says_nothing,
 )
 from sapo.data.prompts import BASES, conversation, flat, with_system, wrong_end
 from sapo.data.transcripts import last_reply, shared_text
@@ -27,7 +27,7 @@ _REPLY_KEYS = ("response", "completion", "content", "text")
 
 
 def is_prompt(value: object) -> bool:
-    """Whether messages wait for a reply, so that they are a prompt and no whole conversation."""
+    """Whether messages end before a reply, so that they are a prompt, not a complete conversation."""
     value = from_stored(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value or not isinstance(value[-1], Mapping):
         return False
@@ -39,7 +39,7 @@ def text_of(fields: Fields, name: str) -> str:
     """The text of a column.
 
     Raises:
-        DatasetError: it holds something else.
+        DatasetError: the column does not contain text.
     """
     value = fields.get(name)
     if not isinstance(value, str):
@@ -50,7 +50,7 @@ def text_of(fields: Fields, name: str) -> str:
 def pair(
     fields: Fields, chosen_name: str, rejected_name: str, *, paired: bool, chat: bool
 ) -> Conversation | PlainText | Dropped:
-    """A row of a better and a worse reply, with the prompt in front of both or in a column of its own."""
+    """A row with a chosen and a rejected reply, and the prompt in both or in its own column."""
     chosen = from_stored(fields.get(chosen_name))
     worse = from_stored(fields.peek(rejected_name))
     rejected = from_stored(fields.get(rejected_name)) if paired else None
@@ -58,7 +58,7 @@ def pair(
     if base is None and fields.peek("prompt") is not None:
         base = "prompt"
     if base is None:
-        return _whole(fields, chosen_name, chosen, worse, rejected)
+        return _with_prompt(fields, chosen_name, chosen, worse, rejected)
     if not isinstance(from_stored(fields.peek(base)), str) or not isinstance(chosen, str):
         return prompt_and_reply(fields, base, chosen_name, chosen, rejected)
     prompt = fields.peek(base)
@@ -79,18 +79,18 @@ def _holds_prompt(value: object, name: str) -> bool:
     return is_prompt(value) or (name == "prompt" and value is not None)
 
 
-def _whole(
+def _with_prompt(
     fields: Fields, name: str, chosen: object, worse: object, rejected: object
 ) -> Conversation | PlainText | Dropped:
-    """Both sides hold the prompt too."""
+    """Both sides include the prompt."""
     if isinstance(chosen, str):
         cut = last_reply(chosen)
         other = last_reply(worse) if isinstance(worse, str) else None
         if cut is None or (isinstance(worse, str) and other is None):
             if not isinstance(worse, str):
                 raise DatasetError(
-                    f"{fields.where}: {name} is text, and neither a prompt nor a rejected text tells where the "
-                    "prompt ends. Add a prompt column."
+                    f"{fields.where}: {name} is text, and without a prompt column or a rejected text the end of "
+                    "the prompt is unknown. Add a prompt column."
                 )
             cut = other = shared_text(chosen, worse)
         if rejected is None:
@@ -108,7 +108,7 @@ def _whole(
 def prompt_and_reply(
     fields: Fields, base: str, column: str, reply: object, rejected: object
 ) -> Conversation | PlainText | Dropped:
-    """A prompt column beside a reply column, of which at least one holds messages."""
+    """A prompt column and a reply column, at least one of them with messages."""
     prompt = from_stored(fields.peek(base))
     if base == "input" and isinstance(prompt, Mapping):
         fields.used.add(base)
@@ -127,8 +127,8 @@ def prompt_and_reply(
         messages, first = _merged(opening, messages)
     else:
         opening = [{"role": "user", "content": prompt}]
-        # A reply that opens with another role is the whole conversation, and the prompt repeats part of it: if it does
-        # not, the prompt stays an unused column, and the row is refused for it.
+        # A reply that starts with another role is the full conversation. If the prompt column does not repeat part of
+        # it, that column stays unused and the row is refused.
         first = 0
         if messages[0]["role"] == "assistant":
             fields.used.add(base)
@@ -143,7 +143,7 @@ def prompt_and_reply(
 
 
 def _merged(opening: list[Message], messages: list[Message]) -> tuple[list[Message], int]:
-    """Prompt and reply as one conversation, and where the reply begins; the reply may repeat all or a part of it."""
+    """Prompt and reply as one conversation, and the reply's index; the reply may repeat all or part of the prompt."""
     size = len(opening)
     for start in range(len(messages) - size):
         if all(map(same_message, messages[start:], opening)):
@@ -155,7 +155,7 @@ def _merged(opening: list[Message], messages: list[Message]) -> tuple[list[Messa
 
 
 def _rejected_side(rejected: object, opening: list[Message], messages: list[Message], fields: Fields) -> list[Message]:
-    """The whole rejected conversation, whether given whole, after the prompt, or as a reply alone."""
+    """The full rejected conversation; `rejected` is all of it, the part after the prompt, or only the reply."""
     if isinstance(rejected, str):
         rejected = [{"role": "assistant", "content": rejected}]
     other = parse_messages(rejected, "rejected", fields.where)
@@ -174,7 +174,7 @@ def _paired(
         raise wrong_end("rejected", other[-1]["role"], fields.where)
     if len(other) != len(messages) or not all(map(same_message, other, messages[:-1])):
         return Dropped("chosen and rejected differ before the last reply")
-    if says_nothing(other[-1]):
+    if is_empty(other[-1]):
         return Dropped("empty rejected reply")
     return Conversation(
         made.messages, first, other[-1], made.tools, made.documents, made.template_options, made.untrained
@@ -190,7 +190,7 @@ def _plain(prompt: str, completion: str, rejected: str | None) -> PlainText | Dr
 
 
 def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) -> Conversation | PlainText | Dropped:
-    """A prompt with several rated replies, as UltraFeedback has them: the best is chosen, the worst rejected.
+    """A prompt with several rated replies, as in UltraFeedback: the best is chosen, the worst rejected.
 
     Raises:
         DatasetError: the replies are malformed or have no ratings.
@@ -201,7 +201,7 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
     found = [_rated(reply, number, fields.where) for number, reply in enumerate(replies, 1)]
     base = next((name for name in BASES if isinstance(fields.peek(name), str)), None)
     if base is None:
-        raise DatasetError(f"{fields.where}: completions need a prompt or instruction of text. Add it.")
+        raise DatasetError(f"{fields.where}: completions need a prompt or instruction column with text. Add it.")
     if not found:
         return Dropped("no completions")
     best, worst = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
@@ -215,13 +215,15 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
 def _rated(reply: object, number: int, where: str) -> tuple[float, str]:
     text = next((reply[key] for key in _REPLY_KEYS if key in reply), None) if isinstance(reply, Mapping) else None
     if not isinstance(text, str) or not isinstance(reply, Mapping):
-        raise DatasetError(f'{where}: item {number} of "completions" has no response. Give objects with response.')
+        raise DatasetError(
+            f'{where}: item {number} of "completions" has no response. Use objects with a response field.'
+        )
     for key in _SCORES:
         try:
             return float(reply[key]), text
         except (KeyError, TypeError, ValueError):
             continue
     raise DatasetError(
-        f'{where}: item {number} of "completions" has no number as {" or ".join(_SCORES[:3])}, so nothing tells which '
-        "is the best. Add the scores, or give prompt, chosen and rejected."
+        f'{where}: item {number} of "completions" has no numeric {" or ".join(_SCORES[:3])}, so the best reply is '
+        "unknown. Add the scores, or use prompt, chosen and rejected."
     )

@@ -1,4 +1,4 @@
-"""Rows -> the dataset that the trainer reads: recognise, tokenize, cut to length, count what is left out."""
+"""Rows -> the trainer's dataset: detect the format, tokenize, truncate, count what is dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256
-"""Rows tokenized in one call: enough for the tokenizer's threads, small in memory."""
+"""Rows tokenized per call: enough for the tokenizer's threads, small in memory."""
 
 
 def prepare_dataset(
@@ -35,13 +35,13 @@ def prepare_dataset(
     """Tokenize all rows, in memory.
 
     Args:
-        rows: what `load_rows` returned, or any iterable of rows.
+        rows: result of `load_rows`, or any iterable of rows.
         tokenizer: the model's tokenizer.
         options: lengths, turns, pairs.
-        eos_ids: see `eos_token_ids`. A response that ends with none of them gets the tokenizer's own.
-        source: the dataset's name in messages.
-        first_row: number of the first row in the result; messages count from 1 in any case.
-        count_faults: count malformed rows in the report instead of stopping at the first, and let a `max_length` pass
+        eos_ids: see `eos_token_ids`. A response without one gets the tokenizer's own.
+        source: name of the dataset in messages.
+        first_row: number of the first row in the result; messages always count from 1.
+        count_faults: count malformed rows in the report instead of raising at the first, and accept a `max_length`
             that truncates most rows.
 
     Returns:
@@ -49,16 +49,16 @@ def prepare_dataset(
         `response_ids` and, if paired, `rejected_ids`, each a list of lists of int32), and the report.
 
     Raises:
-        DatasetError: a malformed row; a too long one if `max_length_policy="error"`, or more of them than not if it is
-            "auto"; or nothing left.
-        TokenizerError: no chat template, no EOS token, or a template that rewrites the history.
+        DatasetError: a malformed row; a row that is too long if `max_length_policy="error"`, or more than half of them
+            if "auto"; or no row left.
+        TokenizerError: no chat template, no EOS token, or a template that changes the history.
     """
     numbered = enumerate(rows)
     head = next(numbered, None)
     if head is None:
-        raise DatasetError(f"{source}: holds no rows. Give a dataset that does.")
-    layout = detect_format(head[1], paired=options.paired, source=source)
-    report = DataReport(source, layout, max_length=options.max_length, faults=Faults() if count_faults else None)
+        raise DatasetError(f"{source}: has no rows. Use another dataset or split.")
+    row_format = detect_format(head[1], paired=options.paired, source=source)
+    report = DataReport(source, row_format, max_length=options.max_length, faults=Faults() if count_faults else None)
     encoder = Encoder(tokenizer, eos_ids, report, options.date)
     table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
     stream = chain([head], numbered)
@@ -68,7 +68,7 @@ def prepare_dataset(
         for number, row in chunk:
             report.rows += 1
             try:
-                drafts += _drafts(row, number, layout, options, encoder, report)
+                drafts += _drafts(row, number, row_format, options, encoder, report)
             except DatasetError as error:
                 report.refuse(error, number)
         for number, turn in encoder.turns(drafts):
@@ -93,10 +93,10 @@ def prepare_dataset(
 
 
 def _drafts(
-    row: dict[str, Any], number: int, layout: str, options: DataOptions, encoder: Encoder, report: DataReport
+    row: dict[str, Any], number: int, row_format: str, options: DataOptions, encoder: Encoder, report: DataReport
 ) -> list[Draft]:
     where = f"row {number + 1} of {report.source}"
-    parsed = parse_row(row, layout, paired=options.paired, chat=encoder.chat, where=where, use=report.columns)
+    parsed = parse_row(row, row_format, paired=options.paired, chat=encoder.chat, where=where, use=report.columns)
     if isinstance(parsed, Dropped):
         report.drop(parsed.reason, number)
         return []
@@ -122,14 +122,14 @@ def _note_duplicate(turn: Turn, row: int, seen: set[int], report: DataReport) ->
 
 
 def _check_lengths(options: DataOptions, report: DataReport) -> None:
-    """Refuse a `max_length` that is too small for most of the data: a wrong number, more often than a wish."""
+    """Refuse a `max_length` that truncates most of the data: this is usually a mistake."""
     total = len(report.total_lengths)
     if options.max_length_policy != "auto" or 2 * report.too_long <= total:
         return
     error = DatasetError(
-        f"{report.source}: {report.too_long} of {total} prompts with their responses are longer than "
+        f"{report.source}: {report.too_long} of {total} prompts plus responses are longer than "
         f"max_length={options.max_length} and would be truncated. Raise it: --max_length {report.length_for(95)} keeps "
-        f"95% of them whole, {report.length_for(100)} all; or ask for it with --max_length_policy truncate."
+        f"95% of them complete, {report.length_for(100)} all; or allow it with --max_length_policy truncate."
     )
     if report.faults is None:
         raise error
@@ -137,12 +137,12 @@ def _check_lengths(options: DataOptions, report: DataReport) -> None:
 
 
 def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn | None:
-    """Cut a turn to `max_length`, or count why it is left out."""
+    """Truncate a turn to `max_length`, or count why it is dropped."""
     prompt, sides = turn.prompt_ids, [turn.response_ids]
     if turn.rejected_ids is not None:
         sides.append(turn.rejected_ids)
     if not prompt:
-        # Without so much as a start token there is nothing to predict the first token from.
+        # Without at least a BOS token, nothing predicts the first token.
         report.drop("empty prompt", row)
         return None
     if not all(sides):
@@ -160,7 +160,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     if total > options.max_length and options.max_length_policy == "drop":
         report.drop(f"longer than max_length={options.max_length}", row)
         return None
-    # Both sides of a pair share one prompt, so the longer side decides whether the prompt is cut.
+    # Both sides of a pair share one prompt, so the longer side decides whether the prompt is truncated.
     kept, response = truncate(
         prompt,
         longest,
@@ -169,7 +169,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         prompt_truncation=options.prompt_truncation,
     )
     if not response:
-        report.drop("no room for a response after the prompt", row)
+        report.drop("no tokens left for a response after the prompt", row)
         return None
     cut = [side[: len(response)] for side in sides]
     if len(cut) == 2 and cut[0] == cut[1]:
@@ -183,13 +183,13 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
 
 
 def prepare_datasets(rows: Any, *, source: str, reports: dict[str, DataReport], **options: Any) -> Any:
-    """`prepare_dataset` of one data set or of several by name; of what is prepared already or None, that.
+    """`prepare_dataset` for one dataset or several by name; prepared datasets and None are returned as they are.
 
     Args:
-        rows: a data set, or a mapping of them.
-        source: its name in errors and reports; of several, the beginning of their names.
-        reports: receives what became of the rows, by name.
-        options: as of `prepare_dataset`.
+        rows: a dataset, or a mapping of datasets.
+        source: name in errors and reports; prefix of the names if there are several.
+        reports: receives each report by name.
+        options: passed to `prepare_dataset`.
     """
     if rows is None or is_prepared(rows):
         return rows
@@ -210,16 +210,16 @@ def truncate(
     max_prompt_length: int,
     prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
 ) -> tuple[list[int], list[int]]:
-    """Cut a prompt and a response to `max_length` tokens together, as the published collator does.
+    """Truncate prompt plus response to `max_length` tokens, as the published collator does.
 
-    Only when both together are too long: first the prompt is cut to `max_prompt_length` (its end or its start is
-    kept), then, if that is not enough, the response is cut at the end, and its end token goes with it.
+    Only if both together are too long: first the prompt is truncated to `max_prompt_length` (keeping its end or its
+    start), then, if that is not enough, the response is truncated at its end and loses its EOS token.
 
     Returns:
         The prompt and the response that remain; the response may be empty when the prompt alone fills `max_length`.
 
     Raises:
-        ValueError: a cut prompt would keep nothing, or more than `max_length`.
+        ValueError: a truncated prompt would be empty, or longer than `max_length`.
     """
     if not 1 <= max_prompt_length <= max_length:
         raise ValueError(f"max_prompt_length={max_prompt_length}: must be between 1 and max_length={max_length}")

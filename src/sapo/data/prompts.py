@@ -1,4 +1,4 @@
-"""Prompts that are spread over columns: system text, earlier turns, question, input -> one prompt."""
+"""Prompts spread over several columns: system text, earlier turns, question, input -> one prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sapo.data.messages import (
     Message,
     PlainText,
     from_json_text,
+    is_empty,
     kind,
     parse_messages,
     parse_tools,
-    says_nothing,
     untrained_mark,
     without_nulls,
 )
@@ -44,8 +44,8 @@ def flat(
         base: the column of the question.
         reply: the reply.
         rejected: the rejected reply of a pair.
-        chat: there is a chat template.
-        plain: the question is a prompt as the model is to see it, as long as nothing stands beside it.
+        chat: the tokenizer has a chat template.
+        plain: use the question unchanged as the prompt if no other column adds to it.
     """
     question = str(fields.get(base))
     parts = [question]
@@ -57,7 +57,7 @@ def flat(
             raise DatasetError(f'{fields.where}: "{name}" is {kind(extra)}; it must be text.')
         fields.used.add(name)
         if extra.strip():
-            # A passage comes before the question about it, an input after its instruction.
+            # A passage precedes the question about it; an input follows its instruction.
             parts.insert(0 if name == "context" and base in ("question", "query") else len(parts), extra)
     text = "\n\n".join(parts)
     before = _earlier(fields)
@@ -86,10 +86,10 @@ def flat(
 
 
 def system_text(fields: Fields) -> str:
-    """The system text beside other columns; empty without one.
+    """The text of the system column; empty without one.
 
     Raises:
-        DatasetError: it is no text.
+        DatasetError: the column does not contain text.
     """
     for name in SYSTEM:
         value = fields.peek(name)
@@ -104,7 +104,7 @@ def system_text(fields: Fields) -> str:
 
 
 def with_system(messages: list[Message], fields: Fields) -> list[Message]:
-    """Messages with the text of a system column in front.
+    """Messages preceded by the text of a system column.
 
     Raises:
         DatasetError: they have another system message.
@@ -122,16 +122,16 @@ def with_system(messages: list[Message], fields: Fields) -> list[Message]:
 
 
 def conversation(messages: list[Message], fields: Fields, column: str, *, first: int = 0) -> Conversation | Dropped:
-    """Checked messages, with what the row gives the chat template.
+    """Check messages and add the row's arguments for the chat template.
 
     Args:
         messages: all of them.
         fields: the row.
         column: where the messages come from, for errors.
-        first: replies before this message are not trained on.
+        first: replies before this message index are not trained on.
 
     Raises:
-        DatasetError: there is no reply, or another role has the last word.
+        DatasetError: there is no reply, or the last message is not the assistant's.
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -139,10 +139,10 @@ def conversation(messages: list[Message], fields: Fields, column: str, *, first:
     if roles[-1] != "assistant":
         raise wrong_end(column, roles[-1], fields.where)
     for message in messages:
-        # An empty system text or tool result is ordinary; an empty question or answer is damage.
-        if message["role"] == "user" and says_nothing(message):
+        # Empty system texts and tool results are normal; an empty question or answer is a data error.
+        if message["role"] == "user" and is_empty(message):
             return Dropped("empty user message")
-        if message["role"] == "assistant" and says_nothing(message):
+        if message["role"] == "assistant" and is_empty(message):
             return Dropped("empty reply")
     tools = None
     for name in ("tools", "functions"):
@@ -156,23 +156,23 @@ def conversation(messages: list[Message], fields: Fields, column: str, *, first:
     if fields.peek("documents") is not None:
         documents = parse_tools(fields.get("documents"), "documents", fields.where)
         if documents is not None and not all(isinstance(item, dict) for item in documents):
-            raise DatasetError(f'{fields.where}: "documents" must hold objects with title and text.')
+            raise DatasetError(f'{fields.where}: "documents" must contain objects with title and text.')
     marks = {
-        place: mark
-        for place, message in enumerate(messages)
+        index: mark
+        for index, message in enumerate(messages)
         if message["role"] == "assistant" and (mark := untrained_mark(message)) is not None
     }
     return Conversation(tuple(messages), first, None, tools, documents, _options(fields), marks)
 
 
 def wrong_end(column: str, role: str, where: str) -> DatasetError:
-    """The error of messages whose last word is not the assistant's."""
+    """The error for messages that do not end with an assistant message."""
     return DatasetError(f'{where}: "{column}" ends with role "{role}"; the last message must be the assistant\'s.')
 
 
 def _tool(tool: object, where: str) -> Any:
     if not isinstance(tool, Mapping):
-        raise DatasetError(f'{where}: "tools" holds {kind(tool)}; each must be an object, such as a JSON schema.')
+        raise DatasetError(f'{where}: "tools" contains {kind(tool)}; each must be an object, such as a JSON schema.')
     return tool
 
 
@@ -185,7 +185,7 @@ def _options(fields: Fields) -> Mapping[str, Any]:
     taken = sorted(_RESERVED & set(value))
     if taken:
         raise DatasetError(
-            f'{fields.where}: "chat_template_kwargs" sets {", ".join(taken)}, which the row itself gives. Remove it.'
+            f'{fields.where}: "chat_template_kwargs" sets {", ".join(taken)}, which the row itself sets. Remove it.'
         )
     options: Mapping[str, Any] = without_nulls(value)
     return options

@@ -1,7 +1,7 @@
-"""One turn of a conversation -> text of the prompt and of prompt and reply, and nothing of the template's in the reply.
+"""One turn of a conversation -> the text of the prompt, and of prompt plus reply.
 
-A template may print less than a row holds (it does not know a role, or tools) and more (headers of the next turn): the
-first must not become training on half a prompt, the second not training on what nobody said.
+A template may print less than a row contains (it lacks a role, or tools) or more (the header of the next turn). The
+first must not lead to training on an incomplete prompt, the second not to training on text that is not in the reply.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a chat template raises."""
+"""Exceptions that a chat template raises."""
 
 _MARKER = "zebra quartz"
 _ROLE = re.compile(r"assistant|model|\bbot\b|chatbot|\bgpt\b|\bai\b", re.IGNORECASE)
@@ -39,9 +39,9 @@ class Renderer:
 
     Args:
         tokenizer: one with a chat template, or nothing is rendered.
-        ends: tokens that end a reply.
-        columns: counts fields of messages that are not printed.
-        date: what the template takes for today.
+        ends: EOS tokens.
+        columns: counts message fields that are not printed.
+        date: the date for templates that print one; None for today.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class Renderer:
         self._ends = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends if end in special]
         self._header, self._tail = self._probe() if tokenizer.chat_template else ("", None)
 
-    def turn(self, talk: Conversation, place: int, where: str) -> tuple[str, tuple[str, ...]]:
-        """The prompt of one reply, and the prompt with the reply (and, of a pair, with the rejected one) after it.
+    def turn(self, talk: Conversation, index: int, where: str) -> tuple[str, tuple[str, ...]]:
+        """The prompt of one reply, and prompt plus reply (for a pair, also prompt plus rejected reply).
 
         Args:
             talk: the conversation.
-            place: which message is the reply.
+            index: message index of the reply.
             where: names the row in errors.
 
         Raises:
             Unprinted: the template does not print the reply, or a message before it.
             DatasetError: the template refuses the conversation, or ignores its tools or documents.
         """
-        before = talk.messages[:place]
+        before = talk.messages[:index]
         prompt = self._render(before, talk, where, opening=True)
         self._check_prompt(before, prompt, talk, where)
-        header, wholes = self._header, []
-        replies = [talk.messages[place], *([] if talk.rejected is None else [talk.rejected])]
+        header, full_texts = self._header, []
+        replies = [talk.messages[index], *([] if talk.rejected is None else [talk.rejected])]
         for reply in replies:
             whole = self._render((*before, reply), talk, where)
             self._check_reply(before, reply, prompt, whole, talk, where)
             if not whole.startswith(prompt + header):
                 header = ""
-            wholes.append(self._without_tail(before, reply, whole, talk, where))
-        return prompt + header, tuple(wholes)
+            full_texts.append(self._without_tail(before, reply, whole, talk, where))
+        return prompt + header, tuple(full_texts)
 
     def _probe(self) -> tuple[str, str | None]:
-        """What the template prints around a reply: a header that is not in its prompts, and what follows."""
+        """What the template prints around a reply: a header that its generation prompt lacks, and the tail."""
         asked = [{"role": "user", "content": "Hello"}]
         talk = Conversation((*asked, {"role": "assistant", "content": _MARKER}))
         try:
@@ -89,10 +89,10 @@ class Renderer:
             opened = self._apply(asked, talk, opening=True)
             bare = self._apply(asked, talk, opening=False)
         except TEMPLATE_FAULTS:
-            return "", None  # a template for talk of another shape: the rows themselves will tell
+            return "", None  # The template refuses this probe; rendering the rows will report errors.
         head, found, tail = closed.rpartition(_MARKER)
         header = head[len(opened) :] if head.startswith(opened) else ""
-        # A template that opens no reply leaves its header to it; what opens thinking or a channel is the model's.
+        # A header missing from the generation prompt is part of the prompt; a thinking or channel tag is the reply's.
         if not header.strip() or not (opened == bare or _ROLE.search(header)):
             header = ""
         return header, tail if found else None
@@ -138,30 +138,30 @@ class Renderer:
             for key in message.keys() - _KNOWN:
                 value = message[key]
                 if isinstance(value, str) and value.strip() and value.strip() not in whole:
-                    # Templates leave the thoughts of earlier replies out on purpose.
+                    # Templates omit the reasoning of earlier replies on purpose.
                     earlier = message["role"] == "assistant" and message is not reply
                     self._columns.note(f"messages.{key}", text=not earlier and len(value.split()) > 4)
 
     def _without_tail(
         self, before: Sequence[Message], reply: Message, whole: str, talk: Conversation, where: str
     ) -> str:
-        """Prompt and reply without what the template prints after the end of the turn, such as the next header."""
+        """Prompt plus reply without what the template prints after the turn, such as the next header."""
         tail = self._tail
         if (tail is None or not whole.endswith(tail)) and not reply.get("tool_calls"):
             marked = self._render((*before, {**reply, "content": _MARKER}), talk, where)
             tail = marked.rpartition(_MARKER)[2]
         if not tail or not whole.endswith(tail):
             return whole
-        places = [(tail.find(end), len(end)) for end in self._ends if end in tail]
-        if places:
-            start, size = min(places)
+        positions = [(tail.find(end), len(end)) for end in self._ends if end in tail]
+        if positions:
+            start, size = min(positions)
             kept = tail[: start + size]
         else:
             kept = "" if tail.strip() else tail
         return whole[: len(whole) - len(tail)] + kept
 
     def _same(self, messages: Sequence[Message], talk: Conversation, text: str, *, opening: bool = False) -> bool:
-        """Whether other messages give the same text: what differs between them is not printed."""
+        """Whether other messages render to the same text, so that their difference is not printed."""
         try:
             return self._apply(messages, talk, opening=opening) == text
         except TEMPLATE_FAULTS:
@@ -173,9 +173,9 @@ class Renderer:
         except TEMPLATE_FAULTS as error:
             reason = brief(error).rstrip(".")
             raise DatasetError(
-                f"{where}: the chat template refuses it ({reason}). Fix the row, or use another template."
+                f"{where}: the chat template raised an error ({reason}). Fix the row, or use another template."
             ) from error
-        return sound(text, where)
+        return valid_unicode(text, where)
 
     def _apply(self, messages: Sequence[Message], talk: Conversation, *, opening: bool) -> str:
         def render(given: list[Message]) -> str:
@@ -195,7 +195,7 @@ class Renderer:
         except TypeError:
             if not any(message.get("tool_calls") for message in messages):
                 raise
-            # Some templates join the arguments of a call to other text.
+            # Some templates concatenate the arguments of a call with other text.
             return render([_with_text_arguments(message) for message in messages])
 
     def _template(self, *, tools: bool) -> str:
@@ -206,7 +206,7 @@ class Renderer:
 
 
 def _telling(items: Sequence[Any]) -> list[str]:
-    """Texts by which one sees that tools, calls or documents are printed."""
+    """Texts that show whether tools, calls or documents are printed."""
     found = []
     for item in items:
         inner = item.get("function", item) if isinstance(item, dict) else {}
@@ -229,15 +229,15 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": made}
 
 
-def sound(text: str, where: str) -> str:
-    """The text, if a tokenizer can read it: JSON may hold halves of a character.
+def valid_unicode(text: str, where: str) -> str:
+    """The text, if it can be encoded as UTF-8: JSON may contain unpaired surrogates.
 
     Raises:
-        DatasetError: it does.
+        DatasetError: it contains one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DatasetError(f"{where}: holds {half}, half of a character. Write the text again.") from error
+        raise DatasetError(f"{where}: contains an unpaired surrogate ({half}). Re-encode the text as UTF-8.") from error
     return text

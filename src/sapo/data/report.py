@@ -1,4 +1,4 @@
-"""What became of the rows of a dataset, in numbers and in words."""
+"""Counts of kept, dropped, truncated and malformed rows, and their summary."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sapo.data.columns import ColumnUse
 from sapo.errors import SapoError
 
 SHOWN_ROWS = 5
-"""Row numbers kept of each kind of drop and fault."""
+"""Row numbers kept per reason or error."""
 
 _KINDS = 20
-"""Kinds of faults listed."""
+"""Number of distinct errors listed."""
 
 
 @dataclass
 class Faults:
-    """Errors of rows, by what they say apart from the row's number.
+    """Errors of rows, grouped by their message without the row number.
 
     Attributes:
-        rows: for each error, the first rows it was found in, from 1.
-        counts: for each error, in how many rows it was found.
+        rows: first row numbers of each error, from 1.
+        counts: number of rows with each error.
         of_all: errors of the dataset as a whole.
     """
 
@@ -32,14 +32,14 @@ class Faults:
 
     def add(self, error: SapoError, row: int, where: str) -> None:
         """Count the error of a row (from 0), which `where` names in its message."""
-        said = str(error).removeprefix(f"{where}: ")
-        self.counts[said] += 1
-        if self.counts[said] <= SHOWN_ROWS:
-            self.rows.setdefault(said, []).append(row + 1)
+        message = str(error).removeprefix(f"{where}: ")
+        self.counts[message] += 1
+        if self.counts[message] <= SHOWN_ROWS:
+            self.rows.setdefault(message, []).append(row + 1)
 
     def lines(self) -> list[str]:
         """The errors, the most frequent first."""
-        lines = [f"refused {count}: {said} ({_rows(self.rows[said], count)})" for said, count in self._shown()]
+        lines = [f"refused {count}: {message} ({_rows(self.rows[message], count)})" for message, count in self._shown()]
         left = len(self.counts) - len(lines)
         return [*lines, *([f"refused for {left} more reasons"] if left else [])]
 
@@ -49,29 +49,29 @@ class Faults:
 
 @dataclass
 class DataReport:
-    """What became of the rows.
+    """Counts of one dataset's rows.
 
     Attributes:
-        source: the dataset's name, as in messages.
-        format: the format recognised.
+        source: name of the dataset in messages.
+        format: the detected format.
         rows: rows read.
         kept: examples kept.
-        dropped: why, and how many rows were left out; where a row gives several turns, how many turns.
-        dropped_rows: for each reason, the numbers of the first rows, from 1.
+        dropped: number of dropped rows by reason; of turns, where a row gives several.
+        dropped_rows: first row numbers of each reason, from 1.
         truncated_prompts: turns whose prompt was truncated.
         truncated_responses: turns whose response (or rejected response) was truncated, its EOS token lost.
-        boundary_merges: replies tokenized apart, since a token would run across the end of the prompt.
+        boundary_merges: replies tokenized separately because a token would span prompt and reply.
         prompt_lengths: tokens of each turn's prompt, after truncation.
         response_lengths: tokens of each turn's response, after truncation.
         total_lengths: tokens of each turn's prompt and (longer) response together, before truncation; turns that were
             left out for their length included.
-        max_length: of the options.
-        columns: what the rows hold and nothing uses.
-        replies: how many rows have how many assistant messages (0: plain text).
-        system_messages: rows with a system message that says something.
+        max_length: as in the options.
+        columns: unused columns.
+        replies: number of rows by number of assistant messages (0: plain text).
+        system_messages: rows with a non-empty system message.
         duplicates: turns that equal an earlier one.
-        duplicate_rows: the numbers of the first of them, from 1.
-        faults: errors of rows, where they are counted; None where the first one is raised.
+        duplicate_rows: row numbers of the first of them, from 1.
+        faults: errors of rows if they are counted; None if the first one is raised.
     """
 
     source: str
@@ -95,7 +95,7 @@ class DataReport:
     faults: Faults | None = None
 
     def drop(self, reason: str, row: int) -> None:
-        """Count one row (its number from 0), or a turn of it, that is left out."""
+        """Count one dropped row (number from 0), or one of its turns."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         if self.dropped[reason] <= SHOWN_ROWS:
             self.dropped_rows.setdefault(reason, []).append(row + 1)
@@ -130,22 +130,22 @@ class DataReport:
         lines += self.columns.lines()
         if self.truncated_prompts or self.truncated_responses:
             lines.append(
-                f"warning: {self._share()} exceed max_length={self.max_length} and are cut; "
-                f"--max_length {self.length_for(95)} would keep 95% whole, {self.length_for(100)} all"
+                f"warning: {self._share()} exceed max_length={self.max_length} and are truncated; "
+                f"--max_length {self.length_for(95)} would keep 95% complete, {self.length_for(100)} all"
             )
             lines.append(
-                f"cut to fit: {self.truncated_prompts} prompts, {self.truncated_responses} responses "
+                f"truncated: {self.truncated_prompts} prompts, {self.truncated_responses} responses "
                 "(a truncated response has no EOS token, a truncated prompt may lack its system message)"
             )
         if self.boundary_merges:
             lines.append(
-                f"{self.boundary_merges} replies tokenized apart from their prompt, as a token would span "
-                "both; a space that ends the prompts belongs at the start of the completions"
+                f"{self.boundary_merges} replies tokenized separately because a token would span prompt and reply; "
+                "move a space at the end of the prompts to the start of the completions"
             )
         return lines
 
     def details(self) -> list[str]:
-        """What `sapo data check` tells besides, in plain text."""
+        """Additional lines for `sapo data check`."""
         lines = []
         talks = {count: rows for count, rows in sorted(self.replies.items()) if count}
         if talks:
@@ -157,7 +157,7 @@ class DataReport:
             lines.append(f"duplicates: {self.duplicates} ({_rows(self.duplicate_rows, self.duplicates)})")
         if self.total_lengths:
             lines.append(
-                f"longer than max_length={self.max_length}: {self._share()}; {self.length_for(95)} keeps 95% whole, "
+                f"longer than max_length={self.max_length}: {self._share()}; {self.length_for(95)} keeps 95% complete, "
                 f"{self.length_for(100)} all"
             )
         return lines
@@ -168,7 +168,7 @@ class DataReport:
 
 
 def row_name(row: int, reports: Sequence[DataReport]) -> str:
-    """What a message calls a row, from its number in the prepared data that `reports` tell of."""
+    """Name of a row in messages, from its number in the prepared data of `reports`."""
     for report in reports:
         if row < report.rows:
             return f"row {row + 1} of {report.source}"

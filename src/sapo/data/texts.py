@@ -1,4 +1,4 @@
-"""The text of prepared examples again: what pairs need to be read by other tools."""
+"""The prompt texts of prepared examples, for exporting pairs to other tools."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sapo.data.mixture import Member
 
 @dataclass(frozen=True, slots=True)
 class PromptTexts:
-    """What each row said before its replies, by row number.
+    """The prompt of each row, by row number.
 
     Attributes:
-        rows: conversations or plain text, as they were parsed; rows that are not learnt from are absent.
+        rows: parsed conversations or plain text; dropped rows are absent.
         plain: whether prompts are text; with conversations they are messages.
     """
 
@@ -24,17 +24,17 @@ class PromptTexts:
     plain: bool
 
     def prompt(self, row: int, turn: int) -> str | list[Message] | None:
-        """The prompt of a reply, as text or messages; None where the data set is of both kinds and this is text.
+        """The prompt of a reply, as text or messages; None for text in a dataset that also has conversations.
 
         Args:
-            row: number of the row in the prepared data set.
-            turn: which assistant message of the row, from 0.
+            row: number of the row in the prepared dataset.
+            turn: index among the assistant messages of the row.
         """
         text = self.rows[row]
         if isinstance(text, PlainText):
             return text.prompt if self.plain else None
-        places = [place for place, message in enumerate(text.messages) if message["role"] == "assistant"]
-        return list(text.messages[: places[turn]])
+        replies = [i for i, message in enumerate(text.messages) if message["role"] == "assistant"]
+        return list(text.messages[: replies[turn]])
 
 
 def prompt_texts(members: Iterable[Member], *, chat: bool) -> PromptTexts:
@@ -47,11 +47,11 @@ def prompt_texts(members: Iterable[Member], *, chat: bool) -> PromptTexts:
     rows: dict[int, Conversation | PlainText] = {}
     number = 0
     for member in members:
-        layout = None
+        row_format = None
         for row in member.rows:
             content: dict[str, Any] = row
-            layout = layout or detect_format(content, paired=False, source=member.name)
-            parsed = parse_row(content, layout, paired=False, chat=chat, where=f"row {number + 1} of {member.name}")
+            row_format = row_format or detect_format(content, paired=False, source=member.name)
+            parsed = parse_row(content, row_format, paired=False, chat=chat, where=f"row {number + 1} of {member.name}")
             if not isinstance(parsed, Dropped):
                 rows[number] = parsed
             number += 1

@@ -1,4 +1,4 @@
-"""Whole conversations as one text: where the last reply begins, told by the markers of templates and transcripts."""
+"""Find the start of the last reply in a conversation stored as one text, by its role markers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _FAMILIES = tuple(
 
 
 def last_reply(text: str) -> int | None:
-    """Where the last reply of a conversation begins, that is, where the marker that opens it ends.
+    """Position at which the last reply begins: the end of its role marker.
 
-    Only markers of one family count, the one that appears first: a reply may speak of the others.
+    Only markers of the family that appears first count: a reply may quote other markers.
 
     Returns:
         The index in `text`; its length if the conversation ends with another role; None if no marker opens a reply.
@@ -51,7 +51,7 @@ def _first(family: tuple[re.Pattern[str], re.Pattern[str]], text: str) -> list[r
 
 
 def shared_text(chosen: str, rejected: str) -> int:
-    """Length of the prompt that two texts share, moved back to a white space so as not to tear a word."""
+    """Length of the prompt that two texts share, moved back to white space so that no word is split."""
     cut = 0
     for mine, theirs in zip(chosen, rejected, strict=False):
         if mine != theirs:

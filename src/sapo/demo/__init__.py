@@ -1,5 +1,5 @@
-"""The built-in demo: three small tasks with checkable answers, a tiny Llama, and its character tokenizer.
+"""The built-in demo: three small tasks with verifiable answers, a tiny Llama, and its character tokenizer.
 
-Everything is made by this package: `tasks` generates the rows, `build` trains the checkpoint in `model/` from
-nothing, `score` counts right answers. Nothing is downloaded.
+Nothing is downloaded: `tasks` generates the rows, `build` trains the checkpoint in `model/` from scratch, and `score`
+measures exact match.
 """

@@ -1,7 +1,7 @@
-"""Make the demo's checkpoint from nothing: `python -m sapo.demo.build`.
+"""Train the demo's checkpoint from scratch: `python -m sapo.demo.build`.
 
-Pretraining on right answers, then on answers of mixed quality, then a brief SFT on the clean training rows: a model
-that can do the tasks and has bad habits, as a real SFT checkpoint has. Fixed seeds; about a minute on one core.
+Pretraining on correct answers, then on answers of mixed quality, then a brief SFT on the clean training rows: a model
+that can do the tasks but has bad habits, like a real SFT checkpoint. Fixed seeds; about a minute on one core.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def build(folder: Path = MODEL_FOLDER, *, seed: int = 0, rows: Sequence[Row] = T
     """Train tokenizer and model and write them to `folder`, which is replaced when they are complete.
 
     Args:
-        folder: of the model.
+        folder: output folder of the model.
         seed: 0 gives the shipped model; others differ in initial weights, pretraining rows and order.
-        rows: of the brief SFT; none for the model before it.
+        rows: rows of the brief SFT; empty for the model before it.
     """
     tokenizer = build_tokenizer()
     clean = make_rows(15_000, seed=1 + 100 * seed, exclude={prompt_of(row) for row in TRAIN_ROWS})
@@ -60,7 +60,7 @@ def build(folder: Path = MODEL_FOLDER, *, seed: int = 0, rows: Sequence[Row] = T
     if rows:
         fit(model, _encode(rows, tokenizer), steps=8, learning_rate=1e-3, seed=3 + 100 * seed, warmup=1)
     report = score(model, tokenizer, heldout_rows(1000))
-    sys.stdout.write(f"{report.accuracy:.3f} right on 1,000 held-out rows: {report.by_task}\n")
+    sys.stdout.write(f"exact match {report.accuracy:.3f} on 1,000 held-out rows: {report.by_task}\n")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -78,7 +78,7 @@ def fit(
     seed: int,
     warmup: int = 50,
 ) -> None:
-    """Maximise the likelihood of the responses: AdamW, linear warm-up and decay, 32 a step."""
+    """Maximise the likelihood of the responses: AdamW, linear warm-up and decay, 32 per step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     order = _shuffled(len(responses), random.Random(seed))
@@ -112,6 +112,6 @@ def _encode(rows: Sequence[Row], tokenizer: object) -> list[Response]:
 
 
 if __name__ == "__main__":
-    # So small a model loses by sharing the work, and the weights must not depend on the number of cores.
+    # One thread is fastest for so small a model, and the weights must not depend on the number of cores.
     torch.set_num_threads(1)
     build()

@@ -1,4 +1,4 @@
-"""`sapo demo`: the whole method on a built-in task, next to what it has to beat."""
+"""`sapo demo`: the full method on a built-in task, compared with its baselines."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int = 0) -> None:
-    """Train the arms from the built-in checkpoint and print their held-out accuracy side by side.
+    """Train all runs from the built-in checkpoint and print their held-out exact match side by side.
 
     Args:
-        output_dir: folder of the runs; replaced.
+        output_dir: folder of the runs, which is replaced.
         max_steps: optimizer steps of each run.
-        seed: of each run.
+        seed: seed of each run.
     """
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # So small a model is several times slower when two threads share its matrices.
+    # So small a model is several times slower with two threads.
     torch.set_num_threads(1)
     console = Console()
     started = time.perf_counter()
@@ -76,7 +76,9 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
     console.print(_table(results))
     console.print(_reading(results), highlight=False)
     console.print(f"{time.perf_counter() - started:.0f} s. Runs: {output_dir}", highlight=False)
-    console.print("Next, your own: sapo train --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine")
+    console.print(
+        "Next, train your own: sapo train --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine"
+    )
 
 
 def _model() -> Any:
@@ -104,7 +106,7 @@ def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], 
         report_to="none",
         **settings,
     )
-    # Continued SFT needs no opponent: whatever it would write has weight 0.
+    # Continued SFT needs no opponent: its pairs have weight 0.
     silent: Generator | None = None
     if settings["beta"] == 0:
         silent = ScriptedGenerator(lambda contexts, budgets, seeds: [[tokenizer.eos_token_id] for _ in contexts])
@@ -112,8 +114,8 @@ def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], 
 
 
 def _table(results: dict[str, ScoreReport]) -> Table:
-    table = Table(title=f"right answers on {HELDOUT} held-out rows, greedy")
-    for column in ("model", "right", "95 % interval", *next(iter(results.values())).by_task):
+    table = Table(title=f"exact match on {HELDOUT} held-out rows, greedy")
+    for column in ("model", "exact match", "95% interval", *next(iter(results.values())).by_task):
         table.add_column(column)
     for name, report in results.items():
         low, high = report.interval
@@ -131,5 +133,5 @@ def _reading(results: dict[str, ScoreReport]) -> str:
         better = "above" if arm.accuracy > sft.accuracy else "below"
         against = f"{better} continued SFT" if apart else "not distinguishable from continued SFT"
         parts.append(f"{name} moved the checkpoint by {arm.accuracy - start.accuracy:+.3f} and is {against}.")
-    note = "(Distinguishable: the intervals do not overlap.) One seed on a toy task: a check that all parts work."
+    note = "(Distinguishable: the intervals do not overlap.) One seed on a toy task: a smoke test."
     return " ".join([*parts, note])

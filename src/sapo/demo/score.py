@@ -1,4 +1,4 @@
-"""Right answers of a model on held-out rows, with a confidence interval."""
+"""Exact match of a model on held-out rows, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sapo.generation.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
-    """Share of right answers, overall and by task, with a 95 % interval."""
+    """Exact match, overall and by task, with a 95% interval."""
 
     right: int
     total: int
@@ -25,23 +25,23 @@ class ScoreReport:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Overall exact match."""
         return self.right / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the share."""
+        """The 95% Wilson interval of the accuracy."""
         return wilson_interval(self.right, self.total)
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927).
+    """95% confidence interval of a proportion (Wilson 1927).
 
     Raises:
-        ValueError: nothing was counted.
+        ValueError: `total` is 0.
     """
     if total < 1:
-        raise ValueError("no trials: the share has no interval")
+        raise ValueError("no trials: the proportion has no interval")
     z = 1.959964
     share = successes / total
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
@@ -71,6 +71,6 @@ def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], *, batch_size: 
 
 
 def answers(row: Row, reply: Sequence[int], tokenizer: Any) -> bool:
-    """Whether the tokens of `reply` are the right answer to `row`, the end token once and at the end included."""
-    # Special tokens are not skipped in decoding: one in the middle of a reply makes it wrong.
+    """Whether the tokens of `reply` are the correct answer to `row` followed by exactly one EOS token."""
+    # Special tokens are not skipped: one in the middle of a reply makes it wrong.
     return list(reply[-1:]) == [tokenizer.eos_token_id] and correct(row, tokenizer.decode(reply[:-1]))

@@ -1,10 +1,10 @@
-"""Three instruction tasks whose answers can be checked, and the tokenizer that spells them.
+"""Three instruction tasks with verifiable answers, and their tokenizer.
 
-    sort 5307291    -> 0123579                     5 to 9 digits in rising order
+    sort 5307291    -> 0123579                     5 to 9 digits in ascending order
     count abcabba   -> a3,b3,c1                    how often each letter occurs
     add 58+67       -> 8+7+0=15;5+6+1=12>125       the sum, each column with its carry written out
 
-Rows are conversations as `sapo.data` reads them, with the name of the task beside them.
+Rows are conversations in a format of `sapo.data`, plus the name of the task.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789 +-=:;,>?|"
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
 MAX_PROMPT_TOKENS: Final = 20
 MAX_REPLY_TOKENS: Final = 44
-"""Room for the longest prompt (`count` 9 letters: 17 tokens) and reply (4-digit `add`: 42), end and roles included."""
+"""Fits the longest prompt (`count` 9 letters: 17 tokens) and reply (4-digit `add`: 42), with roles and EOS token."""
 
-# Each reply ends with the end token, and nothing stands between the assistant's token and the reply: the prompt
-# rendered for generation is therefore an exact prefix of the whole conversation. The generation marks let other
+# Each reply ends with the EOS token, and directly follows the assistant token: the generation prompt is therefore an
+# exact prefix of the full conversation. The generation marks let other
 # tools (trl's assistant_only_loss) find the reply.
 CHAT_TEMPLATE: Final = (
     "{%- for message in messages -%}"
@@ -43,7 +43,7 @@ _COUNTED: Final = "abc"
 
 RIGHT_SHARE: Final = 0.35
 OFF_MODE_SHARE: Final = 0.45
-"""What `corrupt` leaves right and what it answers in the off-mode; the rest are slips of one digit."""
+"""Fractions that `corrupt` keeps correct and answers in off-mode; the rest have one wrong digit."""
 
 
 class Message(TypedDict):
@@ -54,7 +54,7 @@ class Message(TypedDict):
 
 
 class Row(TypedDict):
-    """One question with its right answer, and the task it belongs to."""
+    """One question with its correct answer and its task."""
 
     messages: list[Message]
     task: str
@@ -66,35 +66,35 @@ def prompt_of(row: Row) -> str:
 
 
 def answer_of(row: Row) -> str:
-    """The reply of `row`: the right one, unless `corrupt` changed it."""
+    """The reply of `row`: correct, unless `corrupt` changed it."""
     return row["messages"][-1]["content"]
 
 
 def correct(row: Row, text: str) -> bool:
-    """Whether `text` is, character for character, the right reply to the question of `row`."""
+    """Whether `text` exactly matches the correct reply to `row`."""
     return text == solve(prompt_of(row))
 
 
 def solve(prompt: str) -> str:
-    """The right reply to `prompt`.
+    """The correct reply to `prompt`.
 
     Raises:
-        KeyError: the prompt belongs to none of the tasks.
+        KeyError: the prompt belongs to no task.
     """
     task, _, question = prompt.partition(" ")
     return _SOLUTIONS[task](question)
 
 
 def make_rows(count: int, seed: int, exclude: Collection[str] = (), *, heldout: bool = False) -> list[Row]:
-    """`count` rows with distinct prompts, the tasks taking turns.
+    """`count` rows with distinct prompts, cycling through the tasks.
 
-    A prompt is held out or not by a hash of its text alone, so rows for training and for evaluation never share one,
-    whatever the seeds and however many are drawn.
+    A hash of the prompt decides whether it is held out, so training and evaluation rows never share one, for any seeds
+    and counts.
 
     Args:
-        count: rows to make.
-        seed: of the questions; a longer list begins with the shorter one of the same seed.
-        exclude: prompts that must not occur.
+        count: number of rows.
+        seed: seed of the questions; a longer list begins with the shorter one of the same seed.
+        exclude: prompts to exclude.
         heldout: draw from the held-out prompts (one in five) instead of the others.
     """
     rng = random.Random(seed)
@@ -112,20 +112,20 @@ def make_rows(count: int, seed: int, exclude: Collection[str] = (), *, heldout: 
 
 
 def heldout_rows(count: int) -> list[Row]:
-    """`count` rows that no training row shares a prompt with; always the same ones."""
+    """`count` rows whose prompts no training row has; always the same rows."""
     return make_rows(count, seed=4, heldout=True)
 
 
 def is_heldout(prompt: str) -> bool:
-    """Whether `prompt` is kept for evaluation."""
+    """Whether `prompt` is held out for evaluation."""
     return derive_seed("demo", "heldout", prompt) % _HELDOUT_ONE_IN == 0
 
 
 def corrupt(row: Row, rng: random.Random) -> Row:
-    """`row` answered as a model of mixed quality would answer: 35 % right, 45 % off-mode, 20 % one digit wrong.
+    """`row` with a reply of mixed quality: 35% correct, 45% off-mode, 20% with one wrong digit.
 
-    The off-mode is a consistent misreading (falling order, number before letter, carries forgotten): a habit that
-    training on a few clean rows outweighs but does not remove. This is what preference optimization is to repair.
+    The off-mode is a consistent error (descending order, number before letter, ignored carries): a habit that training
+    on a few clean rows reduces but does not remove, and that preference optimization should fix.
     """
     answer = answer_of(row)
     kind = rng.random()
@@ -133,13 +133,13 @@ def corrupt(row: Row, rng: random.Random) -> Row:
         return row
     if kind < RIGHT_SHARE + OFF_MODE_SHARE:
         return _row(row["task"], prompt_of(row), _OFF_MODES[row["task"]](prompt_of(row).partition(" ")[2]))
-    place = rng.choice([position for position, character in enumerate(answer) if character.isdigit()])
-    slip = (int(answer[place]) + rng.choice((1, 9))) % 10
-    return _row(row["task"], prompt_of(row), f"{answer[:place]}{slip}{answer[place + 1 :]}")
+    index = rng.choice([position for position, character in enumerate(answer) if character.isdigit()])
+    slip = (int(answer[index]) + rng.choice((1, 9))) % 10
+    return _row(row["task"], prompt_of(row), f"{answer[:index]}{slip}{answer[index + 1 :]}")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a character of `ALPHABET`, and one each for padding, end, roles and the unknown."""
+    """A tokenizer with one token per character of `ALPHABET`, and one each for padding, EOS, roles and unknown."""
     tokens = [PAD, EOS, USER, ASSISTANT, UNKNOWN, *ALPHABET]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -186,7 +186,7 @@ def _add(question: str, *, carrying: bool) -> str:
         columns.append(f"{upper}+{lower}+{carry}={column}")
         result = f"{column % 10}{result}"
         carry = column // 10 if carrying else 0
-    # The leftmost column is written whole, also by those who forget to carry.
+    # The leftmost column is always complete, even without carrying.
     return f"{';'.join(columns)}>{column}{result[1:]}"
 
 
@@ -213,4 +213,4 @@ _OFF_MODES: Final[dict[str, Callable[[str], str]]] = {
 TASKS: Final = tuple(_QUESTIONS)
 
 TRAIN_ROWS: Final = make_rows(600, seed=3)
-"""The clean rows of the brief SFT; self-play continues from these same rows and no others."""
+"""The clean rows of the brief SFT; self-play uses only these rows too."""

@@ -17,7 +17,14 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError, EvaluationError
-from sapo.evaluation.generate import chat_ids, finish_reason, generator_of, require_chat_template, room, text_of
+from sapo.evaluation.generate import (
+    chat_ids,
+    finish_reason,
+    generator_of,
+    max_reply_tokens,
+    require_chat_template,
+    text_of,
+)
 from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
@@ -197,7 +204,7 @@ def _answers(session: Session, target: Target, instructions: Sequence[Instructio
         loaded = session.load(target)
         require_chat_template(loaded, target.path)
         prompts = [chat_ids(loaded, [{"role": "user", "content": instructions[place].text}]) for place in missing]
-        budgets = [room(loaded, one, budget) for one in prompts]
+        budgets = [max_reply_tokens(loaded, one, budget) for one in prompts]
         seeds = [derive_seed(options.seed, "alpaca_eval", place) for place in missing]
         replies = generator_of(loaded, sampling, options.batch_size).generate(prompts, budgets, seeds)
         for place, tokens, own in zip(missing, replies, budgets, strict=True):

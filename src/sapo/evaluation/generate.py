@@ -1,4 +1,4 @@
-"""SFTSource of a loaded model through the package's own generator, a batch at a time."""
+"""Generate responses with a loaded model and the package's own generator."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sapo.generation.sampling import Sampling
 
 @contextmanager
 def in_use(loaded: LoadedModel) -> Iterator[nn.Module]:
-    """The context that a generator asks for."""
+    """Context that yields the model, for a generator."""
     yield loaded.model
 
 
 def generator_of(loaded: LoadedModel, sampling: Sampling, batch_size: int) -> TransformersGenerator:
-    """The package's own generator on a loaded model."""
+    """The package's own generator for a loaded model."""
     return TransformersGenerator(
         lambda: in_use(loaded),
         sampling,
@@ -33,7 +33,7 @@ def generator_of(loaded: LoadedModel, sampling: Sampling, batch_size: int) -> Tr
 
 
 def require_chat_template(loaded: LoadedModel, name: str) -> None:
-    """Refuse a model that does not know how a conversation is written.
+    """Refuse a model without a chat template.
 
     Raises:
         TokenizerError: it has no chat template.
@@ -60,15 +60,15 @@ def chat_ids(loaded: LoadedModel, messages: Sequence[dict[str, str]]) -> list[in
 
 
 def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
-    """Plain text as a prompt, with what the tokenizer puts before it (and nothing after)."""
+    """Plain text as a prompt, with the tokenizer's BOS token (but no EOS token)."""
     whole = list(loaded.tokenizer(text)["input_ids"])
     bare = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     places = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
     return whole[: next(places, 0) + len(bare)]
 
 
-def room(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """Tokens that a response may have: fewer than asked for where the model's positions end, 0 without room."""
+def max_reply_tokens(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Maximum tokens of a response: `max_new_tokens`, or what the prompt leaves of the model's context; may be 0."""
     if max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")
     if loaded.positions is None:
@@ -77,13 +77,13 @@ def room(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int
 
 
 def text_of(loaded: LoadedModel, tokens: Sequence[int]) -> str:
-    """A response as text, its end token and other special tokens left out."""
+    """A response as text, without EOS and other special tokens."""
     decoded: Any = loaded.tokenizer.decode(list(tokens), skip_special_tokens=True)
     return str(decoded)
 
 
 def finish_reason(loaded: LoadedModel, tokens: Sequence[int], budget: int) -> str:
-    """Why a response ended: "stop" at an end token, "length" at the budget, "no_room" where the prompt left none."""
+    """Why a response ended: "stop" at an EOS token, "length" at the budget, "no_room" if the prompt left no tokens."""
     if budget == 0:
         return "no_room"
     return "stop" if tokens and tokens[-1] in loaded.eos_ids else "length"

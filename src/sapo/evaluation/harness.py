@@ -1,4 +1,4 @@
-"""Open LLM Leaderboard (v1) and IFEval through lm-evaluation-harness, a task at a time."""
+"""Open LLM Leaderboard (v1) and IFEval through lm-evaluation-harness, one task at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sapo.weights.source import read_adapter_config
 
 TASKS_FOLDER = "lm_eval_tasks"
 _NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"
-"""The harness asks git for a commit to put into its results, wherever it runs."""
+"""Printed when the harness looks for a git commit for its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Benchmark:
     """One column of the leaderboard.
 
     Attributes:
-        name: of the task or group in the harness.
-        shots: examples before each question, as published.
-        metrics: names in the harness, and how the table calls them.
-        main: the one that goes into the average.
+        name: task or group in the harness.
+        shots: number of few-shot examples, as published.
+        metrics: metric names in the harness, with their names in the table.
+        main: the metric that enters the average.
     """
 
     name: str
@@ -85,7 +85,7 @@ IFEVAL = (
 
 
 def settings(session: Session, suite: str) -> dict[str, Any]:
-    """What the numbers depend on, besides the model."""
+    """Settings that the results depend on, besides the model."""
     import lm_eval
 
     options = session.options
@@ -104,7 +104,7 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
     """Run every task of the suite on every model; finished tasks are not run again.
 
     Raises:
-        EvaluationError, DatasetError: a package or data is missing; known before a model is loaded.
+        EvaluationError, DatasetError: a package or data is missing; raised before a model is loaded.
     """
     benchmarks = _benchmarks(session, suite)
     require_packages([one.name for one in benchmarks])
@@ -148,7 +148,7 @@ def _benchmarks(session: Session, suite: str) -> list[Benchmark]:
 
 
 def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFacts]) -> None:
-    """The harness fails in the middle of a task whose responses alone would fill the model's context."""
+    """Refuse tasks whose responses alone would fill the model's context: the harness would fail in the middle."""
     positions = _positions(target)
     for task, known in facts.items():
         asked = session.options.max_new_tokens or known.generates
@@ -160,14 +160,14 @@ def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFact
 
 
 def _positions(target: Target) -> int | None:
-    """Tokens of the model's context, None if its configuration does not say."""
+    """The model's context length in tokens; None if its configuration has none."""
     config = read_config(target.path).get_text_config().to_dict()
     positions: int | None = config.get("max_position_embeddings")
     return positions
 
 
 def _chat(session: Session, target: Target, suite: str) -> bool:
-    """Whether prompts go through the chat template: for the leaderboard not, as published; for IFEval if it has one."""
+    """Whether to apply the chat template: not for the leaderboard, as published; for IFEval if there is one."""
     choice = session.options.apply_chat_template
     if choice != "auto":
         return choice == "true"
@@ -194,7 +194,7 @@ def _require_tokens(session: Session, target: Target) -> None:
 
 
 class _Runner:
-    """Runs tasks on one model, in a process of its own."""
+    """Runs tasks on one model, in a separate process."""
 
     def __init__(
         self, session: Session, target: Target, parts: FinishedParts, chat: bool, include: Path | None
@@ -206,7 +206,7 @@ class _Runner:
         self.chat = chat
 
     def key(self, leaf: str, benchmark: Benchmark, identity: str) -> str:
-        """What the part of one task depends on."""
+        """Key of one task's result: everything it depends on."""
         import lm_eval
 
         options = self._session.options
@@ -224,7 +224,7 @@ class _Runner:
         )
 
     def run(self, tasks: Sequence[tuple[str, str, Benchmark]]) -> FinishedParts:
-        """Run those of (key, task, benchmark) that are not finished yet; give the file with all of them.
+        """Run the unfinished ones of (key, task, benchmark); return the file with all results.
 
         Raises:
             EvaluationError: the harness failed; finished tasks are kept.
@@ -242,7 +242,7 @@ class _Runner:
         left = [leaf for key, leaf, _ in missing if key not in parts]
         if status or left:
             raise EvaluationError(
-                f"lm-evaluation-harness ended with status {status} at {left[0] if left else 'its end'} of "
+                f"lm-evaluation-harness exited with status {status} at {left[0] if left else 'its end'} of "
                 f"{self._target.path} ({last}). {len(missing) - len(left)} of {len(missing)} tasks "
                 f"are kept in {parts.file}; the same command continues from them."
             )
@@ -252,7 +252,7 @@ class _Runner:
     def _request(self, missing: Sequence[tuple[str, str, Benchmark]]) -> dict[str, Any]:
         session, target = self._session, self._target
         options = session.options
-        # Said to the harness too, whose own default may change.
+        # Set explicitly, because the harness's default may change.
         model_args = {"pretrained": target.base or target.path, "dtype": options.dtype, "trust_remote_code": False}
         if target.base is not None:
             model_args["peft"] = target.path
@@ -277,13 +277,13 @@ class _Runner:
 
 
 def _run_child(request: Path) -> tuple[int, str]:
-    """Run the harness on a request, its bars and warnings passed on; exit status and last line of its errors."""
+    """Run the harness on a request and pass its stderr on; return the exit status and the last error line."""
     # A fixed module of this package, with this interpreter.
     command = [sys.executable, "-m", "sapo.evaluation.harness_child", str(request)]
     last = ""
     with subprocess.Popen(command, stderr=subprocess.PIPE) as child:  # noqa: S603
         if child.stderr is not None:
-            # Line by line would hold back progress bars, which end in a carriage return.
+            # Not line by line: progress bars end in a carriage return.
             for chunk in iter(partial(os.read, child.stderr.fileno(), 2**16), b""):
                 text = chunk.decode(errors="replace").replace(_NOT_AN_ERROR, "")
                 sys.stderr.write(text)
@@ -308,7 +308,7 @@ def _add(result: SuiteResult, benchmark: Benchmark, records: Sequence[Mapping[st
 
 
 def _of_task(record: Mapping[str, Any], metric: str) -> Estimate:
-    """The harness's own number and standard error."""
+    """The harness's own value and standard error."""
     base, _, filter_name = metric.partition(",")
     value = float(record["metrics"][metric])
     error = record["metrics"].get(f"{base}_stderr,{filter_name}")
@@ -318,7 +318,7 @@ def _of_task(record: Mapping[str, Any], metric: str) -> Estimate:
 
 
 def _of_instructions(samples: Mapping[str, Sequence[float]], seed: int) -> Estimate:
-    """Share of instructions followed; the harness gives no standard error, so prompts are resampled."""
+    """Fraction of instructions followed; the harness has no standard error for it, so prompts are resampled."""
     estimate = bootstrap_ratio(
         [sum(values) for values in samples.values()], [len(values) for values in samples.values()], seed=seed
     )
@@ -326,7 +326,7 @@ def _of_instructions(samples: Mapping[str, Sequence[float]], seed: int) -> Estim
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent numbers, each counting alike."""
+    """Unweighted mean of independent estimates."""
     count = len(estimates)
     value = sum(one.value for one in estimates) / count
     errors = [one.stderr for one in estimates]
@@ -343,14 +343,14 @@ def _average(result: SuiteResult, benchmarks: Sequence[Benchmark]) -> None:
 
 
 def _notes(session: Session, suite: str, *, chat: bool, truncated: int) -> list[str]:
-    notes = [f"Prompts {'went' if chat else 'did not go'} through the chat template."]
+    notes = [f"The chat template was {'' if chat else 'not '}applied."]
     if session.options.limit is not None:
         notes.append(f"--limit {session.options.limit}: not comparable with published numbers.")
     if session.options.max_new_tokens is not None:
-        notes.append(f"--max_new_tokens {session.options.max_new_tokens} in place of what the task asks for.")
+        notes.append(f"--max_new_tokens {session.options.max_new_tokens} instead of the task's own limit.")
     if truncated:
         notes.append(
-            f"{truncated} requests or batches were longer than the model's context: the harness cut them on the left."
+            f"{truncated} requests or batches were longer than the model's context: the harness truncated their start."
         )
     if suite == "leaderboard" and session.options.tasks is not None:
         notes.append("Not all six tasks, so no average.")

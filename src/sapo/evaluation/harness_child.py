@@ -1,7 +1,7 @@
-"""Runs lm-evaluation-harness in a process of its own: `python -m sapo.evaluation.harness_child REQUEST.json`.
+"""Runs lm-evaluation-harness in a separate process: `python -m sapo.evaluation.harness_child REQUEST.json`.
 
-IFEval draws from Python's random state when it scores, and what is imported or loaded before moves that state. A fresh
-process that goes the way of the harness's command line gives the command line's numbers. Keep imports here few.
+IFEval uses Python's random state when it scores, and earlier imports change that state. A fresh process with the
+steps of the harness's command line reproduces its numbers. Keep imports here few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sapo.evaluation.store import FinishedParts
 
 
 class LeftTruncations(logging.Handler):
-    """Counts batches whose prompts the harness cut to leave room for a response: it only logs them."""
+    """Counts batches whose prompts the harness truncated, which it only logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -30,7 +30,7 @@ class LeftTruncations(logging.Handler):
 
 
 def main(request_file: str) -> None:
-    """Run the tasks of a request, keeping each as it finishes.
+    """Run the tasks of a request; save each result as it finishes.
 
     The request has `model_args`, `device`, `batch_size`, `limit`, `gen_kwargs`, `chat`, `chat_template`,
     `include_path`, `parts` (a file for `FinishedParts`) and `tasks`: each with `key`, `task`, `shots`, `metrics`.
@@ -47,7 +47,7 @@ def main(request_file: str) -> None:
     manager = TaskManager(include_path=request["include_path"])
     model: Any = "hf"
     if len(request["tasks"]) > 1 or request["chat_template"] is not None:
-        # Loaded once for all. None of the tasks that come several at a time draws anything.
+        # Loaded once for all tasks: those that come in groups use no random numbers.
         model = _load(request)
     for task in request["tasks"]:
         cut.count = 0
@@ -82,7 +82,7 @@ def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manage
         log_samples=True,
     )
     samples: dict[str, dict[str, Any]] = {metric: {} for metric in task["metrics"]}
-    # What the model said, for comparison with another run of the harness.
+    # The model's outputs, for comparison with another run of the harness.
     responses = hashlib.sha256()
     for sample in found["samples"][name]:
         responses.update(json.dumps(sample["resps"]).encode())
@@ -91,7 +91,7 @@ def _run(request: Mapping[str, Any], task: Mapping[str, Any], model: Any, manage
             if sample["filter"] == filter_name:
                 samples[metric][str(sample["doc_id"])] = _plain(sample[base])
     metrics = found["results"][name]
-    # Of a choice to be scored: question and choice.
+    # For a scored choice: question and choice.
     arguments = [pair for sample in found["samples"][name] for pair in sample["arguments"] if _is_choice(pair)]
     record = {
         "task": name,
@@ -108,14 +108,14 @@ def _is_choice(arguments: Any) -> bool:
 
 
 def _too_long(request: Mapping[str, Any], arguments: Any) -> int:
-    """Questions with a choice that are longer than the model's context, which the harness cuts without a word."""
+    """Number of questions plus choices longer than the model's context, which the harness truncates silently."""
     if not arguments or request["positions"] is None:
         return 0
     from sapo.weights.loading import load_tokenizer
 
     tokenizer = load_tokenizer(request["model_args"]["pretrained"])
     wholes = [context + choice for context, choice in arguments]
-    # The last token is predicted and never read, so the context holds all before it.
+    # The last token is only predicted, so the context needs one position less.
     return sum(
         len(ids) > request["positions"] + 1
         for first in range(0, len(wholes), 1000)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness without network: its own tasks over local files, and everything a task needs checked first."""
+"""lm-evaluation-harness offline: its tasks on local files, and checks of everything a task requires."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NEEDED = {"ifeval": ("langdetect", "immutabledict", "nltk")}
-"""Packages that a task imports only when it scores."""
+"""Packages that tasks import only when they score."""
 _HARNESS_TOKENS = 256
-"""What the harness generates at most where a task does not say."""
+"""The harness's default maximum of generated tokens."""
 
 
 def require_packages(tasks: Sequence[str]) -> None:
-    """Make sure that scoring will not fail for want of a package or of its data.
+    """Check that all packages and data needed for scoring are installed.
 
     Raises:
-        EvaluationError: what is missing, and how to get it.
+        EvaluationError: something is missing; the message says how to install it.
     """
     wanted = ["lm_eval", *(package for task in tasks for package in _NEEDED.get(task, ()))]
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
@@ -42,9 +42,9 @@ def require_packages(tasks: Sequence[str]) -> None:
             PunktTokenizer("english")
         except LookupError:
             raise EvaluationError(
-                "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine: "
-                "python -m nltk.downloader punkt_tab, or unpack it as tokenizers/punkt_tab in a "
-                "folder named by NLTK_DATA."
+                "IFEval requires NLTK's punkt_tab, which is not installed: "
+                "python -m nltk.downloader punkt_tab, or unpack it as tokenizers/punkt_tab in "
+                "the folder NLTK_DATA."
             ) from None
 
 
@@ -66,12 +66,12 @@ def mmlu_subjects(known: TaskManager) -> list[str]:
 
 
 def task_manager(known: TaskManager, tasks: Sequence[str], data: Path | None, folder: Path) -> TaskManager:
-    """The harness's tasks, those with local files reading these instead of the hub.
+    """The harness's tasks, reading local files instead of the Hub where there are any.
 
     Args:
         known: from `builtin_tasks`.
         tasks: leaf tasks that will be run.
-        data: holds a folder for each task that has local files, see `local_files`; None for none.
+        data: folder with one folder per task with local files, see `local_files`; None for none.
         folder: where the task files for the harness are written; `lm-eval --include_path` takes it too.
 
     Raises:
@@ -96,7 +96,7 @@ def task_manager(known: TaskManager, tasks: Sequence[str], data: Path | None, fo
         files = local_files(home, test_split(builtin))
         kind = {_SUFFIXES[file.suffix] for file in files.values()}
         if len(kind) > 1:
-            raise DatasetError(f"{home}: its splits are of several kinds ({', '.join(sorted(kind))}). Use one.")
+            raise DatasetError(f"{home}: its splits have different file types ({', '.join(sorted(kind))}). Use one.")
         override = {
             "include": str(builtin),
             "task": task,
@@ -108,7 +108,7 @@ def task_manager(known: TaskManager, tasks: Sequence[str], data: Path | None, fo
         write_result(folder / f"{task}.yaml", text)
         written = True
     if not written:
-        raise DatasetError(f"--task_data {data}: has no folder named like one of {', '.join(tasks)}.")
+        raise DatasetError(f"--task_data {data}: has no folder named after one of {', '.join(tasks)}.")
     with harness_quiet():
         return TaskManager(include_path=str(folder))
 
@@ -125,11 +125,11 @@ def local_files(home: Path, split: str) -> dict[str, Path]:
     """Files of a task by split: `train.jsonl`, `test.jsonl`, ...; a single file is the split that is scored.
 
     Raises:
-        DatasetError: there are none, or two for one split.
+        DatasetError: there are no files, or two for one split.
     """
     files = [file for file in sorted(home.iterdir()) if file.suffix in _SUFFIXES]
     if not files:
-        raise DatasetError(f"{home}: holds no .jsonl, .json or .parquet file.")
+        raise DatasetError(f"{home}: contains no .jsonl, .json or .parquet file.")
     if len(files) == 1:
         return {split: files[0]}
     found: dict[str, Path] = {}
@@ -144,11 +144,11 @@ def local_files(home: Path, split: str) -> dict[str, Path]:
 
 @dataclass(frozen=True, slots=True)
 class TaskFacts:
-    """What is known of a task before it is run.
+    """Facts about a task before it runs.
 
     Attributes:
-        identity: tells its version and its data from any other.
-        generates: tokens that it may ask for; 0 where it only scores.
+        identity: identifies its version and data.
+        generates: maximum tokens it generates; 0 if it only scores.
     """
 
     identity: str
@@ -156,10 +156,10 @@ class TaskFacts:
 
 
 def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]:
-    """Read the data of every task, so that what is missing shows before a model is loaded.
+    """Load the data of every task, to find missing data before a model is loaded.
 
     Raises:
-        DatasetError: the data of a task cannot be had.
+        DatasetError: the data of a task could not be loaded.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -178,8 +178,8 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]
             datasets.exceptions.DatasetsError,
         ) as error:
             raise DatasetError(
-                f"{task}: its data cannot be had ({brief(error, 200)}). Without network put its files into a "
-                f"folder {task} and name the folder above with --task_data."
+                f"{task}: its data could not be loaded ({brief(error, 200)}). Offline, put its files into "
+                f"FOLDER/{task} and set --task_data FOLDER."
             ) from error
         splits: dict[str, Any] = loaded.dataset or {}
         prints = [f"{name}:{rows._fingerprint}:{len(rows)}" for name, rows in sorted(splits.items())]
@@ -191,7 +191,7 @@ def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]
 
 @contextmanager
 def harness_quiet() -> Iterator[None]:
-    """Leave the terminal to this program."""
+    """Silence the harness's own output."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "eval_logger")]
     before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     for logger in loggers:

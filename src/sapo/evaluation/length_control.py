@@ -1,4 +1,4 @@
-"""A win rate as it would be if both answers were equally long: a logistic regression. Pure functions of arrays."""
+"""Win rate adjusted for answer length, by logistic regression. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from sapo.measures.intervals import Estimate
 
 _RIDGE = 0.01
-"""Keeps the two coefficients finite when one side wins always."""
+"""Ridge penalty: keeps the coefficients finite if one side always wins."""
 _RESAMPLES = 400
 
 DEPARTURES = (
     "length_adjusted_win_rate is not AlpacaEval's length-controlled win rate: it has no term for the difficulty of "
-    "each instruction and no weighted games of the baseline against itself (both need files of that project), and a "
-    "ridge in place of a cross-validated lasso. Compare it only with itself."
+    "each instruction, no weighted games of the baseline against itself (both need files of that project), and a "
+    "ridge instead of a cross-validated lasso. Compare it only with itself."
 )
 
 
@@ -25,13 +25,13 @@ def length_adjusted_win_rate(
 ) -> Estimate | None:
     """Fit logit P(model preferred) = a + b tanh(difference of lengths / its standard deviation); give sigmoid(a).
 
-    After Dubois et al. 2024 (arXiv 2404.04475), section 3, with the departures that `DEPARTURES` states.
+    After Dubois et al. 2024 (arXiv 2404.04475), section 3, with the departures listed in `DEPARTURES`.
 
     Args:
-        preferences: probability that the model's answer is preferred, one an instruction, in [0, 1].
+        preferences: probability that the model's answer is preferred, one per instruction, in [0, 1].
         lengths: characters of the model's answers.
         baseline_lengths: characters of the baseline's answers.
-        seed: of the bootstrap over instructions.
+        seed: seed of the bootstrap over instructions.
 
     Returns:
         None with fewer than 10 instructions.

@@ -32,7 +32,7 @@ class _Data:
 
 
 def settings(session: Session) -> dict[str, Any]:
-    """What the numbers depend on, besides the model."""
+    """Settings that the results depend on, besides the model."""
     options, sampling = session.options, _sampling(session)
     return {
         "dataset_name": _dataset(session),
@@ -51,8 +51,8 @@ def run(session: Session) -> dict[str, SuiteResult]:
     """Measure every model; the opponent of a run first, since the policy is compared with its samples.
 
     Raises:
-        ConfigurationError: no held-out rows are named.
-        DatasetError, TokenizerError, ModelError: what is wrong with them.
+        ConfigurationError: dataset_name is not set.
+        DatasetError, TokenizerError, ModelError: the rows or a model cannot be used.
     """
     _dataset(session)
     results: dict[str, SuiteResult] = {}
@@ -140,11 +140,11 @@ def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
     # Evenly spread: files are often sorted by topic.
     places = [place * len(prepared) // wanted for place in range(wanted)]
     examples = collate_examples([prepared[place] for place in places])["examples"]
-    notes = [line for line in report.lines()[1:] if not line.startswith(("cut", "warning: "))]
+    notes = [line for line in report.lines()[1:] if not line.startswith(("truncated", "warning: "))]
     if report.truncated_prompts or report.truncated_responses:
         notes.append(
             f"Of {len(prepared)} rows, {report.truncated_prompts} prompts and {report.truncated_responses} responses "
-            f"were cut to {length} tokens; a cut response has no end token."
+            f"were truncated to {length} tokens; a truncated response has no EOS token."
         )
     if wanted < len(prepared):
         notes.append(f"{wanted} of {len(prepared)} rows, evenly spread (--limit).")
@@ -182,7 +182,9 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
         for turn in data.turns
     )
     if crowded:
-        notes.append(f"{crowded} prompts leave less room than max_new_tokens={budget}: their samples were cut earlier.")
+        notes.append(
+            f"{crowded} prompts leave fewer than max_new_tokens={budget} tokens: their samples were truncated earlier."
+        )
     weights = {"nll": {str(one.row): float(one.data_tokens) for one in found}}
     return SuiteResult(measures, items, weights, notes)
 
@@ -196,7 +198,7 @@ def _dataset(session: Session) -> str:
             if named is not None:
                 return named
     raise ConfigurationError(
-        "suite local needs held-out rows: name a file, a folder or a hub id with --dataset_name, of rows that the "
+        "suite local requires held-out rows: set --dataset_name to a file, a folder or a Hub id with rows that the "
         "model was not trained on."
     )
 

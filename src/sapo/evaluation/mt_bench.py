@@ -16,7 +16,14 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError
-from sapo.evaluation.generate import chat_ids, finish_reason, generator_of, require_chat_template, room, text_of
+from sapo.evaluation.generate import (
+    chat_ids,
+    finish_reason,
+    generator_of,
+    max_reply_tokens,
+    require_chat_template,
+    text_of,
+)
 from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.results import SuiteResult
@@ -196,7 +203,7 @@ def _two_turns(
         for talk, question in zip(talks, questions, strict=True):
             talk.append({"role": "user", "content": question["turns"][turn]})
         prompts = [chat_ids(loaded, talk) for talk in talks]
-        budgets = [room(loaded, prompt, options.max_new_tokens or MAX_NEW_TOKENS) for prompt in prompts]
+        budgets = [max_reply_tokens(loaded, prompt, options.max_new_tokens or MAX_NEW_TOKENS) for prompt in prompts]
         seeds = [derive_seed(options.seed, "mt_bench", str(one["question_id"]), turn) for one in questions]
         replies = generator.generate(prompts, budgets, seeds)
         for talk, finish, tokens, budget in zip(talks, finishes, replies, budgets, strict=True):

@@ -1,4 +1,4 @@
-"""What came out: one JSON, one table, with standard errors, models side by side."""
+"""Results as one JSON file and one table: models side by side, with standard errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FORMAT = 1
 
 @dataclass
 class SuiteResult:
-    """One model on one suite.
+    """Results of one model on one suite.
 
     Attributes:
         measures: estimates by name, in the order of the table.
-        items: for measures that are means over examples: the value of each example by its name, so that two models
-            can be compared on the same examples.
-        weights: for measures that are a sum over a sum: the denominator of each example, the same for every model.
-        notes: what a reader has to know: what was left out, what was cut, where a number departs from the published.
+        items: for measures that are means over examples: the value of each example by its name, for paired
+            comparisons of two models.
+        weights: for ratios of sums: the denominator of each example, equal for every model.
+        notes: remarks for the reader: what was dropped or truncated, and departures from published numbers.
     """
 
     measures: dict[str, Estimate] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class SuiteResult:
 
 
 def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
-    """Change of each measure from `before` to `after` on the examples that both have; paired, so what is hard for both
+    """Change of each measure from `before` to `after` on their common examples; paired, so the difficulty of an example
     cancels.
     """
     found = {}
@@ -50,7 +50,7 @@ def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
         common = sorted(values.keys() & before.items.get(name, {}).keys())
         weights = after.weights.get(name)
         if weights is not None and weights != before.weights.get(name):
-            continue  # cut into other tokens: not comparable
+            continue  # different tokenization: not comparable
         change = paired_change(
             [values[key] for key in common],
             [before.items[name][key] for key in common],
@@ -94,7 +94,7 @@ def as_json(
 
 
 def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
-    """Put one suite's results into results.json; those of other suites there stay."""
+    """Write one suite's results into results.json; results of other suites are kept."""
     file = folder / RESULTS_FILE
     whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
     if file.exists():
@@ -102,8 +102,8 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
             whole["suites"] = json.loads(file.read_text(encoding="utf-8"))["suites"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{file} is not a file of results ({brief(error)}). Move it away and give the same "
-                "command again: finished parts are kept."
+                f"{file} is not a results file ({brief(error)}). Move it away and rerun the same "
+                "command: finished parts are kept."
             ) from error
     whole["suites"][suite] = found
     write_result(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
@@ -111,7 +111,7 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
 
 
 def show(console: Console, suite: str, targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> None:
-    """Print the table: value ± standard error, one column a model; beside the start, the paired change from it."""
+    """Print the table: value ± standard error, one column per model, plus the paired change from the start model."""
     before = _start(targets, results)
     names = list(dict.fromkeys(name for target in targets for name in results[target.name].measures))
     table = Table(title=Text(f"{suite} (value ± standard error)"))

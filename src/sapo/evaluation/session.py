@@ -1,4 +1,4 @@
-"""What the suites of one command share: options, models (one in memory at a time), finished parts, the terminal."""
+"""State shared by the suites of one command: options, models (one in memory at a time), finished parts, output."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class EvaluateOptions:
 
 
 class Session:
-    """One command's work.
+    """One run of `sapo evaluate`.
 
     Args:
-        options: of the command.
-        targets: the models, the start first.
-        say: takes lines for the user.
+        options: options of the command.
+        targets: the models, the start model first.
+        say: prints a line for the user.
     """
 
     def __init__(self, options: EvaluateOptions, targets: list[Target], say: Callable[[str], None]) -> None:
@@ -63,7 +63,7 @@ class Session:
         self.say = say
         self.folder = Path(options.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigurationError(f"output_dir={self.folder} is a file. Name a folder.")
+            raise ConfigurationError(f"output_dir={self.folder} is a file. Use a folder.")
         for target in targets:
             check_target(target)
         self.fingerprints = {target.name: fingerprint(target) for target in targets}
@@ -75,7 +75,7 @@ class Session:
 
     @property
     def device(self) -> str:
-        """Where models run."""
+        """Device of the models."""
         if self.options.device != "auto":
             return self.options.device
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +85,7 @@ class Session:
         return FinishedParts(self.folder.joinpath(*names))
 
     def load(self, target: Target) -> LoadedModel:
-        """A model, loaded at its first use; the one before it leaves the memory."""
+        """A model, loaded at its first use; the previous one is freed."""
         if self._loaded is None or self._loaded[0] != target.name:
             self.release()
             self.say(f"Loading {target.path}")
@@ -119,9 +119,12 @@ def chunks(size: int, total: int) -> list[range]:
 
 
 def finish_notes(finishes: Sequence[str]) -> list[str]:
-    """What a reader has to know of responses that did not end by themselves; see `generate.finish_reason`."""
+    """Notes about responses that did not end with an EOS token; see `generate.finish_reason`."""
     notes = []
-    for finish, meaning in (("length", "reached max_new_tokens or the end of the context"), ("no_room", "had no room")):
+    for finish, meaning in (
+        ("length", "reached max_new_tokens or the end of the context"),
+        ("no_room", "had no tokens left after the prompt"),
+    ):
         count = sum(one == finish for one in finishes)
         if count:
             notes.append(f"{count} of {len(finishes)} responses {meaning}.")
@@ -132,12 +135,12 @@ def require_some_answers(name: str, answers: list[str], file: Path) -> str | Non
     """A note about empty answers, None if there are none.
 
     Raises:
-        EvaluationError: there is nothing but empty answers.
+        EvaluationError: all answers are empty.
     """
     empty = sum(not answer.strip() for answer in answers)
     if answers and empty == len(answers):
         raise EvaluationError(
-            f"{name}: all {empty} answers are empty, so there is nothing to judge; they are kept in {file}. Look at "
-            "the chat template and the end token of the model."
+            f"{name}: all {empty} answers are empty, so there is nothing to judge; they are kept in {file}. Check "
+            "the chat template and the EOS token of the model."
         )
-    return f"{empty} of {len(answers)} answers are empty; they count as they are." if empty else None
+    return f"{empty} of {len(answers)} answers are empty; they are judged as empty answers." if empty else None

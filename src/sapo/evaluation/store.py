@@ -1,4 +1,4 @@
-"""Finished parts of an evaluation, kept so that nothing is computed or paid for twice."""
+"""Finished parts of an evaluation, saved so that nothing is computed or paid for twice."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from sapo.errors import EvaluationError
 from sapo.runs.files import append_line, read_json_lines, write_atomically
 
 PART = "part"
-"""The field of a line that says what it is the result of."""
+"""Field with the key of a part."""
 
 
 def part_key(**settings: Any) -> str:
-    """A key that depends on all that a part's result depends on, and on nothing else."""
+    """Hash of everything that a part's result depends on."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class FinishedParts:
-    """A JSONL file of finished parts by key, appended to as they finish; safe to use from several threads.
+    """A JSONL file of finished parts by key, appended as they finish; thread-safe.
 
-    A line counts once its line break is on the disk. What an interrupted write has left behind is cut off when the file
-    is opened again, so that the part is done anew.
+    A line is valid once its line break is on the disk. The rest of an interrupted write is removed when the file is
+    opened again, so that the part is computed again.
 
     Args:
-        file: created at the first part.
+        file: created with the first part.
 
     Raises:
-        EvaluationError: a line before the last is damaged; what follows could otherwise be taken for lost.
+        EvaluationError: a line before the last is damaged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -54,10 +54,10 @@ class FinishedParts:
         return self._parts.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep `record` as the result of part `key`, and return it as it is kept.
+        """Save `record` as the result of part `key`, and return it as saved.
 
         Raises:
-            EvaluationError: the disk does not take it.
+            EvaluationError: the file cannot be written.
         """
         kept = {**record, PART: key}
         line = json.dumps(kept, ensure_ascii=False)
@@ -82,7 +82,7 @@ def write_result(file: Path, text: str) -> None:
     """Write a complete file or nothing.
 
     Raises:
-        EvaluationError: the disk does not take it.
+        EvaluationError: the file cannot be written.
     """
     with _disk_errors(file):
         write_atomically(file, text)
@@ -94,6 +94,6 @@ def _disk_errors(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvaluationError(
-            f"{file} cannot be written ({error.strerror}); finished parts are kept. Make room and give the same "
-            "command again."
+            f"{file} cannot be written ({error.strerror}); finished parts are kept. Free disk space and rerun the same "
+            "command."
         ) from error

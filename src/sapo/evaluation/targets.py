@@ -1,4 +1,4 @@
-"""What is evaluated: model folders, hub ids, adapters, and the policy and the opponent of a run folder."""
+"""Models to evaluate: folders, Hub ids, adapters, and the policy and the opponent of a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Target:
     """One model to evaluate.
 
     Attributes:
-        name: what tables call it; unlike every other of the same command.
-        path: folder or hub id of the model or adapter.
+        name: name in tables, unique within a command.
+        path: folder or Hub id of the model or adapter.
         role: "model", or in a run "policy", "opponent" or "start".
-        base: folder or hub id of the model under an adapter.
+        base: folder or Hub id of an adapter's base model.
         run: the run folder it belongs to.
     """
 
@@ -57,9 +57,9 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: with the chat template to use, if there is one.
-        eos_ids: tokens that end a response.
-        pad_token_id: fills rows.
-        positions: tokens that prompt and response may have together; None if the configuration does not say.
+        eos_ids: EOS tokens.
+        pad_token_id: pads rows.
+        positions: context length in tokens; None if the configuration has none.
     """
 
     model: Any
@@ -73,11 +73,11 @@ def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Tar
     """Expand run folders into policy, opponent and the model that the run started from.
 
     Args:
-        models: folders or hub ids.
-        start: the model before training, to compare with; not needed where a run names one that is on this machine.
+        models: folders or Hub ids.
+        start: the model before training, to compare with; not needed if a run names one that is on this machine.
 
     Raises:
-        ModelError: a folder that is no model.
+        ModelError: a folder does not contain a model.
     """
     targets: list[Target] = []
     for name in models:
@@ -121,10 +121,10 @@ def _of_folder(folder: Path, name: str, role: str = "model", run: Path | None = 
     if adapter.is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
-            raise ModelError(f"{adapter}: does not name the model that the adapter belongs to.")
+            raise ModelError(f"{adapter}: does not name the adapter's base model.")
         return Target(name, str(folder), role, str(base), home)
-    what = "the run has not saved its policy yet; give one of its checkpoint-N folders" if run else "no model"
-    raise ModelError(f"{folder}: holds neither config.json nor {ADAPTER_FILE}: {what}.")
+    what = "the run has not saved its policy yet; use one of its checkpoint-N folders" if run else "not a model"
+    raise ModelError(f"{folder}: contains neither config.json nor {ADAPTER_FILE}: {what}.")
 
 
 def _with_unlike_names(targets: list[Target]) -> list[Target]:
@@ -140,10 +140,10 @@ def _with_unlike_names(targets: list[Target]) -> list[Target]:
 
 
 def check_target(target: Target) -> None:
-    """Refuse a model that cannot be loaded before a suite starts: lm-evaluation-harness loads it in another process.
+    """Refuse a model that cannot be loaded, before lm-evaluation-harness loads it in another process.
 
     Raises:
-        ModelError, TokenizerError: it is missing, incomplete or needs code of its own.
+        ModelError, TokenizerError: it is missing, incomplete or needs custom code.
     """
     read_config(target.path)
     for path in (target.base, target.path):
@@ -152,10 +152,10 @@ def check_target(target: Target) -> None:
 
 
 def fingerprint(target: Target, revision: str = "main") -> str:
-    """What tells this model from any other: for a folder its files, for a hub id the commit.
+    """Hash that identifies a model: of its files for a folder, of the commit for a Hub id.
 
     Raises:
-        ModelError: a model cannot be loaded: it is missing, incomplete or needs code of its own.
+        ModelError: a model is missing, incomplete or needs custom code.
     """
     digest = hashlib.sha256()
     for path in (target.base, target.path):

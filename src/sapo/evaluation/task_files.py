@@ -1,4 +1,4 @@
-"""Tasks of one's own: a YAML file that names JSONL files of prompts and how a response is verified."""
+"""Custom tasks: a YAML file with JSONL files of prompts and verifiers of responses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sapo.evaluation.generate import (
     chat_ids,
     finish_reason,
     generator_of,
+    max_reply_tokens,
     plain_ids,
     require_chat_template,
-    room,
     text_of,
 )
 from sapo.evaluation.results import SuiteResult
@@ -48,14 +48,14 @@ class Task:
     """One task of a file.
 
     Attributes:
-        name: of the measure.
-        file: of its rows.
-        rows: each with `prompt` or `messages`, and what the verifier wants (`answer`, `pattern`).
-        verify: response and row to a score in [0, 1].
-        max_new_tokens: of a response.
-        temperature: of its sampling; 0 for the likeliest tokens.
-        stop: texts at the first of which a response is cut before it is verified.
-        chat: whether prompts go through the chat template; None: if the model has one.
+        name: name of the measure.
+        file: file with its rows.
+        rows: each with `prompt` or `messages`, and the verifier's fields (`answer`, `pattern`).
+        verify: maps response and row to a score in [0, 1].
+        max_new_tokens: maximum tokens of a response.
+        temperature: sampling temperature; 0 for greedy.
+        stop: texts before which a response is truncated.
+        chat: whether to apply the chat template; None: if the model has one.
     """
 
     name: str
@@ -69,15 +69,15 @@ class Task:
 
 
 def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
-    """Read a task file and its rows, and make the verifiers.
+    """Read a task file and its rows, and create the verifiers.
 
     Args:
-        file: YAML: `tasks`, a list of tasks; a single task may stand alone.
-        limit: rows of each task, the first; None for all.
+        file: YAML with a list `tasks`, or with a single task.
+        limit: use the first `limit` rows of each task; None for all.
 
     Raises:
-        ConfigurationError: what is wrong with the file.
-        DatasetError: what is wrong with its rows.
+        ConfigurationError: the file is invalid.
+        DatasetError: a row is invalid.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def _task(task: Mapping[str, Any], file: Path, limit: int | None) -> Task:
     where = f"{file}, task {task.get('name', '(without name)')}"
     unknown = sorted(map(str, task.keys() - _FIELDS))
     if unknown:
-        raise ConfigurationError(f"{where}: unknown option {unknown[0]}; there are {', '.join(sorted(_FIELDS))}.")
+        raise ConfigurationError(f"{where}: unknown option {unknown[0]}; known are {', '.join(sorted(_FIELDS))}.")
     for needed in ("name", "data"):
         if not task.get(needed):
             raise ConfigurationError(f"{where}: {needed} is missing.")
@@ -112,7 +112,9 @@ def _task(task: Mapping[str, Any], file: Path, limit: int | None) -> Task:
             raise DatasetError(f'{data}, row {number}: needs "prompt" (text) or "messages" (a list).')
         lacking = missing_field(task, row)
         if lacking:
-            raise DatasetError(f'{data}, row {number}: has no "{lacking}", which the verifier of {task["name"]} needs.')
+            raise DatasetError(
+                f'{data}, row {number}: has no "{lacking}", which the verifier of {task["name"]} requires.'
+            )
     stop = task.get("stop", [])
     return Task(
         name=str(task["name"]),
@@ -127,7 +129,7 @@ def _task(task: Mapping[str, Any], file: Path, limit: int | None) -> Task:
 
 
 def settings(session: Session) -> dict[str, Any]:
-    """What the numbers depend on, besides the model and the file."""
+    """Settings that the results depend on, besides the model and the file."""
     return {"file": session.options.suite, "limit": session.options.limit, "seed": session.options.seed}
 
 
@@ -135,7 +137,7 @@ def run(session: Session, tasks: list[Task]) -> dict[str, SuiteResult]:
     """Generate and verify every row of every task with every model.
 
     Raises:
-        TokenizerError: a task asks for a chat template and a model has none.
+        TokenizerError: a task uses the chat template and a model has none.
         DatasetError: a verifier does not accept a row; responses are kept.
     """
     results = {}
@@ -169,7 +171,7 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
             continue
         loaded = session.load(target)
         prompts = [_prompt(loaded, target, task, task.rows[place]) for place in missing]
-        budgets = [room(loaded, prompt, task.max_new_tokens) for prompt in prompts]
+        budgets = [max_reply_tokens(loaded, prompt, task.max_new_tokens) for prompt in prompts]
         generator = generator_of(loaded, Sampling(task.temperature, 0, 1.0), session.options.batch_size)
         seeds = [derive_seed(session.options.seed, "task", place) for place in missing]
         for place, tokens, budget in zip(missing, generator.generate(prompts, budgets, seeds), budgets, strict=True):
@@ -181,7 +183,7 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
         session.say(f"{target.name}, {task.name}: {span.stop} of {len(keys)} rows")
     records = [parts.get(key) or {} for key in keys]
     scores = {
-        str(place): task.verify(_cut(record["response"], task.stop), task.rows[place])
+        str(place): task.verify(_truncate(record["response"], task.stop), task.rows[place])
         for place, record in enumerate(records)
     }
     estimate = bootstrap_ratio(list(scores.values()), seed=session.options.seed)
@@ -199,6 +201,6 @@ def _prompt(loaded: LoadedModel, target: Target, task: Task, row: Mapping[str, A
     return plain_ids(loaded, row["prompt"])
 
 
-def _cut(text: str, stops: tuple[str, ...]) -> str:
+def _truncate(text: str, stops: tuple[str, ...]) -> str:
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text

@@ -1,4 +1,4 @@
-"""Is a response right? Pure functions of text."""
+"""Verifiers of responses: pure functions of text."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from sapo.errors import ConfigurationError, DatasetError
 
 Row: TypeAlias = Mapping[str, Any]
 Verifier: TypeAlias = Callable[[str, Row], float]
-"""Response and row to a score between 0 (wrong) and 1 (right)."""
+"""Maps response and row to a score between 0 (wrong) and 1 (correct)."""
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 
 def exact_match(response: str, answer: str, *, ignore_case: bool = False) -> bool:
-    """Whether response and answer are the same text, white space at the ends and its amount in between left aside."""
+    """Whether response and answer are equal after normalizing white space."""
     ours, theirs = " ".join(response.split()), " ".join(answer.split())
     return ours.casefold() == theirs.casefold() if ignore_case else ours == theirs
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, commas between thousands allowed; None if there is none."""
+    """The last number in a text, commas between thousands allowed; None without one."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def numeric(response: str, answer: str, *, tolerance: float = 1e-6) -> bool:
-    """Whether the last number of the response is the last number of the answer, within a relative tolerance.
+    """Whether the last numbers of response and answer agree within a relative tolerance.
 
-    So a worked answer such as GSM8K's ("... #### 18") can be given as it is.
+    A worked answer such as GSM8K's ("... #### 18") can be used unchanged.
     """
     ours, theirs = last_number(response), last_number(answer)
     if ours is None or theirs is None:
@@ -42,9 +42,7 @@ def numeric(response: str, answer: str, *, tolerance: float = 1e-6) -> bool:
 
 
 def regex(response: str, pattern: re.Pattern[str], answer: str | None) -> bool:
-    """Whether the pattern occurs; with an answer, whether its last occurrence (first group, if there is one) equals
-    that.
-    """
+    """Whether the pattern occurs; with an answer, whether its last match (or first group) equals the answer."""
     found = list(pattern.finditer(response))
     if not found or answer is None:
         return bool(found)
@@ -53,15 +51,15 @@ def regex(response: str, pattern: re.Pattern[str], answer: str | None) -> bool:
 
 
 def make_verifier(task: Mapping[str, Any], where: str, folder: Path) -> Verifier:
-    """The verifier that a task names.
+    """Create the verifier of a task.
 
     Args:
-        task: `verifier`, and `pattern`, `tolerance` or `ignore_case` as the verifier wants.
-        where: names the task in messages.
-        folder: of the task file; a callable may be in a module there.
+        task: `verifier`, and its `pattern`, `tolerance` or `ignore_case`.
+        where: names the task in errors.
+        folder: folder of the task file, searched for the module of a callable.
 
     Raises:
-        ConfigurationError: it is unknown, or a pattern or an import path is wrong.
+        ConfigurationError: the verifier is unknown, or a pattern or an import path is invalid.
     """
     name = str(task.get("verifier", "exact_match"))
     if name == "exact_match":
@@ -83,12 +81,12 @@ def make_verifier(task: Mapping[str, Any], where: str, folder: Path) -> Verifier
     if ":" in name:
         return _imported(name, where, folder)
     raise ConfigurationError(
-        f"{where}: verifier {name!r} is not known; there are exact_match, regex, numeric, and module:function."
+        f"{where}: verifier {name!r} is unknown; use exact_match, regex, numeric or module:function."
     )
 
 
 def missing_field(task: Mapping[str, Any], row: Row) -> str | None:
-    """What a row lacks for the verifier of its task; None if nothing, or if only a callable could tell."""
+    """The field that a row lacks for the verifier of its task; None if complete or if the verifier is a callable."""
     name = str(task.get("verifier", "exact_match"))
     if name in ("exact_match", "numeric") and row.get("answer") is None:
         return "answer"
@@ -99,12 +97,12 @@ def _compiled(pattern: Any, where: str) -> re.Pattern[str]:
     try:
         return re.compile(str(pattern), re.MULTILINE)
     except re.error as error:
-        raise ConfigurationError(f"{where}: pattern {pattern!r} is no regular expression ({error}).") from error
+        raise ConfigurationError(f"{where}: pattern {pattern!r} is not a regular expression ({error}).") from error
 
 
 def _imported(path: str, where: str, folder: Path) -> Verifier:
     module_name, _, attribute = path.partition(":")
-    # A user's own code, named by the user: importing it runs it.
+    # The user's own code: importing it runs it.
     sys.path.insert(0, str(folder.resolve()))
     try:
         module = importlib.import_module(module_name)
@@ -121,6 +119,8 @@ def _imported(path: str, where: str, folder: Path) -> Verifier:
         score = call(response, row)
         if isinstance(score, (bool, int, float)) and 0 <= score <= 1:
             return float(score)
-        raise DatasetError(f"{where}: verifier {path} gave {score!r}; give true, false or a number between 0 and 1.")
+        raise DatasetError(
+            f"{where}: verifier {path} returned {score!r}; return true, false or a number between 0 and 1."
+        )
 
     return verify

@@ -1,1 +1,1 @@
-"""Text written by the opponent: a seam with one method, `Generator`, and what stands behind it."""
+"""Generation by the opponent: the `Generator` protocol with one method, and its implementations."""

@@ -1,8 +1,8 @@
 """A small decode loop over a transformers model.
 
-It exists beside `generate` for three reasons: each row draws from its own uniform numbers; rows that are done
-leave the batch; and it is faster (`benchmarks/generation.py`), by filtering inside the top-k slice and by a
-cache that is not copied for each token.
+It replaces transformers' `generate` for three reasons: each row has its own random numbers; finished rows leave the
+batch; and it is faster (`benchmarks/generation.py`), because it filters inside the top-k slice and does not copy the
+cache for each token.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from sapo.generation.token_step import DecodingRows, replay_for
 from sapo.generation.weight_layout import stored_by_input
 
 TOKENS_PER_READ = 8
-"""Tokens that an accelerator computes before the host waits for them and looks which rows are done."""
+"""Number of tokens that an accelerator computes before the host reads them and checks which rows are finished."""
 
 
 class TransformersGenerator:
     """A `Generator` that decodes with a transformers model in this process.
 
     Args:
-        model_context: opens a context that yields the causal language model to decode with, its weights in
-            place (an opponent; a PEFT model with the right adapter active; sharded parameters gathered). It
-            is entered exactly once a call, also when no row wants a token: under sharding it holds
-            collectives, in which every process must take part. Processes may then take different numbers of
-            steps, zero included.
+        model_context: opens a context that yields the causal language model to decode with (the opponent's weights
+            loaded, the right adapter active, sharded parameters gathered). It is entered exactly once per call,
+            even if no row needs a token: with sharded weights it contains collectives, in which every process must
+            take part. Inside it, processes may run different numbers of steps, including zero.
         sampling: how the next token is drawn.
-        eos_ids: tokens that end a row; may be empty.
-        pad_token_id: any valid token id; it fills the space before shorter contexts and is never attended to.
+        eos_ids: EOS tokens; may be empty.
+        pad_token_id: any valid token id; pads shorter contexts on the left and is never attended to.
         batch_size: rows decoded together, None for all. When set, rows are grouped by context length.
 
     Raises:
@@ -56,7 +55,7 @@ class TransformersGenerator:
         if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"batch_size={batch_size}: must be 1 or more, or None for all rows")
         if pad_token_id < 0:
-            raise ConfigurationError(f"pad_token_id={pad_token_id}: must be a token id; any valid one will do")
+            raise ConfigurationError(f"pad_token_id={pad_token_id}: must be a token id; any valid one works")
         self._model_context = model_context
         self._sampling = sampling
         self._end_ids = frozenset(eos_ids)
@@ -68,13 +67,13 @@ class TransformersGenerator:
     ) -> list[list[int]]:
         """Continue each context; see `Generator.generate`.
 
-        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left as
-        it was found, and no global random state is read or changed.
+        The t-th token of a row is drawn with the t-th number of `random.Random(seed)`. The model is left
+        unchanged, and no global random state is read or changed.
 
         Raises:
             ConfigurationError: a row without context or with a negative budget, or arguments of unequal
                 lengths.
-            ModelError: the model gave logits that are not finite, or keeps no key-value cache.
+            ModelError: the model returned non-finite logits, or no key-value cache.
         """
         check_request(contexts, max_new_tokens, seeds)
         replies: list[list[int]] = [[] for _ in contexts]
@@ -115,13 +114,13 @@ class TransformersGenerator:
         room = max(max_new_tokens[row] for row in rows)
         options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True, **without_router_logits(model)}
         forward = functools.partial(model, **options)
-        # The model makes its cache at its first step, and knows which kind its layers need.
+        # The model creates its cache in the first step, with the cache type that its layers need.
         output = forward(**state.prompt(), past_key_values=None)
         cache = output.get("past_key_values")
         if not isinstance(cache, Cache):
             raise ModelError(
-                f"{type(model).__name__} returned no key-value cache, which decoding needs; "
-                "use a model whose forward returns past_key_values"
+                f"{type(model).__name__} returned no key-value cache, which decoding requires; "
+                "use a model whose forward pass returns past_key_values"
             )
         make_room(cache, room)
         capture = replay_for(model, device) if state.hold(model, cache) else None
@@ -145,7 +144,7 @@ class TransformersGenerator:
                 seen = state.count
                 if not places:
                     return
-                # A graph is captured for a number of rows: it is worth a new one when at most half are left.
+                # A CUDA graph has a fixed number of rows: capture a new one once at most half of them are left.
                 if len(places) < len(going) and (capture is None or 2 * len(places) <= len(going)):
                     state.keep(places)
                     going, replay = [going[place] for place in surviving_rows(places)], None
@@ -159,7 +158,7 @@ class TransformersGenerator:
     def _take(
         self, row: int | None, tokens: list[int], max_new_tokens: Sequence[int], replies: list[list[int]]
     ) -> int | None:
-        """Append to the reply of `row` what belongs to it of `tokens`; None when it is complete, else the row."""
+        """Append the valid part of `tokens` to the reply of `row`; None if the reply is complete, else the row."""
         if row is None:
             return None
         for token in tokens:
@@ -175,10 +174,10 @@ class TransformersGenerator:
 
 
 def without_router_logits(model: nn.Module) -> dict[str, bool]:
-    """Arguments that keep a mixture of experts from forming its router's loss, which scoring and decoding do not use.
+    """Arguments that disable the router loss of a mixture of experts, which scoring and decoding do not use.
 
-    A configuration may ask for it in every call. transformers then compares the router's logits with an attention
-    mask of all tokens, which there is not while decoding or with shared prefixes.
+    A configuration may enable it for every call. transformers then needs an attention mask of all tokens, which does
+    not exist while decoding or with shared prefixes.
     """
     config = getattr(model, "config", None)
     return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
@@ -186,15 +185,15 @@ def without_router_logits(model: nn.Module) -> dict[str, bool]:
 
 @contextmanager
 def _decoding(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module's own training flag is as it was.
+    """Evaluation mode without gradients; afterwards each module's training flag is restored.
 
-    Evaluation mode also switches gradient checkpointing off: a transformers layer asks for `training` before
-    it checkpoints. `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode
+    Evaluation mode also disables gradient checkpointing: a transformers layer checks `training` first.
+    `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode
     broke later training.
     """
     training = [module for module in model.modules() if module.training]
     try:
-        # One flag at a time, because eval() and train() carry a parent's flag to its children.
+        # Module by module, because eval() and train() also set the flags of all children.
         for module in training:
             module.training = False
         with torch.no_grad():
@@ -206,10 +205,10 @@ def _decoding(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_compute_type(model: nn.Module) -> Iterator[None]:
-    """Decode a 4-bit model in the type that its layers compute in, the rest of its weights cast meanwhile.
+    """Decode a 4-bit model in the compute dtype of its layers; cast its other weights meanwhile.
 
-    peft makes norms, embeddings and head float32 for training, and a 4-bit layer returns the type of its input: keys,
-    values and logits would be float32, at twice the memory and reading. Adapters stay as they are.
+    peft casts norms, embeddings and head to float32 for training, and a 4-bit layer returns the dtype of its input:
+    keys, values and logits would be float32, at twice the memory and bandwidth. Adapters are not cast.
     """
     config = getattr(model, "config", None)
     quantized = config.to_dict().get("quantization_config") if config is not None else None

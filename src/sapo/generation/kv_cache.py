@@ -1,8 +1,7 @@
-"""A key-value cache with room for the tokens to come.
+"""A key-value cache with preallocated memory.
 
-transformers' dynamic layers build their whole cache anew for each token. On CPU that copy was half of
-decoding at batch 1 and most of it at batch 64 (8.9M-parameter Llama). The final length being known, it need
-not happen.
+transformers' dynamic layers copy their full cache for each token. On a CPU the copy took half of the decoding time at
+batch size 1 and most of it at 64 (8.9M-parameter Llama). Preallocation avoids it.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _ROOM = 128
-"""Tokens that a full buffer is extended by: copies become rare, and memory stays near what the rows need."""
+"""Number of tokens by which a full buffer is extended: few copies, and little unused memory."""
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, as views of buffers with room for tokens to come.
+    """One layer's keys and values, as views of preallocated buffers.
 
-    Serves the decode loop of this package only: it grows and loses rows, but cannot be cropped or repeated.
+    For the decode loop of this package only: tokens can be appended and rows removed, but not cropped or repeated.
 
     Args:
-        layer: the layer after the prompt went through it; its content is taken over.
+        layer: the layer after the prompt's forward pass; its content moves into the buffers.
     """
 
     def __init__(self, layer: DynamicLayer) -> None:
@@ -57,15 +56,15 @@ class RoomyLayer(DynamicLayer):
 
 
 class FixedLayer(RoomyLayer):
-    """One layer's keys and values in buffers of fixed length, written at the column that a tensor names.
+    """One layer's keys and values in buffers of fixed length, written at the column given by a tensor.
 
-    A step that computes with it touches the same memory each time, as a CUDA graph demands. Columns that are not
-    written yet must be hidden by the attention mask; so must those outside of the window, which are all kept.
+    Every step uses the same memory, as a CUDA graph requires. The attention mask must hide columns that are not
+    written yet, and columns outside the window, which are all kept.
 
     Args:
-        layer: the layer after the prompt went through it; its content is taken over.
-        length: columns, those of the prompt included.
-        column: `[1]`, where `update` writes.
+        layer: the layer after the prompt's forward pass; its content moves into the buffers.
+        length: number of columns, including the prompt's.
+        column: `[1]`, the index at which `update` writes.
     """
 
     def __init__(self, layer: DynamicLayer, length: int, column: Tensor) -> None:
@@ -73,7 +72,7 @@ class FixedLayer(RoomyLayer):
         held = layer.keys.shape[2]
         stop = layer.get_seq_length()
         rows, heads, _, size = layer.keys.shape
-        # Zeros: a hidden column has weight 0, and 0 times what happens to lie in memory may be nan.
+        # Zeros, because a hidden column has weight 0, and 0 times uninitialized memory may be NaN.
         self._buffers = (
             layer.keys.new_zeros(rows, heads, length, size),
             layer.values.new_zeros(rows, heads, length, layer.values.shape[-1]),
@@ -93,14 +92,14 @@ class FixedLayer(RoomyLayer):
 
 
 def window_of(layer: object) -> int | None:
-    """Tokens that `layer` attends to, the newest included; None for all."""
+    """Window of `layer` in tokens, including the newest; None without a window."""
     if isinstance(layer, RoomyLayer):
         return layer.window
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
 def attends_only(cache: Cache) -> bool:
-    """Whether all layers of `cache` hold the keys and values of all tokens or of a window, and nothing else."""
+    """Whether all layers of `cache` contain only keys and values, of all tokens or of a window."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer, FixedLayer)
     return type(cache) is DynamicCache and all(
         type(layer) in kinds and layer.get_seq_length() > 0 for layer in cache.layers
@@ -108,15 +107,14 @@ def attends_only(cache: Cache) -> bool:
 
 
 def fix_length(cache: Cache, length: int, column: Tensor) -> None:
-    """Give every layer of `cache`, of which `attends_only` is true, buffers of `length` columns (see `FixedLayer`)."""
+    """Give every layer of `cache` buffers of `length` columns (see `FixedLayer`); requires `attends_only(cache)`."""
     cache.layers = [FixedLayer(layer, length, column) for layer in cache.layers]
 
 
 def make_room(cache: Cache, new_tokens: int) -> None:
-    """Let each layer of `cache` that grows do so in place; to be called once, after the prompt.
+    """Preallocate the growing layers of `cache`; call once, after the prompt.
 
-    Layers of other kinds stay as they are: recurrent states do not grow, and a window that slides within
-    `new_tokens` is short.
+    Other layers are not changed: recurrent states do not grow, and a window that slides within `new_tokens` is short.
     """
     if not isinstance(cache, DynamicCache):
         return
@@ -130,8 +128,7 @@ def make_room(cache: Cache, new_tokens: int) -> None:
 def surviving_rows(going: list[int]) -> list[int]:
     """An order of the rows `going` (ascending) that moves as few of them as possible.
 
-    Rows among the first `len(going)` places stay where they are; the others fill the places left by finished
-    rows.
+    Rows among the first `len(going)` keep their index; the others fill the indices of finished rows.
     """
     count = len(going)
     staying = {place for place in going if place < count}
@@ -151,7 +148,7 @@ def keep_rows(cache: Cache, kept: list[int], device: torch.device) -> None:
         if isinstance(layer, RoomyLayer):
             layer.move_rows(everything[targets], targets, len(kept))
         else:
-            # Not batch_select_indices: in 5.23 hybrid layers inherit one that forgets their recurrent state.
+            # Not batch_select_indices: hybrid layers of transformers 5.23 inherit one without recurrent state.
             layer.reorder_cache(everything)
 
 

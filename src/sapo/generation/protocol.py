@@ -1,4 +1,4 @@
-"""The seam between self-play and whatever writes the text."""
+"""The protocol between self-play and what generates text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Generator(Protocol):
 
         Args:
             contexts: token ids to continue, at least one each; rows of any length.
-            max_new_tokens: budget of each row in tokens, 0 or more.
-            seeds: seed of each row, the only source of that row's randomness: what a row becomes does not
-                depend on the other rows, on their order or on their number, beyond floating point.
+            max_new_tokens: maximum new tokens of each row, 0 or more.
+            seeds: seed of each row, its only source of randomness: a row's output does not depend on the other rows,
+                their order or their number, beyond floating point.
 
         Returns:
             For row i the tokens after `contexts[i]`: at most `max_new_tokens[i]`, up to and including the
-            first end token.
+            first EOS token.
 
         Raises:
             ConfigurationError: a row without context or with a negative budget, or arguments of unequal
@@ -42,37 +42,37 @@ Weights: TypeAlias = "Path | Mapping[str, Tensor]"
 
 @runtime_checkable
 class Engine(Generator, Protocol):
-    """A `Generator` that has weights of its own, outside the policy's modules, and is given new ones as folders."""
+    """A `Generator` with its own weights, outside the policy's modules, which are updated from folders."""
 
     def load(self, weights: Weights, version: str) -> None:
-        """Serve other weights: every token that `generate` returns from now on was drawn with them.
+        """Serve new weights: every token that `generate` returns from now on is sampled with them.
 
         Args:
-            weights: an ordinary model folder or, with LoRA, adapter folder; it stays until the next one is loaded. Or
-                all weights by name, in main memory, for an engine that takes them so; only of the process that loads.
-            version: names the weights; no two of a run's are alike.
+            weights: a model folder or, with LoRA, an adapter folder, which exists until the next load. Or all weights
+                by name, in main memory, for an engine that accepts tensors; only in the process that loads.
+            version: name of the weights, unique within a run.
 
         Raises:
-            GenerationError: the engine cannot be given them.
+            GenerationError: the engine cannot load them.
         """
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; it is not used any more."""
+        """Free the engine's resources; it must not be used afterwards."""
         ...
 
 
 @runtime_checkable
 class InProcessEngine(Engine, Protocol):
-    """An `Engine` in this process, which takes turns with the training and can be given weights in memory."""
+    """An `Engine` in this process, which alternates with training and can load weights from memory."""
 
     def load_tensors(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """As `load`, with the weights of a whole model by name."""
+        """As `load`, with the full model's weights by name."""
         ...
 
 
 def check_request(contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]) -> None:
-    """Refuse a request that breaks the contract of `Generator`; every implementation calls this first.
+    """Refuse a request that violates the contract of `Generator`; every implementation calls this first.
 
     Raises:
         ConfigurationError: a row without context or with a negative budget, or arguments of unequal lengths.

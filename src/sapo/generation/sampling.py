@@ -1,9 +1,8 @@
 """From logits to the next token, as pure functions of tensors.
 
-The distribution is that of transformers' chain of warpers (temperature, then top-k, then top-p); top-p looks
-only at the tokens that top-k left, which gives the same distribution without sorting the vocabulary. A token
-is drawn by inverting the cumulative distribution at a uniform number that belongs to the row, so that no
-generator state is shared between rows.
+The distribution equals that of transformers' warpers (temperature, then top-k, then top-p); top-p runs only on the
+tokens that top-k keeps, which gives the same distribution without sorting the vocabulary. A token is drawn by
+inverting the cumulative distribution at the row's own uniform number, so rows share no random state.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from torch import Tensor
 from sapo.errors import ConfigurationError
 
 INVALID_TOKEN = -1
-"""What `sample_tokens` gives a row without distribution: one with a nan, an infinity, or nothing but -inf."""
+"""Result of `sample_tokens` for a row with NaN or infinite logits, or only -inf."""
 
-# top-k keeps every token that ties with the k-th. Fetching a few more than k finds such ties, which are
-# common in bfloat16; only when all of these tie as well is the whole vocabulary looked at.
+# top-k keeps every token that ties with the k-th. Fetching a few more than k finds such ties, which are common in
+# bfloat16; only if all of these tie too is the full vocabulary checked.
 _TIE_MARGIN = 14
 
 
@@ -29,9 +28,9 @@ class Sampling:
     """How the next token is drawn; the defaults are the published settings.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: keep the k likeliest tokens, and those that tie with the k-th; 0 keeps all.
-        top_p: of these, keep the smallest set of likeliest tokens whose probabilities reach p; 1.0 keeps all.
+        temperature: divides the logits; 0 for greedy decoding.
+        top_k: keep the k most probable tokens and ties with the k-th; 0 keeps all.
+        top_p: of these, keep the smallest set of most probable tokens whose probabilities reach p; 1.0 keeps all.
 
     Raises:
         ConfigurationError: a value outside its range.
@@ -43,17 +42,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigurationError(
-                f"temperature={self.temperature}: must be finite, and 0 (always the likeliest token) or more"
-            )
+            raise ConfigurationError(f"temperature={self.temperature}: must be finite, and 0 (greedy) or more")
         if self.top_k < 0:
-            raise ConfigurationError(f"top_k={self.top_k}: must be 1 or more, or 0 to keep the whole vocabulary")
+            raise ConfigurationError(f"top_k={self.top_k}: must be 1 or more, or 0 to keep the full vocabulary")
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p={self.top_p}: must be above 0 and at most 1.0, which keeps every token")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken, so that seeds play no part."""
+        """Whether decoding is greedy, so that seeds have no effect."""
         return self.temperature == 0
 
 
@@ -67,7 +64,7 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, 
     Returns:
         Probabilities `[B, K]` in float32, and the token ids `[B, K]` they belong to, ascending in each row. K
         is 1 when greedy, V without top-k, else a little more than k. Tokens that were filtered out have
-        probability 0. A row with a nan, an infinity, or nothing but -inf, has nan for probabilities.
+        probability 0. A row with NaN, an infinity, or only -inf, has NaN probabilities.
     """
     if sampling.greedy:
         best, ids = logits.max(-1, keepdim=True)
@@ -79,18 +76,18 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, 
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token a row, by inverting the cumulative distribution.
+    """Draw one token per row, by inverting the cumulative distribution.
 
-    Tokens are laid out by id before summing. Rounding in the logits then only moves the borders between
-    tokens; sorted by probability, two near-equal tokens would swap places and with them the outcome.
+    Probabilities are summed in order of token id. Rounding in the logits then only shifts the boundaries between
+    tokens; in order of probability, two near-equal tokens would swap and change the outcome.
 
     Args:
         logits: `[B, V]`.
-        uniforms: `[B]`, float64 in [0, 1), one a row; not read when greedy.
+        uniforms: `[B]`, float64 in [0, 1), one per row; not read when greedy.
         sampling: temperature, top-k and top-p.
 
     Returns:
-        Token ids `[B]`, int64; `INVALID_TOKEN` for a row that has no distribution.
+        Token ids `[B]`, int64; `INVALID_TOKEN` for a row without a valid distribution.
     """
     device = logits.device
     if device.type == "mps":
@@ -101,15 +98,14 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     targets = uniforms.to(total.device, torch.float64)[:, None] * total
-    # right=True: the first token whose cumulative probability exceeds the target, hence never one of
-    # probability 0. The product stays below the total, uniforms being below 1; the clamp serves rows of nan,
-    # marked just after.
+    # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0.
+    # Uniforms below 1 keep the product below the total; the clamp is for NaN rows, which are marked below.
     places = torch.searchsorted(cumulative, targets, right=True).clamp_(max=ids.shape[1] - 1)
     return torch.where(total.isnan(), INVALID_TOKEN, ids.gather(1, places))[:, 0].to(device)
 
 
 def host_computes(device: torch.device) -> bool:
-    """Whether reading a value from `device` costs nothing: elsewhere the host would wait for all that was launched."""
+    """Whether `device` is the host, so that reading a value does not wait for an accelerator."""
     return device.type == "cpu"
 
 
@@ -117,7 +113,7 @@ def _top_k(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Scores (logits over temperature, -inf where filtered) and token ids, `[B, K]` each, ids ascending."""
     vocabulary, k = logits.shape[-1], sampling.top_k
     wanted = k + _TIE_MARGIN
-    # Whether the slice holds all ties is a question of values. Elsewhere the whole vocabulary is sorted on the device.
+    # Checking the slice for ties reads values. On accelerators the full vocabulary is sorted instead.
     if k and wanted < vocabulary and host_computes(logits.device):
         scores, ids = logits.topk(wanted, -1)
         scores = scores.float() / sampling.temperature
@@ -129,17 +125,17 @@ def _top_k(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     scores = logits.float() / sampling.temperature
     if 0 < k < vocabulary:
         kth = scores.topk(k, -1).values[:, -1:]
-        # Less than, not "not at least": a nan must stay, so that it shows.
+        # `<`, not `not >=`: a NaN must stay visible.
         scores = scores.masked_fill(scores < kth, -math.inf)
     return scores, torch.arange(vocabulary, device=scores.device).expand_as(scores)
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:
-    """Put -inf where the probability of all likelier tokens reaches `top_p`.
+    """Set tokens to -inf where the more probable ones already reach `top_p`.
 
-    Summed from the unlikeliest upwards in float32, as `TopPLogitsWarper` does: the token that crosses the
-    threshold stays, and so does the likeliest. Of equal tokens the ones of lower id go first (a stable sort),
-    so that ties are resolved alike in every batch.
+    Summed from the least probable upwards in float32, as in `TopPLogitsWarper`: the token that crosses the threshold
+    is kept, and so is the most probable. Of equal tokens the lower ids are removed first (a stable sort), so ties are
+    resolved identically in every batch.
     """
     ascending, order = scores.sort(dim=-1, stable=True)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p

@@ -1,4 +1,4 @@
-"""A generator that says what it is told: the fake for tests of everything above generation."""
+"""A generator that returns scripted replies: the fake for tests of everything above generation."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class GenerateCall:
 
 
 class ScriptedGenerator:
-    """A `Generator` without a model: it answers from a script and keeps what it was asked.
+    """A `Generator` without a model: returns replies from a script and records its calls.
 
     Args:
-        script: either the replies of successive calls (each one a list of token lists, one a row), or a
-            function of (contexts, max_new_tokens, seeds) that returns such a reply.
+        script: the replies of successive calls (each a list of token lists, one per row), or a function of (contexts,
+            max_new_tokens, seeds) that returns such a reply.
 
     Attributes:
-        calls: what it was asked, one `GenerateCall` a call.
+        calls: one `GenerateCall` per call.
     """
 
     def __init__(self, script: Sequence[Reply] | ReplyFunction) -> None:
@@ -40,12 +40,11 @@ class ScriptedGenerator:
     def generate(
         self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
     ) -> list[list[int]]:
-        """Answer with the script's next reply; see `Generator.generate`.
+        """Return the script's next reply; see `Generator.generate`.
 
         Raises:
-            ConfigurationError: a request that breaks the contract, a script that has run out, or a reply that
-                does not fit the request (rows missing, budget exceeded): a fake must not lie about the
-                contract.
+            ConfigurationError: the request violates the contract, the script has no more replies, or a reply does not
+                match the request (missing rows, budget exceeded).
         """
         check_request(contexts, max_new_tokens, seeds)
         call = GenerateCall([list(context) for context in contexts], list(max_new_tokens), list(seeds))
@@ -61,7 +60,7 @@ class ScriptedGenerator:
             )
         if len(reply) != len(contexts):
             raise ConfigurationError(
-                f"call {number}: the script gives {len(reply)} rows for {len(contexts)} contexts; give one a context"
+                f"call {number}: the script has {len(reply)} rows for {len(contexts)} contexts; add one per context"
             )
         for row, (tokens, budget) in enumerate(zip(reply, max_new_tokens, strict=True)):
             if len(tokens) > budget:

@@ -1,7 +1,7 @@
-"""One token of each row of a batch, as a function of tensors that stay where they are.
+"""One decoding step of a batch, as a function of tensors at fixed addresses.
 
-A step reads and writes the tensors of `DecodingRows` and the cache, in place, and asks the device for nothing. So it
-can run many times before the host looks at the tokens, and it can be captured as a CUDA graph.
+A step reads and writes the tensors of `DecodingRows` and the cache in place, without synchronizing with the device. So
+it can run many times before the host reads the tokens, and it can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from sapo.generation.kv_cache import attends_only, fix_length, keep_rows, surviv
 from sapo.generation.sampling import Sampling, sample_tokens
 
 Replay = Callable[[Callable[[], None]], None]
-"""Runs a step. It is given the same step each time, and may record it and repeat what it recorded."""
+"""Runs a step. It gets the same step each time, and may record and replay it."""
 
 
 class DecodingRows:
-    """The rows of a batch that are decoded together, between two tokens.
+    """State of the rows that are decoded together, between two tokens.
 
     Args:
-        contexts: token ids to continue, right-aligned here, at least one each.
+        contexts: token ids to continue, at least one each; right-aligned in the batch.
         budgets: new tokens of each row, 1 or more.
         seeds: seed of each row.
-        pad_token_id: fills the space before shorter contexts.
+        pad_token_id: pads shorter contexts on the left.
         sampling: how a token is drawn.
         device: of the model.
 
     Attributes:
-        tokens: `[B, L]` contexts at first, then `[B, 1]` the newest token.
-        positions: like `tokens`.
-        drawn: `[B, room]` new tokens; `INVALID_TOKEN` where a row had no distribution.
+        tokens: `[B, L]` contexts at first, then `[B, 1]` newest tokens.
+        positions: same shape as `tokens`.
+        drawn: `[B, room]` new tokens; `INVALID_TOKEN` where a row had no valid distribution.
         count: new tokens so far.
     """
 
@@ -57,16 +57,16 @@ class DecodingRows:
         width = self._width
         empty = torch.tensor([[width - len(context)] for context in contexts])
         ids = [[pad_token_id] * (width - len(context)) + list(context) for context in contexts]
-        # By length alone, because a prompt may itself hold the pad token. Tokens to come are attended to.
+        # By length, because a prompt may contain the pad token. Future columns count as attended.
         attended = (torch.arange(width + room) >= empty).long()
         uniforms = [[draw() for _ in range(room)] for draw in (random.Random(seed).random for seed in seeds)]
         last = torch.tensor([[len(c) + budget - 1] for c, budget in zip(contexts, budgets, strict=True)])
         self.tokens = _sent(torch.tensor(ids), device)
         self.positions = _sent((torch.arange(width) - empty).clamp_(min=0), device)
         self._attended = _sent(attended, device)
-        # A row is computed beyond its end until the host has looked; its position must still be one.
+        # A finished row is computed until the host reads the tokens; its position must stay valid.
         self._last = _sent(last, device)
-        # All at once: one transfer a call. MPS has no float64, and its tokens are drawn on the host.
+        # All at once: one transfer per call. MPS has no float64, so its tokens are drawn on the host.
         self._uniforms = torch.tensor(uniforms, dtype=torch.float64)
         if device.type != "mps":
             self._uniforms = _sent(self._uniforms, device)
@@ -79,7 +79,7 @@ class DecodingRows:
         self._windows: dict[str, int | None] = {}
 
     def prompt(self) -> dict[str, Tensor]:
-        """Arguments with which a model reads the contexts."""
+        """Model arguments for the forward pass over the contexts."""
         return {
             "input_ids": self.tokens,
             "attention_mask": self._attended[:, : self._width],
@@ -87,12 +87,12 @@ class DecodingRows:
         }
 
     def hold(self, model: nn.Module, cache: Cache) -> bool:
-        """Take the cache that the prompt filled; to be called once, after it.
+        """Set the cache that the prompt filled; call once, after the prompt.
 
         Returns:
-            Whether attention masks are made here, once, so that steps wait for nothing. Where they are not, because
-            the attention is of another kind or the cache holds something else than keys and values,
-            transformers makes one from the two-dimensional mask at every step.
+            Whether attention masks are built here, once, so that steps do not synchronize. With another attention
+            implementation, or a cache with more than keys and values, transformers builds one from the
+            two-dimensional mask at every step.
         """
         self._cache = cache
         self._windows = _windows(model, cache)
@@ -103,7 +103,7 @@ class DecodingRows:
         return bool(self._windows)
 
     def fix(self) -> None:
-        """Give the cache its final length, so that every step touches the same memory; needs masks made here."""
+        """Allocate the cache at its final length, so that every step uses the same memory; needs masks of `hold`."""
         fix_length(self._cache, self._attended.shape[1], self._column)
         self._fixed = True
 
@@ -112,7 +112,7 @@ class DecodingRows:
         uniforms = self._uniforms.index_select(1, self._next.to(self._uniforms.device))[:, 0]
         drawn = sample_tokens(logits, uniforms, self._sampling)[:, None]
         self.drawn.index_copy_(1, self._next, drawn)
-        # An invalid token ends the call when the host sees it; until then it must be one that has an embedding.
+        # The host raises on an invalid token when it reads it; until then the id must have an embedding.
         drawn = drawn.clamp(min=0)
         if self.tokens.shape == drawn.shape:
             self.tokens.copy_(drawn)
@@ -127,7 +127,7 @@ class DecodingRows:
         self._column.add_(1)
 
     def advance(self, step: Callable[..., Any]) -> None:
-        """Compute the newest tokens with `step`, the model's forward and its fixed options, and draw the next ones."""
+        """Run `step` (the model's forward pass with fixed options) on the newest tokens, and draw the next ones."""
         output = step(
             input_ids=self.tokens,
             attention_mask=self._mask(),
@@ -155,7 +155,7 @@ class DecodingRows:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _hidden_by(self, window: int | None) -> Tensor:
-        """What is added to the scores, `[B, 1, 1, keys]`: 0 or -inf."""
+        """Additive attention mask, `[B, 1, 1, keys]`: 0 or -inf."""
         assert self._hidden is not None
         if not self._fixed:
             stop = self._width + self.count
@@ -168,10 +168,10 @@ class DecodingRows:
 
 
 class CudaGraph:
-    """A `Replay` that captures a step as a CUDA graph: one launch a token.
+    """A `Replay` that captures a step as a CUDA graph: one launch per token.
 
-    The first step runs as it is, on a side stream, and warms up what must not happen in a capture; the second is
-    captured. A step that cannot be captured goes on without, with a warning that says why.
+    The first step runs uncaptured on a side stream as a warm-up; the second is captured. A step that cannot be captured
+    runs without a graph, with a warning that gives the reason.
     """
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class CudaGraph:
         self._warm = self._failed = False
 
     def __call__(self, step: Callable[[], None]) -> None:
-        """Run `step`, or what was captured of it."""
+        """Run `step` or replay its graph."""
         if self._failed:
             step()
             return
@@ -194,7 +194,7 @@ class CudaGraph:
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             cached = torch.is_autocast_cache_enabled()
-            # Casts kept from outside would be read from memory that is free by the time of a replay.
+            # Casts cached outside the capture would be freed before a replay reads them.
             torch.set_autocast_cache_enabled(False)
             try:
                 with torch.cuda.graph(graph):
@@ -202,7 +202,7 @@ class CudaGraph:
             except RuntimeError as error:
                 self._failed = True
                 warnings.warn(
-                    f"Decoding launches its kernels one by one: a step cannot be captured as a CUDA graph ({error}).",
+                    f"Decoding without a CUDA graph, which is slower: capturing a step failed ({error}).",
                     stacklevel=2,
                 )
                 step()
@@ -214,10 +214,10 @@ class CudaGraph:
 
 
 def replay_for(model: nn.Module, device: torch.device) -> Callable[[], Replay] | None:
-    """What makes a `Replay` for `model`, of which masks are made by `DecodingRows`; None for steps one by one.
+    """Factory of a `Replay` for `model`; None to run steps uncaptured. `DecodingRows` must build the masks.
 
-    Not captured: models that transformers does not compile whole (some mixtures of experts, whose routing the host
-    must see), and quantized ones.
+    Not captured: models that transformers cannot compile as one graph (some mixtures of experts, whose routing runs on
+    the host), and quantized models.
     """
     if device.type != "cuda" or not model._can_compile_fullgraph:
         return None
@@ -226,7 +226,7 @@ def replay_for(model: nn.Module, device: torch.device) -> Callable[[], Replay] |
 
 
 def _windows(model: nn.Module, cache: Cache) -> dict[str, int | None]:
-    """Each kind of attention layer that `model` has, with its window; empty where masks cannot be made for it."""
+    """Window of each attention layer type of `model`; empty if masks cannot be built for it."""
     if not attends_only(cache) or not model._supports_attention_backend:
         return {}
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -244,5 +244,5 @@ def _windows(model: nn.Module, cache: Cache) -> dict[str, int | None]:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without waiting for what was launched there."""
+    """`tensor` on `device`, copied without synchronizing."""
     return tensor.to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Weights stored input by input while a processor decodes.
+"""Input-major weights while decoding on a CPU.
 
-A product of few rows with a float32 weight that is stored output by output, as PyTorch does, reads it slower than
-memory allows: at 8 rows the linear layers of a 135M Llama take 1.4 times, at 64 rows 1.3 times as long as with the
-same weights stored the other way round (`benchmarks/generation.py`). In bfloat16 there is no difference.
+A float32 matrix product of few rows is slower with PyTorch's output-major weights than memory bandwidth allows: the
+linear layers of a 135M Llama take 1.4 times as long at 8 rows, and 1.3 times at 64, as with transposed storage
+(`benchmarks/generation.py`). In bfloat16 there is no difference.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 _LEAST_BYTES = 64 * 2**20
-"""Smaller weights stay in the processor's cache, where the order does not matter."""
+"""Smaller weights fit into the CPU cache, where the order does not matter."""
 _LEAST_ROWS, _LEAST_TOKENS = 4, 64
-"""Turning all weights round and back takes as long as it saves in 20 to 45 tokens."""
+"""Transposing all weights twice costs as much as 20 to 45 tokens save."""
 
 
 @contextmanager
 def stored_by_input(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
-    """Store the linear layers' weights input by input, where `tokens` steps of `rows` rows get faster by it.
+    """Store the linear layers' weights input-major if that makes `tokens` steps of `rows` rows faster.
 
-    No value changes, nor does the memory that a weight lies in; one weight at a time is copied. Afterwards all is as
-    it was. Sums are formed in another order, so that logits differ by rounding (bit-equal from 16 rows on).
+    Values and memory addresses of the weights do not change; one weight at a time is copied. The layout is restored
+    afterwards. Sums are computed in another order, so logits differ by rounding (bit-identical from 16 rows on).
     """
     weights = _float32_weights(model) if rows >= _LEAST_ROWS and tokens >= _LEAST_TOKENS else []
     turned: list[tuple[Tensor, Tensor]] = []
     if sum(weight.nbytes for weight in weights) >= _LEAST_BYTES:
         turned = [(weight, weight.data) for weight in weights]
     try:
-        # At each line a weight holds the right values, whatever the memory that it had holds just then.
+        # The weight has the right values at every line, even while its original memory is being overwritten.
         for weight, original in turned:
             weight.data = original.t().contiguous().t()
             original.view(-1).copy_(weight.data.t().reshape(-1))
@@ -46,7 +46,7 @@ def stored_by_input(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
 
 def _float32_weights(model: nn.Module) -> list[Tensor]:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch._C.has_mkl:
-        return []  # measured there only
+        return []  # measured only with AVX-512 and MKL
     weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Linear}
     return [
         weight

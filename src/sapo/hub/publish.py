@@ -1,7 +1,6 @@
-"""Push a run to the hub: the policy, its tokenizer, card and curves, and the opponent if asked for.
+"""Push a run to the Hub: policy, tokenizer, model card and curves, and optionally the opponent.
 
-Nothing else of the run folder leaves the machine: checkpoints stay, and so do pairs.jsonl, the traces and the report,
-for they hold texts of the training data.
+Nothing else is uploaded: not checkpoints, and not pairs.jsonl, traces or the report, which contain training data.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _TOKENIZER = [
 
 
 def uploaded(*, opponent: bool) -> list[str]:
-    """Patterns of the files that are pushed; in them `*` reaches into folders, so every folder is named or left out."""
+    """Patterns of the pushed files; `*` matches into subfolders, so every folder is listed explicitly."""
     patterns = [*_MODEL, *_TOKENIZER, CARD_FILE, CURVES_FILE]
     return [*patterns, *(f"opponent/{pattern}" for pattern in (*_MODEL, *_TOKENIZER))] if opponent else patterns
 
@@ -42,7 +41,7 @@ _KEPT = [".*", "checkpoint-*", "*.jsonl", "report.html", "run.json", "optimizer*
 
 
 class HubMixin:
-    """The part of a trainer that speaks with the hub; `push_to_hub` pushes at the end of a run, not its checkpoints."""
+    """Trainer mixin for the Hub: pushes at the end of a run; checkpoints are not pushed."""
 
     args: SAPOConfig
     run_folder: RunFolder
@@ -51,10 +50,10 @@ class HubMixin:
     save_model: Callable[..., None]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, before anything is trained: a name or a token that is wrong is told at once.
+        """Create the repository before training, so that a wrong name or token fails early.
 
         Raises:
-            ConfigurationError: the hub refuses, or cannot be reached.
+            ConfigurationError: the Hub refuses or is unreachable.
         """
         if not self.is_world_process_zero():
             return
@@ -68,18 +67,18 @@ class HubMixin:
     def push_to_hub(
         self, commit_message: str | None = "End of training", *, token: str | None = None, revision: str | None = None
     ) -> Any:
-        """Push the models of the run folder; they are saved first if they are not there yet.
+        """Push the models of the run folder; save them first if needed.
 
         Args:
-            commit_message: of the commit.
-            token: with write permission; by default `hub_token`, or the one that is logged in.
-            revision: branch; by default `hub_revision`, or main.
+            commit_message: message of the commit.
+            token: token with write permission. Default: `hub_token`, or the one of `hf auth login`.
+            revision: branch. Default: `hub_revision`, or main.
 
         Returns:
-            What the hub says about the commit; None on all processes but the first.
+            The Hub's commit information; None on all processes but the first.
 
         Raises:
-            ConfigurationError: the hub refuses, or cannot be reached.
+            ConfigurationError: the Hub refuses or is unreachable.
         """
         folder = self.run_folder.path
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
@@ -93,7 +92,7 @@ class HubMixin:
         api = HfApi(token=token or self.args.hub_token)
         opponent = self.args.push_opponent_to_hub
         return _asked(
-            f"push (the run is whole in {folder})",
+            f"push (the complete run is in {folder})",
             lambda: api.upload_folder(
                 repo_id=name,
                 folder_path=str(folder),
@@ -110,6 +109,6 @@ def _asked(what: str, ask: Callable[[], Any]) -> Any:
         return ask()
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, httpx2.HTTPError) as error:
         raise ConfigurationError(
-            f"push_to_hub: cannot {what}: {brief(error)}. Log in with `hf auth login`, or give --hub_token, and check "
+            f"push_to_hub: cannot {what}: {brief(error)}. Log in with `hf auth login`, or set --hub_token, and check "
             "--hub_model_id."
         ) from error

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap over examples. Pure functions of arrays."""
+"""Uncertainty by bootstrap over examples. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 RESAMPLES = 1000
 HALVES = 40
-"""Random halves for statistics of a whole corpus, which a bootstrap with its repeated responses would bias."""
+"""Number of random halves for corpus statistics, which the repetitions of a bootstrap would bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Estimate:
 
     Attributes:
         value: the estimate.
-        stderr: its standard error; None where there is no way to tell.
+        stderr: its standard error; None if unknown.
         low: lower end of the 95 % interval.
-        high: upper end of it.
-        count: examples that it rests on.
+        high: its upper end.
+        count: number of examples.
     """
 
     value: float
@@ -43,7 +43,7 @@ class Estimate:
 
     @classmethod
     def exact(cls, value: float, count: int) -> Estimate:
-        """A number that is what it is, such as a mean length of the data."""
+        """A number without uncertainty, such as a mean length of the data."""
         return cls(float(value), None, None, None, count)
 
 
@@ -54,13 +54,13 @@ def bootstrap_ratio(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate | None:
-    """Sum over sum, with a percentile bootstrap over examples; without denominators, a mean.
+    """Ratio of sums, with a percentile bootstrap over examples; without denominators, a mean.
 
     Args:
-        numerators: one an example.
-        denominators: one an example, such as its number of tokens.
-        seed: of the resampling.
-        resamples: how many; with 0 no error is estimated.
+        numerators: one per example.
+        denominators: one per example, such as its number of tokens.
+        seed: seed of the resampling.
+        resamples: number of resamples; with 0 no error is estimated.
 
     Returns:
         None without examples, or when the denominators sum to 0.
@@ -82,13 +82,13 @@ def bootstrap_ratio(
 def paired_change(
     after: Sequence[float], before: Sequence[float], *, weights: Sequence[float] | None = None, seed: int = 0
 ) -> Estimate | None:
-    """Mean of after - before over the same examples: what is common to both cancels.
+    """Mean of after - before over the same examples: common effects cancel.
 
     Args:
-        after: one an example.
-        before: of the same examples.
-        weights: where both are numerators, their common denominators.
-        seed: of the resampling.
+        after: one per example.
+        before: for the same examples.
+        weights: common denominators if both are numerators.
+        seed: seed of the resampling.
     """
     return bootstrap_ratio(np.subtract(after, before).tolist(), weights, seed=seed)
 
@@ -96,19 +96,19 @@ def paired_change(
 def over_halves(
     size: int, statistic: Callable[[list[int], list[int]], float | None], *, seed: int = 0, halves: int = HALVES
 ) -> Estimate | None:
-    """A statistic of two halves of the examples, averaged over random ways to halve them.
+    """A statistic of two halves of the examples, averaged over random halvings.
 
     The spread over halves estimates the standard error on all examples (delete-half jackknife, Shao and Wu 1989), and
-    no response occurs twice, which would change how varied a corpus looks.
+    no response occurs twice, which would bias the variety of a corpus.
 
     Args:
         size: number of examples.
-        statistic: of the places in the first and in the second half.
-        seed: of the halving.
-        halves: how many times.
+        statistic: function of the indices in the first and in the second half.
+        seed: seed of the halving.
+        halves: number of halvings.
 
     Returns:
-        None with fewer than 4 examples, or where the statistic is not defined.
+        None with fewer than 4 examples, or if the statistic is not defined.
     """
     if size < 4:
         return None

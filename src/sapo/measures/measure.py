@@ -1,4 +1,4 @@
-"""A model's likelihood of held-out responses, its own samples, and what both say together."""
+"""A model's likelihood of held-out responses, its own samples, and their comparison."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class LocalOptions:
     """How responses are sampled and scored.
 
     Attributes:
-        max_new_tokens: of a sampled response; one that has not ended by then counts as not ended.
-        max_length: tokens of prompt and response together, at most the model's positions.
+        max_new_tokens: maximum tokens of a sampled response; without an EOS token by then it counts as not ended.
+        max_length: maximum tokens of prompt plus response, at most the model's context length.
         batch_size: responses scored together.
-        seed: of the samples; each row's own seed derives from it and the row.
+        seed: seed of the samples; each row's seed derives from it and the row number.
     """
 
     max_new_tokens: int = 256
@@ -44,16 +44,16 @@ class LocalOptions:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found of one held-out response.
+    """Measurements of one held-out row.
 
     Attributes:
-        row: of the data set.
+        row: row number in the dataset.
         data_logp: log-probability of the data's response, nats.
-        data_tokens: its tokens, end token included.
-        own: the model's own sample, end token included if it ended.
+        data_tokens: its number of tokens, including the EOS token.
+        own: the model's own sample, including the EOS token if there is one.
         own_logp: log-probability of it, nats.
         opponent_logp: log-probability of the opponent's sample, nats; None without an opponent.
-        opponent_tokens: its tokens.
+        opponent_tokens: its number of tokens.
     """
 
     row: int
@@ -77,9 +77,9 @@ class Measured:
 def sample_responses(
     generator: Generator, rows: Sequence[int], turns: Sequence[Turn], options: LocalOptions
 ) -> list[tuple[int, ...]]:
-    """One response a prompt; a row's randomness depends on its number and the seed alone.
+    """One response per prompt; a row's randomness depends only on its number and the seed.
 
-    A prompt that leaves no room gets an empty response.
+    A prompt that fills the context gets an empty response.
     """
     budgets = [max(0, min(options.max_new_tokens, options.max_length - len(turn.prompt_ids))) for turn in turns]
     seeds = [derive_seed(options.seed, "local", row, turn.index) for row, turn in zip(rows, turns, strict=True)]
@@ -96,7 +96,7 @@ def score_responses(
 ) -> list[float]:
     """Log-probability in nats of each response after its prompt; 0 for an empty one."""
     device = next(model.parameters()).device
-    # Of like length together, for little padding.
+    # Similar lengths together, for little padding.
     order = sorted(
         (place for place, response in enumerate(responses) if len(response)),
         key=lambda place: len(turns[place].prompt_ids) + len(responses[place]),
@@ -124,16 +124,16 @@ def measure(
     pad_token_id: int,
     opponent: Sequence[Sequence[int]] | None = None,
 ) -> list[Measured]:
-    """Sample and score one response a row.
+    """Sample and score one response per row.
 
     Args:
         policy: opens a context that yields the model to measure.
-        generator: writes with that model.
-        rows: numbers of the rows.
+        generator: generates with that model.
+        rows: row numbers.
         turns: their prompts and responses.
         options: lengths, batch size, seed.
-        pad_token_id: fills the rows.
-        opponent: the opponent's samples, one a row.
+        pad_token_id: pads the rows.
+        opponent: the opponent's samples, one per row.
     """
     own = sample_responses(generator, rows, turns, options)
     with policy() as model:
@@ -167,16 +167,16 @@ def summarize(
     resamples: int = RESAMPLES,
     halves: int = HALVES,
 ) -> dict[str, Estimate]:
-    """All numbers of the local suite by name; what is not defined (no example long enough) is left out.
+    """All measures of the local suite by name, without undefined ones (no example long enough).
 
     Args:
-        measured: one a row.
+        measured: one per row.
         responses: the data's responses in the same order.
-        eos_ids: tokens that end a response.
-        max_new_tokens: budget of the samples, so that the data is counted as ended by the same measure.
-        seed: of the resampling.
-        resamples: of each bootstrap; 0 for values without errors.
-        halves: ways to halve the rows for statistics of a corpus.
+        eos_ids: EOS tokens.
+        max_new_tokens: maximum tokens of the samples, also applied when counting ended responses of the data.
+        seed: seed of the resampling.
+        resamples: number of bootstrap resamples; 0 for values without errors.
+        halves: number of random halvings for corpus statistics.
     """
     found: dict[str, Estimate | None] = {}
     bootstrap = partial(bootstrap_ratio, seed=seed, resamples=resamples)
@@ -207,22 +207,20 @@ def summarize(
 def _corpus(
     own: Sequence[Sequence[int]], data: Sequence[Sequence[int]], halved: Callable[..., Estimate | None]
 ) -> dict[str, Estimate | None]:
-    """Variety and distance, on halves of the rows so that model and data are seen through samples of one size."""
+    """Variety and distance, on halves of the rows so that model and data have equal sample sizes."""
     found: dict[str, Estimate | None] = {}
     for n in (1, 2, 3):
-        # As many n-grams of either, for variety falls with the amount of text.
-        most = min(sum(max(0, len(tokens) - n + 1) for tokens in corpus) for corpus in (own, data)) // 3
+        # Equally many n-grams of both, because variety falls with the amount of text.
+        limit = min(sum(max(0, len(tokens) - n + 1) for tokens in corpus) for corpus in (own, data)) // 3
         for name, corpus in ((f"distinct_{n}", own), (f"distinct_{n}_data", data)):
             found[name] = halved(
-                lambda half, _, corpus=corpus, n=n, most=most: distinct(
-                    [corpus[place] for place in half], n, most=most
-                ),
+                lambda half, _, corpus=corpus, n=n, limit=limit: distinct([corpus[i] for i in half], n, limit=limit),
             )
     for n in (1, 2):
         for name, corpus in ((f"ngram_distance_{n}", own), (f"ngram_distance_{n}_data", data)):
             found[name] = halved(
                 lambda half, rest, corpus=corpus, n=n: jensen_shannon(
-                    ngram_counts([corpus[place] for place in half], n),
+                    ngram_counts([corpus[i] for i in half], n),
                     ngram_counts([data[place] for place in rest], n),
                 ),
             )
@@ -236,7 +234,7 @@ def _gap(
     lengths: Sequence[int],
     bootstrap: Callable[..., Estimate | None],
 ) -> dict[str, Estimate | None]:
-    """How often, and by how much, the data's response is preferred to another; equal ones count half."""
+    """How often, and by how much, the data's response is preferred to another; ties count half."""
     summed = [one.data_logp - logp for one, logp in zip(measured, logps, strict=True)]
     each = [
         one.data_logp / one.data_tokens - logp / length

@@ -11,20 +11,20 @@ from typing import TypeAlias
 Ngram: TypeAlias = tuple[int, ...]
 
 LOOP_REPEATS = 3
-"""How often a block must follow itself at the end of a response to count as a loop."""
+"""Minimum repetitions of a block at the end of a response that count as a loop."""
 LOOP_TOKENS = 12
-"""Tokens that such repetitions must cover: "ha ha ha" is no loop."""
+"""Minimum tokens of all repetitions together: "ha ha ha" is not a loop."""
 LOOP_BLOCK = 64
-"""Longest block looked for, in tokens."""
+"""Maximum block length in tokens."""
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[Ngram]:
-    """All runs of `n` tokens, in order; none when there are fewer."""
+    """All runs of `n` tokens, in order; none if there are fewer."""
     return list(zip(*(tokens[place:] for place in range(n)), strict=False))
 
 
 def seq_rep(tokens: Sequence[int], n: int = 4) -> float | None:
-    """Share of n-grams that have occurred before in the same sequence: 1 - distinct / all.
+    """Fraction of n-grams that occurred earlier in the same sequence: 1 - distinct / all.
 
     Source: seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319), section 4.
 
@@ -42,13 +42,13 @@ def ends_in_loop(
     covered: int = LOOP_TOKENS,
     longest_block: int = LOOP_BLOCK,
 ) -> bool:
-    """Whether the sequence ends in one block of tokens that follows itself.
+    """Whether the sequence ends with a repeated block of tokens.
 
     Args:
-        tokens: without the end token.
-        repeats: how often the block must occur in a row.
-        covered: tokens that the occurrences must cover together.
-        longest_block: tokens of the longest block looked for.
+        tokens: without the EOS token.
+        repeats: minimum number of consecutive occurrences.
+        covered: minimum tokens of all occurrences together.
+        longest_block: maximum block length in tokens.
     """
     length = len(tokens)
     for period in range(1, min(longest_block, length // repeats) + 1):
@@ -60,21 +60,21 @@ def ends_in_loop(
     return False
 
 
-def distinct(responses: Iterable[Sequence[int]], n: int, *, most: int | None = None) -> float | None:
-    """Different n-grams over all n-grams of all responses together.
+def distinct(responses: Iterable[Sequence[int]], n: int, *, limit: int | None = None) -> float | None:
+    """Distinct n-grams divided by all n-grams of all responses.
 
-    Source: distinct-n of Li et al. 2016 (arXiv 1510.03055). It falls with the amount of text, so two sets of responses
-    compare only on equally many n-grams.
+    Source: distinct-n of Li et al. 2016 (arXiv 1510.03055). It falls with the amount of text, so compare two sets of
+    responses only on equally many n-grams.
 
     Args:
         responses: token sequences.
         n: length of the n-grams.
-        most: look at no more than this many n-grams, the first.
+        limit: use only the first `limit` n-grams.
 
     Returns:
-        Between 0 and 1; None when there is no n-gram.
+        Between 0 and 1; None without n-grams.
     """
-    found = list(islice((gram for tokens in responses for gram in ngrams(tokens, n)), most))
+    found = list(islice((gram for tokens in responses for gram in ngrams(tokens, n)), limit))
     return len(set(found)) / len(found) if found else None
 
 
@@ -89,7 +89,7 @@ def jensen_shannon(left: Mapping[Ngram, int], right: Mapping[Ngram, int]) -> flo
     Source: Endres and Schindelin 2003.
 
     Returns:
-        0 for equal distributions, 1 for distributions that share nothing; None when either is empty.
+        0 for equal distributions, 1 for disjoint ones; None if either is empty.
     """
     total_left, total_right = sum(left.values()), sum(right.values())
     if not total_left or not total_right:

@@ -1,7 +1,7 @@
 """Every option of a run, declared once, without torch.
 
 Ranges, what a resume compares, the recipe, `--help`, the report's table and the configuration page are derived from
-these declarations. `Option` says what is known of one; the functions below select.
+these declarations. `Option` has the facts of one option; the functions below select options.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people type who come from an earlier version, from trl or from another tool, and what it is called here."""
+"""Option names of earlier versions, trl and other tools, and their names here."""
 
 from __future__ import annotations
 
@@ -111,17 +111,17 @@ MISSING = {
     "generate_during_eval": "set eval_local=true to sample from the policy at evaluations",
     "dataset_text_field": "the format is found from the columns; `sapo data check` shows what it found",
 }
-"""Options of other tools that have no counterpart, with what to do."""
+"""Options of other tools without a counterpart, with advice."""
 
 
 def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options: bool = True) -> str:
-    """What to say about an option that there is not: its new name, its counterpart, or the nearest.
+    """Message for an unknown option: its new name, its counterpart, or the most similar option.
 
     Args:
         name: without dashes.
-        known: names beside those of the options, such as a command's own flags.
-        flag: whether it was typed on the command line, and not in a recipe.
-        options: whether the options of a run may be given there.
+        known: further valid names, such as a command's own flags.
+        flag: whether it came from the command line, not from a recipe.
+        options: whether options of a run are valid there.
 
     Returns:
         One sentence.
@@ -141,7 +141,7 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
 
 
 def _usable(example: str, names: Iterable[str]) -> str:
-    """The example, if its option is one that may be typed here."""
+    """The example, if its option is valid here."""
     first = example.split()[0].removeprefix("--")
     return example if first in set(names) else ""
 

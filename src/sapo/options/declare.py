@@ -1,4 +1,4 @@
-"""What is declared of an option, and the two ways to declare one: as a dataclass field, or as a line of a table."""
+"""The declaration of an option, as a dataclass field or as a line of a table."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ class Option:
     """One option: a flag of the command line, a line of a recipe, a field of a dataclass, under the same name.
 
     Attributes:
-        name: of all three.
-        default: value when the option is left out.
+        name: the common name.
+        default: value if the option is unset.
         help: one or two sentences, understood without the name. Empty for a refused option.
         section: one of `SECTIONS`.
-        type: what a value is. A "mapping" is JSON on the command line; "records" can be given in a recipe only.
+        type: type of a value. A "mapping" is JSON on the command line; "records" can be given in a recipe only.
         optional: whether None is a value (`none` on the command line, `null` in a recipe).
-        choices: the values there are, or None.
+        choices: valid values, or None.
         low: minimum, inclusive, or None.
         high: maximum, inclusive, or None.
         resume: "fixed" if a resumed run must have the value that its checkpoint was made with.
-        one_start: whether it belongs to one start of a run: left out of recipes, reports and comparisons.
+        one_start: whether it concerns one start of a run: excluded from recipes, reports and comparisons.
         common: whether the short `--help` shows it.
         shapes_pairs: whether generated pairs depend on it, besides the model and the prepared data.
         repeatable: whether the flag may be given several times, each adding to a list.
-        needs: what it has no effect without, such as "generation_backend=vllm_server"; or an empty string.
+        needs: condition without which it has no effect, such as "generation_backend=vllm_server"; or an empty string.
         kind: "own" if SAPO declares it, "inherited" from transformers, trl's flags for "model" and "data".
-        status: "used"; "harmless" if it does no more than transformers says; "refused" if only the default passes.
-        reason: why it is refused and what to do instead.
+        status: "used"; "harmless" if only transformers uses it; "refused" if only the default is accepted.
+        reason: why it is refused, and the alternative.
         refuses: values of a used option that are refused, each with the reason.
-        since: version of transformers that brought it, or None if all supported ones have it.
+        since: first version of transformers that has it, or None if all supported versions do.
     """
 
     name: str
@@ -98,18 +98,18 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as a recipe spells it; "unset" for None."""
+        """The default in recipe syntax; "unset" for None."""
         if self.default is None or self.default == []:
             return "unset"
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
 def declared(default: Any, text: str, section: str, **more: Any) -> Any:
-    """A dataclass field that carries its declaration.
+    """A dataclass field with the declaration of its option.
 
     Args:
-        default: of the field.
-        text: its help.
+        default: default of the field.
+        text: help text.
         section: one of `SECTIONS`.
         more: further attributes of `Option`; name, type, choices and optional follow from the field.
     """
@@ -124,7 +124,7 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
 
 
 def from_field(one: Field[Any], hint: Any) -> Option:
-    """The declaration that a dataclass field carries.
+    """The declaration in a dataclass field.
 
     Args:
         one: made by `declared`.
@@ -146,7 +146,7 @@ def value_type(hint: Any) -> tuple[ValueType, bool, tuple[str, ...] | None]:
     for part in parts:
         if get_origin(part) is Literal:
             return "str", optional, tuple(get_args(part))
-    # A mapping that may come as JSON is declared `dict | str`.
+    # A mapping that may be JSON text is declared `dict | str`.
     if dict in parts or any(get_origin(part) is dict for part in parts):
         return "mapping", optional, None
     if any(get_origin(part) is list for part in parts):

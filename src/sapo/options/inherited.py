@@ -1,6 +1,6 @@
 """Every field of `transformers.TrainingArguments` but those in `own`: used, harmless, or refused with the reason.
 
-The defaults are those of transformers, for the help alone: a run takes them from the class; a test compares the two.
+The defaults are those of transformers, only for the help: a run uses those of the class; a test compares the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from sapo.options.declare import Option
 
 _NO_COMPILE = (
-    "rows have another length in every pass, so that a graph would be compiled for each. Leave it out; decoding is "
+    "row lengths differ in every pass, so a graph would be compiled for each. Leave it out; decoding is "
     "captured as a CUDA graph without it."
 )
 _NO_METRICS = "evaluation takes no compute_metrics, so this has no effect. Leave the option out."

@@ -48,16 +48,16 @@ MODEL: tuple[Option, ...] = (
 DATA: tuple[Option, ...] = (
     _data("dataset_name", None, "Training data: a file (JSONL, Parquet, CSV, ...), a folder or a Hub id.", type="str",
           optional=True, common=True),
-    _data("dataset_config", None, "Configuration of a Hub data set.", type="str", optional=True),
+    _data("dataset_config", None, "Configuration of a Hub dataset.", type="str", optional=True),
     _data("dataset_train_split", "train", "Split of the data to train on, or a part of it such as train[:10%].",
           type="str"),
     _data("dataset_test_split", "test", "Split of the data to evaluate on.", type="str"),
     _data("eval_dataset_name", None, "Evaluation data: a file, a folder or a Hub id. Unset: dataset_test_split of "
           "dataset_name.", type="str", optional=True, common=True, needs="eval_strategy=steps or epoch"),
-    _data("dataset_streaming", False, "Read a Hub data set row by row, without storing it.", type="bool"),
-    _data("datasets", [], "Mixture of data sets: a list in a recipe, each with path, and optionally name, split, "
+    _data("dataset_streaming", False, "Read a Hub dataset row by row, without storing it.", type="bool"),
+    _data("datasets", [], "Mixture of datasets: a list in a recipe, each with path, and optionally name, split, "
           "fraction, data_files, data_dir and columns. Replaces dataset_name.", type="records"),
-    _data("streaming", False, "Read the Hub data sets of a mixture row by row.", type="bool", needs="datasets"),
+    _data("streaming", False, "Read the Hub datasets of a mixture row by row.", type="bool", needs="datasets"),
     _data("test_split_size", None, "Part of a mixture to evaluate on: a fraction below 1, or a number of rows.",
           type="float", optional=True, low=0, needs="datasets"),
     _data("ignore_bias_buffers", False, "", type="bool", status="refused", reason="only trl's own scripts use it. "

@@ -14,9 +14,9 @@ GenerationBackend = Literal["transformers", "vllm_server", "vllm_colocate"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
 VLLM_URL = "http://127.0.0.1:8000"
-"""Where vLLM listens unless told otherwise."""
+"""Default address of vLLM."""
 
-LEAST_REPORT_PAIRS = 12
+MIN_REPORT_PAIRS = 12
 """Minimum number of pairs that a report with pairs keeps from the start and the end of a run."""
 
 _objective = partial(declared, section="Objective")
@@ -37,9 +37,9 @@ _ANY_VLLM = "generation_backend=vllm_server or vllm_colocate"
 
 @dataclass
 class OwnOptions:
-    """Fields of `SAPOConfig` with their declarations. Every field is fixed on resume unless it says `free`."""
+    """Fields of `SAPOConfig` with their declarations. Fields are fixed on resume unless declared `free`."""
 
-    # Of TrainingArguments, with another default or another meaning here.
+    # Fields of TrainingArguments with another default or meaning.
     learning_rate: float = declared(
         5e-7,
         "Peak learning rate. The paper uses 5e-7 for DPO and 5e-6 for ORPO.",
@@ -155,7 +155,7 @@ class OwnOptions:
     )
     num_rounds: int | None = _self_play(
         None,
-        "Number of SPIN rounds. In each, a frozen opponent generates pairs for the full data set, the policy trains on "
+        "Number of SPIN rounds. In each, a frozen opponent generates pairs for the full dataset, the policy trains on "
         "them for num_train_epochs and becomes the next opponent and reference. Unset: one run with a moving opponent.",
         low=1,
         resume="free",
@@ -322,7 +322,9 @@ class OwnOptions:
 
     # Replay buffer
     replay_buffer_size: int = _buffer(
-        2000, "Maximum number of pairs in the replay buffer of each process; the oldest leaves when it is full.", low=1
+        2000,
+        "Maximum number of pairs in the replay buffer of each process; if full, the oldest is removed.",
+        low=1,
     )
     replay_draw: Literal["inverse_count", "uniform"] = _buffer(
         "inverse_count",

@@ -1,4 +1,4 @@
-"""All declarations in one table, and the selections that the package derives from it."""
+"""Table of all declarations, and the selections that the package derives from it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def own_options() -> tuple[Option, ...]:
 
 
 def accepted() -> tuple[Option, ...]:
-    """Every option that has another value than its default: those of the help and of the documentation."""
+    """Every option that accepts values other than its default: those in the help and the documentation."""
     return tuple(one for one in options() if one.status != "refused")
 
 
 def sections(shown: Iterable[Option]) -> dict[str, list[Option]]:
-    """Options by section, in the order of `SECTIONS`; a section without any is left out."""
+    """Options by section, in the order of `SECTIONS`; empty sections are omitted."""
     found: dict[str, list[Option]] = {section: [] for section in SECTIONS}
     for one in shown:
         found[one.section].append(one)
@@ -57,7 +57,7 @@ def sections(shown: Iterable[Option]) -> dict[str, list[Option]]:
 
 
 def resume_fixed() -> frozenset[str]:
-    """Fields of `SAPOConfig` that a resumed run must leave as its checkpoint had them."""
+    """Fields of `SAPOConfig` that a resumed run must not change."""
     return _in_config(lambda one: one.resume == "fixed" and not one.one_start and one.status != "refused")
 
 
@@ -67,12 +67,12 @@ def resume_free() -> frozenset[str]:
 
 
 def one_start() -> frozenset[str]:
-    """Options of one start of a run, secret, or set by other options: not in a recipe, a report or a comparison."""
+    """Options that concern one start, are secret, or follow from others: not in a recipe, report or comparison."""
     return frozenset(one.name for one in options() if one.one_start)
 
 
 def not_compared() -> frozenset[str]:
-    """Options that say where a run writes what and when, besides those of one start: two runs may differ in them."""
+    """Output options, and those of one start: ignored when two runs are compared."""
     written = ("Logging and report", "Checkpoints and output", "Hub")
     return one_start() | {one.name for one in options() if one.section in written}
 
@@ -83,13 +83,13 @@ def pair_options() -> tuple[str, ...]:
 
 
 def resume_facts(args: Any) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint: every option that is not declared free.
+    """Facts that a resumed run must share with its checkpoint: every option not declared free.
 
     Args:
         args: a `SAPOConfig`.
 
     Returns:
-        Values by option, as JSON holds them; `world_size` among them.
+        JSON values by option name, including `world_size`.
     """
     names = sorted(name for name in resume_fixed() if hasattr(args, name))
     return {name: _plain(getattr(args, name)) for name in [*names, "world_size"]}

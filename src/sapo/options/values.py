@@ -1,4 +1,4 @@
-"""Texts and YAML values to the values of options, and the checks that need nothing but the declaration."""
+"""Conversion of texts and YAML values to option values, and checks against the declaration."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _WANTED = {
 
 
 def convert(option: Option, given: Any) -> Any:
-    """The value of `option` that a text of the command line or a YAML value stands for.
+    """Convert text from the command line or a YAML value to a value of `option`.
 
     Raises:
-        ValueError: there is none; says what it must be. Choices, ranges and refusals are left to `check`.
+        ValueError: it cannot be converted. Choices, ranges and refusals are checked by `check`.
     """
     text = given.strip() if isinstance(given, str) else None
     if option.choices is not None and text in option.choices:
@@ -53,7 +53,7 @@ def convert(option: Option, given: Any) -> Any:
 
 
 def wanted(option: Option) -> str:
-    """What a value must be, in words."""
+    """Description of valid values."""
     if option.choices is not None:
         return f"one of {', '.join(option.choices)}"
     words = _WANTED[option.type] + (f", {option.range}" if option.range else "")
@@ -61,7 +61,7 @@ def wanted(option: Option) -> str:
 
 
 def check(option: Option, value: Any) -> None:
-    """Refuse a value that an option does not take.
+    """Refuse an invalid value.
 
     Raises:
         ConfigurationError: it is refused, not one of the choices, or out of range.
@@ -69,7 +69,7 @@ def check(option: Option, value: Any) -> None:
     if value is None:
         return
     name, spelled = option.name, getattr(value, "value", value)
-    # The defaults of some are objects of their own once `TrainingArguments` has seen them.
+    # `TrainingArguments` converts some defaults to objects.
     unset = value in ([], option.default) or (option.type == "mapping" and value == type(value)())
     shown = str(spelled).lower() if isinstance(spelled, bool) else brief(spelled, 80)
     if option.status == "refused" and not unset:

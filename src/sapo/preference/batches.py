@@ -1,4 +1,4 @@
-"""Pairs to model inputs, in two layouts: plain, one row a response; shared, one packed row without padding."""
+"""Pairs to model inputs, in two layouts: plain, one row per response; shared, one packed row without padding."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Layout = Literal["plain", "shared"]
 Rows = TypeVar("Rows", bound="ScoredRows")
 
 _PARTS = 3
-"""Sums a pair: what only the chosen response has, what only the rejected one has, what they share."""
+"""Sums per pair: chosen response only, rejected response only, shared tokens."""
 
 
-MOST_PADDING = 0.15
-"""Share of padding that a pass of several pairs in the plain layout has at most."""
+MAX_PADDING = 0.15
+"""Maximum fraction of padding in a pass of several pairs in the plain layout."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
-    """Model inputs, and which predictions add up to which log-probability.
+    """Model inputs, and the assignment of predictions to log-probability sums.
 
     Attributes:
         input_ids: `[R, L]` tokens, right-padded.
-        attention_mask: `[R, L]`, 1 where there is a token, by length and never by token value: a prompt may hold the
-            pad or end token (departure 4). None with shared prefixes.
-        targets: `[R, L]` the token that each position is to predict; `IGNORE` where it is not scored.
-        owners: `[R, L]` the sum that each scored position adds to, in `[0, sums)`.
-        places: `[M]` the scored positions of the flattened rows: found here, since an accelerator would have to be
-            waited for.
-        lengths: `[sums]` scored positions of each sum.
+        attention_mask: `[R, L]`, 1 where there is a token, by length and never by token value: a prompt may contain
+            the pad or EOS token (departure 4). None with shared prefixes.
+        targets: `[R, L]` the token that each position predicts; `IGNORE` where it is not scored.
+        owners: `[R, L]` index of the sum that each scored position belongs to, in `[0, sums)`.
+        places: `[M]` indices of the scored positions in the flattened rows, computed on the host to avoid a
+            synchronization.
+        lengths: `[sums]` number of scored positions of each sum.
         sums: number of sums.
         tokens: tokens that are not padding.
         position_ids: `[R, L]`; None where they are 0, 1, 2, ... in each row.
-        prefixes: with shared prefixes, where the pairs lie in the one row.
+        prefixes: with shared prefixes, the spans of the pairs in the packed row.
     """
 
     input_ids: Tensor
@@ -68,9 +68,9 @@ class ScoredRows:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch(ScoredRows):
-    """B pairs. Sum i is of chosen response i, B + i of rejected response i, 2B + i of what both share.
+    """B pairs. Sum i is chosen response i, B + i rejected response i, 2B + i their shared tokens.
 
-    With `all_positions` there is one sum more, of all other positions of the chosen rows, padding included: with it
+    With `all_positions` there is one more sum, of all other positions of the chosen rows including padding, so that
     the published likelihood term of ORPO is a mean over `all_positions` predictions.
     """
 
@@ -90,15 +90,15 @@ def collate_pairs(
     score_shared: bool = True,
     all_positions: bool = False,
 ) -> PairBatch:
-    """Lay `pairs` out.
+    """Arrange `pairs` in a layout.
 
     Args:
         pairs: at least one.
-        pad_token_id: fills the rows; any token, since padding is known by length.
-        suffix: with "mask", what follows the rewritten segment of a rejected response is present and not scored.
+        pad_token_id: any token id, since padding is known by length.
+        suffix: with "mask", the text after the regenerated segment of a rejected response is present but not scored.
         layout: "plain" is `[2B, L]`, the chosen responses first; "shared" one row, see `shared_prefix`.
         score_shared: also score the beginning A that both responses share. Its terms cancel in a difference of
-            log-probabilities, so the DPO loss does without.
+            log-probabilities, so the DPO loss does not need it.
         all_positions: score everything in the chosen rows (plain layout only).
 
     Raises:
@@ -108,7 +108,7 @@ def collate_pairs(
         raise ValueError("a batch needs at least one pair")
     if layout == "shared":
         if all_positions:
-            raise ValueError("all_positions counts padding, and the shared layout has none")
+            raise ValueError("all_positions counts padding, but the shared layout has none")
         return _packed(pairs, suffix, score_shared)
     rows = [_ScoredSequence(p.prompt_ids, p.chosen_ids, _first(p, score_shared), len(p.chosen_ids)) for p in pairs]
     count, places = len(pairs), list(range(len(pairs)))
@@ -148,7 +148,7 @@ def split_pairs(
     equal_passes: bool = False,
     least: int = 1,
 ) -> list[list[Pair]]:
-    """Divide the pairs of a micro-batch into passes of at most `most` pairs; which pairs they are does not change.
+    """Divide the pairs of a micro-batch into passes of at most `limit` pairs.
 
     In the plain layout pairs of like length go together, and a pass ends where one more pair would make its padding
     more than `MOST_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
@@ -171,10 +171,10 @@ def split_pairs(
     most = most or len(pairs)
     if layout == "plain":
         if equal_passes:
-            return [longest_first[place : place + most] for place in range(0, len(pairs), most)]
-        return _alike(longest_first, most)
-    passes = -(-len(pairs) // most)
-    # Dealt forwards and backwards in turn, so that who gets the longer of one round gets the shorter of the next.
+            return [longest_first[place : place + limit] for place in range(0, len(pairs), limit)]
+        return _alike(longest_first, limit)
+    passes = -(-len(pairs) // limit)
+    # Dealt in alternating direction, so that the pass with the longer pair of one round gets a shorter one next.
     parts: list[list[Pair]] = [[] for _ in range(passes)]
     for place, pair in enumerate(longest_first):
         turn, seat = divmod(place, passes)
@@ -193,7 +193,7 @@ def pass_tokens(pairs: Sequence[Pair], layout: Layout) -> int:
 
 
 def padding_share(pairs: Sequence[Pair]) -> float:
-    """Share of the plain layout of `pairs` that is padding."""
+    """Fraction of padding in the plain layout of `pairs`."""
     lengths = [length for pair in pairs for length in _lengths(pair)]
     return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
@@ -202,10 +202,10 @@ def _lengths(pair: Pair) -> tuple[int, int]:
     return len(pair.prompt_ids) + len(pair.chosen_ids), len(pair.prompt_ids) + len(pair.rejected_ids)
 
 
-def _alike(longest_first: Sequence[Pair], most: int) -> list[list[Pair]]:
+def _alike(longest_first: Sequence[Pair], limit: int) -> list[list[Pair]]:
     parts: list[list[Pair]] = []
     for pair in longest_first:
-        if parts and len(parts[-1]) < most and padding_share([*parts[-1], pair]) <= MOST_PADDING:
+        if parts and len(parts[-1]) < limit and padding_share([*parts[-1], pair]) <= MAX_PADDING:
             parts[-1].append(pair)
         else:
             parts.append([pair])
@@ -234,7 +234,7 @@ def _within(
 
 
 def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], *, pad_token_id: int) -> ScoredRows:
-    """Lay out rows of (prompt, response, number of response tokens to score), one sum a row."""
+    """Arrange rows of (prompt, response, number of response tokens to score), one sum per row."""
     input_ids, attention_mask, targets = _padded(
         [_ScoredSequence(prompt, response, 0, scored) for prompt, response, scored in rows], pad_token_id
     )
@@ -251,7 +251,7 @@ def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _ScoredSequence:
-    """A prompt and a response of which the tokens in `[first, stop)` are scored."""
+    """A prompt and a response, with the response tokens in `[first, stop)` scored."""
 
     prompt: Sequence[int]
     response: Sequence[int]
@@ -264,7 +264,7 @@ class _ScoredSequence:
 
     @property
     def targets(self) -> list[int]:
-        """For each position the token it predicts; the first token of all is predicted by none."""
+        """The token that each position predicts; no position predicts the first token."""
         start = len(self.prompt)
         labels = [IGNORE] * (start + self.first) + list(self.response[self.first : self.stop])
         labels += [IGNORE] * (start + len(self.response) - len(labels))
@@ -304,7 +304,7 @@ def _packed(pairs: Sequence[Pair], suffix: Suffix, score_shared: bool) -> PairBa
         chosen = _ScoredSequence(pair.prompt_ids, pair.chosen_ids, _first(pair, score_shared), len(pair.chosen_ids))
         rejected = _ScoredSequence(pair.prompt_ids, pair.rejected_ids, shared, _stop(pair, suffix))
         prefix = len(pair.prompt_ids) + shared
-        # All of prompt and A but the last token, which the branch repeats; with neither there is nothing to repeat.
+        # Prompt and A without the last token, which the branch repeats; with neither there is nothing to repeat.
         visible = max(0, prefix - 1)
         branch = rejected.ids[visible:]
         start, middle = len(ids), len(ids) + len(chosen.ids)

@@ -16,7 +16,7 @@ from torch import Tensor
 LossType = Literal["sigmoid", "hinge", "ipo"]
 
 IGNORE = -100
-"""Label of a position that is not scored, as everywhere in this field."""
+"""Label of a position that is not scored, as in PyTorch."""
 
 _LEAST_GAP = 1e-12
 
@@ -56,9 +56,9 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """`token_logps` with a backward pass over the vocabulary that holds one tensor of the logits' size, not four.
+    """`token_logps` with a backward pass that allocates one tensor of the logits' size instead of four.
 
-    The gradient of log p(target) is the target's indicator less the softmax.
+    The gradient of log p(target) is the target's indicator minus the softmax.
     """
 
     @staticmethod
@@ -120,12 +120,12 @@ def dpo_loss(
         policy_rejected_logps: `[B]`.
         reference_chosen_logps: `[B]`.
         reference_rejected_logps: `[B]`.
-        beta: strength of the pull towards the reference.
+        beta: strength of the penalty for moving away from the reference.
         loss_type: "sigmoid", "hinge" or "ipo".
         chosen_lengths: `[B]` scored tokens; needed by "ipo".
         rejected_lengths: `[B]` scored tokens; needed by "ipo".
         dpop_weight: lambda of DPO-Positive: the margin loses lambda max(0, log ref(chosen) - log pi(chosen)), so
-            that it cannot be won by sinking both responses.
+            that lowering both responses cannot raise it.
 
     Raises:
         ValueError: "ipo" without lengths, or an unknown `loss_type`.
@@ -155,8 +155,8 @@ def dpo_loss(
 def log_odds(average_logps: Tensor) -> Tensor:
     """Log odds of a length-averaged log-probability: x - log(1 - e^x), elementwise.
 
-    Finite with a finite gradient for every x <= 0. The published float32 formula forms e^x first and gives inf and
-    nan near both ends: departure 8.
+    Finite with a finite gradient for every x <= 0. The published float32 formula computes e^x first and gives inf
+    and NaN near both ends: departure 8.
     """
     below_one = average_logps.clamp(max=-_LEAST_GAP)
     return average_logps - torch.log(-torch.expm1(below_one))
@@ -165,7 +165,7 @@ def log_odds(average_logps: Tensor) -> Tensor:
 def orpo_loss(chosen_average_logps: Tensor, rejected_average_logps: Tensor, *, beta: float) -> PairLosses:
     """Odds-ratio term of ORPO, per pair: -beta log sigmoid(log odds(chosen) - log odds(rejected)).
 
-    The whole objective is `chosen_nll(...)` plus this; the two are apart so that each can be logged.
+    The full objective is `chosen_nll(...)` plus this term; they are separate so that each can be logged.
 
     Args:
         chosen_average_logps: `[B]` log-probabilities divided by the response's scored tokens.
@@ -184,6 +184,6 @@ def chosen_nll(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     """Negative log-likelihood of each chosen response per scored token, `[B]` in nats.
 
     ORPO's likelihood term and the `chosen_nll_weight` guard. Averaged within a pair and then over pairs, it depends
-    neither on the rejected response nor on what else is in the batch, so accumulation and data parallelism are exact.
+    neither on the rejected response nor on the rest of the batch, so accumulation and data parallelism are exact.
     """
     return -chosen_logps / chosen_lengths.clamp(min=1)

@@ -1,4 +1,4 @@
-"""The loss of a batch of pairs, as the configuration asks for it: objective, likelihood term, guards."""
+"""The configured loss of a batch of pairs: objective, likelihood term, guards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sapo.preference.scoring import PairScores
 
 
 class PairLoss(NamedTuple):
-    """What a batch of B pairs lost.
+    """Loss of a batch of B pairs.
 
-    `loss` is a scalar with gradients; `losses` are its B terms in nats; `metrics` are means over the batch.
+    `loss` is a scalar with gradients; `losses` are the B pairs' terms in nats; `metrics` are means over the batch.
     """
 
     loss: Tensor
@@ -24,16 +24,16 @@ class PairLoss(NamedTuple):
 
 
 def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOConfig) -> PairLoss:
-    """Mean loss over the pairs, and the metrics of the batch as plain numbers.
+    """Mean loss over the pairs, and the metrics of the batch.
 
     Args:
-        scores: of the policy, with gradients.
-        reference: of the reference; None counts as log-probability 0.
+        scores: log-probabilities of the policy, with gradients.
+        reference: log-probabilities of the reference; None counts as 0.
         args: objective, its form and its guards.
 
     Returns:
-        The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. Where the
-        loss does not look at what both responses share (`SAPOConfig.scores_shared`), neither do these.
+        The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. If
+        the loss excludes the shared tokens of both responses (see `SAPOConfig.scores_shared`), so do the metrics.
     """
     metrics: dict[str, Tensor] = {}
     nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
@@ -83,7 +83,7 @@ def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOCo
 
 
 def _with_values(loss: Tensor, losses: Tensor, metrics: dict[str, Tensor]) -> PairLoss:
-    # One transfer for all of them.
+    # One transfer for all metrics.
     means = torch.stack([value.detach().float() for value in metrics.values()])
     values = torch.cat([means, losses.detach().float()]).tolist()
     return PairLoss(loss, values[len(metrics) :], dict(zip(metrics, values, strict=False)))

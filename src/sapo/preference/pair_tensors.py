@@ -1,4 +1,4 @@
-"""Pairs as integer tensors: how checkpoints keep what a pair source holds."""
+"""Pairs as integer tensors, for checkpoints."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair
 
 
 def pool_to_tensors(pool: Mapping[tuple[int, int], GeneratedPairs]) -> dict[str, Tensor]:
-    """Pairs written ahead: as a buffer's contents, and for each the step and micro-batch that it waits for."""
+    """Pairs generated ahead: as a buffer's contents, with the step and micro-batch of each."""
     waiting = [(place, pair, written.step) for place, written in sorted(pool.items()) for pair in written.pairs]
     tensors = entries_to_tensors([BufferEntry(pair, step, 0) for _, pair, step in waiting])
     tensors["waits_for"] = torch.tensor([place for place, _, _ in waiting], dtype=torch.int64).reshape(-1, 2)
@@ -70,26 +70,26 @@ def pool_from_tensors(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Ge
 
 
 def checked_entries(tensors: Mapping[str, Tensor], vocabulary_size: int) -> list[BufferEntry[Pair]]:
-    """`entries_from_tensors` of a file that anybody may have written: pairs that a run with this model can have made.
+    """`entries_from_tensors` of an untrusted file, with checks that the pairs are valid for this model.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the pairs are invalid.
     """
     if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
-        raise ValueError("pairs are kept as whole numbers")
+        raise ValueError("pairs must be integer tensors")
     for field in _TOKEN_FIELDS:
         tokens = tensors[field]
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary_size:
-            raise ValueError(f"{field} holds tokens that the model does not know")
+            raise ValueError(f"{field} contains tokens outside the model's vocabulary")
     entries = entries_from_tensors(tensors)
     for entry in entries:
         if not (_is_valid(entry.item) and entry.step >= 0 and entry.draws >= 0):
-            raise ValueError(f"an entry of row {entry.item.row} is not one that a replay buffer held")
+            raise ValueError(f"an entry of row {entry.item.row} is not a valid replay buffer entry")
     return entries
 
 
 def _is_valid(pair: Pair) -> bool:
-    """Whether both responses are there, and the two spans lie in them after a common beginning."""
+    """Whether both responses exist and contain the two spans after a common prefix."""
     own, new = pair.segment, pair.rewritten
     inside = 0 <= own.start <= own.stop <= len(pair.chosen_ids) and new.start <= new.stop <= len(pair.rejected_ids)
     shared = own.start == new.start and pair.chosen_ids[: own.start] == pair.rejected_ids[: own.start]
@@ -97,14 +97,14 @@ def _is_valid(pair: Pair) -> bool:
 
 
 def redistribute(parts: Sequence[Sequence[T]], processes: int, *, step: Callable[[T], int]) -> list[list[T]]:
-    """Deal the contents of several processes' buffers out to `processes` others: nothing is lost, nothing doubled.
+    """Redistribute the contents of several processes' buffers to `processes` buffers, each entry once.
 
-    The oldest first, in turn, so that each gets as many as the others (but one) and like ages.
+    Round-robin from the oldest, so that sizes differ by at most one and ages are similar.
 
     Args:
-        parts: of each earlier process, oldest first.
-        processes: how many there are now.
-        step: at which optimizer step an entry was written.
+        parts: entries of each earlier process, oldest first.
+        processes: current number of processes.
+        step: maps an entry to the optimizer step at which it was generated.
     """
     everything = sorted((entry for part in parts for entry in part), key=step)
     return [everything[place::processes] for place in range(processes)]

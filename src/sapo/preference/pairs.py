@@ -1,6 +1,6 @@
-"""Pairs, and where they come from: the protocol of a pair source, and the sources that only read the data.
+"""Pairs, the protocol of pair sources, and the sources that only read data.
 
-`self_play` has the source that generates.
+`self_play` has the source that generates pairs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from sapo.preference.objectives import ReferenceLogps
 
 SourceState: TypeAlias = "dict[str, dict[str, Tensor]]"
-"""What one process's source keeps in a checkpoint: tensors by name, in parts by name."""
+"""A source's state of one process in a checkpoint: named parts of named tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A chosen and a rejected response to one prompt, as token ids.
 
-    `segment` is the span B of `chosen_ids` that was rewritten, `rewritten` the span B' of `rejected_ids` that
-    replaced it; everything before `segment.start` is shared. For rows that came with both responses, the two spans
-    are what follows their common beginning.
+    `segment` is the regenerated span B of `chosen_ids`, `rewritten` the span B' of `rejected_ids` that replaced it;
+    everything before `segment.start` is shared. For rows with both responses, the two spans follow their common
+    prefix.
     """
 
     row: int
@@ -44,19 +44,19 @@ class Pair:
 
     @property
     def identical(self) -> bool:
-        """Whether the opponent wrote the very tokens that it was to replace: such a pair carries no signal."""
+        """Whether the opponent generated the original tokens: such a pair carries no signal."""
         chosen, rejected = self.segment, self.rewritten
         return self.chosen_ids[chosen.start : chosen.stop] == self.rejected_ids[rejected.start : rejected.stop]
 
     @property
     def is_sft(self) -> bool:
-        """Whether there is a chosen response and nothing beside it (`SFTSource`)."""
+        """Whether there is only a chosen response (`SFTSource`)."""
         return len(self.segment) == 0 and len(self.rewritten) == 0
 
 
 @dataclass(frozen=True, slots=True)
 class PendingBatch:
-    """The examples of a micro-batch that is yet to come."""
+    """The examples of a future micro-batch."""
 
     examples: Sequence[Example]
     epoch: int
@@ -66,69 +66,69 @@ class PendingBatch:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedPairs:
-    """Pairs made ahead of the micro-batch that will store them, and the step whose opponent wrote them."""
+    """Pairs generated ahead of their micro-batch, and the step of the opponent that generated them."""
 
     pairs: tuple[Pair, ...]
     step: int
 
 
 class PairSource:
-    """Turns the dataloader's examples into the pairs that the policy is trained on now.
+    """Turns the dataloader's examples into the pairs of the current step.
 
-    `pairs` is all that a source must have. The rest is the life of a source that keeps something from step to step
-    (pairs, text generated ahead, weights on an engine): empty here, to be overridden where it is needed. A step is
-    `begin_step`, `prefetch`, one `pairs` for each micro-batch, then `undo` if the step changed nothing, and
+    Only `pairs` is required. The other methods are hooks for sources with state (stored pairs, text generated ahead,
+    weights on an engine), and do nothing by default. A step is
+    `begin_step`, `prefetch`, one `pairs` for each micro-batch, then `undo` if the step was skipped, and
     `opponent_moved`.
     """
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """Pairs for one micro-batch; never empty when `examples` is not."""
+        """Pairs for one micro-batch; not empty unless `examples` is."""
         raise NotImplementedError
 
     def evaluation_pairs(self, examples: Sequence[Example]) -> list[Pair]:
-        """One pair for each example, from seeds that training never uses; nothing is kept."""
+        """One pair for each example, from seeds that training never uses; nothing is stored."""
         return self.pairs(examples, epoch=-1, step=0, micro_batch=0)
 
     def begin(self, step: int, checkpoint: Path | None = None) -> None:
-        """Training starts at `step`, perhaps from a checkpoint that `restore` has read; all processes take part."""
+        """Start training at `step`, after `restore` if there is a checkpoint; collective over all processes."""
 
     def begin_step(self) -> None:
-        """An optimizer step begins: what happens from here on may be undone."""
+        """Begin an optimizer step that `undo` can revert."""
 
     def prefetch(self, pending: Sequence[PendingBatch], step: int) -> None:
-        """Be told which micro-batches come next, those of `step` first."""
+        """Prefetch for the next micro-batches, those of `step` first."""
 
     def undo(self) -> None:
-        """Take back what the step that has begun did to this source."""
+        """Revert the changes of the current step to this source."""
 
     def opponent_moved(self, step: int) -> None:
-        """Optimizer step number `step` is over and the opponent has followed it; all processes take part."""
+        """Called after step `step` and the opponent's update; collective over all processes."""
 
     def ready(self, step: int) -> AbstractContextManager[None]:
-        """Within it `evaluation_pairs` can be called, in a run or outside of one."""
+        """Context in which `evaluation_pairs` may be called, during a run or outside of one."""
         return nullcontext()
 
     def clear(self) -> None:
-        """Forget what belongs to an earlier start of the run."""
+        """Discard state of an earlier start of the run."""
 
     def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
-        """Log-probabilities of `pairs` under a reference that stands still.
+        """Log-probabilities of `pairs` under a fixed reference.
 
         Args:
-            pairs: what `pairs` has returned.
-            score: computes those that are not known yet; called at most once.
+            pairs: pairs returned by `pairs`.
+            score: computes missing values; called at most once.
         """
         return score(list(pairs))
 
     def reference_moved(self) -> None:
-        """What `reference_logps` has seen is true no longer."""
+        """Invalidate the values of `reference_logps`."""
 
     def history(self, pair: Pair, step: int) -> dict[str, int]:
-        """For the report: `age` in steps and `draws` of a pair that is stored; else nothing."""
+        """For the report: `age` in steps and `draws` of a stored pair; empty for others."""
         return {}
 
     def state(self) -> SourceState:
-        """What a checkpoint keeps of this process."""
+        """State of this process for a checkpoint."""
         return {}
 
     def restore(
@@ -137,23 +137,23 @@ class PairSource:
         """Continue from a checkpoint.
 
         Args:
-            states: this process's own; with `share` those of all processes that wrote the checkpoint.
-            vocabulary_size: token ids lie below it.
-            share: (index, count) of this process where the number of processes has changed: take this part of all.
+            states: state of this process; with `share`, those of all processes of the checkpoint.
+            vocabulary_size: upper bound of token ids, exclusive.
+            share: (index, count) of this process if the number of processes has changed.
 
         Raises:
-            ValueError, CheckpointError: no state that this source can have had.
+            ValueError, CheckpointError: the state is invalid.
         """
 
     def save(self, folder: Path, step: int) -> None:
-        """Add files of its own to a checkpoint, after `state`."""
+        """Add files to a checkpoint, after `state`."""
 
     def close(self) -> None:
-        """Training has ended, as it should or not."""
+        """Free resources at the end of training, also after errors."""
 
 
 def turn_of_epoch(example: Example, *, seed: int, epoch: int) -> Turn:
-    """The reply of an example that is trained on in this epoch: the only one, or one drawn for each epoch."""
+    """The reply of an example to train on in this epoch: the only one, or a random one per epoch."""
     turns = example.turns
     if len(turns) == 1:
         return turns[0]
@@ -161,32 +161,32 @@ def turn_of_epoch(example: Example, *, seed: int, epoch: int) -> Turn:
 
 
 class SFTSource(PairSource):
-    """Good responses with nothing beside them: SFT on the same trainer, for comparison at equal steps."""
+    """Chosen responses only: SFT with the same trainer, for comparison at equal steps."""
 
     def __init__(self, *, seed: int) -> None:
         self._seed = seed
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """One pair an example, of which only the chosen response counts."""
+        """One pair per example, with only a chosen response."""
         return [sft_pair(example, turn_of_epoch(example, seed=self._seed, epoch=epoch)) for example in examples]
 
 
 def sft_pair(example: Example, turn: Turn) -> Pair:
-    """A response as a pair in which nothing is rewritten; see `Pair.is_sft`."""
+    """A response as a pair without a rejected side; see `Pair.is_sft`."""
     end = Segment(len(turn.response_ids), len(turn.response_ids))
     return Pair(example.row, turn.index, turn.prompt_ids, turn.response_ids, turn.response_ids, end, end)
 
 
 class PairedData(PairSource):
-    """Pairs of a preference dataset, as they are: plain offline DPO and ORPO on the same trainer."""
+    """Pairs of a preference dataset: offline DPO and ORPO with the same trainer."""
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """The examples' own chosen and rejected responses."""
+        """Chosen and rejected responses of the examples."""
         return [paired(example) for example in examples]
 
 
 def paired(example: Example) -> Pair:
-    """The pair of an example that has both responses.
+    """The pair of an example with both responses.
 
     Raises:
         ValueError: the example has no rejected response.

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of stored pairs, kept for as long as the reference stands still."""
+"""Cache of the reference's log-probabilities of stored pairs, valid until the reference changes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sapo.preference.pairs import Pair
 
 
 class ReferenceScores:
-    """Scores of stored pairs, formed when a pair is first drawn and used when it is drawn again.
+    """Scores of stored pairs, computed when a pair is first drawn and reused later.
 
-    A pair is known by identity: the buffer gives out the very objects that it holds.
+    Pairs are compared by identity: the buffer returns the stored objects.
 
     Args:
-        capacity: entries beyond which those of pairs that left the buffer are dropped.
+        capacity: number of entries above which those of pairs that left the buffer are removed.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -29,7 +29,7 @@ class ReferenceScores:
         return len(self._known)
 
     def clear(self) -> None:
-        """Forget everything: the reference has changed."""
+        """Remove all entries, because the reference has changed."""
         self._known.clear()
 
     def of(
@@ -39,8 +39,8 @@ class ReferenceScores:
 
         Args:
             pairs: at least one.
-            score: computes pairs with the reference; called at most once, with those not known yet.
-            stored: what the buffer holds; asked for only to drop the rest.
+            score: scores pairs with the reference; called at most once, with the missing ones.
+            stored: the buffer's contents, to find entries to remove.
         """
         missing = list({id(pair): pair for pair in pairs if id(pair) not in self._known}.values())
         if missing:
@@ -55,7 +55,7 @@ class ReferenceScores:
         return ReferenceLogps(chosen, rejected)
 
     def state(self, stored: Sequence[Pair]) -> Tensor:
-        """Both scores of each stored pair `[n, 2]`, nan where there are none yet."""
+        """Both scores of each stored pair `[n, 2]`, NaN if not computed yet."""
         unknown = (None, math.nan, math.nan)
         rows = [self._known.get(id(pair), unknown)[1:] for pair in stored]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(stored), 2)

@@ -1,4 +1,4 @@
-"""Log-probabilities under a model, formed only where they are scored."""
+"""Log-probabilities under a model, computed only at scored positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sapo.preference.shared_prefix import attention_arguments, shared_layout_uns
 class PairScores(NamedTuple):
     """Summed log-probabilities in nats and numbers of scored tokens, each `[B]`.
 
-    `all_positions_nll` is ORPO's likelihood term as published, only when the batch asks for it.
+    `all_positions_nll` is ORPO's likelihood term as published, only if the batch has `all_positions`.
     """
 
     chosen_logps: Tensor
@@ -39,7 +39,7 @@ def score(model: nn.Module, batch: PairBatch, *, fused_lm_head: bool = False) ->
 
     Args:
         model: a causal language model, wrapped or not.
-        batch: on the model's device.
+        batch: batch on the model's device.
         fused_lm_head: see `summed_logps`.
     """
     sums, lengths = summed_logps(model, batch, fused_lm_head=fused_lm_head)
@@ -57,18 +57,18 @@ def score(model: nn.Module, batch: PairBatch, *, fused_lm_head: bool = False) ->
 
 
 def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability in nats and number of scored tokens of each of the sums that `rows` asks for.
+    """Log-probability in nats and number of scored tokens of each sum of `rows`.
 
-    The language-model head runs at scored positions only: logits of other positions are never formed.
+    The language-model head runs only at scored positions: other logits are never computed.
 
     Args:
         model: a causal language model, wrapped or not.
-        rows: on the model's device.
+        rows: rows on the model's device.
         fused_lm_head: compute with trl's fused head, which `model` must have (`trl.trainer.utils.add_fused_lm_head`):
-            a Triton kernel on CUDA that forms logits in tiles, and never all of them.
+            a Triton kernel on CUDA that computes logits in tiles and never materializes all.
 
     Returns:
-        `[sums]` in float32 at least, whatever the model returns, and `[sums]` whole numbers.
+        `[sums]` in float32 at least, for any dtype of the model, and `[sums]` integers.
     """
     places = rows.places
     targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
@@ -81,12 +81,12 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             logits = model(**inputs, use_cache=False).logits
         if logits.shape[:2] != (1, len(places)):
             raise ModelError(
-                f"{type(extract_model_from_parallel(model)).__name__} does not form its logits from its output "
-                "embeddings alone; it cannot be scored."
+                f"{type(extract_model_from_parallel(model)).__name__} does not compute its logits from its output "
+                "embeddings alone, so it cannot be scored."
             )
         logps = token_logps(logits[0], targets)
     if logps.dtype != torch.float64:
-        logps = logps.float()  # a sum of hundreds of bfloat16 numbers is off by whole nats
+        logps = logps.float()  # a sum of hundreds of bfloat16 numbers is off by several nats
     sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device).index_add(0, owners, logps)
     return sums, rows.lengths
 
@@ -104,7 +104,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
-    """Keyword arguments with which `model` computes `rows`, without their scores."""
+    """Keyword arguments of the forward pass of `model` on `rows`."""
     inner = extract_model_from_parallel(model)
     inputs: dict[str, Any] = {"input_ids": rows.input_ids, **without_router_logits(inner)}
     if rows.prefixes is None:
@@ -115,7 +115,7 @@ def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
 
 @contextmanager
 def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Let the head see the hidden states at `places` of the flattened rows only, as one row `[1, M, H]`."""
+    """Pass only the hidden states at `places` of the flattened rows to the head, as one row `[1, M, H]`."""
     head = extract_model_from_parallel(model).get_output_embeddings()
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -129,25 +129,25 @@ def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 
 _LEAST_TOLERANCE = 1e-3
-"""Nats that the sums over eight tokens may differ by, for float32."""
+"""Maximum difference in nats of sums over eight tokens, in float32."""
 _NOISES, _TIMES_NOISE = 3, 4
 _BFLOAT16_ROUNDING = 2.0**-8
 """Relative error of rounding to bfloat16."""
 
 
 def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> str | None:
-    """Make `model` ready for shared prefixes, and try on a small pair that they change nothing.
+    """Prepare `model` for shared prefixes, and check on a small pair that both layouts agree.
 
-    Architectures differ in what they hand through to their attention; where a prefix cannot be shared, the two
-    layouts disagree. They are compared in float32, also under autocast and with weights of fewer bits. Where that
-    cannot be (quantized or FSDP2-sharded weights), a difference counts that the model's own rounding does not explain.
+    Architectures differ in the arguments that they pass to their attention; where a prefix cannot be shared, the
+    layouts disagree. They are compared in float32, also under autocast and with weights of fewer bits. Where that is
+    impossible (quantized or FSDP2-sharded weights), differences beyond the model's own rounding count.
 
     Args:
         model: a causal language model, wrapped or not.
-        fused_lm_head: also try one call with trl's fused head.
+        fused_lm_head: also check one call with trl's fused head.
 
     Returns:
-        What keeps the model from sharing prefixes, or None.
+        The reason why the model cannot share prefixes, or None.
     """
     inner = extract_model_from_parallel(model)
     reason = shared_layout_unsupported_reason(inner)
@@ -162,22 +162,22 @@ def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> s
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever the architecture raises is the reason
-            return f"{type(inner).__name__} cannot compute a shared prefix ({type(error).__name__}: {error})"
+            return f"{type(inner).__name__} does not support a shared prefix ({type(error).__name__}: {error})"
         tolerance = _LEAST_TOLERANCE if exact else _rounding_noise(model, plain, _BFLOAT16_ROUNDING)
     if fused_lm_head:
         with frozen(model):
             _probe(model, "shared", fused_lm_head=True)
     difference = float((plain - shared).abs().max())
     if not difference <= tolerance:
-        return f"{type(inner).__name__} gives other log-probabilities with a shared prefix (by {difference:.2g} nats)"
+        return f"{type(inner).__name__} returns other log-probabilities with a shared prefix (by {difference:.2g} nats)"
     return None
 
 
 def heads_disagree(model: nn.Module) -> str | None:
-    """Why trl's fused head, which `model` must have, may not stand for its own; None when it may.
+    """Why trl's fused head of `model` differs from its own head; None if they agree.
 
-    The fused head multiplies with the weight of the output embeddings and nothing else: an adapter on them is passed
-    over, in values and gradients. A new adapter changes nothing yet, so its presence counts and not only the values.
+    The fused head uses only the weight of the output embeddings: it ignores an adapter on them, in values and
+    gradients. A new adapter does not change values yet, so its presence is checked too.
     """
     inner = extract_model_from_parallel(model)
     name, head = type(inner).__name__, inner.get_output_embeddings()
@@ -229,7 +229,7 @@ def _in_float32(inner: nn.Module) -> Iterator[None]:
         if any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(cast, with_kwargs=True))
             handles.append(module.register_forward_hook(restore, prepend=True, always_call=True))
-    # accelerate puts autocast into the forward that it patches in, where it would be switched on again.
+    # accelerate's patched forward would enable autocast again.
     patched = inner.__dict__.get("forward")
     if "_original_forward" in inner.__dict__:
         inner.forward = inner.__dict__["_original_forward"]
@@ -246,9 +246,9 @@ def _in_float32(inner: nn.Module) -> Iterator[None]:
 
 
 def _rounding_noise(model: nn.Module, plain: Tensor, rounding: float | None = None) -> float:
-    """Nats by which `plain` may differ from the same in another rounding, as measured with noise of that size.
+    """Difference of `plain` in nats that rounding can explain, measured by adding noise of that size.
 
-    `rounding` is relative; None for that of the type in which each module returns its output.
+    `rounding` is relative; None for that of each module's output dtype.
     """
     inner = extract_model_from_parallel(model)
     random = torch.Generator().manual_seed(0)

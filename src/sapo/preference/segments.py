@@ -1,7 +1,7 @@
-"""Choose, cut and splice spans of response tokens. Pure integers: no model, no tensor.
+"""Choose, truncate and splice spans of response tokens. Pure integers: no model, no tensor.
 
-A response is A + B + C: the opponent rewrites the segment B, keeps A, and C follows unless the rewriting ended the
-response. Geometry from the published collator (`sapo/utils.py`, revision 5d7a210) and section 3.2 of the paper.
+A response is A + B + C: the opponent regenerates the segment B after A, and C follows unless B' ended the response.
+Geometry from the published collator (`sapo/utils.py`, revision 5d7a210) and section 3.2 of the paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 Suffix = Literal["keep", "drop", "mask"]
 
 PUBLISHED_TAIL_MARGIN = 3
-"""The published collator never puts the last three tokens of a long response into a segment."""
+"""In the published collator, a segment never includes the last three tokens of a long response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,18 @@ class Segment:
 
 
 def segment_tokens(response_length: int, segment_length: float | None) -> int:
-    """Number of tokens to rewrite in a response of `response_length` tokens (end token included).
+    """Number of tokens to regenerate in a response of `response_length` tokens (including the EOS token).
 
     Args:
         response_length: tokens in the response, at least 1.
         segment_length: tokens (1 or more), a fraction of the response (between 0 and 1), or None for all of it.
     """
     if response_length < 1:
-        raise ValueError(f"response_length={response_length}: a response has at least one token")
+        raise ValueError(f"response_length={response_length}: must be 1 or more")
     if segment_length is None:
         return response_length
     if segment_length <= 0:
-        raise ValueError(f"segment_length={segment_length}: must be positive, or None for the whole response")
+        raise ValueError(f"segment_length={segment_length}: must be positive, or None for the full response")
     if segment_length < 1:
         return max(1, round(segment_length * response_length))
     return min(int(segment_length), response_length)
@@ -57,15 +57,15 @@ def choose_segment(
     *,
     tail_margin: int = PUBLISHED_TAIL_MARGIN,
 ) -> Segment:
-    """Draw the segment of a response: with n tokens and N of them to rewrite, the start is uniform over [0, n - 3 - N].
+    """Draw the segment of a response: n tokens, N of them to regenerate; the start is uniform over [0, n - 3 - N].
 
-    When that range is empty the start is 0, so a response of about N tokens or fewer is rewritten whole.
+    If that range is empty the start is 0, so a response of about N tokens or fewer is regenerated in full.
 
     Args:
-        response_length: n, tokens in the response, end token included.
+        response_length: n, number of tokens in the response, including the EOS token.
         segment_length: see `segment_tokens`.
-        rng: source of the draw; consumed once, also when there is nothing to draw.
-        tail_margin: last tokens that a start never reaches (3 as published; 0 lets a segment touch the end).
+        rng: random generator; always used exactly once.
+        tail_margin: number of last tokens that a segment never includes (3 as published; 0 for none).
 
     Source: the published collator's `truncate_at`; golden vectors `segment_geometry.json`.
     """
@@ -76,7 +76,7 @@ def choose_segment(
     return Segment(start, start + tokens)
 
 
-def cut_at_end(tokens: Sequence[int], eos_ids: Collection[int]) -> list[int]:
+def truncate_at_eos(tokens: Sequence[int], eos_ids: Collection[int]) -> list[int]:
     """`tokens` up to and including the first one that is in `eos_ids`."""
     for position, token in enumerate(tokens):
         if token in eos_ids:
@@ -95,13 +95,13 @@ def splice(
     """Replace `segment` of `response` by `replacement`.
 
     If `replacement` ends the response (its last token is in `eos_ids`), the suffix is dropped, as in the published
-    implementation. With `suffix="drop"` it always is; "mask" keeps it (the loss leaves it out, see `batches`).
+    implementation. With `suffix="drop"` it always is; "mask" keeps it without scoring it (see `batches`).
 
     Raises:
-        ValueError: the segment reaches beyond the response.
+        ValueError: the segment extends beyond the response.
     """
     if segment.stop > len(response):
-        raise ValueError(f"{segment} reaches beyond a response of {len(response)} tokens")
+        raise ValueError(f"{segment} extends beyond a response of {len(response)} tokens")
     head = [*response[: segment.start], *replacement]
     ended = bool(replacement) and replacement[-1] in eos_ids
     if ended or suffix == "drop":

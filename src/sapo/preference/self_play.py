@@ -28,20 +28,20 @@ from sapo.preference.pair_tensors import (
 from sapo.preference.pairs import GeneratedPairs, Pair, PairSource, PendingBatch, SourceState, turn_of_epoch
 from sapo.preference.reference_scores import ReferenceScores
 from sapo.preference.replay_buffer import BufferEntry, ReplayBuffer, Snapshot
-from sapo.preference.segments import PUBLISHED_TAIL_MARGIN, Segment, Suffix, choose_segment, cut_at_end, splice
+from sapo.preference.segments import PUBLISHED_TAIL_MARGIN, Segment, Suffix, choose_segment, splice, truncate_at_eos
 from sapo.seeds import derive_seed
 
 Record = Callable[[str, float], None]
-"""Takes one observation of a metric: its name and its value."""
+"""Records one observation of a metric: name and value."""
 
 
 def _ignore(name: str, value: float) -> None:
-    """Where nobody asks for metrics."""
+    """Discard a metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfPlaySettings:
-    """How pairs are made; every field is an option of `SAPOConfig`, described there."""
+    """Settings of pair generation; each field is an option of `SAPOConfig`, described there."""
 
     segment_length: float | None = 256
     tail_margin: int = PUBLISHED_TAIL_MARGIN
@@ -56,7 +56,7 @@ class SelfPlaySettings:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A response whose segment is chosen and not yet rewritten."""
+    """A response with its segment, before regeneration."""
 
     row: int
     turn: Turn
@@ -65,22 +65,22 @@ class _Draft:
 
 
 class SelfPlay(PairSource):
-    """Pairs that the opponent makes from good responses (section 3.2 and algorithm 1 of the paper).
+    """Pairs that the opponent generates from chosen responses (section 3.2 and algorithm 1 of the paper).
 
     Args:
-        generator: lets the opponent generate.
+        generator: generates with the opponent.
         buffer: this process's replay buffer.
         settings: see `SelfPlaySettings`.
-        eos_ids: tokens that end a response.
-        seed: the run's seed. What concerns an example is seeded by (seed, epoch, row, turn, draw), draws from the
+        eos_ids: EOS tokens.
+        seed: the run's seed. Generation for an example is seeded by (seed, epoch, row, turn, draw), draws from the
             buffer by (seed, step, micro-batch, process); nothing else is random.
         batch_size: pairs drawn per micro-batch.
         process: index of this process.
         record: receives `self_play/*` and `replay/*` metrics.
-        any_process: whether something holds for any of the processes. To be given when the generator needs all of
-            them at once, as with sharded weights; by default each decides for itself.
-        opponent_step: the number of optimizer steps that the opponent which generates at a given step has followed;
-            by default the step itself.
+        any_process: logical or over all processes. Required if the generator needs all of them at once, as with
+            sharded weights; by default each process decides alone.
+        opponent_step: maps a step to the number of optimizer steps in its opponent's weights; by default the step
+            itself.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class SelfPlay(PairSource):
         self._before: Snapshot[Pair] | None = None
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
-        """Regenerate segments of `examples`, store the new pairs, and draw a batch from everything stored."""
+        """Regenerate segments of `examples`, store the new pairs, and draw a batch from the buffer."""
         settings = self._settings
         if settings.replay_max_age is not None:
             self.buffer.expire(step - settings.replay_max_age)
-        # An empty buffer collects out of turn: a step always has pairs.
+        # An empty buffer is filled at any step, so that a step always has pairs.
         if self._due(step) or self._any_process(len(self.buffer) == 0):
             self.prefetch([PendingBatch(examples, epoch, step, micro_batch)], step, due=True)
             generated = self.pool.pop((step, micro_batch))
@@ -133,28 +133,28 @@ class SelfPlay(PairSource):
         return step % self._settings.generation_interval == 0
 
     def prefetch(self, pending: Sequence[PendingBatch], step: int, *, due: bool = False) -> None:
-        """Generate the pairs of `pending` micro-batches in one call of the generator, and keep them until their turn.
+        """Generate the pairs of `pending` micro-batches in one call of the generator, and keep them for later.
 
-        Pairs that exist already stay; micro-batches whose step passes its examples over get none, unless `due`. A row's
-        text is drawn from the row's own seed, so that pooling changes when it is generated and nothing else.
+        Existing pairs are kept; micro-batches of steps that skip generation get none, unless `due`. Each row has its
+        own seed, so pooling changes only when its text is generated.
         """
         new = self.missing(pending, due=due)
         if new:
             self.pool.update(self.generate_pairs(self._generator, new, self._opponent_step(step)))
 
     def missing(self, pending: Sequence[PendingBatch], *, due: bool = False) -> list[PendingBatch]:
-        """Those of `pending` whose pairs are to be generated and are not waiting yet."""
+        """Micro-batches of `pending` whose pairs must still be generated."""
         return [p for p in pending if (due or self._due(p.step)) and (p.step, p.micro_batch) not in self.pool]
 
     def generate_pairs(
         self, generator: Generator, pending: Sequence[PendingBatch], step: int
     ) -> dict[tuple[int, int], GeneratedPairs]:
-        """The pairs of micro-batches, by step and micro-batch, in one call of `generator`; nothing is kept.
+        """The pairs of micro-batches, by step and micro-batch, in one call of `generator`; nothing is stored.
 
         Args:
-            generator: lets the opponent generate.
+            generator: generates with the opponent.
             pending: the micro-batches.
-            step: number of optimizer steps that this opponent has followed.
+            step: number of optimizer steps in the opponent's weights.
         """
         drafts = [[d for example in p.examples for d in self._drafts(example, p.epoch)] for p in pending]
         pairs = iter(self._regenerated(generator, itertools.chain.from_iterable(drafts)))
@@ -164,36 +164,36 @@ class SelfPlay(PairSource):
         }
 
     def regenerate(self, examples: Sequence[Example], *, epoch: int) -> list[Pair]:
-        """One pair per example and generation, the buffer untouched."""
+        """One pair per example and generation, without the buffer."""
         return self._regenerated(self._generator, (d for example in examples for d in self._drafts(example, epoch)))
 
     def evaluation_pairs(self, examples: Sequence[Example]) -> list[Pair]:
-        """One pair for each example, as the opponent generates it now; nothing is stored."""
-        # Epoch -1: no epoch of the training has these seeds.
+        """One pair for each example, generated by the current opponent; nothing is stored."""
+        # Epoch -1: training never uses these seeds.
         return self.regenerate(examples, epoch=-1)[:: self._settings.num_generations]
 
     # ---- From step to step ----
 
     def begin_step(self) -> None:
-        """Remember the buffer as it is."""
+        """Take a snapshot of the buffer."""
         self._before = self.buffer.snapshot()
 
     def undo(self) -> None:
-        """Take back what the step added to the buffer and drew from it."""
+        """Revert the step's additions to and draws from the buffer."""
         if self._before is not None:
             self.buffer.undo(self._before)
             self._before = None
 
     def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
-        """As `PairSource.reference_logps`; kept for as long as a pair is stored."""
+        """As `PairSource.reference_logps`; cached while a pair is stored."""
         return self._scores.of(pairs, score, self.buffer.items)
 
     def reference_moved(self) -> None:
-        """Forget all scores."""
+        """Remove all scores."""
         self._scores.clear()
 
     def clear(self) -> None:
-        """Forget pairs that an earlier start of the run generated ahead, and all scores."""
+        """Remove all scores, and pairs that an earlier start generated ahead."""
         self.pool.clear()
         self._scores.clear()
 
@@ -217,7 +217,7 @@ class SelfPlay(PairSource):
     def restore(
         self, states: Sequence[SourceState], *, vocabulary_size: int, share: tuple[int, int] | None = None
     ) -> None:
-        """Continue from `state()`; pairs generated ahead are generated again where the processes have changed."""
+        """Continue from `state()`; pairs generated ahead are generated again if the number of processes changed."""
         stored = [_stored(state, vocabulary_size) for state in states]
         own = stored[0]
         if share is None:
@@ -227,7 +227,7 @@ class SelfPlay(PairSource):
             own = redistribute(stored, share[1], step=lambda kept: kept[0].step)[share[0]]
         if len(own) > self.buffer.capacity:
             raise CheckpointError(
-                f"the checkpoint's replay buffers hold {len(own)} pairs for each process, and replay_buffer_size is "
+                f"the checkpoint's replay buffers contain {len(own)} pairs per process, but replay_buffer_size is "
                 f"{self.buffer.capacity}. With fewer processes, raise replay_buffer_size to match."
             )
         self.buffer.restore(entry for entry, _ in own)
@@ -269,7 +269,7 @@ class SelfPlay(PairSource):
         return drafts
 
     def _pair(self, draft: _Draft, generated: Sequence[int]) -> Pair:
-        replacement = cut_at_end(generated[: self._budget(draft)], self._eos_ids)
+        replacement = truncate_at_eos(generated[: self._budget(draft)], self._eos_ids)
         rejected = splice(
             draft.turn.response_ids,
             draft.segment,
@@ -310,7 +310,7 @@ def self_play(
     any_process: Callable[[bool], bool] = bool,
     opponent_step: Callable[[int], int] = int,
 ) -> SelfPlay:
-    """`SelfPlay` with an empty buffer, as the options of a run ask for it; see there."""
+    """Create `SelfPlay` with an empty buffer from the options of a run."""
     return SelfPlay(
         generator,
         ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
@@ -326,6 +326,6 @@ def self_play(
 
 
 def _stored(state: SourceState, vocabulary_size: int) -> list[tuple[BufferEntry[Pair], list[float]]]:
-    """What a process had in its replay buffer, each with its scores under the reference."""
+    """Entries of a process's replay buffer, with their scores under the reference."""
     entries = checked_entries(state["replay_buffer"], vocabulary_size)
     return list(zip(entries, state["reference_scores"]["logps"].tolist(), strict=True))

@@ -1,12 +1,12 @@
 """Attention over rows in which the two responses of a pair share their prefix.
 
-A packed row holds each pair as `[P A B C | a* B' C']`: the chosen sequence as it is, then a branch that begins with
-the repeated last shared token a* (so that every position predicts one token) and goes on with what differs. The
-branch sees the prefix and itself; nothing sees another pair. Positions continue from the prefix in both.
+A packed row contains each pair as `[P A B C | a* B' C']`: the chosen sequence, then a branch that repeats the last
+shared token a* (so that every position predicts one token) and continues with the rejected tokens. The branch attends
+to the prefix and itself; pairs do not attend to each other. Positions continue from the prefix in both.
 
 Two ways to compute it, both exact: an attention function registered with transformers that runs each pair through
-scaled dot-product attention at its own lengths (no padding, no mask of the whole row), and a block mask for
-FlexAttention. Everything else in the model works on tokens one by one and needs no change.
+scaled dot-product attention at its own lengths (no padding, no mask of the full row), and a block mask for
+FlexAttention. Everything else in the model is token-wise and needs no change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 SHARED_ATTENTION = "sapo_shared_prefix"
-"""Name under which the attention function is registered; without shared prefixes in a call it is sdpa."""
+"""Name under which the attention function is registered; without shared prefixes it is sdpa."""
 
 _LARGEST_FLASH_HEAD = 256
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -32,7 +32,7 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True, slots=True)
 class PairSpan:
-    """Where one pair lies in a packed row: chosen at `[start, middle)`, branch at `[middle, stop)`.
+    """Span of one pair in a packed row: chosen at `[start, middle)`, branch at `[middle, stop)`.
 
     The branch attends to itself and to the first `visible` tokens of the chosen sequence.
     """
@@ -45,18 +45,18 @@ class PairSpan:
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """The pairs of one packed row, and the masks that their attention needs, made at first use."""
+    """The pairs of one packed row, and their attention masks, built at first use."""
 
     spans: tuple[PairSpan, ...]
     _masks: dict[tuple[int, int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of chosen and branch of each pair in turn: how the row is split."""
+        """Alternating lengths of chosen sequence and branch, to split the row."""
         return [size for span in self.spans for size in (span.middle - span.start, span.stop - span.middle)]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """Which of `keys` consecutive positions the last `queries` of them see, `[queries, keys]`, True for seen."""
+        """Causal mask of the last `queries` of `keys` positions, `[queries, keys]`; True: attended."""
         what = (queries, keys, window, device)
         if what not in self._masks:
             seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -75,7 +75,7 @@ def shared_prefix_attention(
     shared_prefixes: SharedPrefixes | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, pair by pair; sdpa as usual when the call has no shared prefixes.
+    """Attention of one packed row, pair by pair; plain sdpa without shared prefixes.
 
     Args:
         module: the attention layer.
@@ -85,8 +85,8 @@ def shared_prefix_attention(
         attention_mask: ignored with shared prefixes.
         dropout: probability.
         scaling: of the scores; None for 1 / sqrt(size).
-        shared_prefixes: handed through by the model from its keyword arguments.
-        kwargs: `sliding_window` in tokens, None for all; what else the architecture passes goes to sdpa.
+        shared_prefixes: passed through by the model from its keyword arguments.
+        kwargs: `sliding_window` in tokens, None for all; other arguments are passed to sdpa.
 
     Returns:
         `[1, N, heads, size]` and None, as transformers expects.
@@ -100,7 +100,7 @@ def shared_prefix_attention(
     return _pairs_attention(query, key, value, shared_prefixes, window, dropout, scaling), None
 
 
-# A graph for each length of each pair would be compiled again and again: torch.compile goes round this function.
+# torch.compile would recompile for every length of every pair, so it skips this function.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _pairs_attention(
     query: Tensor,
@@ -111,7 +111,7 @@ def _pairs_attention(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    # split, not slices: the backward of a split is one concatenation, that of each slice a tensor of the whole row.
+    # split, not slices: the backward of a split is one concatenation, that of each slice a tensor of the full row.
     sizes = prefixes.lengths
     queries, keys, values = (torch.split(states, sizes, 2) for states in (query, key, value))
     outputs = []
@@ -133,8 +133,8 @@ def _pairs_attention(
 def attention_options(query: Tensor, key: Tensor, window: int | None, prefixes: SharedPrefixes) -> dict[str, Any]:
     """Arguments of scaled dot-product attention for the last of `key`'s tokens, causal and within `window`.
 
-    On a processor grouped keys are read as they are, with any mask. On an accelerator only the flash kernels do so,
-    which take 16-bit numbers and no mask but a causal one; elsewhere there, keys are repeated and a mask is read.
+    A CPU supports grouped keys with any mask. On an accelerator only the flash kernels do, for 16-bit dtypes and causal
+    masks; otherwise keys are repeated and an explicit mask is used.
     """
     own, keys, device = query.shape[2], key.shape[2], query.device
     windowed = window is not None and window < keys
@@ -158,7 +158,7 @@ AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)
 
 
 def may_attend(prefixes: SharedPrefixes, window: int | None, device: torch.device | str) -> Callable[..., Tensor]:
-    """The rule of attention as FlexAttention wants it: (batch, head, query, key) indices to True or False."""
+    """Attention rule for FlexAttention: (batch, head, query, key) indices to True or False."""
     pair_of, branch_of, position_of = [], [], []
     for pair, span in enumerate(prefixes.spans):
         chosen, branch = span.middle - span.start, span.stop - span.middle
@@ -176,10 +176,10 @@ def may_attend(prefixes: SharedPrefixes, window: int | None, device: torch.devic
 
 
 def attention_arguments(model: nn.Module, prefixes: SharedPrefixes, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments with which `model` attends to `prefixes`."""
+    """Keyword arguments of `model` for attention with `prefixes`."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if config._attn_implementation != "flex_attention":
-        # Any 4D mask is passed on as it is, so that no causal mask of the whole row is built; it is not read.
+        # transformers passes any 4D mask on unchanged, so this unused one avoids a causal mask of the full row.
         unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         return {"attention_mask": unread, "shared_prefixes": prefixes}
     window = config.to_dict().get("sliding_window")
@@ -203,11 +203,11 @@ def _block_mask(prefixes: SharedPrefixes, window: int | None, device: torch.devi
 
 
 def shared_layout_unsupported_reason(model: nn.Module) -> str | None:
-    """What keeps `model` from sharing prefixes, as far as its configuration tells; None when nothing does."""
+    """The reason in the configuration why `model` cannot share prefixes; None without one."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     attention = config._attn_implementation
     if attention not in ("sdpa", SHARED_ATTENTION, "flex_attention"):
-        return f"attn_implementation is {attention}; sdpa and flex_attention can share prefixes"
+        return f"attn_implementation is {attention}; sdpa and flex_attention support shared prefixes"
     other = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
     if other:
         return f"{config.model_type} has layers of type {', '.join(sorted(other))}"
@@ -215,6 +215,6 @@ def shared_layout_unsupported_reason(model: nn.Module) -> str | None:
 
 
 def use_shared_attention(model: nn.Module) -> None:
-    """Let `model` compute with the registered attention function where it used sdpa."""
+    """Make `model` use the registered attention function instead of sdpa."""
     if model.config.get_text_config()._attn_implementation == "sdpa":  # type: ignore[union-attr, operator]
         model.set_attn_implementation(SHARED_ATTENTION)  # type: ignore[operator]

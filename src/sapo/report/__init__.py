@@ -1,1 +1,1 @@
-"""What a run did, for a person to look at: recorded while it runs, and written as one page that needs nothing else."""
+"""The report of a run: one self-contained HTML page."""

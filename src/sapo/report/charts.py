@@ -1,4 +1,4 @@
-"""Which curves are shown, in the report and on the model card, and how long ones are thinned."""
+"""The charts of the report and the model card, and the thinning of long curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sapo.runs.metrics import EVAL, METRICS
 from sapo.runs.reading import Run
 
 POINTS = 500
-"""Beyond this many log lines a curve is shown as the mean, minimum and maximum of as many groups of lines."""
+"""Maximum points of a curve; longer ones are shown as mean, minimum and maximum of this many groups of lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,11 @@ class Chart:
     """A chart of one or more metrics.
 
     Attributes:
-        title: what is shown.
-        unit: of its values; "share" is shown in percent.
-        reading: how to read it, in a sentence.
+        title: heading of the chart.
+        unit: unit of its values; "share" is shown in percent.
+        reading: how to read it, in one sentence.
         tone: colours by meaning ("pair": chosen and rejected) or by order.
-        on_card: whether the model card shows it too.
+        on_card: whether the model card shows it.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Chart:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Names in metrics.jsonl, and what the legend calls them; those of evaluations come last."""
+        """Names in metrics.jsonl and in the legend; evaluation metrics come last."""
         own = [metric for metric in METRICS if metric.chart == self.title]
         return {metric.name: metric.legend for metric in own} | {
             EVAL + metric.name: metric.eval_legend for metric in own if metric.eval_legend
@@ -60,7 +60,7 @@ CHARTS = [
     Chart(
         "Rewards",
         "",
-        "Both falling together: the margin grows because the rejected responses fall faster. Set a guard.",
+        "Both falling together: the margin rises because the rejected responses fall faster. Set a guard.",
         "pair",
         on_card=True,
     ),
@@ -70,7 +70,7 @@ CHARTS = [
     Chart(
         "Likelihood of the chosen responses",
         "nats",
-        "Change on the same examples since the start. Below 0 the chosen responses became less likely.",
+        "Change on the same examples since the start. Below 0, the chosen responses became less likely.",
         on_card=True,
     ),
     Chart(
@@ -79,24 +79,24 @@ CHARTS = [
         "New pairs in which the opponent generated the original, and segments that end the response.",
     ),
     Chart("Lengths", "tokens", "A drift of the rejected length is a warning: preferences can be won by length."),
-    Chart("Replay buffer: age", "steps", "Mean age of the stored pairs; it rises until the buffer is full."),
+    Chart("Replay buffer: age", "steps", "Mean age of the stored pairs; rises until the buffer is full."),
     Chart("Replay buffer: draws", "draws", "How often a stored pair has been trained on, on average."),
     Chart(
         "Distance between opponent and policy",
         "",
-        "Norm of their difference over the norm of the policy: how far the opponent is behind.",
+        "Norm of their difference over the norm of the policy: how far the opponent lags behind.",
     ),
-    Chart("Gradient norm", "", "Before clipping."),
+    Chart("Gradient norm", "", "Norm before clipping."),
     Chart("Learning rate", "", "The schedule's value."),
-    Chart("Time by part", "seconds", "Per micro-batch, and of the optimizer per step."),
+    Chart("Time by part", "seconds", "Seconds per micro-batch; for the optimizer, per step."),
     Chart("Throughput", "tokens/s", "Tokens of the pairs trained on, without padding."),
-    Chart("Memory", "MB", "Of the first process; on the device the maximum since the start."),
-    Chart("Steps that changed nothing", "share", "Their loss or gradient was not finite."),
+    Chart("Memory", "MB", "Memory of the first process; on the device, the maximum since the start."),
+    Chart("Steps that changed nothing", "share", "Steps with a non-finite loss or gradient."),
 ]
 
 
 def curves(run: Run, charts: list[Chart], points: int = POINTS) -> dict[str, dict[str, Any]]:
-    """The series of `charts`: "train" and "eval", each as of `thin`."""
+    """The series of `charts`: "train" and "eval", each from `thin`."""
     names = [name for chart in charts for name in chart.metrics]
     return {
         "train": thin(run.train, [name for name in names if not name.startswith(EVAL)], points),
@@ -108,8 +108,8 @@ def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> 
     """Series of `names` over the steps of `rows`, as columns.
 
     Returns:
-        `steps`, and for each name that was logged `mean`; where groups of rows were merged also `low` and `high`, so
-        that no peak is lost. A value that is missing or not finite is None.
+        `steps`, and for each logged name `mean`; for merged groups of rows also `low` and `high`, so that peaks stay
+        visible. Missing and non-finite values are None.
     """
     size = max(1, math.ceil(len(rows) / points))
     groups = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -131,5 +131,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _rounded(value: float) -> float:
-    """Five digits are more than a screen shows, and keep the page small."""
+    """Round to five digits, which keeps the page small."""
     return float(f"{value:.5g}")

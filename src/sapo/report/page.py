@@ -1,8 +1,7 @@
-"""report.html: one file that holds its data, its style and its script, and asks nothing of a network.
+"""report.html: one file with its data, style and script, which needs no network.
 
-Everything that a model or a data set wrote goes into one block of JSON, in which "<" is escaped, and the script puts
-it on the page as text alone. A content security policy allows that one script and nothing else, so that markup which
-got through all the same would still do nothing.
+All text from models and datasets is in one JSON block, in which "<" is escaped, and the script inserts it as text only.
+A content security policy allows only that script, so injected markup would have no effect.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ _SCRIPTS = ["dom.js", "charts.js", "pairs.js", "tables.js", "main.js"]
 
 
 def write_report(file: Path, runs: Sequence[Path]) -> None:
-    """Write the report of one or several run folders, whole or not at all.
+    """Write the report of one or several run folders atomically.
 
     Raises:
-        ConfigurationError: a folder holds no run.
+        ConfigurationError: a folder contains no run.
     """
     write_atomically(file, render(report_data(runs), live=False))
 
 
 def report_data(folders: Sequence[Path]) -> dict[str, Any]:
-    """Everything that the page shows, as plain JSON."""
+    """All data of the page, as plain JSON."""
     runs = [read_run(folder) for folder in folders]
     names = short_names(folders)
     return {
@@ -68,8 +67,8 @@ def render(data: dict[str, Any], *, live: bool) -> bytes:
     """The page as UTF-8.
 
     Args:
-        data: of `report_data`.
-        live: whether the page asks the server that it came from for news.
+        data: result of `report_data`.
+        live: whether the page polls its server for updates.
     """
     assets = files("sapo.report") / "assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
@@ -92,7 +91,7 @@ def render(data: dict[str, Any], *, live: bool) -> bytes:
         "script": script,
         "data": script_json(data),
     }
-    # One after the other, the data last: a part that holds another's mark is not searched again.
+    # In this order, the data last, so that a placeholder inside the data is not replaced.
     for name, text in parts.items():
         head, tail = page.split(f"<!--{name}-->", 1)
         page = head + text + tail
@@ -100,7 +99,7 @@ def render(data: dict[str, Any], *, live: bool) -> bytes:
 
 
 def script_json(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or opens another."""
+    """JSON that is safe inside a script element: it cannot close the element or open another."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

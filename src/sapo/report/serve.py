@@ -1,4 +1,4 @@
-"""A live report: a page on this machine alone, made anew when the run has written something."""
+"""A live report: a page served on this machine only, rebuilt when the run's files change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 class LiveReport:
-    """The data of a report, read anew when a file of its runs has changed; its `version` tells."""
+    """The data of a report, reloaded when a file of its runs changes; `version` counts the changes."""
 
     def __init__(self, runs: Sequence[Path]) -> None:
         self._runs = list(runs)
@@ -28,10 +28,10 @@ class LiveReport:
         self._version = 0
 
     def data(self) -> dict[str, Any]:
-        """What the page shows now.
+        """The current data of the page.
 
         Raises:
-            ConfigurationError: a folder holds no run.
+            ConfigurationError: a folder contains no run.
         """
         with self._lock:
             seen = [_stamp(run / name) for run in self._runs for name in _FILES]
@@ -54,14 +54,14 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 
 def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
-    """A server of the live page on 127.0.0.1, which is not reached from another machine; not yet serving.
+    """Create a server of the live page on 127.0.0.1, unreachable from other machines; not yet serving.
 
     Args:
         runs: run folders.
-        port: 0 for any that is free.
+        port: 0 for any free port.
 
     Raises:
-        ConfigurationError: a folder holds no run, or the port is taken.
+        ConfigurationError: a folder contains no run, or the port is in use.
     """
     live = LiveReport(runs)
     live.data()
@@ -69,7 +69,7 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             _, own = self.connection.getsockname()
-            # A page of another site can have its name lead here; it cannot have its requests name this host.
+            # DNS rebinding: another site's name can resolve to this address, but its Host header still names that site.
             if self.headers.get("Host") not in (f"{HOST}:{own}", f"localhost:{own}"):
                 self.send_error(HTTPStatus.FORBIDDEN)
             elif self.path == "/":
@@ -89,11 +89,11 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the terminal belongs to whoever started the server."""
+            """Log nothing: the terminal belongs to the caller."""
 
     try:
         return ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise ConfigurationError(f"port {port} of {HOST} is not free. Choose another with --port.") from error
+        raise ConfigurationError(f"port {port} of {HOST} is in use. Choose another with --port.") from error

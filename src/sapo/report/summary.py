@@ -1,4 +1,4 @@
-"""A run in words: what ran, what changed, and what should worry its owner. Pure functions of what was logged."""
+"""A run in words: settings, changes and warnings. Pure functions of the logged values."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _ALWAYS_RIGHT = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Warn:
-    """Something to look at: what happened, what it means, and what can be done.
+    """A problem of a run: what happened, what it means, and how to fix it.
 
     Attributes:
-        level: "bad" where the run did harm or was cut short, "look" where it may have.
+        level: "bad" if the run did harm or stopped early, "warning" if it may have.
     """
 
-    level: Literal["bad", "look"]
+    level: Literal["bad", "warning"]
     title: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number worth a place of its own: its name, its value as text, and a word on it."""
+    """A key figure: name, value as text, and a short note."""
 
     name: str
     value: str
@@ -54,22 +54,22 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Means of a metric over the first and the last tenth of the log lines, one line at least."""
+    """Means of a metric over the first and the last 10% of the log lines, at least one line."""
 
     first: float
     last: float
 
     @property
     def by(self) -> float:
-        """The last less the first."""
+        """`last` minus `first`."""
         return self.last - self.first
 
 
-_OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "sft": "SFT on the good responses"}
+_OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "sft": "SFT on the chosen responses"}
 
 
 def change_of(run: Run, metric: Metric) -> Change | None:
-    """How a metric changed over a run; None where it was logged less than twice."""
+    """Change of a metric over a run; None if it was logged less than twice."""
     values = run.series(metric)
     if len(values) < 2:
         return None
@@ -78,14 +78,14 @@ def change_of(run: Run, metric: Metric) -> Change | None:
 
 
 def sentences(run: Run) -> list[str]:
-    """What ran, what changed, and where the margin came from."""
+    """Settings of the run, changes of the metrics, and source of the margin."""
     return [text for text in (_what_ran(run), _what_changed(run), _where_from(run)) if text]
 
 
 def _what_ran(run: Run) -> str:
     options, facts, step = run.config, run.facts, run.last_step
     objective = _OBJECTIVES.get(options.get("objective", ""), "an unknown objective")
-    pairs = {"self_play": " on pairs from self-play", "paired": " on rows that hold both responses"}
+    pairs = {"self_play": " on pairs from self-play", "paired": " on rows with both responses"}
     subject = f"{facts['model']} ({count_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
     part = ""
     if facts.get("adapter"):
@@ -99,20 +99,20 @@ def _what_ran(run: Run) -> str:
         state = f"was trained for {step:,} steps"
     rows = f" on {facts['training_rows']:,} training rows" if "training_rows" in facts else ""
     runtime = run.end.get(RUNTIME.name)
-    took = f", in {duration_text(runtime)} since its last start" if runtime else ""
+    took = f", in {duration_text(runtime)}" if runtime else ""
     return f"{subject} {state}{part}{rows}, with {objective}{pairs.get(options.get('pair_source', ''), '')}{took}."
 
 
 def _what_changed(run: Run) -> str:
     loss, right = change_of(run, LOSS), change_of(run, ACCURACY)
     if loss is None:
-        return "Too little is logged yet to say what changed."
+        return "Not enough log lines yet."
     went = f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}"
     if right is None:
         return f"{went}."
     return (
         f"{went}; the policy preferred the chosen "
-        f"response in {right.first:.0%} of pairs at first and in {right.last:.0%} at the end."
+        f"response in {right.first:.0%} of pairs at the start and in {right.last:.0%} at the end."
     )
 
 
@@ -122,21 +122,21 @@ def _where_from(run: Run) -> str:
     if chosen is None or rejected is None or margin is None:
         return ""
     moves_too = run.config.get("reference") in ("opponent", "opponent_copy")
-    since = " The reference follows the opponent, so rewards begin anew with each copy of it." if moves_too else ""
+    since = " The reference follows the opponent, so rewards reset at each update." if moves_too else ""
     if margin.by <= 0:
-        return f"The margin did not grow (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
+        return f"The margin did not rise (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
     moves = f"chosen {chosen.by:+.2g}, rejected {rejected.by:+.2g}"
     if chosen.by >= 0 and rejected.by <= 0:
-        how = "the chosen responses rose and the rejected ones sank"
+        how = "the chosen responses rose and the rejected ones fell"
     elif chosen.by >= 0:
         how = "both rose, the chosen responses more"
     else:
-        how = "both sank, the rejected responses more"
-    return f"The margin grew by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
+        how = "both fell, the rejected responses more"
+    return f"The margin rose by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
 
 
 def figures(run: Run) -> list[Figure]:
-    """The numbers that matter most: means over the last tenth of the log lines, and over the first beside them."""
+    """Key figures: means over the last 10% of the log lines, with those over the first 10%."""
     if not run.train:
         return []
     found = [Figure("step", f"{run.last_step:,}", _of(run.facts.get("max_steps")))]
@@ -157,7 +157,7 @@ def _of(total: int | None) -> str:
 
 
 def warnings(run: Run) -> list[Warn]:
-    """What should worry the owner of a run, the worst first."""
+    """Problems of a run, the worst first."""
     found = [
         warn
         for look in (_stopped, _bad_steps, _fall, _worse_eval, _caught_up, _drift, _saturated)
@@ -168,7 +168,7 @@ def warnings(run: Run) -> list[Warn]:
 
 def _stopped(run: Run) -> Warn | None:
     reason = run.facts.get("stopped")
-    return Warn("bad", "The run stopped itself", str(reason)) if reason else None
+    return Warn("bad", "Early stop", str(reason)) if reason else None
 
 
 def _bad_steps(run: Run) -> Warn | None:
@@ -178,7 +178,7 @@ def _bad_steps(run: Run) -> Warn | None:
     return Warn(
         "bad",
         "Steps without a finite loss or gradient",
-        f"{fmean(values):.2%} of the steps changed nothing. trace-*.jsonl names their pairs; lower the learning "
+        f"{fmean(values):.2%} of the steps were skipped. trace-*.jsonl lists their pairs; lower the learning "
         "rate, or train in bfloat16 or float32 if this is float16.",
     )
 
@@ -189,11 +189,11 @@ def _fall(run: Run) -> Warn | None:
         return None
     worst = min(values)
     return Warn(
-        "bad" if values[-1] < -5 else "look",
+        "bad" if values[-1] < -5 else "warning",
         "The chosen responses became less likely",
-        f"By {-values[-1]:.3g} nats each on the examples followed since the start (at worst {-worst:.3g}). The margin "
-        "then comes from sinking the rejected responses faster. Set chosen_nll_weight or dpop_weight, lower the "
-        "learning rate, or let chosen_drop_limit end such a run.",
+        f"By {-values[-1]:.3g} nats per response on the examples tracked since the start (worst: {-worst:.3g}). The "
+        "margin rises only because the rejected responses fall faster. Set chosen_nll_weight or dpop_weight, lower the "
+        "learning rate, or set chosen_drop_limit to stop such a run.",
     )
 
 
@@ -204,9 +204,9 @@ def _worse_eval(run: Run) -> Warn | None:
         return None
     best = curve[values.index(min(values))][0]
     return Warn(
-        "look",
-        "The evaluation loss is past its best",
-        f"{min(values):.3g} at step {best:,}, {values[-1]:.3g} at the end: the run learns its pairs by heart.",
+        "warning",
+        "The evaluation loss is past its minimum",
+        f"{min(values):.3g} at step {best:,}, {values[-1]:.3g} at the end: the run is overfitting.",
     )
 
 
@@ -215,10 +215,10 @@ def _caught_up(run: Run) -> Warn | None:
     if change is None or (change.last < _IDENTICAL_HIGH and change.by < _IDENTICAL_RISE):
         return None
     return Warn(
-        "look",
-        "The opponent writes ever more of the original",
-        f"{change.first:.0%} of new pairs were identical at first, {change.last:.0%} at the end; they carry no signal. "
-        "Near 100% the policy has caught up with the data: stop, raise the temperature, or lengthen the segments.",
+        "warning",
+        "More and more pairs are identical",
+        f"{change.first:.0%} of new pairs were identical at the start, {change.last:.0%} at the end; they carry no "
+        "signal. Near 100% the policy has caught up with the data: stop, raise the temperature or use longer segments.",
     )
 
 
@@ -229,10 +229,10 @@ def _drift(run: Run) -> Warn | None:
     ends = change_of(run, ENDED)
     why = f" Segments that end the response: {ends.first:.0%}, then {ends.last:.0%}." if ends is not None else ""
     return Warn(
-        "look",
-        f"The rejected responses grow {'longer' if change.by > 0 else 'shorter'}",
+        "warning",
+        f"The rejected responses become {'longer' if change.by > 0 else 'shorter'}",
         f"From {change.first:.0f} to {change.last:.0f} tokens.{why} A model can win by length alone: compare the "
-        "lengths of its answers with those of the data.",
+        "lengths of its responses with those of the data.",
     )
 
 
@@ -242,8 +242,8 @@ def _saturated(run: Run) -> Warn | None:
     if len(values) < 10 or fmean(values[half:]) < _ALWAYS_RIGHT:
         return None
     return Warn(
-        "look",
+        "warning",
         "The pairs have become easy",
         f"In the second half the policy preferred the chosen response in {fmean(values[half:]):.1%} of pairs: little "
-        "is left to learn from them. Fewer steps, shorter segments or a lower temperature make harder pairs.",
+        "training signal is left. Fewer steps, shorter segments or a lower temperature make harder pairs.",
     )

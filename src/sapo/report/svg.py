@@ -1,4 +1,4 @@
-"""The curves of a run as one small picture for its model card: SVG, nothing but shapes and text."""
+"""The curves of a run as a small SVG image for its model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POINTS = 200
 
 
 def curves_svg(run: Run) -> str:
-    """The charts of the report that are meant for the model card, where something was logged for them."""
+    """The charts marked `on_card` that have logged values."""
     data = curves(run, [chart for chart in CHARTS if chart.on_card], _POINTS)
     panels = [panel for chart in CHARTS if chart.on_card and (panel := _panel(chart, data))]
     drawn = []

@@ -1,1 +1,1 @@
-"""The folder of a run: layout, checkpoints, files, reading it back."""
+"""The folder of a run: layout, checkpoints, files and reader."""

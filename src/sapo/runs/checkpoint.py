@@ -1,7 +1,7 @@
-"""The part of a checkpoint that Trainer does not know: opponent, reference, replay buffers, facts about the run.
+"""The part of a checkpoint that Trainer does not save: opponent, reference, replay buffers, facts about the run.
 
 Tensors as safetensors, the rest as JSON. A manifest with the SHA-256 of every file in the folder is written last, so
-that a damaged or incomplete checkpoint is recognised before any of it is used.
+that a damaged or incomplete checkpoint is detected before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT = 5
 REMOVING = ".removing-"
 
 _READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
-"""Of files that a library may take up on its own."""
+"""Suffixes of files that a library may load by itself."""
 
 
 def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
         return load_file(file)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: lacks {file.name}. Resume from another checkpoint, or with the options it was made with."
+            f"{folder}: lacks {file.name}. Resume from another checkpoint, or with its original options."
         ) from None
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another checkpoint.") from error
@@ -68,17 +68,17 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: not a complete checkpoint of this trainer ({name} is missing). "
-            "Name a checkpoint-N folder of the run."
+            "Use a checkpoint-N folder of the run."
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / name}: damaged ({error}). Resume from another checkpoint.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name}: damaged (no object). Resume from another checkpoint.")
+        raise CheckpointError(f"{folder / name}: damaged (not an object). Resume from another checkpoint.")
     return content
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The run's facts.
+    """Read the run's facts.
 
     Raises:
         CheckpointError: not a checkpoint of this trainer, or of another version of its format.
@@ -102,7 +102,7 @@ def verify(folder: Path) -> None:
     """Compare `folder` with its manifest.
 
     Raises:
-        CheckpointError: no manifest, a file missing, cut short or changed, outside the folder, or not its own.
+        CheckpointError: no manifest, or a file is missing, truncated, changed, outside the folder, or not listed.
     """
     manifest = read_json(folder, MANIFEST_FILE)
     for name, noted in manifest.items():
@@ -111,7 +111,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / MANIFEST_FILE}: damaged. Resume from another checkpoint.")
         size, digest = noted
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder}: {name} lies outside this folder. Do not use this checkpoint.")
+            raise CheckpointError(f"{folder}: {name} is outside this folder. Do not use this checkpoint.")
         if not file.is_file():
             raise CheckpointError(f"{folder}: lacks {name}. Resume from another checkpoint.")
         if file.stat().st_size != size:
@@ -124,13 +124,13 @@ def verify(folder: Path) -> None:
             )
     for file in _files(folder):
         if str(file.relative_to(folder)) not in manifest and file.name.endswith(_READ_BY_LIBRARIES):
-            raise CheckpointError(f"{file}: was not there when the checkpoint was saved. Move it elsewhere.")
+            raise CheckpointError(f"{file}: is not part of the saved checkpoint. Move it elsewhere.")
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beside `newest` beyond `limit`; never that one, nor `best`.
+    """Remove the oldest checkpoints next to `newest` beyond `limit`, but never `newest` or `best`.
 
-    By the time at which they were sealed, not by their step: after a resume from an earlier step the two disagree.
+    Age is the time of sealing, not the step: after a resume from an earlier step they differ.
     """
     if not limit:
         return
@@ -138,7 +138,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     others = [file.parent for file in newest.parent.glob(f"checkpoint-*/{MANIFEST_FILE}")]
     others = sorted(set(others) - spared, key=lambda folder: (folder / MANIFEST_FILE).stat().st_mtime_ns)
     for folder in others[: max(0, len(others) + len(spared) - limit)]:
-        # Out of sight first: a kill must not leave half a checkpoint under its name.
+        # Renamed first, so that a kill leaves no partial checkpoint under its name.
         gone = folder.with_name(f"{REMOVING}{folder.name}")
         folder.rename(gone)
         shutil.rmtree(gone)
@@ -147,16 +147,16 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 def compare_facts(
     folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> None:
-    """Refuse a checkpoint of a run with other options or other data.
+    """Refuse a checkpoint with other options or other data.
 
     Args:
-        folder: named in the error.
+        folder: folder named in the error.
         saved: facts of the checkpoint.
         current: facts of this run.
         free: names of facts that may differ.
 
     Raises:
-        CheckpointError: naming each option with both values.
+        CheckpointError: facts differ; the message names each with both values.
     """
     different = [
         f"{name} was {saved.get(name)!r}, is {current[name]!r}"
@@ -165,8 +165,8 @@ def compare_facts(
     ]
     if different:
         raise CheckpointError(
-            f"{folder}: belongs to another configuration: {'; '.join(different)}. "
-            "Resume with the options it was made with, or start afresh in another output_dir."
+            f"{folder}: has another configuration: {'; '.join(different)}. "
+            "Resume with its original options, or start a new run in another output_dir."
         )
 
 

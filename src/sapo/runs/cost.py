@@ -1,4 +1,4 @@
-"""What a run has cost, added up from its log lines."""
+"""Cost of a run, summed over its log lines."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sapo.runs.reading import Run
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a run has cost; None where it does not say.
+    """Cost of a run; None for values that were not logged.
 
     Attributes:
         steps: optimizer steps.
-        wall_seconds: from the first step to the last, without the time between a stop and a resume; of a round,
-            with the time to generate its pairs.
-        cpu_seconds: of all processes and threads.
-        tokens: trained on, without padding; of self-play the rejected responses are among them.
-        generate_seconds: of `wall_seconds`, for segments, the opponent's text and the replay buffer.
+        wall_seconds: from the first step to the last, without the time between a stop and a resume; for a round,
+            including the generation of its pairs.
+        cpu_seconds: CPU time of all processes and threads.
+        tokens: tokens trained on, without padding; with self-play, including the rejected responses.
+        generate_seconds: part of `wall_seconds` for segments, generation and the replay buffer.
         peak_mb: maximum resident memory of the first process.
         device_peak_mb: maximum memory on its accelerator.
     """
@@ -43,10 +43,10 @@ class Cost:
 
 
 def cost_of(run: Run) -> Cost:
-    """Add up the log lines of a run."""
+    """Sum the log lines of a run."""
     lines = run.train
     if run.rows and FINAL_LOSS.name in run.rows[-1]:
-        # The steps after the last regular line; of an earlier start they are in the lines that follow.
+        # Steps after the last regular log line; those of an earlier start are in the lines that follow.
         lines = [*lines, run.rows[-1]]
     steps = [line["step"] - before for line, before in zip(lines, [0, *(r["step"] for r in lines)], strict=False)]
     accumulation = run.settings.get("gradient_accumulation_steps", 1)

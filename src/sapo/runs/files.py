@@ -1,4 +1,4 @@
-"""Files that are complete or absent, read and written in one place."""
+"""Atomic writes, and reading of JSON and YAML files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BLOCK = 1 << 20
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a path to write to, beside `file`; what is there when the block ends becomes `file`.
+    """Yield a temporary path next to `file`, which replaces `file` when the block ends.
 
-    It is on the disk before it gets its name: a kill or a power cut leaves the earlier file or the new one. After an
-    error the earlier one stays. Missing folders are made.
+    It is flushed to disk before the rename, so a kill or a power failure leaves the old file or the new one. After an
+    error the old one stays. Missing folders are created.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
@@ -37,13 +37,13 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Write a complete file, or leave the earlier one; text is encoded as UTF-8."""
+    """Write a file atomically; text is encoded as UTF-8."""
     with replacing(file) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def append_line(file: Path, line: str) -> None:
-    """Add `line` and its line break to a file, and return once they are on the disk. Missing folders are made."""
+    """Append `line` and a line break to a file, and flush to disk. Missing folders are created."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
@@ -64,9 +64,9 @@ def folder_digest(folder: Path, patterns: Sequence[str], *, without: Collection[
     """SHA-256 over the names and contents of the files directly in `folder` that match, in hexadecimal.
 
     Args:
-        folder: wherever it lies; its own name does not count.
-        patterns: of file names, such as `*.safetensors`.
-        without: names of files to leave out.
+        folder: its own name and location do not matter.
+        patterns: patterns of file names, such as `*.safetensors`.
+        without: names of files to exclude.
 
     Returns:
         None if no file matches.
@@ -84,13 +84,13 @@ def read_json_lines(
     error: type[SapoError] = ConfigurationError,
     remedy: str = "Restore the file, or remove it.",
 ) -> list[dict[str, Any]]:
-    """Read a JSON object a line; no file reads as none. What follows the last line break is still being written.
+    """Read one JSON object per line; a missing file has none. Text after the last line break is ignored as incomplete.
 
     Args:
         file: read as UTF-8.
-        fields: that each object has, with the types of their values.
-        error: raised for a line that is something else.
-        remedy: the end of its message.
+        fields: required fields of each object, with the types of their values.
+        error: exception class for an invalid line.
+        remedy: end of its message.
 
     Raises:
         SapoError: as `error`, with the file and the line.
@@ -105,16 +105,16 @@ def read_json_lines(
         except (ValueError, KeyError, TypeError, RecursionError) as found:
             raise error(f"{file}, line {number}: cannot be read ({_reason(found)}). {remedy}") from found
         if wrong is not None:
-            raise error(f"{file}, line {number}: `{wrong}` is no {fields[wrong].__name__}. {remedy}")
+            raise error(f"{file}, line {number}: `{wrong}` is not of type {fields[wrong].__name__}. {remedy}")
         rows.append(row)
     return rows
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read a file that holds one object, JSON if its name ends in .json and YAML otherwise; no file reads as empty.
+    """Read a file with one object, JSON if its name ends in .json, else YAML; a missing file is empty.
 
     Raises:
-        ConfigurationError: it holds something else.
+        ConfigurationError: the file does not contain an object.
     """
     if not file.is_file():
         return {}
@@ -124,7 +124,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError, RecursionError) as found:
         raise ConfigurationError(f"{file}: cannot be read ({brief(found)}). Restore the file.") from found
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{file}: holds no object of names and values. Restore the file.")
+        raise ConfigurationError(f"{file}: does not contain names with values. Restore the file.")
     return content
 
 

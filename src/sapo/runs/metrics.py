@@ -1,7 +1,7 @@
 """Every metric of a run: what it measures, how to read it, how it is averaged, and where it is shown.
 
-The producers (`preference`, `training`) name their metrics; whatever shows or sums them takes names, labels and texts
-from here: terminal, report, comparison, model card, and the table of docs/metrics.md.
+The producers (`preference`, `training`) name their metrics; everything that shows or sums them uses the names, labels
+and texts from here: terminal, report, comparison, model card, and the table of docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 EVAL = "eval_"
-"""Before the name of a metric of an evaluation."""
+"""Prefix of evaluation metrics."""
 LOCAL = "eval_local/"
-"""Before the names of the local measures, of which docs/evaluation.md has a table."""
+"""Prefix of the local measures, which docs/evaluation.md describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +20,17 @@ class Metric:
     """One name in metrics.jsonl.
 
     Attributes:
-        name: as it is logged.
-        unit: of its values; "share" is a part of 1, and "" has no unit.
+        name: name in the log.
+        unit: unit of its values; "share" is a fraction of 1, and "" means no unit.
         meaning: what it measures.
-        reading: what its values tell, and what to do about them.
-        better: which way a run should move it, if there is such a way.
+        reading: how to interpret its values.
+        better: direction of improvement, if there is one.
         when: condition under which it is logged; empty if every run logs it.
-        label: short name on the terminal and among the report's figures, for the few that stand there.
+        label: short name on the terminal and among the report's key figures; empty for others.
         chart: title of its chart in `report.charts`.
-        legend: what the chart calls it.
-        eval_legend: what the chart calls its value at evaluations; empty if that has no curve.
-        compared: whether `sapo compare` shows it unless told otherwise.
+        legend: its name in the chart.
+        eval_legend: name of its evaluation curve; empty without one.
+        compared: whether `sapo compare` shows it by default.
         is_total: summed over the steps since the last log line and over all processes, not averaged.
         is_cost: logged for a run's last steps too, even where no log line is due, so that costs add up.
     """
@@ -377,25 +377,25 @@ METRICS = (
         when="with `eval_local`",
     ),
 )
-"""In the order of the documentation."""
+"""All metrics, in the order of the documentation."""
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
 TOTALS = frozenset(metric.name for metric in METRICS if metric.is_total)
 COSTS = frozenset(metric.name for metric in METRICS if metric.is_cost)
 HEADLINES = tuple(metric for metric in METRICS if metric.label)
-"""The few numbers that stand on the terminal and first in the report."""
+"""Key figures on the terminal and at the top of the report."""
 
 
 def find_metric(name: str) -> Metric | None:
-    """The metric that is logged as `name`, also at evaluations; None for what a run does not log.
+    """The metric that is logged as `name`, also at evaluations; None for unknown names.
 
-    The local measures are not in the table: they are described where they are defined.
+    The local measures are not in the table: see docs/evaluation.md.
     """
     return _BY_NAME.get(name) or _BY_NAME.get(name.removeprefix(EVAL))
 
 
 def compared_metrics() -> list[str]:
-    """Names that `sapo compare` shows unless told otherwise: of the training, then of evaluations."""
+    """Names that `sapo compare` shows by default: training metrics, then evaluation metrics."""
     names = [metric.name for metric in METRICS if metric.compared]
     return [*names, *(EVAL + name for name in names)]
 

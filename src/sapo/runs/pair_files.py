@@ -1,8 +1,8 @@
-"""Pairs that a frozen model writes for a whole data set, and the Parquet files that hold them.
+"""Pairs that a frozen model generates for a full dataset, and their Parquet files.
 
-A file has a row a pair: `row` and `turn` of the data set, `prompt`, `chosen` and `rejected` as any tool for preference
-data reads them, and `prompt_ids`, `chosen_ids`, `rejected_ids`, the very tokens, from which this package trains. It is
-written part by part, each complete or absent, so that a run that is killed goes on where it was.
+A file has one row per pair: `row` and `turn` of the dataset, `prompt`, `chosen` and `rejected` for any tool that reads
+preference data, and `prompt_ids`, `chosen_ids`, `rejected_ids`, the exact tokens, for training with this package. It is
+written in parts, each atomically, so that a killed run can continue.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 @dataclass(frozen=True, slots=True)
 class PairsReport:
-    """What was written.
+    """Statistics of a file of pairs.
 
     Attributes:
-        written: pairs, those that are not in the file included.
-        identical: pairs whose rejected response equals the chosen one; left out unless they are asked for.
-        ended: share of rejected responses that end with an end token.
+        written: generated pairs, including those that are not in the file.
+        identical: pairs whose rejected response equals the chosen one; excluded by default.
+        ended: fraction of rejected responses that end with an EOS token.
         chosen_length: mean tokens of a chosen response.
         rejected_length: mean tokens of a rejected response.
-        wall_seconds: it took to write them, over all processes.
-        cpu_seconds: likewise.
+        wall_seconds: wall time of generation, summed over processes.
+        cpu_seconds: CPU time of generation, summed over processes.
     """
 
     written: int
@@ -56,24 +56,24 @@ class PairsReport:
     cpu_seconds: float
 
     def line(self) -> str:
-        """In one line of plain text."""
+        """One-line summary."""
         return (
             f"{self.written} pairs, {self.identical} of them identical; {self.ended:.1%} of the rejected responses "
-            f"end; mean lengths {self.chosen_length:.1f} and {self.rejected_length:.1f} tokens"
+            f"have an EOS token; mean lengths {self.chosen_length:.1f} and {self.rejected_length:.1f} tokens"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class PairWriter:
-    """Writes the pairs of one data set into one file.
+    """Writes the pairs of one dataset into one file.
 
     Attributes:
-        file: the result; parts lie beside it, in a folder named after it, until it is complete.
+        file: output file; until it is complete, its parts are in a folder next to it, named after it.
         facts: what the pairs depend on; a part with other facts is refused.
-        eos_ids: tokens that end a response.
-        rows_a_part: examples written between two points at which a killed run can go on.
+        eos_ids: EOS tokens.
+        rows_a_part: examples per part; a killed run continues at the next part.
         process: index of this process.
-        processes: how many share the work; they see the same folder.
+        processes: number of processes, which share the folder.
         wait: returns when all processes have called it.
     """
 
@@ -90,10 +90,10 @@ class PairWriter:
         return self.file.with_name(f"{self.file.name}.parts")
 
     def report(self) -> PairsReport | None:
-        """Of the complete file; None where there is none yet.
+        """Statistics of the complete file; None if it does not exist yet.
 
         Raises:
-            CheckpointError: it was written from something else.
+            CheckpointError: its facts differ.
         """
         if not self.file.exists():
             return None
@@ -101,16 +101,16 @@ class PairWriter:
         return PairsReport(**report)
 
     def write_parts(self, dataset: datasets.Dataset, source: SelfPlay, *, epoch: int, each: Callable[[], None]) -> None:
-        """Write what is not there yet.
+        """Generate and write the missing parts.
 
         Args:
             dataset: prepared rows.
-            source: lets the opponent write; its buffer is not used.
+            source: generates the pairs; its buffer is not used.
             epoch: seeds differ from epoch to epoch.
             each: called after each part.
 
         Raises:
-            CheckpointError: a part was written from something else.
+            CheckpointError: the facts of an existing part differ.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         for number in range(self.process, self._parts(dataset), self.processes):
@@ -129,16 +129,16 @@ class PairWriter:
         self.wait()
 
     def remaining(self, dataset: datasets.Dataset) -> int:
-        """Parts that this process has to look at or to write."""
+        """Number of parts that this process has to check or write."""
         return len(range(self.process, self._parts(dataset), self.processes))
 
     def _parts(self, dataset: datasets.Dataset) -> int:
         return -(-len(dataset) // self.rows_a_part)
 
     def join(self, dataset: datasets.Dataset, tokenizer: Any, texts: PromptTexts, *, skip_identical: bool) -> None:
-        """Put the parts together, with their text, on the first process; the parts are removed.
+        """Join the parts and add their texts, on the first process; remove the parts.
 
-        Both responses of a pair are decoded from tokens, so that nothing but what they say tells them apart.
+        Both responses of a pair are decoded from tokens, so that they differ only in content.
 
         Raises:
             DatasetError: every pair is identical.
@@ -150,8 +150,8 @@ class PairWriter:
             report, kept = self._count(whole, spent, skip_identical=skip_identical)
             if not kept:
                 raise DatasetError(
-                    f"{self.file.name}: the model wrote the chosen response itself in all of {report.written} rows; "
-                    "nothing is left to learn from. Raise the temperature, or stop here."
+                    f"{self.file.name}: the model generated the chosen response in all of {report.written} rows; "
+                    "there is nothing to train on. Raise the temperature, or stop here."
                 )
             whole = whole.take(kept)
             table = pyarrow.table(
@@ -185,20 +185,22 @@ class PairWriter:
             metadata: dict[bytes, bytes] = pyarrow.parquet.read_schema(file).metadata or {}
             facts = json.loads(metadata[_FACTS])
         except (pyarrow.ArrowInvalid, KeyError, ValueError) as error:
-            raise CheckpointError(f"{file}: not a complete file of pairs. Remove it, and write them again.") from error
+            raise CheckpointError(
+                f"{file}: incomplete file of pairs. Remove it and generate the pairs again."
+            ) from error
         compare_facts(file, facts, json.loads(_json(self.facts)))
         return metadata
 
 
 def read_pairs(files: Iterable[Path], *, max_length: int) -> datasets.Dataset:
-    """Files of pairs as one prepared data set of paired examples, by their tokens.
+    """Files of pairs as one prepared dataset of paired examples, from their tokens.
 
     Args:
-        files: complete ones.
-        max_length: of prompt and response; all pairs keep to it by the way they were written.
+        files: complete files.
+        max_length: maximum tokens of prompt plus response.
 
     Raises:
-        DatasetError: a file is missing or holds longer pairs.
+        DatasetError: a file is missing or contains longer pairs.
     """
     table = ExampleTable(paired=True, join_turns=False)
     for file in files:
@@ -227,7 +229,7 @@ def _table(pairs: Sequence[Pair]) -> pyarrow.Table:
 
 def _texts(table: pyarrow.Table, tokenizer: Any, texts: PromptTexts) -> dict[str, list[Any]]:
     def replies_after(column: str) -> list[str]:
-        # In their place: decoded alone, many tokenizers would leave out the space that a reply begins with.
+        # In context: decoded separately, many tokenizers drop the space at the start of a reply.
         wholes = [[*prompt, *reply] for prompt, reply in zip(prompt_ids, table[column].to_pylist(), strict=True)]
         texts: list[str] = tokenizer.batch_decode(wholes, skip_special_tokens=True)
         return [text[len(before) :] for text, before in zip(texts, befores, strict=True)]
@@ -238,7 +240,7 @@ def _texts(table: pyarrow.Table, tokenizer: Any, texts: PromptTexts) -> dict[str
     places = zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True)
     prompts = [texts.prompt(row, turn) for row, turn in places]
     if any(prompt is None for prompt in prompts):
-        # Text and conversations do not fit into one column: the prompts as the model sees them.
+        # Text and conversations do not fit into one column: use the rendered prompts.
         return {"prompt": tokenizer.batch_decode(prompt_ids, skip_special_tokens=False), **replies}
     if texts.plain:
         return {"prompt": prompts, **replies}

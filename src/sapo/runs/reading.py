@@ -1,4 +1,4 @@
-"""The one reader of a run folder: metrics, pairs, options, recipe and facts of a run, finished or not."""
+"""The one reader of a run folder: metrics, pairs, options, recipe and facts of a run, finished or unfinished."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Setting:
     """One option of a run.
 
     Attributes:
-        name: as on the command line.
-        value: what the run used.
-        default: of the option; None where it is left to other options or to the machine.
-        help: what it does, for the options that are this project's own.
+        name: name on the command line.
+        value: value in the run.
+        default: default of the option; None if it depends on other options or on the machine.
+        help: help text, for this project's own options.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Setting:
 
     @property
     def differs(self) -> bool:
-        """Whether the run used another value than the default; what was left unset may have become no or none."""
+        """Whether the value differs from the default; an unset option may have become no or none."""
         unset = self.default in (None, "none") and self.value in (None, False, "", [])
         return bool(self.value != self.default) and not unset
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder holds.
+    """Contents of a run folder.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
         rows: all lines of metrics, oldest first, each with `step`.
         pairs: pairs kept with their texts, oldest first.
-        config: every option of the run; empty if it has not begun.
-        recipe: what was asked for; empty if the run was not started by the command line.
+        config: every option of the run; empty if it has not started.
+        recipe: the options set by the user; empty if the run was not started from the command line.
         facts: model, data, machine and versions.
-        round: of a round of `num_rounds` that has ended, what its pairs were and what they cost.
+        round: for a finished round of `num_rounds`, statistics and cost of its pairs.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def train(self) -> list[dict[str, Any]]:
-        """Log lines of the training."""
+        """Log lines of training."""
         return [row for row in self.rows if LOSS.name in row]
 
     @property
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def end(self) -> dict[str, Any]:
-        """The last line, with the whole run's figures; empty while it runs."""
+        """The last line, with the totals of the run; empty while it is running."""
         return next((row for row in reversed(self.rows) if RUNTIME.name in row), {})
 
     @property
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every option by name, those of model and data included; a mixture's data are named together."""
+        """Every option by name, including those of model and data; the names of a mixture's datasets are joined."""
         recipe = dict(self.recipe)
         if members := recipe.pop("datasets", None):
             recipe["dataset_name"] = " + ".join(str(member["path"]) for member in members)
@@ -113,7 +113,7 @@ class Run:
         return sorted({name for row in self.rows for name in row} - {"step"})
 
     def curve(self, metric: Metric | str) -> list[tuple[int, float]]:
-        """Step and value wherever the metric was logged as a number."""
+        """Steps and values where the metric was logged as a number."""
         name = metric.name if isinstance(metric, Metric) else metric
         return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
 
@@ -122,24 +122,24 @@ class Run:
         return [value for _, value in self.curve(metric)]
 
     def last(self, metric: Metric | str) -> float | None:
-        """The value logged last; None if there is none."""
+        """The last logged value; None if there is none."""
         values = self.series(metric)
         return values[-1] if values else None
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is the output folder of a run, begun or ended."""
+    """Whether this is the output folder of a run, finished or unfinished."""
     return any((folder / name).is_file() for name in (METRICS_FILE, CONFIG_FILE, RECIPE_FILE))
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder, finished or not.
+    """Read a run folder, finished or unfinished.
 
     Raises:
-        ConfigurationError: there is no run in it, or a file of it cannot be read.
+        ConfigurationError: the folder contains no run, or a file cannot be read.
     """
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        raise ConfigurationError(f"{folder}: no {METRICS_FILE} in it. Give the output folder of a run.")
+        raise ConfigurationError(f"{folder}: contains no {METRICS_FILE}. Use the output folder of a run.")
     return Run(
         path=folder,
         rows=read_json_lines(folder / METRICS_FILE, {"step": int}),
@@ -152,7 +152,7 @@ def read_run(folder: Path) -> Run:
 
 
 def expand_rounds(folders: Iterable[Path]) -> list[Path]:
-    """Run folders, where one that holds rounds stands for all of them that have begun, in their order."""
+    """Run folders; a folder with rounds is replaced by its started rounds, in order."""
     found: list[Path] = []
     for folder in folders:
         rounds = [file.parent for file in folder.glob(f"{ROUND_FOLDER.format(number='*')}/{METRICS_FILE}")]
@@ -162,26 +162,26 @@ def expand_rounds(folders: Iterable[Path]) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """For each folder as few last parts of its path as tell all apart; one that is given again gets a number."""
+    """The shortest distinct path suffixes of the folders; duplicates get a number."""
     paths = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({parts[-depth:] for parts in paths}) < len(set(paths)):
         depth += 1
     names = ["/".join(parts[-depth:]) for parts in paths]
     return [
-        f"{name} ({names[:place].count(name) + 1})" if name in names[:place] else name
-        for place, name in enumerate(names)
+        f"{name} ({names[:index].count(name) + 1})" if name in names[:index] else name
+        for index, name in enumerate(names)
     ]
 
 
 def start_of(folder: Path) -> str | None:
-    """The model that a run started from, a folder or a hub id; None where the run does not say."""
+    """The model that a run started from, a folder or a Hub id; None if unknown."""
     named = recipe_option(folder, "model_name_or_path")
     return named if named is not None else read_object(folder / RUN_FILE).get("model")
 
 
 def recipe_option(folder: Path, name: str) -> str | None:
-    """An option that the run was asked for with; None if it was left out.
+    """An option of the run's recipe; None if unset.
 
     Raises:
         ConfigurationError: the recipe cannot be read.
@@ -191,7 +191,7 @@ def recipe_option(folder: Path, name: str) -> str | None:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs, each with its value in each; None where a run does not say."""
+    """Settings that differ between runs, with their value in each run; None if unknown."""
     settings = [run.settings for run in runs]
     names = sorted({name for one in settings for name in one} - declared.not_compared())
     values = {name: [one.get(name) for one in settings] for name in names}

@@ -1,4 +1,4 @@
-"""Which pairs an optimizer step trained on, and what each lost."""
+"""Pairs that an optimizer step trained on, with their losses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sapo.preference.pairs import Pair
 
 @dataclass(frozen=True, slots=True)
 class TrainedPair:
-    """A pair of the current optimizer step and what it lost, in nats."""
+    """A pair of the current optimizer step and its loss in nats."""
 
     pair: Pair
     loss: float
 
 
 def describe(trained: Iterable[TrainedPair], tokenizer: Any) -> list[dict[str, Any]]:
-    """Pairs and their losses as rows that a person can read and a program can use."""
+    """Pairs and their losses as human-readable JSON rows."""
     return [
         {
             "row": one.pair.row,

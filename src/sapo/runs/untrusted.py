@@ -1,15 +1,15 @@
-"""What transformers, torch and DeepSpeed keep in a checkpoint, read without running any of it.
+"""Read the files of transformers, torch and DeepSpeed in a checkpoint without executing code.
 
 Three of their formats are pickles: torch's own files, the index of a distributed FSDP2 checkpoint, and DeepSpeed's
-files. torch's are read as weights only, which torch is made to do for DeepSpeed's too; the index is looked through
-before torch reads it. So a checkpoint from somebody else may be wrong, but it cannot run code.
+files. torch's are loaded with `weights_only`, also for DeepSpeed; the index is inspected before torch
+reads it. So an untrusted checkpoint may be invalid, but it cannot execute code.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickle  # only to look through one, see `_Inspector`
+import pickle  # only to inspect one, see `_Inspector`
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from sapo.errors import CheckpointError, brief
 
 INDEX_FILE = ".metadata"
-"""Of a distributed FSDP2 checkpoint."""
+"""Index of a distributed FSDP2 checkpoint."""
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -44,17 +44,17 @@ _INDEX_RECORDS = {
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "pathlib": {"Path", "PosixPath"},
 }
-"""Plain records, and nothing that acts."""
+"""Plain record classes, without behaviour."""
 
 
 class _Inspector(pickle.Unpickler):
-    """Builds nothing but the plain records of which torch's index consists."""
+    """Unpickles only the plain records of torch's index."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, if it is one of those records.
+        """The class, if it is one of these records.
 
         Raises:
-            pickle.UnpicklingError: it is anything else.
+            pickle.UnpicklingError: it is another class.
         """
         if name in _INDEX_RECORDS.get(module, ()):
             return super().find_class(module, name)
@@ -63,10 +63,10 @@ class _Inspector(pickle.Unpickler):
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """While a library reads from a checkpoint: no pickle runs, and what cannot be read is told in one line.
+    """Context for reading a checkpoint: blocks unsafe pickles, and reports read errors in one line.
 
     Raises:
-        CheckpointError: what is wrong with a part that its library cannot use.
+        CheckpointError: a library cannot read a part of the checkpoint.
     """
     earlier = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
@@ -77,7 +77,7 @@ def reading(folder: Path) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         raise CheckpointError(
-            f"{folder}: a part of it cannot be used ({type(error).__name__}: {brief(error)}). Resume from another "
+            f"{folder}: a part of it cannot be read ({type(error).__name__}: {brief(error)}). Resume from another "
             "checkpoint."
         ) from error
     finally:
@@ -100,11 +100,11 @@ _UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
 )
-"""What the libraries raise on a file that is not what they wrote: nearly everything."""
+"""Exceptions that the libraries raise on invalid files."""
 
 
 def _deepspeed_records() -> list[Any]:
-    """Plain records of DeepSpeed that its files hold beside tensors."""
+    """Plain record classes that DeepSpeed's files contain besides tensors."""
     if "deepspeed" not in sys.modules:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -115,7 +115,7 @@ def _deepspeed_records() -> list[Any]:
 
 
 def inspect(folder: Path) -> TrainerState:
-    """Look through what a library will read before it does; the state of Trainer in the checkpoint.
+    """Inspect the files of a checkpoint before a library reads them; return Trainer's state.
 
     Raises:
         CheckpointError: a reference to code, or to a file outside the folder.
@@ -127,7 +127,7 @@ def inspect(folder: Path) -> TrainerState:
                 _check_name(index, place.relative_path)
         latest = folder / "latest"
         if latest.is_file():
-            # DeepSpeed goes to the folder of this name.
+            # DeepSpeed opens the folder of this name.
             _check_name(latest, latest.read_text(encoding="utf-8").strip())
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         if not isinstance(state.global_step, int) or state.global_step < 0:

@@ -1,1 +1,1 @@
-"""vLLM as a generator: on servers, or in this process. Imported only when asked for."""
+"""vLLM as a generator: on servers, or in this process. Imported only when used."""

@@ -1,8 +1,7 @@
-"""One vLLM server, spoken to over HTTP: its model, its weights, its completions.
+"""HTTP client of one vLLM server: model, weights and completions.
 
-Needs the endpoints that vLLM 0.30 or newer has when it is started with `VLLM_SERVER_DEV_MODE=1` (and with
-`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` for adapters), as `sapo serve` does. Nothing here tries twice: whoever asks
-decides about that.
+Requires the endpoints of vLLM 0.30 or newer started with `VLLM_SERVER_DEV_MODE=1` (and with
+`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` for adapters), as `sapo serve` does. Nothing is retried here; the caller decides.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.weight_stream import RECEIVER, send_weights
 
 ADAPTER = "sapo-opponent"
-"""Name under which the servers know the opponent's adapter."""
+"""Name of the opponent's adapter on the servers."""
 
 CONNECTIONS = 256
-"""Requests under way at once to one server; it forms its own batches of them."""
+"""Maximum concurrent requests to one server, which forms its own batches."""
 
 
 class ServerUnavailableError(Exception):
-    """The server did not answer, or not in time, or has a trouble that may pass: ask again, or another one."""
+    """The server did not respond in time or reported a transient error: retry, or use another server."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server says of itself.
+    """A server's model.
 
     Attributes:
-        name: of the base model, as requests must give it.
-        max_length: most tokens of a context and its continuation together.
+        name: name of the base model in requests.
+        max_length: maximum tokens of context plus continuation.
     """
 
     name: str
@@ -49,8 +48,8 @@ class VLLMClient:
 
     Args:
         url: such as `http://127.0.0.1:8000`; a trailing `/v1` is not needed. The environment variable
-            `VLLM_API_KEY` is sent along if it is set, and shown nowhere.
-        timeout: seconds until a request is given up.
+            `VLLM_API_KEY` is sent if set, and never shown.
+        timeout: request timeout in seconds.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -59,26 +58,26 @@ class VLLMClient:
         self.open()
 
     def open(self) -> None:
-        """Be ready to connect, again after `close`."""
+        """Create the connection pool, also after `close`."""
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx2.Client(
             base_url=self.url,
             timeout=httpx2.Timeout(self._timeout, connect=min(self._timeout, 10.0)),
             limits=httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            # A proxy of the environment is for the internet; a server of one's own is reached directly.
+            # Proxies from the environment are for the internet; your own server is reached directly.
             trust_env=False,
         )
 
     def close(self) -> None:
-        """Close its connections; what waits for an answer is told that there is none."""
+        """Close the connections; pending requests fail."""
         self._http.close()
 
     def served_model(self) -> ServedModel:
         """The base model.
 
         Raises:
-            ServerUnavailableError, GenerationError: it does not answer; it answers something else.
+            ServerUnavailableError, GenerationError: it does not respond; it returns an invalid response.
         """
         listed = self._call("GET", "/v1/models").get("data")
         for model in listed if isinstance(listed, list) else ():
@@ -87,11 +86,11 @@ class VLLMClient:
         raise GenerationError(f"{self.url}: lists no model with its length. Is this a vLLM server?")
 
     def weight_version(self) -> str:
-        """The tag of the weights that it serves, "default" for those it was started with.
+        """The version tag of its weights, "default" for those it was started with.
 
         Raises:
-            ServerUnavailableError: it does not answer.
-            GenerationError: it does not tell.
+            ServerUnavailableError: it does not respond.
+            GenerationError: it returns no tag.
         """
         return str(self._call("GET", "/weight_info").get("weight_version"))
 
@@ -99,30 +98,30 @@ class VLLMClient:
         """Whether it computes on a CPU.
 
         Raises:
-            ServerUnavailableError, GenerationError: it does not answer; it does not tell.
+            ServerUnavailableError, GenerationError: it does not respond; the information is missing.
         """
         return "device_config=cpu" in str(self._call("GET", "/server_info"))
 
     def takes_streams(self) -> bool:
-        """Whether it was started so that weights can be sent to it.
+        """Whether it was started with the weight receiver.
 
         Raises:
-            ServerUnavailableError, GenerationError: it does not answer; it does not tell.
+            ServerUnavailableError, GenerationError: it does not respond; the information is missing.
         """
         return RECEIVER in str(self._call("GET", "/server_info?config_format=json"))
 
     def load(self, weights: Weights, version: str) -> None:
-        """Make it serve `weights`, drop what it keeps of earlier ones, tag it `version`.
+        """Load `weights`, reset the prefix cache, and tag them `version`.
 
         Args:
-            weights: a model folder or an adapter folder, or the weights of a whole model by name.
-            version: of the weights.
+            weights: a model folder or an adapter folder, or the full model's weights by name.
+            version: name of the weights.
 
         Raises:
-            ServerUnavailableError: it does not answer.
-            GenerationError: it cannot.
+            ServerUnavailableError: it does not respond.
+            GenerationError: it cannot load them.
         """
-        # So that nobody takes it for the earlier version once the first weight has changed.
+        # From the first changed weight on, the earlier tag would be wrong.
         self._tag(f"loading {version}")
         if isinstance(weights, Mapping):
             self._send(weights)
@@ -132,9 +131,9 @@ class VLLMClient:
         else:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
             self._call("POST", "/collective_rpc", reload)
-        # Keys and values of the earlier weights would be used again, without a word.
+        # Otherwise cached keys and values of the earlier weights would be reused silently.
         if self._call("POST", "/reset_prefix_cache").get("success") is False:
-            raise ServerUnavailableError(f"{self.url}: cannot forget the keys and values of earlier weights yet")
+            raise ServerUnavailableError(f"{self.url}: could not reset its prefix cache")
         self._tag(version)
 
     def _send(self, weights: Mapping[str, Tensor]) -> None:
@@ -152,18 +151,18 @@ class VLLMClient:
         self._call("POST", "/update_weight_version", {"new_version": version})
 
     def texts(self, tokens: Sequence[int], model: str) -> str:
-        """The text of `tokens` by its tokenizer.
+        """Decode `tokens` with the server's tokenizer.
 
         Raises:
-            ServerUnavailableError, GenerationError: it does not answer; it has no tokenizer.
+            ServerUnavailableError, GenerationError: it does not respond; it has no tokenizer.
         """
         return str(self._call("POST", "/detokenize", {"model": model, "tokens": list(tokens)}).get("prompt"))
 
     def token_logps(self, tokens: Sequence[int], model: str) -> list[float]:
-        """Log-probability in nats of each of `tokens` after those before it, from the second on.
+        """Log-probability in nats of each of `tokens` given the previous ones, from the second on.
 
         Raises:
-            ServerUnavailableError, GenerationError: it does not answer; it answers something else.
+            ServerUnavailableError, GenerationError: it does not respond; it returns an invalid response.
         """
         asked = {
             "model": model,
@@ -178,7 +177,7 @@ class VLLMClient:
             return [float(at[str(token)]["logprob"]) for token, at in zip(tokens[1:], given[1:], strict=True)]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise GenerationError(
-                f"{self.url}: gives no log-probabilities of a prompt. Is this a vLLM server?"
+                f"{self.url}: returns no log-probabilities of a prompt. Is this a vLLM server?"
             ) from error
 
     def continue_row(
@@ -193,11 +192,11 @@ class VLLMClient:
     ) -> list[int]:
         """The tokens after `context`, at most `budget`, up to and including the first of `eos_ids`.
 
-        Nothing of the server's own defaults (of the model's generation configuration) takes part.
+        The server's defaults (from the model's generation configuration) are not used.
 
         Raises:
-            ServerUnavailableError: it does not answer.
-            GenerationError: it cannot, or its answer breaks the rules of `Generator`.
+            ServerUnavailableError: it does not respond.
+            GenerationError: it fails, or its reply violates the contract of `Generator`.
         """
         answer = self._call(
             "POST",
@@ -215,7 +214,7 @@ class VLLMClient:
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
                 "stop_token_ids": sorted(eos_ids),
-                # Its own idea of an end token must not end a row: only ours does.
+                # The server's EOS token must not end a row: only ours do.
                 "ignore_eos": True,
                 "skip_special_tokens": False,
                 "return_token_ids": True,
@@ -225,19 +224,19 @@ class VLLMClient:
             choice = answer["choices"][0]
             tokens, seen, reason = choice["token_ids"], choice["prompt_token_ids"], choice["finish_reason"]
         except (KeyError, IndexError, TypeError) as error:
-            raise GenerationError(f"{self.url}: an answer without token ids. Use vLLM 0.30 or newer.") from error
+            raise GenerationError(f"{self.url}: a response without token ids. Use vLLM 0.30 or newer.") from error
         if seen != list(context):
             raise GenerationError(
-                f"{self.url}: it continued {len(seen or ())} tokens of {len(context)} that were sent. Start it without "
-                "truncation of prompts."
+                f"{self.url}: it used {len(seen or ())} of {len(context)} context tokens. Start it without "
+                "prompt truncation."
             )
         if reason == "abort":
-            raise ServerUnavailableError(f"{self.url}: it gave up a request")
+            raise ServerUnavailableError(f"{self.url}: it aborted a request")
         check_reply(self.url, tokens, budget, eos_ids)
         return list(tokens)
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The JSON object of an answer; {} where there is none."""
+        """The JSON object of a response; {} without one."""
         try:
             answer = self._http.request(method, path, json=body)
         except (httpx2.HTTPError, RuntimeError) as error:
@@ -253,7 +252,7 @@ class VLLMClient:
             "/v1/load_lora_adapter",
         ):
             raise GenerationError(
-                f"{self.url}: has no {path}, so it cannot be given the opponent's weights. Use vLLM 0.30 or newer, and "
+                f"{self.url}: has no {path}, so the opponent's weights cannot be loaded. Use vLLM 0.30 or newer, and "
                 "start it with sapo serve, or with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
             )
         if answer.is_error:
@@ -266,21 +265,21 @@ class VLLMClient:
 
 
 def check_reply(who: str, tokens: Any, budget: int, eos_ids: Collection[int]) -> None:
-    """Refuse a reply that breaks the rules of `Generator`; tokens unknown to the model are for the caller to find.
+    """Refuse a reply that violates the contract of `Generator`; the caller checks for tokens outside the vocabulary.
 
     Raises:
-        GenerationError: not tokens, more or fewer than may be, or some after the end.
+        GenerationError: no tokens, too many or too few, or tokens after an EOS token.
     """
     if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
-        raise GenerationError(f"{who}: its answer holds no token ids.")
+        raise GenerationError(f"{who}: its response contains no token ids.")
     ended = bool(tokens) and tokens[-1] in eos_ids
     if len(tokens) > budget or (len(tokens) < budget and not ended):
         raise GenerationError(
-            f"{who}: it wrote {len(tokens)} tokens where {budget} were asked for, and no end token. Start it with a "
+            f"{who}: it generated {len(tokens)} of {budget} tokens and no EOS token. Start it with a "
             "larger --max-model-len and with --generation-config vllm."
         )
     if any(token in eos_ids for token in tokens[:-1]):
-        raise GenerationError(f"{who}: it wrote on after an end token. Is it a proxy that drops stop_token_ids?")
+        raise GenerationError(f"{who}: it generated tokens after an EOS token. Does a proxy drop stop_token_ids?")
 
 
 def _message(answer: httpx2.Response) -> str:

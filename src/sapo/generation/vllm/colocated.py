@@ -1,4 +1,4 @@
-"""vLLM in the training process: the engine shares the device with the policy, and sleeps while the policy trains."""
+"""vLLM in the training process: the engine shares the device with the policy and sleeps during training."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from torch import Tensor
 from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
-from sapo.generation.vllm.limits import adapter_room, check_temperature
+from sapo.generation.vllm.limits import check_temperature, max_lora_rank
 from sapo.seeds import random_state_restored
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 _OLDEST = "0.32"
-"""vLLM that has what is called here: layer by layer reloading, weight versions, adapters replaced in place."""
+"""First vLLM with layer-wise reloading, weight versions and in-place adapter replacement."""
 
 _ADAPTER = "opponent", 1
-"""Name and number of the one adapter."""
+"""Name and id of the only adapter."""
 
 _TOKENS_PER_STEP = 4096
-"""What the memory for activations is sized for; vLLM's default for large GPUs is four times as many."""
+"""Tokens per engine step, which determine activation memory; vLLM's default on large GPUs is four times as high."""
 
 
 class ColocatedVLLM:
     """An `Engine`: `vllm.LLM` in this process, on this process's device.
 
-    In a run of several processes each has its own engine, and all must construct theirs together. The engine starts
-    without weights of its own (with LoRA: with the base model's), so `load` or `load_tensors` comes before `generate`.
+    With several processes each has its own engine, and all must construct theirs together. The engine starts without
+    weights (with LoRA: with the base model's), so call `load` or `load_tensors` before `generate`.
 
-    Where vLLM can (CUDA, ROCm, XPU; not on a CPU) it sleeps when it is made and after each `generate`: its cache is
-    freed and its weights wait in CPU memory, which must have room for them. They are kept rather than discarded,
-    because they may be asked again before new ones come. Loading wakes it, and it stays awake until it has generated:
+    Where vLLM supports it (CUDA, ROCm, XPU; not a CPU), the engine sleeps after construction and after each `generate`:
+    its cache is freed and its weights move to CPU memory, which must be large enough. Weights are kept, because they
+    may be used again before new ones are loaded. Loading wakes the engine, and it stays awake until it has generated:
     load right before generating.
 
-    The random state, the thread count and the matmul precision of the process stay as they were.
+    The random state, the thread count and the matmul precision of the process are restored.
 
     Args:
         model: folder or Hub name; without LoRA only its configuration is read.
         sampling: how the next token is drawn.
-        eos_ids: tokens that end a row, and no others do; may be empty.
-        max_model_len: most tokens of context and reply together.
+        eos_ids: the only EOS tokens; may be empty.
+        max_model_len: maximum tokens of context plus reply.
         dtype: of weights and computation.
-        gpu_memory_utilization: share of the device's memory for weights, activations and cache of the engine, between
-            0 and 1. On a CPU a share of main memory, unless VLLM_CPU_KVCACHE_SPACE (GiB) says how large the cache is.
-        lora_rank: rank of the adapters to be loaded; None for whole models.
-        max_num_seqs: most rows written at a time; None for as many as vLLM thinks good.
-        revision: of `model` on the Hub.
+        gpu_memory_utilization: fraction of the device's memory for the engine's weights, activations and cache, between
+            0 and 1. On a CPU a fraction of main memory, unless VLLM_CPU_KVCACHE_SPACE (GiB) sets the cache size.
+        lora_rank: rank of the adapters; None for full models.
+        max_num_seqs: maximum concurrent rows; None for vLLM's default.
+        revision: revision of `model` on the Hub.
 
     Attributes:
-        version: of the weights in the engine; None when it has none that can be served.
+        version: name of the engine's weights; None without usable weights.
 
     Raises:
         ConfigurationError: vLLM is missing or too old, or an option is out of range.
@@ -83,7 +83,7 @@ class ColocatedVLLM:
         check_temperature(sampling)
         options: dict[str, Any] = {"load_format": "dummy"}
         if lora_rank is not None:
-            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(lora_rank)}
+            options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(lora_rank)}
         if max_num_seqs is not None:
             options["max_num_seqs"] = max_num_seqs
         self.version: str | None = None
@@ -94,7 +94,7 @@ class ColocatedVLLM:
         self._adapter_folder: Path | None = None
         self._names: frozenset[str] | None = None
         self._half_loaded = False
-        # vLLM joins the process group of the run, or makes one for itself, which it may also take down.
+        # vLLM joins the run's process group, or creates its own, which it may also destroy.
         self._joined = dist.is_initialized()
         self._closed = False
         _import_vllm()
@@ -112,7 +112,7 @@ class ColocatedVLLM:
                 gpu_memory_utilization=gpu_memory_utilization,
                 distributed_executor_backend=_launcher(),
                 enable_sleep_mode=self._sleeps,
-                # On a CPU compilation takes longer than it saves in the small runs that a CPU is for.
+                # On a CPU, compilation takes longer than it saves in small runs.
                 enforce_eager=current_platform.is_cpu(),
                 skip_tokenizer_init=True,
                 generation_config="vllm",
@@ -124,7 +124,7 @@ class ColocatedVLLM:
             if current_platform.is_cpu() and self._llm.model_config.is_moe and not self._has_adapter:
                 self.close()
                 raise GenerationError(
-                    f"vLLM on a CPU computes on with the old weights of experts when it is given new ones, and {model} "
+                    f"vLLM on a CPU keeps using the old weights of experts after new ones are loaded, and {model} "
                     "has experts. Train an adapter, or use another generation backend."
                 )
             self._sleep()
@@ -142,34 +142,33 @@ class ColocatedVLLM:
 
         name, number = _ADAPTER
         self.version = None
-        # On a CPU vLLM draws from the process's random state.
+        # On a CPU vLLM uses the process's random state.
         with random_state_restored(), _as_generation_error(f"vLLM cannot load the adapter in {folder}"):
             self._wake_up()
             swapped = self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
         if not swapped:
-            raise GenerationError(f"vLLM did not load the adapter in {folder}; it does not say why.")
+            raise GenerationError(f"vLLM did not load the adapter in {folder} and gave no reason.")
         self._adapter_folder = folder
         self._serve(version)
 
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Serve the weights `tensors`, which are copied into the engine's own one layer at a time.
+        """Serve the weights `tensors`, which are copied into the engine's weights one layer at a time.
 
         Args:
-            tensors: all weights of the model by their names in a model folder, on any device and of any floating
-                type. Each must stay as it is until its layer is complete, so a generator that gathers weights
-                must yield a tensor of its own each time. It is read once, from start to end, also when another
-                process reads one like it.
-            version: names the weights; no two of a run's are alike.
+            tensors: all weights by their names in a model folder, on any device, in any floating dtype. Each must stay
+                unchanged until its layer is complete, so an iterator that gathers weights must yield a new tensor
+                each time. It is read once, completely, in every process.
+            version: name of the weights, unique within a run.
 
         Raises:
             ConfigurationError: the engine serves adapters.
-            GenerationError: weights that are missing, too many or of other shapes; the engine then serves nothing
-                until it is given all of them, and if vLLM itself stopped half-way, nothing any more.
+            GenerationError: weights are missing, unexpected or of other shapes. The engine then serves nothing until
+                all of them are loaded; if vLLM itself failed half-way, it cannot be used any more.
         """
         if self._has_adapter:
             raise ConfigurationError("this engine serves LoRA adapters: load an adapter folder.")
         if self._half_loaded:
-            raise GenerationError("an earlier loading of weights stopped half-way: start the engine anew.")
+            raise GenerationError("an earlier load failed half-way. Restart the engine.")
         self.version = None
         names: set[str] = set()
 
@@ -183,12 +182,12 @@ class ColocatedVLLM:
             self._half_loaded = True
             (missing,) = self._llm.collective_rpc(_copy_weights, args=(noted(),))
             self._half_loaded = False
-        # vLLM fuses weights, and counts a fused one as loaded when it was given one part of it.
+        # vLLM fuses weights, and counts a fused one as loaded after one of its parts.
         missing += sorted((self._names or names) - names)
         if missing:
             raise GenerationError(
-                f"the weights {version} lack {len(missing)} of those that the model has, such as {missing[0]}. "
-                "Give all of them."
+                f"the weights {version} lack {len(missing)} of the model's weights, such as {missing[0]}. "
+                "Pass all of them."
             )
         self._names = frozenset(names)
         self._serve(version)
@@ -198,12 +197,12 @@ class ColocatedVLLM:
     ) -> list[list[int]]:
         """Continue each context; see `Generator.generate`.
 
-        Nothing that was computed in an earlier call is used.
+        No cached keys and values of an earlier call are used.
 
         Raises:
-            ConfigurationError: a request that breaks the contract, a row too long for the engine, or a token that the
-                model does not have.
-            GenerationError: the engine has no weights, fails, or answers what cannot be.
+            ConfigurationError: the request violates the contract, or a row is too long or has tokens outside the
+                vocabulary.
+            GenerationError: the engine has no weights, fails, or returns an invalid response.
         """
         check_request(contexts, max_new_tokens, seeds)
         for row, (context, budget) in enumerate(zip(contexts, max_new_tokens, strict=True)):
@@ -214,21 +213,20 @@ class ColocatedVLLM:
                 )
             if not 0 <= min(context) <= max(context) < self._vocabulary:
                 raise ConfigurationError(
-                    f"row {row}: the context holds tokens that are not among the model's {self._vocabulary}. Give "
-                    "the tokenizer of the model."
+                    f"row {row}: the context contains tokens outside the model's vocabulary of {self._vocabulary}. Use "
+                    "the model's tokenizer."
                 )
         if self.version is None:
-            raise GenerationError("the engine has no weights to generate with. Load some first.")
+            raise GenerationError("the engine has no weights. Load them first.")
         rows = [row for row, budget in enumerate(max_new_tokens) if budget > 0]
         replies: list[list[int]] = [[] for _ in contexts]
         if not rows:
             return replies
         with random_state_restored(), _as_generation_error("vLLM failed to generate"):
             self._wake_up()
-            # Keys and values of other weights must not be used; those of an earlier call would make this one depend
-            # on it.
+            # Cached keys and values may be of other weights, and would make this call depend on an earlier one.
             if not self._llm.reset_prefix_cache():
-                raise GenerationError("vLLM did not reset its prefix cache, so old keys and values might be used.")
+                raise GenerationError("vLLM did not reset its prefix cache, so stale keys and values might be used.")
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(contexts[row])} for row in rows],
                 [self._parameters(max_new_tokens[row], seeds[row]) for row in rows],
@@ -237,17 +235,19 @@ class ColocatedVLLM:
             )
             self._sleep()
         if len(outputs) != len(rows):
-            raise GenerationError(f"vLLM answered {len(outputs)} of {len(rows)} rows.")
+            raise GenerationError(f"vLLM returned {len(outputs)} of {len(rows)} rows.")
         for row, output in zip(rows, outputs, strict=True):
             (completion,) = output.outputs
             other = {span.version for span in completion.weight_versions or ()} ^ {self.version}
             if other:
-                raise GenerationError(f"row {row}: vLLM wrote with weights other than {self.version}: {sorted(other)}.")
+                raise GenerationError(
+                    f"row {row}: vLLM generated with weights other than {self.version}: {sorted(other)}."
+                )
             replies[row] = self._checked(row, list(completion.token_ids), max_new_tokens[row])
         return replies
 
     def close(self) -> None:
-        """Free what the engine holds; it is not used any more."""
+        """Free the engine's resources; it must not be used afterwards."""
         if self._closed:
             return
         from vllm.distributed.parallel_state import destroy_model_parallel
@@ -255,7 +255,7 @@ class ColocatedVLLM:
 
         clean_up = core.cleanup_dist_env_and_memory
         if self._joined:
-            # Not the process group of the run, which vLLM would take down too.
+            # Keep the run's process group, which vLLM would destroy too.
             core.cleanup_dist_env_and_memory = destroy_model_parallel
         try:
             self._llm.llm_engine.engine_core.shutdown()
@@ -288,32 +288,34 @@ class ColocatedVLLM:
             repetition_penalty=1.0,
             presence_penalty=0.0,
             frequency_penalty=0.0,
-            # Never -1, which stands for no seed.
+            # Never -1, which means no seed.
             seed=seed & (2**63 - 1),
             max_tokens=budget,
             stop_token_ids=sorted(self._end_ids),
-            # The end token of the model's configuration ends a row if it is among these, and only then.
+            # The EOS token of the model's configuration ends a row only if it is one of these.
             ignore_eos=True,
             detokenize=False,
         )
 
     def _checked(self, row: int, tokens: list[int], budget: int) -> list[int]:
-        """`tokens`, if they can be a reply."""
+        """`tokens`, after checking that they are a valid reply."""
         ends = [place for place, token in enumerate(tokens) if token in self._end_ids]
         stopped = ends[:1] == [len(tokens) - 1]
         if len(tokens) > budget or (ends and not stopped) or (len(tokens) < budget and not stopped):
             raise GenerationError(
-                f"row {row}: vLLM wrote {len(tokens)} tokens of {budget} with end tokens at {ends}. A row ends with "
-                "its first end token or its budget."
+                f"row {row}: vLLM generated {len(tokens)} of {budget} tokens with EOS tokens at {ends}. A row must end "
+                "at its first EOS token or at the budget."
             )
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
-            raise GenerationError(f"row {row}: vLLM wrote tokens that are not among the model's {self._vocabulary}.")
+            raise GenerationError(
+                f"row {row}: vLLM generated tokens outside the model's vocabulary of {self._vocabulary}."
+            )
         return tokens
 
     def _wake_up(self) -> None:
         if self._sleeps and self._llm.llm_engine.is_sleeping():
             if torch.cuda.is_available():
-                # What the allocator of the training has cached is of no use to that of the engine.
+                # The engine's allocator cannot use memory cached by torch's.
                 torch.cuda.empty_cache()
             self._llm.wake_up()
 
@@ -323,10 +325,10 @@ class ColocatedVLLM:
 
 
 def _import_vllm() -> None:
-    """Import vLLM, quiet and in one process, unless the environment says otherwise.
+    """Import vLLM with quiet logging and in one process, unless the environment sets otherwise.
 
     Raises:
-        ConfigurationError: it is missing or too old.
+        ConfigurationError: vLLM is missing or too old.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -343,12 +345,12 @@ def _import_vllm() -> None:
 
 
 def _launcher() -> str:
-    """Which executor of vLLM: one that joins the run's processes, where there are several."""
+    """Name of vLLM's executor: with several processes, the one that joins the run's."""
     return "external_launcher" if dist.is_initialized() and dist.get_world_size() > 1 else "uni"
 
 
 def _copy_weights(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Copy `tensors` over the weights of vLLM's worker; the names of those of its weights that got nothing."""
+    """Copy `tensors` into the weights of vLLM's worker; return the names of weights that were not loaded."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -360,11 +362,11 @@ def _copy_weights(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> list[st
         loaded = model.load_weights(tensors)
         finalize_layerwise_reload(model, worker.model_config)
         if current_platform.is_cpu():
-            # There a head has a packed copy of its weights, which is not made anew where they are the embedding's.
+            # There the head has a packed copy of its weights, which is not rebuilt if they are tied to the embeddings.
             for module in model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
-    # Some models of vLLM do not say what they loaded.
+    # Some vLLM models do not report what they loaded.
     return [] if loaded is None else sorted(dict(model.named_parameters()).keys() - loaded)
 
 
@@ -372,7 +374,7 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of a model folder, one in memory at a time."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise GenerationError(f"{folder} holds no weights: no file ends in .safetensors.")
+        raise GenerationError(f"{folder} contains no .safetensors file.")
     for file in files:
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
@@ -381,7 +383,7 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _as_generation_error(what: str) -> Iterator[None]:
-    """Raise what vLLM raises as one line that begins with `what`."""
+    """Re-raise vLLM's errors as a one-line `GenerationError` that begins with `what`."""
     from vllm.exceptions import VLLMError
 
     try:
@@ -394,7 +396,7 @@ def _as_generation_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def _restore_process_state() -> Iterator[None]:
-    """Undo what vLLM sets for the whole process when it starts, which it takes for its own."""
+    """Restore the process-wide settings that vLLM changes when it starts."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     precision = torch.get_float32_matmul_precision()
     try:

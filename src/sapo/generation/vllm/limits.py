@@ -1,37 +1,37 @@
-"""What vLLM does not do, however it is run."""
+"""Limits of vLLM, on servers and in process."""
 
 from __future__ import annotations
 
 from sapo.errors import ConfigurationError
 from sapo.generation.sampling import Sampling
 
-LEAST_TEMPERATURE = 0.01
-"""vLLM samples at this temperature when asked for less, unless for 0."""
+MIN_TEMPERATURE = 0.01
+"""vLLM raises lower temperatures to this one, except 0."""
 
-_ADAPTER_ROOMS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM can make room for; smaller adapters fit too."""
+_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's max_lora_rank."""
 
 
 def check_temperature(sampling: Sampling) -> None:
-    """Refuse a temperature at which vLLM would sample otherwise than asked.
+    """Refuse a temperature that vLLM would change.
 
     Raises:
-        ConfigurationError: it is such a one.
+        ConfigurationError: the temperature is too low.
     """
-    if 0 < sampling.temperature < LEAST_TEMPERATURE:
+    if 0 < sampling.temperature < MIN_TEMPERATURE:
         raise ConfigurationError(
-            f"temperature={sampling.temperature}: vLLM samples at {LEAST_TEMPERATURE} or more. Raise it, or set it to "
-            "0 for the likeliest token always."
+            f"temperature={sampling.temperature}: vLLM samples at {MIN_TEMPERATURE} or more. Raise it, or set it to "
+            "0 for greedy decoding."
         )
 
 
-def adapter_room(rank: int) -> int:
-    """The least rank that vLLM can be told to make room for, and into which an adapter of `rank` fits.
+def max_lora_rank(rank: int) -> int:
+    """The smallest max_lora_rank of vLLM for an adapter of `rank`.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the rank is too high.
     """
-    room = next((room for room in _ADAPTER_ROOMS if room >= rank), None)
-    if room is None:
-        raise ConfigurationError(f"a LoRA rank of {rank}: vLLM serves up to {_ADAPTER_ROOMS[-1]}. Lower lora_r.")
-    return room
+    limit = next((limit for limit in _MAX_LORA_RANKS if limit >= rank), None)
+    if limit is None:
+        raise ConfigurationError(f"a LoRA rank of {rank}: vLLM serves up to {_MAX_LORA_RANKS[-1]}. Lower lora_r.")
+    return limit

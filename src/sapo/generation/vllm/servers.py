@@ -1,7 +1,7 @@
-"""The opponent on vLLM servers: rows spread over all that answer, weights proved, faults outlived.
+"""The opponent on vLLM servers: rows spread over all healthy servers, weights verified, failures retried.
 
-A server may die, restart or hang at any time. Its weights are asked for before and after each batch of rows, so that
-whatever a restarted server wrote with the weights it was started with is thrown away and asked for again.
+A server may die, restart or hang at any time. Its weight version is checked before and after each batch of rows, so
+rows that a restarted server generated with its initial weights are discarded and generated again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sapo.generation.vllm.weight_stream import RECEIVER
 logger = logging.get_logger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
-"""Seconds between two attempts; doubled each time."""
+"""Seconds before the first and between later retries; doubled each time."""
 
 _ATTEMPTS = 6
-"""Times that a row is asked for, from servers that answered when they were asked how they were."""
+"""Maximum attempts per row on servers that report healthy."""
 
 _STARTED_WITH = "default"
-"""vLLM's tag of weights that nobody has changed."""
+"""vLLM's tag of its initial weights."""
 
 _TOKENS_AT_A_TIME = 4096
 
@@ -39,19 +39,19 @@ class VLLMServers:
     """An `Engine` of one or several vLLM servers.
 
     Args:
-        urls: one a server.
-        sampling: how the next token is drawn; greedy is exact, sampling has the distribution of the other backends.
-        eos_ids: tokens that end a row.
-        vocabulary_size: token ids are below this.
-        stream: whether weights come as tensors rather than folders, which servers have to be started for.
-        adapter: whether the weights to load are those of an adapter on the servers' own base model.
-        loads: whether this process is the one that gives the servers weights; the others wait for it.
-        timeout: seconds to wait, in all, for a server that does not answer.
-        request_timeout: seconds until one request is given up and sent again.
-        sleep: of the time between two attempts.
+        urls: one per server.
+        sampling: how the next token is drawn; greedy is exact, sampling has the same distribution as other backends.
+        eos_ids: EOS tokens.
+        vocabulary_size: upper bound of token ids, exclusive.
+        stream: send weights as tensors instead of folders; the servers must be started for it.
+        adapter: whether the weights are an adapter for the servers' base model.
+        loads: whether this process loads the weights; the others wait for it.
+        timeout: total seconds to wait for an unavailable server.
+        request_timeout: seconds until a request is aborted and retried.
+        sleep: waits between two attempts.
 
     Raises:
-        ConfigurationError: no server, the same twice, or a temperature that vLLM does not have.
+        ConfigurationError: no server, a duplicate, or an unsupported temperature.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VLLMServers:
         clients = [VLLMClient(url, request_timeout) for url in urls]
         addresses = [client.url for client in clients]
         if not clients or len(set(addresses)) < len(addresses):
-            raise ConfigurationError(f"vllm_server_url={' '.join(addresses)}: name each server once.")
+            raise ConfigurationError(f"vllm_server_url={' '.join(addresses)}: duplicate server. Remove one.")
         for url in addresses:
             if not url.startswith(("http://", "https://")):
                 raise ConfigurationError(f"vllm_server_url={url}: must begin with http:// or https://.")
@@ -95,16 +95,16 @@ class VLLMServers:
     # ---- Before the run ----
 
     def check(self, tokenizer: Any, max_length: int, model_config: Any = None) -> None:
-        """Find out whether every server is there and serves a model with this tokenizer and enough room.
+        """Check that every server is available and serves a model with this tokenizer and a sufficient max_length.
 
         Args:
-            tokenizer: the policy's.
-            max_length: most tokens of prompt and response together.
-            model_config: of the policy, to find out whether new weights can be handed over; not needed for adapters.
+            tokenizer: the policy's tokenizer.
+            max_length: maximum tokens of prompt plus response.
+            model_config: the policy's configuration, to check that new weights can be loaded; unused for adapters.
 
         Raises:
-            GenerationError: a server does not answer in time, or is none.
-            ConfigurationError: another tokenizer, too little room, or a model that a CPU server does not renew.
+            GenerationError: a server does not respond in time, or is not a vLLM server.
+            ConfigurationError: another tokenizer, too small a max_length, or a model that a CPU server cannot update.
         """
         for client in self._clients:
             self._retry(client, lambda client: self._handshake(client))
@@ -116,23 +116,23 @@ class VLLMServers:
             self._retry(client, lambda client: self._compare_tokenizer(client, tokenizer))
             if self._stream and not self._retry(client, lambda client: client.takes_streams()):
                 raise ConfigurationError(
-                    f"{client.url} cannot be sent weights. Start it with sapo serve, or with --worker-extension-cls "
-                    f"{RECEIVER}; or leave vllm_weights_transfer out."
+                    f"{client.url} does not accept streamed weights. Start it with sapo serve, or with "
+                    f"--worker-extension-cls {RECEIVER}; or remove vllm_weights_transfer."
                 )
-            # Of these, vLLM 0.32 on a CPU goes on computing with some old weights when it is given new ones.
+            # For these, vLLM 0.32 on a CPU keeps using some old weights after new ones are loaded.
             text = None if model_config is None or self._adapter else model_config.get_text_config()
             stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
             if stale and self._retry(client, lambda client: client.is_on_cpu()):
                 raise ConfigurationError(
-                    f"{client.url} computes on a CPU, where vLLM does not take over all new weights of a model with "
-                    "tied embeddings or experts. Train an adapter with --use_peft, or leave generation_backend out."
+                    f"{client.url} runs on a CPU, where vLLM does not apply all new weights of a model with "
+                    "tied embeddings or experts. Train an adapter with --use_peft, or remove generation_backend."
                 )
 
     def token_logps(self, tokens: Sequence[int]) -> list[list[float]]:
-        """Each server's log-probabilities in nats of `tokens`, from the second on, by the weights last loaded.
+        """Each server's log-probabilities in nats of `tokens`, from the second on, under the latest weights.
 
         Raises:
-            GenerationError: a server does not answer in time.
+            GenerationError: a server does not respond in time.
         """
         return [
             self._retry(client, lambda client: client.token_logps(tokens, self._model(client)))
@@ -141,7 +141,7 @@ class VLLMServers:
 
     @property
     def urls(self) -> list[str]:
-        """Where the servers are."""
+        """Addresses of the servers."""
         return [client.url for client in self._clients]
 
     def _handshake(self, client: VLLMClient) -> None:
@@ -156,7 +156,7 @@ class VLLMServers:
             if client.texts(ids, self._names[client.url]) == tokenizer.decode(ids):
                 first, step = first + step, _TOKENS_AT_A_TIME
             elif len(ids) > 1:
-                # Somewhere among these.
+                # Find the differing token among these.
                 step = max(1, len(ids) // 2)
             else:
                 there = client.texts(ids, self._names[client.url])
@@ -168,12 +168,12 @@ class VLLMServers:
     # ---- Weights ----
 
     def load(self, weights: Weights, version: str) -> None:
-        """Serve `weights`; see `Engine.load`. Nothing may be generating.
+        """Serve `weights`; see `Engine.load`. No `generate` may be running.
 
-        A server that is away is given them when it is back.
+        An unavailable server gets them when it is back.
 
         Raises:
-            GenerationError: no server takes them in time.
+            GenerationError: no server loads them in time.
         """
         if self._closed:
             self._closed, self._pool = False, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
@@ -183,13 +183,13 @@ class VLLMServers:
         self._servers()
 
     def _servers(self) -> list[VLLMClient]:
-        """The servers that serve the weights loaded last: all that answer, at least one.
+        """All healthy servers with the latest weights, at least one.
 
         Raises:
-            GenerationError: none does in time.
+            GenerationError: none is available in time.
         """
         if self._loaded is None:
-            raise GenerationError("the vLLM servers have been given no weights yet")
+            raise GenerationError("no weights have been loaded into the vLLM servers yet")
         until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
         while True:
             trouble: list[str] = []
@@ -211,12 +211,12 @@ class VLLMServers:
             served = client.weight_version()
             if served != version and self._loads:
                 if client.url in self._lost:
-                    # It may have come back as something else.
+                    # It may have come back with another model.
                     self._handshake(client)
                 client.load(weights, version)
                 served = client.weight_version()
                 if client.url in self._lost:
-                    logger.warning(f"{client.url} is back, and was given the opponent's weights again.")
+                    logger.warning(f"{client.url} is back; the opponent's weights were loaded again.")
             if served != version:
                 trouble.append(f"{client.url} serves weights {served}, not {version}")
                 return False
@@ -232,7 +232,7 @@ class VLLMServers:
     def _mark_unavailable(self, client: VLLMClient, error: Exception) -> None:
         if client.url not in self._lost:
             self._lost.add(client.url)
-            logger.warning(f"A vLLM server does not answer, and is tried again: {error}.")
+            logger.warning(f"A vLLM server does not respond and is retried: {error}.")
 
     def _model(self, client: VLLMClient) -> str:
         return ADAPTER if self._adapter else self._names[client.url]
@@ -245,8 +245,8 @@ class VLLMServers:
         """Continue each context; see `Generator.generate`.
 
         Raises:
-            ConfigurationError: a request that breaks the contract, or a row longer than the servers take.
-            GenerationError: no server answers in time, one answers what cannot be, or serves another run's weights.
+            ConfigurationError: the request violates the contract, or a row is too long for the servers.
+            GenerationError: no server responds in time, or one returns an invalid response or another run's weights.
         """
         check_request(contexts, max_new_tokens, seeds)
         replies: list[list[int]] = [[] for _ in contexts]
@@ -257,8 +257,8 @@ class VLLMServers:
             attempts += 1
             if attempts > _ATTEMPTS:
                 raise GenerationError(
-                    f"{len(missing)} rows were asked for {_ATTEMPTS} times and never came, though servers say that "
-                    "they are well. Raise vllm_request_timeout, or look into the servers' logs."
+                    f"{len(missing)} rows failed after {_ATTEMPTS} attempts although the servers report healthy. Raise "
+                    "vllm_request_timeout, or check the servers' logs."
                 )
             self._check_lengths(servers, missing, contexts, max_new_tokens)
             found = self._ask(servers, missing, contexts, max_new_tokens, seeds)
@@ -275,7 +275,7 @@ class VLLMServers:
         budgets: Sequence[int],
         seeds: Sequence[int],
     ) -> dict[int, list[int]]:
-        """What came of `rows`, divided among the servers; without the rows of those that changed or vanished."""
+        """Replies to `rows`, divided among the servers; without rows of servers that restarted or failed."""
 
         def one(client: VLLMClient, row: int) -> list[int] | ServerUnavailableError:
             try:
@@ -321,14 +321,14 @@ class VLLMServers:
             self._mark_unavailable(client, GenerationError(f"{client.url} was restarted; its output is discarded"))
             return False
         raise GenerationError(
-            f"{client.url} serves weights {served}, which this run has not given it. Does another run use it? Give "
-            "each run servers of its own."
+            f"{client.url} serves weights {served}, which this run did not load. Does another run use it? Use "
+            "separate servers for each run."
         )
 
     def _check_tokens(self, client: VLLMClient, tokens: Sequence[int]) -> None:
         if any(not 0 <= token < self._vocabulary_size for token in tokens):
             raise GenerationError(
-                f"{client.url}: it wrote tokens that the policy does not know ({max(tokens)} of "
+                f"{client.url}: it generated tokens outside the policy's vocabulary ({max(tokens)} of "
                 f"{self._vocabulary_size}). Serve the model that is trained."
             )
 
@@ -344,18 +344,18 @@ class VLLMServers:
             if len(contexts[row]) + budgets[row] > shortest:
                 raise ConfigurationError(
                     f"row {row}: {len(contexts[row])} tokens and {budgets[row]} new ones exceed the {shortest} that "
-                    f"the vLLM servers take. Start them with --max-model-len {len(contexts[row]) + budgets[row]}."
+                    f"the vLLM servers accept. Start them with --max-model-len {len(contexts[row]) + budgets[row]}."
                 )
 
     def close(self) -> None:
-        """Close all connections, also under requests that are under way; the servers go on."""
+        """Close all connections, even during requests; the servers keep running."""
         self._closed, self._loaded = True, None
         for client in self._clients:
             client.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _retry(self, client: VLLMClient, do: Callable[[VLLMClient], Any]) -> Any:
-        """`do` with a server, again and again while it does not answer, up to the time limit."""
+        """Call `do` with a server; retry while it does not respond, until the timeout."""
         until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
         while True:
             try:
@@ -363,7 +363,7 @@ class VLLMServers:
             except ServerUnavailableError as error:
                 if time.monotonic() >= until:
                     raise GenerationError(
-                        f"{error}: no vLLM server answers there after {self._timeout:g} s. Start one with sapo serve "
+                        f"{error}: no vLLM server responds there after {self._timeout:g} s. Start one with sapo serve "
                         "--config recipe.yaml, or set vllm_server_url."
                     ) from error
                 self._mark_unavailable(client, error)

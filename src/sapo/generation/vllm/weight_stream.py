@@ -1,4 +1,4 @@
-"""The training's end of a line to vLLM's workers: weights of a whole model go out, one at a time (`vllm_receiver`)."""
+"""The training side of a socket to vLLM's workers: sends a full model's weights one at a time (see `worker`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 RECEIVER = "sapo.generation.vllm.worker.WeightReceiver"
-"""What vLLM's `--worker-extension-cls` must be."""
+"""Value of vLLM's `--worker-extension-cls`."""
 
 _KEY_BYTES = 16
 _PATIENCE = 0.2
@@ -24,17 +24,17 @@ _PATIENCE = 0.2
 def send_weights(
     weights: Mapping[str, Tensor], url: str, workers: int, ask: Callable[[dict[str, Any]], Any], timeout: float
 ) -> None:
-    """Let the workers of a server fetch `weights`.
+    """Send `weights` to the workers of a server.
 
     Args:
-        weights: in main memory, under the names of a checkpoint.
-        url: of the server: the workers reach this machine by the way by which it reaches them.
-        workers: processes among which the server has divided its model; each takes all weights and keeps its part.
-        ask: tells the server to fetch them, given the arguments of `WeightReceiver.sapo_receive`; returns when it has.
-        timeout: seconds of silence after which a worker is given up.
+        weights: in main memory, by their names in a checkpoint.
+        url: of the server; workers connect back to the local address that reaches it.
+        workers: number of the server's model-parallel processes; each receives all weights and keeps its shard.
+        ask: makes the server call `WeightReceiver.sapo_receive` with these arguments; returns when it is done.
+        timeout: seconds without data after which a worker is considered failed.
 
     Raises:
-        OSError: a worker went away.
+        OSError: a worker disconnected.
     """
     key = secrets.token_bytes(_KEY_BYTES)
     listed = [(name, str(weight.dtype).removeprefix("torch."), list(weight.shape)) for name, weight in weights.items()]
@@ -54,7 +54,7 @@ def send_weights(
                 lines.append(pool.submit(_send, line, weights))
             else:
                 line.close()
-        # The server knows best what went wrong, if anything did.
+        # First, because the server's error is the most specific.
         asked.result()
         for sent in lines:
             sent.result()
@@ -75,7 +75,7 @@ def _has_key(line: socket.socket, key: bytes) -> bool:
 
 
 def _own_address(url: str) -> str:
-    """The address of this machine on the way to `url`; nothing is sent."""
+    """This machine's address on the route to `url`; sends nothing."""
     address = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address.hostname or "127.0.0.1", address.port or 80))

@@ -1,7 +1,7 @@
-"""Runs inside vLLM's workers: takes new weights from a socket, one at a time, without a folder that both sides see.
+"""Runs inside vLLM's workers: receives new weights from a socket, one at a time, without a shared folder.
 
-`sapo serve` starts vLLM with `--worker-extension-cls sapo.generation.vllm.worker.WeightReceiver` where it is asked for.
-Imports nothing of this package, because vLLM may live in an environment that has not its other requirements.
+`sapo serve` starts vLLM with `--worker-extension-cls sapo.generation.vllm.worker.WeightReceiver` when weights are
+streamed. Imports nothing of this package, because vLLM's environment may lack its other requirements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 SECONDS = 300.0
-"""Longest silence of the other side."""
+"""Timeout in seconds without data."""
 
 
 class WeightReceiver:
@@ -23,16 +23,16 @@ class WeightReceiver:
     model_runner: Any
 
     def sapo_receive(self, host: str, port: int, key: str, weights: str) -> None:
-        """Take over a whole model.
+        """Receive and load a full model's weights.
 
         Args:
-            host: where the training listens.
-            port: likewise.
-            key: sent first, so that nobody else is given the weights; hexadecimal.
-            weights: JSON list of (name, dtype, shape) in the order in which they come.
+            host: host on which the training process listens.
+            port: its port.
+            key: shared secret, sent first; hexadecimal.
+            weights: JSON list of (name, dtype, shape) in order of arrival.
 
         Raises:
-            OSError: the training went away.
+            OSError: the training process disconnected.
         """
         with socket.create_connection((host, int(port)), timeout=SECONDS) as line:
             line.sendall(bytes.fromhex(key))
@@ -42,18 +42,18 @@ class WeightReceiver:
 def receive(
     line: socket.socket, weights: Sequence[tuple[str, str, Sequence[int]]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that `weights` lists, as their bytes arrive.
+    """Yield the tensors listed in `weights` as their bytes arrive.
 
     Raises:
-        ConnectionError: the line ended before the last of them.
+        ConnectionError: the connection closed before the last of them.
     """
     for name, dtype, shape in weights:
         tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-        # A new tensor is contiguous: its bytes are these.
+        # A new tensor is contiguous, so this view covers its bytes.
         room = memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
         while room:
             taken = line.recv_into(room)
             if taken == 0:
-                raise ConnectionError(f"the line ended in {name}")
+                raise ConnectionError(f"the connection closed in {name}")
             room = room[taken:]
         yield name, tensor

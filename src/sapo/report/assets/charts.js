@@ -62,7 +62,7 @@ class ChartBoard {
       if (open.has(spec.title)) chart.details.open = true;
     }
     this.grid.replaceChildren(...cards);
-    if (!cards.length) this.grid.append(h("p", { class: "empty" }, "Nothing has been logged yet."));
+    if (!cards.length) this.grid.append(h("p", { class: "empty" }, "Nothing logged yet."));
   }
 
   draw() { for (const chart of this.charts) chart.draw(); }
@@ -83,7 +83,7 @@ class ChartBoard {
   }
 }
 
-// Few points, as of evaluations, are shown as they are.
+// Few points, as from evaluations, are not smoothed.
 function smooth(values, weight) {
   if (!weight || values.length < 40) return values;
   let sum = 0, norm = 0;
@@ -145,7 +145,7 @@ class Chart {
     if (low > high) [low, high] = [0, 1];
     if (this.spec.unit === "share") [low, high] = [Math.min(0, low), Math.max(high * 1.05, 0.05)];
     if (this.spec.unit === "share" && high > 0.6) high = 1;
-    // Smoothing leaves a constant constant but for rounding.
+    // A smoothed constant stays constant except for rounding.
     if (high - low <= 1e-9 * Math.max(Math.abs(high), Math.abs(low))) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
     if (this.spec.unit !== "share") { const pad = (high - low) * 0.06; low -= pad; high += pad; }
     const ticksY = niceTicks(low, high, 4);
@@ -217,7 +217,7 @@ class Chart {
       const values = line.mean.filter((value) => value !== null);
       if (!values.length) return "";
       const text = (value) => numberText(value, this.spec.unit);
-      return `${line.label}: ${text(values[0])} at first, ${text(values[values.length - 1])} at the end, ` +
+      return `${line.label}: ${text(values[0])} at the start, ${text(values[values.length - 1])} at the end, ` +
         `between ${text(Math.min(...values))} and ${text(Math.max(...values))}.`;
     });
     this.words.textContent = `Steps ${wholeText(this.board.from)} to ${wholeText(this.board.to)}. ${words.join(" ")} ${this.spec.reading}`;
@@ -313,7 +313,7 @@ class Chart {
       "+": () => scale(0.5),
       "=": () => scale(0.5),
       "-": () => scale(2),
-      0: () => { this.board.zoom(least, most); this.board.announce("The whole run"); },
+      0: () => { this.board.zoom(least, most); this.board.announce("Full run"); },
       Escape: () => this.board.point(null),
     };
     const action = actions[event.key];
@@ -322,7 +322,7 @@ class Chart {
     action();
   }
 
-  // The numbers behind the curves, made when they are asked for.
+  // Table of the curves' values, built on demand.
   table() {
     const place = this.details.lastElementChild;
     if (!this.details.open) return;

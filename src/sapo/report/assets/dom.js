@@ -1,5 +1,5 @@
 "use strict";
-// Small helpers. Texts of models and data reach the page through textContent alone: no function here takes markup.
+// Helpers. Text from models and data is inserted through textContent only: no function here accepts markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -41,7 +41,7 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-// Index of the value in a rising list that is nearest to `wanted`.
+// Index of the value nearest to `wanted` in an ascending list.
 function nearest(list, wanted) {
   let low = 0, high = list.length - 1;
   while (high - low > 1) {

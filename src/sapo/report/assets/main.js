@@ -1,4 +1,4 @@
-// Ties the parts together: reads the data, keeps what a reader has set, and asks a live page's server for news.
+// Main script: reads the data, stores the reader's settings, and polls the server of a live page.
 
 (function () {
   let data = JSON.parse(byId("data").textContent);
@@ -7,7 +7,7 @@
   const hidden = new Set();
 
   function memory(key, value) {
-    // A page opened from a file may be refused storage.
+    // Storage may be unavailable for a page opened from a file.
     try {
       if (value === undefined) return localStorage.getItem(`sapo-${key}`);
       localStorage.setItem(`sapo-${key}`, value);
@@ -97,7 +97,7 @@
         }
         byId("written").classList.remove("lost");
       } catch (error) {
-        byId("written").textContent = "The server that this page came from no longer answers; the page shows what it knew.";
+        byId("written").textContent = "The server no longer responds; this page shows the last data received.";
         byId("written").classList.add("lost");
       }
     };

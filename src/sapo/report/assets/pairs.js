@@ -1,9 +1,9 @@
-// The pair browser: filters, a list, the two responses side by side, and the same prompt through the run.
+// The pair browser: filters, a list, both responses side by side, and the history of a prompt.
 
-// Pieces of a text for comparing: words, runs of space, and any other character alone.
+// Split a text for comparison: words, runs of white space, and single other characters.
 const pieces = (text) => text.match(/\s+|[\p{L}\p{N}_]+|[^]/gu) || [];
 
-// Which pieces of two lists are not shared: the longest common subsequence, after the common ends are set aside.
+// Pieces that two lists do not share: longest common subsequence, without the common prefix and suffix.
 function differences(one, other) {
   const only = [new Array(one.length).fill(false), new Array(other.length).fill(false)];
   let start = 0;
@@ -35,7 +35,7 @@ function differences(one, other) {
   return only;
 }
 
-// A text as spans, those pieces marked that the other text lacks; neighbours, and the space between them, share one mark.
+// A text as spans that mark the pieces missing from the other text; neighbours and the space between share one mark.
 function marked(list, own, tag) {
   const only = own.map((lacking, place) => lacking || (/^\s+$/.test(list[place]) && Boolean(own[place - 1] && own[place + 1])));
   const nodes = [];
@@ -73,7 +73,7 @@ class PairBrowser {
   build() {
     if (!this.pairs.length) {
       this.place.replaceChildren(h("p", { class: "empty" },
-        "No pairs were kept: the run was started with report_pairs=0, or is older than this option."));
+        "No pairs were kept: report_pairs=0, or the run predates this option."));
       return;
     }
     const field = (key, label, attributes) => {
@@ -96,20 +96,20 @@ class PairBrowser {
     this.detail = h("div", { class: "pair-detail", tabindex: "-1", role: "region", "aria-label": "The pair", "aria-live": "off" });
     const filters = h("div", { class: "filters", role: "search" },
       this.search,
-      choice("kind", "Show", { all: "all pairs", f: "followed prompts", l: "pairs learnt from" }),
-      choice("sort", "Sort by", { step: "step", margin: "margin, lowest first", "-margin": "margin, highest first", length: "longest rewriting", row: "row of the data" }),
+      choice("kind", "Show", { all: "all pairs", f: "tracked prompts", l: "pairs trained on" }),
+      choice("sort", "Sort by", { step: "step", margin: "margin, lowest first", "-margin": "margin, highest first", length: "longest regenerated segment", row: "row of the data" }),
       h("fieldset", {}, h("legend", {}, "Step"), number("from", "from"), number("to", "to")),
       h("fieldset", {}, h("legend", {}, "Margin"), number("least", "from"), number("most", "to")),
-      h("fieldset", {}, h("legend", {}, "Rewritten tokens"), number("short", "from"), number("long", "to")),
-      h("label", { class: "check" }, differ, " only where the rewriting differs"),
-      h("button", { type: "button", onclick: () => this.clear() }, "Clear"));
-    const note = this.limit ? h("p", { class: "hint" }, `Texts above ${wholeText(this.limit)} characters are shortened in the middle, where it says so; pairs.jsonl has them whole.`) : null;
+      h("fieldset", {}, h("legend", {}, "Regenerated tokens"), number("short", "from"), number("long", "to")),
+      h("label", { class: "check" }, differ, " Hide identical pairs"),
+      h("button", { type: "button", onclick: () => this.clear() }, "Reset filters"));
+    const note = this.limit ? h("p", { class: "hint" }, `Texts over ${wholeText(this.limit)} characters are shortened in the middle, with a note; pairs.jsonl has the full texts.`) : null;
     this.place.replaceChildren(filters, note || "", h("div", { class: "pair-columns" }, h("div", { class: "pair-side" }, this.count, this.list), this.detail));
     this.refresh();
   }
 
   get names() {
-    return { from: "First step", to: "Last step", least: "Least margin", most: "Greatest margin", short: "Fewest rewritten tokens", long: "Most rewritten tokens" };
+    return { from: "First step", to: "Last step", least: "Minimum margin", most: "Maximum margin", short: "Minimum regenerated tokens", long: "Maximum regenerated tokens" };
   }
 
   clear() {
@@ -153,7 +153,7 @@ class PairBrowser {
     },
     h("span", { class: "pair-line" }, h("b", {}, `step ${wholeText(pair.s)}`), h("span", { class: "pair-margin" }, pair.i ? "identical" : pair.m === undefined ? "" : `margin ${numberText(pair.m)}`)),
     h("span", { class: "pair-prompt" }, end(from(pair.prompt))),
-    h("span", { class: "pair-snippet" }, from(pair.rejected[1]).slice(0, 90) || "(nothing written)"))));
+    h("span", { class: "pair-snippet" }, from(pair.rejected[1]).slice(0, 90) || "(empty)"))));
     const still = this.shown.some((pair) => pair.index === this.chosen);
     if (still) this.show(this.chosen, false);
     else if (this.shown.length) this.show((this.shown.find((pair) => !pair.i) || this.shown[0]).index, false);
@@ -189,11 +189,11 @@ class PairBrowser {
     const fact = (name, value) => (value === undefined || value === null ? null : h("div", {}, h("dt", {}, name), h("dd", {}, value)));
     const change = (now, before) => (now === undefined ? null : `${numberText(now)}${before === undefined ? "" : ` (reference ${numberText(before)})`}`);
     const toggle = h("button", { type: "button", "aria-pressed": this.whole ? "false" : "true",
-      onclick: () => { this.whole = !this.whole; this.show(index, false); this.detail.querySelector("button").focus(); } }, "Only around the segment");
+      onclick: () => { this.whole = !this.whole; this.show(index, false); this.detail.querySelector("button").focus(); } }, "Show segment only");
     this.detail.replaceChildren(
       h("div", { class: "detail-head" },
         h("h3", {}, `Step ${wholeText(pair.s)}, row ${wholeText(pair.r)}`, pair.t ? `, turn ${pair.t}` : ""),
-        h("span", { class: `chip ${pair.k === "f" ? "followed" : "learnt"}` }, pair.k === "f" ? "followed prompt" : "learnt from at this step"),
+        h("span", { class: `chip ${pair.k === "f" ? "followed" : "trained"}` }, pair.k === "f" ? "tracked prompt" : "trained on at this step"),
         pair.i ? h("span", { class: "chip same" }, "identical: no signal") : null, toggle),
       h("h4", {}, "Prompt"),
       h("pre", { class: "text prompt", tabindex: "0" }, pair.prompt),
@@ -206,8 +206,8 @@ class PairBrowser {
         fact("log p chosen", change(pair.c, pair.cr)),
         fact("log p rejected", change(pair.j, pair.jr)),
         fact("tokens", `${pair.n[0]} prompt, ${pair.n[1]} chosen, ${pair.n[2]} rejected`),
-        fact("rewritten", `${pair.g[0]} tokens into ${pair.g[1]}`),
-        fact("age in the buffer", pair.a === undefined ? null : `${wholeText(pair.a)} steps`),
+        fact("regenerated", `${pair.g[0]} → ${pair.g[1]} tokens`),
+        fact("buffer age", pair.a === undefined ? null : `${wholeText(pair.a)} steps`),
         fact("times drawn", pair.d === undefined ? null : wholeText(pair.d))),
       this.through(pair) || "");
   }
@@ -225,7 +225,7 @@ class PairBrowser {
         h("span", { class: "around" }, cut(parts[2], false))));
   }
 
-  // Every time this reply of this row was kept: what the opponent wrote, step by step.
+  // All kept versions of this reply of this row, by step.
   through(pair) {
     const same = this.pairs.filter((other) => other.r === pair.r && other.t === pair.t).sort((a, b) => a.s - b.s || a.index - b.index);
     if (same.length < 2) return null;
@@ -239,10 +239,10 @@ class PairBrowser {
         h("td", { class: "num" }, numberText(other.m)), h("td", { class: "num" }, numberText(other.c)), h("td", { class: "num" }, numberText(other.j)));
     });
     return h("div", { class: "through" },
-      h("h4", {}, "The same prompt through the run"),
-      pair.k === "f" ? h("p", { class: "hint" }, "The opponent rewrites the same segment with the same random numbers: what changes is the opponent.") : null,
+      h("h4", {}, "The same prompt over the run"),
+      pair.k === "f" ? h("p", { class: "hint" }, "The opponent regenerates the same segment with the same random numbers: only the opponent changes.") : null,
       h("div", { class: "scroll" }, h("table", { class: "numbers written-table" },
-        h("thead", {}, h("tr", {}, ["step", "the opponent wrote", "margin", "log p chosen", "log p rejected"].map((name) => h("th", { scope: "col" }, name)))),
+        h("thead", {}, h("tr", {}, ["step", "generated by the opponent", "margin", "log p chosen", "log p rejected"].map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, rows))));
   }
 }

@@ -5,7 +5,7 @@ function summaryOf(run, index, several) {
     ? h("ul", { class: "warnings", "aria-label": "Warnings" }, run.warnings.map((warn) => h("li", { class: warn.level },
       h("span", { class: "sign", "aria-hidden": "true" }, warn.level === "bad" ? "!" : "?"),
       h("div", {}, h("strong", {}, warn.title), h("p", {}, warn.text)))))
-    : h("p", { class: "fine" }, h("span", { class: "sign", "aria-hidden": "true" }, "✓"), run.train.steps.length ? "Nothing that this report looks for went wrong." : "Nothing is logged yet.");
+    : h("p", { class: "fine" }, h("span", { class: "sign", "aria-hidden": "true" }, "✓"), run.train.steps.length ? "No problems found." : "Nothing logged yet.");
   return h("article", { class: several ? "card run" : "card run alone" },
     h("div", {},
       several ? h("h3", {}, h("span", { class: `key r${(index % 8) + 1}` }), run.name) : null,
@@ -21,7 +21,7 @@ class OptionTable {
     this.place = place;
     this.all = h("input", { type: "checkbox", onchange: () => this.draw() });
     this.search = h("input", { type: "search", placeholder: "Find an option", "aria-label": "Find an option", oninput: () => this.draw() });
-    controls.append(this.search, h("label", { class: "check" }, this.all, " also those at their defaults"));
+    controls.append(this.search, h("label", { class: "check" }, this.all, " Show defaults"));
     this.setRuns(runs);
   }
 
@@ -52,13 +52,13 @@ class OptionTable {
       ? h("div", { class: "card scroll" }, h("table", { class: "options" },
         h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "option"), heads.map((name) => h("th", { scope: "col" }, name)), h("th", { scope: "col" }, "default"))),
         h("tbody", {}, rows)))
-      : h("p", { class: "empty" }, words ? "No option matches." : "Every option is at its default."));
+      : h("p", { class: "empty" }, words ? "No option matches." : "All options have their defaults."));
   }
 }
 
 const FACTS = {
   model: "model", parameters: "parameters", trained_parameters: "trained parameters", dtype: "weights", training_rows: "training rows",
-  max_steps: "steps planned", started: "started", ended: "ended", device: "device", processes: "processes", cpus: "CPUs", threads: "threads",
+  max_steps: "planned steps", started: "started", ended: "ended", device: "device", processes: "processes", cpus: "CPUs", threads: "threads",
   platform: "platform", python: "Python",
 };
 

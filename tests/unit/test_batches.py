@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo.preference.batches import (
-    MOST_PADDING,
+    MAX_PADDING,
     collate_pairs,
     collate_responses,
     padding_share,

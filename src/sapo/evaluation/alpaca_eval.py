@@ -123,7 +123,7 @@ def preference(verdict: Mapping[str, Any], *, model_first: bool) -> float | None
     """Probability that the model's answer is the better one, from the log-probabilities of the first token.
 
     Returns:
-        None where neither letter is the likeliest token: the judge begins to reason, or says something else.
+        None where neither letter is the most probable token: the judge begins to reason, or says something else.
     """
     chances = {FIRST: 0.0, SECOND: 0.0}
     other = 0.0

@@ -177,7 +177,7 @@ def _chat(session: Session, target: Target, suite: str) -> bool:
 
 
 def _tokenizer(target: Target) -> str:
-    """Folder or hub id of the tokenizer: the base model's, unless the adapter has learnt tokens that it lacks."""
+    """Folder or Hub id of the tokenizer: the base model's, unless the adapter was trained with tokens that it lacks."""
     own = target.base is None or trained_rows(read_adapter_config(Path(target.path)))
     return target.path if own else str(target.base)
 

@@ -141,7 +141,7 @@ def collate_pairs(
 
 def split_pairs(
     pairs: Sequence[Pair],
-    most: int | None,
+    limit: int | None,
     *,
     layout: Layout,
     tokens: int | None = None,
@@ -151,24 +151,24 @@ def split_pairs(
     """Divide the pairs of a micro-batch into passes of at most `limit` pairs.
 
     In the plain layout pairs of like length go together, and a pass ends where one more pair would make its padding
-    more than `MOST_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
+    more than `MAX_PADDING`. In the shared layout, which has no padding, passes get alike numbers of tokens, for the
     least memory. With `tokens`, each pair in turn, the longest first, goes to the first pass that has room for it.
 
     Args:
         pairs: at least one.
-        most: pairs of a pass; None for all.
+        limit: maximum number of pairs of a pass; None for all.
         layout: of each pass.
-        tokens: most tokens of a pass, padding included; a pair that has more is alone. None for no limit.
+        tokens: maximum number of tokens of a pass, padding included; a pair that has more is alone. None for no limit.
         equal_passes: let the number of passes depend on the number of pairs alone, so that all processes take the same:
             those that gather weights in each pass must. With `tokens` they have to agree on `least`.
         least: number of passes that there have to be, at most one for each pair; counts with `tokens`.
     """
     longest_first = sorted(pairs, key=lambda p: -max(_lengths(p)))
     if tokens is not None:
-        return _within(longest_first, most or len(pairs), tokens, layout, least, padded=equal_passes)
-    if (most is None or most >= len(pairs)) and (layout == "shared" or equal_passes):
+        return _within(longest_first, limit or len(pairs), tokens, layout, least, padded=equal_passes)
+    if (limit is None or limit >= len(pairs)) and (layout == "shared" or equal_passes):
         return [list(pairs)]
-    most = most or len(pairs)
+    limit = limit or len(pairs)
     if layout == "plain":
         if equal_passes:
             return [longest_first[place : place + limit] for place in range(0, len(pairs), limit)]
@@ -219,7 +219,7 @@ def _within(
     for pair in longest_first:
         for part in parts:
             more = [*part, pair]
-            little_padding = layout == "shared" or padded or padding_share(more) <= MOST_PADDING
+            little_padding = layout == "shared" or padded or padding_share(more) <= MAX_PADDING
             if len(part) < most and little_padding and pass_tokens(more, layout) <= tokens:
                 part.append(pair)
                 break

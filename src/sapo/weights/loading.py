@@ -158,7 +158,7 @@ def _config(source: ModelSource) -> Any:
         )
     switch_off_router_logits(config)
     if source.adapter is not None:
-        # The base's embeddings grow for tokens that the adapter has learnt.
+        # The base's embeddings grow for tokens that the adapter was trained with.
         text, rows = config.get_text_config(), trained_rows(read_adapter_config(Path(source.adapter)))
         text.vocab_size = max(text.vocab_size, rows)
     return config

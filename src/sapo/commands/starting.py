@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 import sapo
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, SapoError, brief
 
+_TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "clearml", "trackio", "swanlab")
 _NEED_THE_MODEL = ("lomo", "galore", "apollo")
 """Optimizers that transformers does not make without the model."""
 
@@ -30,8 +31,14 @@ def check_libraries(config: SAPOConfig) -> None:
     """
     for name in config.report_to:
         with _of("report_to", name):
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
+            callbacks = get_reporting_integration_callbacks([name])
+        if name in _TRACKERS and name not in get_available_reporting_integrations():
+            # Its callback would say so when it is made, and some complain once more when they are deleted.
+            raise ConfigurationError(f"report_to={name}: the package is missing: pip install {name}.")
+        if name not in _TRACKERS:
+            with _of("report_to", name):
+                for callback in callbacks:
+                    callback()
     weight = nn.Parameter(torch.zeros(2, 2))
     optim = str(getattr(config.optim, "value", config.optim))
     with _of("optim", optim, "optim_args", config.optim_args):

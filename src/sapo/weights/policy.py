@@ -85,16 +85,18 @@ def with_adapter(
 
 def _check_target_modules(model: nn.Module, peft_config: Any) -> None:
     """Refuse a name that no module has; peft accepts it as long as another name matches."""
-    wanted = getattr(peft_config, "target_modules", None)
-    if wanted is None or isinstance(wanted, str):
-        return
     modules = [name for name, _ in model.named_modules()]
-    unknown = sorted(
-        name for name in wanted if not any(module == name or module.endswith(f".{name}") for module in modules)
-    )
-    if unknown:
+    for option in ("target_modules", "modules_to_save"):
+        wanted = getattr(peft_config, option, None) or ()
+        unknown = sorted(
+            name
+            for name in (() if isinstance(wanted, str) else wanted)
+            if not any(module == name or module.endswith(f".{name}") for module in modules)
+        )
+        if not unknown:
+            continue
         raise ConfigurationError(
-            f"lora_target_modules: the model has no module {unknown[0]}. It has {_linear_names(model)}; all-linear "
+            f"lora_{option}: the model has no module {unknown[0]}. It has {_linear_names(model)}; all-linear "
             "takes all but the head."
         )
 

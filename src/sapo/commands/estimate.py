@@ -104,7 +104,7 @@ def make_report(given: Parsed) -> Report:
     run = build(given.values({"bf16": device.overlaps, "report_to": ["none"]}) | {"use_cpu": True})
     config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
     if own.model_config is None:
-        run.model = with_stored_adapter(run.model)
+        run.model = with_stored_adapter(run.model, merge=run.config.adapter == "merge")
     run.config.check_positions(config)
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)

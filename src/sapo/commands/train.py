@@ -139,5 +139,6 @@ def _closing_screen(
     load = "AutoPeftModelForCausalLM" if trainer.is_adapter() else "AutoModelForCausalLM"
     package = "peft" if trainer.is_adapter() else "transformers"
     lines.append(f'Use it:    from {package} import {load}; model = {load}.from_pretrained("{folder}")')
+    lines.append(f"Export it: sapo export {folder} OUT    (one model folder for vLLM, llama.cpp, Ollama, ...)")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -177,7 +177,7 @@ class RunFolder:
         if self._world.first:
             finish(staging / name, self.path / name)
             parts.seal(staging / name)
-            _replace_folder(staging / name, self.path / name)
+            replace_folder(staging / name, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
         self._world.barrier()
         return self.path / name
@@ -206,7 +206,7 @@ class RunFolder:
         if self._world.first:
             if has_opponent:
                 tokenizer.save_pretrained(opponent)
-                _replace_folder(opponent, folder / "opponent")
+                replace_folder(opponent, folder / "opponent")
             else:
                 opponent.rmdir()
             for file in staging.iterdir():
@@ -267,7 +267,7 @@ def check_renames(path: Path) -> None:
         )
 
 
-def _replace_folder(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Put the complete folder `new` where `target` is; a crash at any point leaves one of the two for `_settle`."""
     _settle(target)
     if target.exists():

@@ -121,13 +121,17 @@ def load_config(model_args: ModelConfig) -> Any:
 
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
+    eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id
+    return eos_ids
+
+
+def load_generation_config(name: str, revision: str = "main", config: Any = None) -> GenerationConfig:
+    """The generation configuration of a model; without one of its own, that which follows from `config`."""
     source = _find(name, revision)
-    generation = GenerationConfig.from_model_config(config)
     if not source.is_gguf:
         with suppress(OSError):
-            generation = GenerationConfig.from_pretrained(source.base, revision=source.revision)
-    eos_ids: int | list[int] | None = generation.eos_token_id
-    return eos_ids
+            return GenerationConfig.from_pretrained(source.base, revision=source.revision)
+    return GenerationConfig.from_model_config(_config(source) if config is None else config)
 
 
 def _source(model_args: ModelConfig) -> ModelSource:

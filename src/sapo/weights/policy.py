@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -55,6 +55,9 @@ def with_adapter(
         ConfigurationError: the model has an adapter already and another is asked for, the adapter's target modules
             are not in the model, or every weight is frozen.
     """
+    repaired = repair_generation_config(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if repaired is not None:
+        logger.warning(f"generation_config of the model: {repaired}")
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
@@ -110,6 +113,38 @@ def switch_off_router_logits(config: Any) -> None:
             logger.warning_once(
                 "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
             )
+
+
+def repair_generation_config(model: Any) -> str | None:
+    """Make a generation configuration one that transformers will save; published ones are not always valid.
+
+    Args:
+        model: whose `generation_config` is changed in place, or replaced.
+
+    Returns:
+        What was changed, as a sentence; None for a valid one.
+    """
+    config = model.generation_config
+    reason = _invalid(config)
+    if reason is None:
+        return None
+    if config.do_sample is not True:
+        # Whoever sets a temperature means to sample.
+        config.do_sample = True
+        if _invalid(config) is None:
+            return "sampling parameters without do_sample; do_sample is set to true."
+        config.do_sample = False
+    kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
+    return f"invalid ({reason}); only its special tokens are kept."
+
+
+def _invalid(config: GenerationConfig) -> str | None:
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return brief(error, 200)
+    return None
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -155,5 +155,5 @@ def _generate(model: Any, tokenizer: Any, prompt: Sequence[int], eos_ids: Collec
 @torch.no_grad()
 def _logps(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
     row = torch.tensor([[*prompt, *tokens]], device=model.device)
-    logits = model(row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits: Tensor = model(row, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(-1).cpu()

@@ -292,7 +292,7 @@ COMMANDS = {
         Command(
             "serve",
             "Train",
-            "start vLLM servers that generate for training; not for a result",
+            "start a training run's vLLM servers (to serve a result: vllm serve)",
             "sapo serve --config recipe.yaml --devices 1 --train",
             _serve,
             takes_options=True,

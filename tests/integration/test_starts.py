@@ -221,6 +221,10 @@ def made(tmp_path):
     tokenizer = byte_tokenizer(TEMPLATE, merges=[("a", "b")])
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": None}
     model = tiny_llama(vocab_size=len(tokenizer), **ends)
+    for layer in model.model.layers:
+        # Large enough that the order of their rows shows.
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
+            torch.nn.init.normal_(part.weight)
     model.save_pretrained(tmp_path / "made")
     tokenizer.save_pretrained(tmp_path / "made")
     return tmp_path / "made"

@@ -70,9 +70,9 @@ def find_tools(kind: str, llama_cpp: Path | None, folder: Path) -> Tools:
     quantize = _find(_QUANTIZERS, llama_cpp) or _find(_QUANTIZERS, None)
     if quantize is None:
         raise ConfigurationError(
-            f"--gguf {kind}: the converter writes {', '.join(CONVERTED)}, and there is no llama-quantize for "
-            "other types in --llama_cpp or on PATH. Build it (cmake -B build && cmake --build build "
-            f"--target llama-quantize) or take it from llama.cpp's releases; by hand: llama-quantize MODEL-bf16.gguf MODEL-{kind}.gguf {kind}"
+            f"--gguf {kind}: the converter writes {', '.join(CONVERTED)}, and there is no llama-quantize for other "
+            "types in --llama_cpp or on PATH. Build it (cmake -B build && cmake --build build --target llama-quantize) "
+            f"or take it from llama.cpp's releases; by hand: llama-quantize MODEL-bf16.gguf MODEL-{kind}.gguf {kind}"
         )
     return Tools(command, quantize)
 

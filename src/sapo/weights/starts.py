@@ -71,7 +71,7 @@ def forget_gguf(model: Any, source: ModelSource) -> None:
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.name_or_path = model.config.name_or_path = source.base
+    model.name_or_path = model.config.name_or_path = str(Path(source.base).absolute())
 
 
 def merge_adapters(model: Any, source: ModelSource, load: Callable[[Any, str], PeftModel]) -> Any:
@@ -93,7 +93,8 @@ def merge_adapters(model: Any, source: ModelSource, load: Callable[[Any, str], P
         )
     for folder in source.merged:
         model = merge_adapter(load(model, folder))
-        model.name_or_path = model.config.name_or_path = folder
+        # Absolute: peft would ask the hub for the configuration of runs/mine, which has the form of a hub id.
+        model.name_or_path = model.config.name_or_path = str(Path(folder).absolute())
     return model
 
 

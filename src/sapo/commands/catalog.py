@@ -17,6 +17,9 @@ LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", 
 GPUS = ("a100-40", "a100-80", "h100", "h100-pcie", "h200", "b200", "l40s", "a6000", "rtx4090", "rtx3090")
 """Devices of `sapo estimate`; `estimate.devices` has their figures."""
 
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k")
+"""Types of GGUF files that `sapo export` writes."""
+
 _TEMPLATE = "chat template to use instead of the model's: chatml, zephyr, a Jinja file, a folder or a Hub id"
 _MODEL_AND_DATA = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split",
                    "chat_template_path")  # fmt: skip
@@ -115,6 +118,38 @@ def _chat(parser: ArgumentParser) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, ...; default: the accelerator if there is one")
     add("--chat_template_path", metavar="PATH", help=_TEMPLATE)
     add("--plain", action="store_true", help="use no chat template: send each turn alone, as it is")
+
+
+def _export(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", metavar="RUN", help="output folder of a run, a checkpoint-N folder, or any model or adapter")
+    add("out", metavar="OUT", type=Path, help="folder to create")
+    add("--which", choices=["policy", "opponent", "start"], default="policy", help="model of the run")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="data type of the weights; auto: as the model, or the base of an adapter, is stored",
+    )
+    add(
+        "--gguf",
+        metavar="TYPE",
+        nargs="?",
+        const="q8_0",
+        type=str.lower,
+        choices=GGUF_TYPES,
+        help=f"write a GGUF file too: {', '.join(GGUF_TYPES)}; q8_0 if no type is given",
+    )
+    add(
+        "--llama_cpp",
+        metavar="PATH",
+        type=Path,
+        help="folder of llama.cpp, or its convert_hf_to_gguf.py; default: what is on PATH",
+    )
+    add("--ollama", action="store_true", help="write a Modelfile for Ollama: template, stop tokens, parameters")
+    add("--revision", metavar="NAME", default="main", help="branch, tag or commit of a model on the Hub")
+    add("--device", metavar="NAME", help="cpu, cuda, ...; default: the accelerator if there is one")
+    add("--overwrite", action="store_true", help="replace an earlier export in OUT")
 
 
 def _evaluate(parser: ArgumentParser) -> None:
@@ -260,7 +295,7 @@ COMMANDS = {
         Command(
             "serve",
             "Train",
-            "start a recipe's vLLM servers and, with --train, its run",
+            "start a training run's vLLM servers (to serve a result: vllm serve)",
             "sapo serve --config recipe.yaml --devices 1 --train",
             _serve,
             takes_options=True,
@@ -295,6 +330,13 @@ COMMANDS = {
             "compare runs: settings, curves, time and memory",
             "sapo compare runs/one runs/two --json comparison.json",
             _compare,
+        ),
+        Command(
+            "export",
+            "Use the result",
+            "write a run's model as an ordinary folder, GGUF or for Ollama",
+            "sapo export runs/mine my-model --gguf q8_0 --ollama",
+            _export,
         ),
     )
 }  # fmt: skip

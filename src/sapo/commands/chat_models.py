@@ -93,7 +93,7 @@ def load_chat_models(
         models.insert(0, ChatModel("opponent", _load(str(opponent), "main", device)[0]))
     start = start_of(folder)
     if adapter is not None:
-        began = find_source(start).adapter if start is not None and Path(start).is_dir() else None
+        began = find_source(start).adapter if start is not None else None
         if began is not None:
             load_adapter(policy, began, name="start")
         models.insert(0, ChatModel("start", policy, None if began is None else "start"))

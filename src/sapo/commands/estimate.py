@@ -104,7 +104,7 @@ def make_report(given: Parsed) -> Report:
     run = build(given.values({"bf16": device.overlaps, "report_to": ["none"]}) | {"use_cpu": True})
     config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
     if own.model_config is None:
-        run.model = with_stored_adapter(run.model)
+        run.model = with_stored_adapter(run.model, merge=run.config.adapter == "merge")
     run.config.check_positions(config)
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)
@@ -161,7 +161,8 @@ def _measured(run: RunArguments, stands_in: bool, *given: int | None) -> Measure
 
 def _has_tokenizer(run: RunArguments) -> bool:
     """Whether the model's folder holds a tokenizer; of the hub it is expected."""
-    folder = Path(find_source(str(run.model.model_name_or_path), run.model.model_revision).tokenizer)
+    source = find_source(str(run.model.model_name_or_path), run.model.model_revision)
+    folder = Path(source.tokenizer_folder or source.base_path)
     return not folder.is_dir() or any(next(folder.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model"))
 
 

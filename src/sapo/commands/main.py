@@ -150,6 +150,10 @@ def _run(command: Command, given: Parsed) -> int:
             from sapo.commands.chat import run_chat
 
             run_chat(given)
+        case "export":
+            from sapo.commands.export import run_export
+
+            run_export(given)
         case "demo":
             from sapo.demo.run import run_demo
 

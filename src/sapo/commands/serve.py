@@ -73,7 +73,7 @@ def run_serve(given: Parsed) -> int:
         )
     # vLLM is not told to trust code either; here the reason is one line.
     load_config(run.model)
-    run.model = with_stored_adapter(run.model)
+    run.model = with_stored_adapter(run.model, merge=run.config.adapter == "merge")
     python = own.vllm_python or _python_with_vllm()
     servers = servers_for(run, python, own.devices or (), given.extra)
     console = Console()

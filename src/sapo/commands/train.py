@@ -11,7 +11,6 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
-from sapo.commands.catalog import COMMANDS
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
@@ -258,8 +257,7 @@ def next_commands(
         length = f" --max_length {run.config.max_length}"
         lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {_quoted(evaluation)}{length}")
     lines.append(f"Compare:   sapo compare {name}")
-    if "export" in COMMANDS:
-        lines.append(f"Export:    sapo export {name}")
+    lines.append(f"Export:    sapo export {name} OUT    (one model folder for vLLM, llama.cpp, Ollama, ...)")
     return lines
 
 

@@ -25,7 +25,7 @@ from sapo.evaluation.harness_data import (
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
 from sapo.evaluation.store import FinishedParts, part_key, write_result
-from sapo.evaluation.targets import Target
+from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.text import visible
 from sapo.weights.embeddings import trained_rows
@@ -115,6 +115,7 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
     manager = task_manager(known, everything, data, session.folder / TASKS_FOLDER)
     facts = load_all(manager, everything)
     for target in session.targets:
+        check_for_other_loaders(target)
         _require_room(session, target, facts)
         _require_tokens(session, target)
     include = session.folder / TASKS_FOLDER if data is not None else None

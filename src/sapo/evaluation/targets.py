@@ -13,15 +13,16 @@ from typing import Any
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ModelError, TokenizerError
-from sapo.runs.files import folder_digest
+from sapo.runs.files import file_digest, folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
 from sapo.weights.embeddings import fit_model
 from sapo.weights.loading import load_frozen, load_template_tokenizer, load_tokenizer, read_config
 from sapo.weights.policy import padding_token_id
+from sapo.weights.source import find_source
 
 ADAPTER_FILE = "adapter_config.json"
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.model", "*.jinja", "*.json")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.model", "*.jinja", "*.json", "*.gguf")
 _OTHER_FILES = ("trainer_state.json",)
 
 
@@ -83,7 +84,7 @@ def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Tar
     for name in models:
         folder = Path(name)
         if not folder.is_dir():
-            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            if not folder.is_file() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
                 raise ModelError(f"{name}: no such model or run folder.")
             targets.append(Target(name, name))
         elif is_run(folder):
@@ -151,6 +152,21 @@ def check_target(target: Target) -> None:
             load_tokenizer(path)
 
 
+def check_for_other_loaders(target: Target) -> None:
+    """Refuse what this package loads and lm-evaluation-harness does not.
+
+    Raises:
+        ModelError: a GGUF file, or an adapter whose base is an adapter; names the way out.
+    """
+    source = find_source(target.path)
+    if source.merged or source.is_gguf:
+        what = "a GGUF file" if source.is_gguf else "an adapter on an adapter"
+        raise ModelError(
+            f"{target.path}: lm-evaluation-harness cannot load {what}. Evaluate the folder that sapo export "
+            f"{target.path} OUT writes."
+        )
+
+
 def fingerprint(target: Target, revision: str = "main") -> str:
     """Hash that identifies a model: of its files for a folder, of the commit for a Hub id.
 
@@ -163,6 +179,8 @@ def fingerprint(target: Target, revision: str = "main") -> str:
             continue
         folder = Path(path)
         own = folder_digest(folder, _MODEL_FILES, without=_OTHER_FILES) if folder.is_dir() else None
+        if folder.is_file():
+            own = file_digest(folder)
         digest.update((own or f"{path}@{read_config(path, revision)._commit_hash or revision}").encode())
     return digest.hexdigest()[:16]
 

@@ -91,6 +91,14 @@ class OwnOptions:
         common=True,
     )
 
+    # Model
+    adapter: Literal["continue", "merge"] = declared(
+        "continue",
+        "What happens to the adapter that model_name_or_path names: continue trains it further, merge adds it to its "
+        "base model in memory and trains a new adapter (use_peft) or all weights.",
+        "Model",
+    )
+
     # Objective
     objective: Objective = _objective(
         "dpo",

@@ -201,7 +201,7 @@ class RunFolder:
             finish(staging / name, self.path / name)
             _readable(*(staging / name).iterdir())
             parts.seal(staging / name)
-            _replace_folder(staging / name, self.path / name)
+            replace_folder(staging / name, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
         self._world.barrier()
         return self.path / name
@@ -245,7 +245,7 @@ class RunFolder:
                     if self._world.first:
                         tokenizer.save_pretrained(staging)
                         _readable(*staging.iterdir())
-                        _replace_folder(staging, folder / OPPONENT_FOLDER)
+                        replace_folder(staging, folder / OPPONENT_FOLDER)
         except CheckpointError as error:
             errors.append(error)
         except Exception as error:  # noqa: BLE001 - as above
@@ -369,7 +369,7 @@ def _readable(*paths: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _replace_folder(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Put the complete folder `new` where `target` is; a crash at any point leaves one of the two for `_settle`."""
     _settle(target)
     if target.exists():

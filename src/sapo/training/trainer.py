@@ -123,6 +123,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if args.disable_dropout:
             disable_dropout(policy)
         eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
+        use_cache = bool(policy.config.to_dict().get("use_cache", True))
         self.data_reports: dict[str, DataReport] = {}
         self._prepare = partial(
             prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids
@@ -139,7 +140,13 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         )
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        roles = Roles(self.model, args, self.accelerator, lambda: self.accelerator.unwrap_model(self.model))
+        roles = Roles(
+            self.model,
+            args,
+            self.accelerator,
+            lambda: self.accelerator.unwrap_model(self.model),
+            use_cache=use_cache,
+        )
         pad_token_id = padding_token_id(processing_class, eos_ids)
         self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles)
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}

@@ -12,7 +12,7 @@ import logging as standard_logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -42,11 +43,14 @@ from sapo.weights.source import (
     TOKENIZER_FILES,
     ModelSource,
     check_weights,
+    download_adapter,
     find_source,
     loading_error,
+    not_in_repository,
     quantization_method,
     read_adapter_config,
 )
+from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -78,9 +82,12 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
         ModelError: there is no such model.
         TokenizerError: its tokenizer cannot be read, or needs code of its own.
     """
-    source = find_source(name, revision)
+    source = _find(name, revision)
+    path, options = source.tokenizer_folder, {"revision": source.revision}
+    if path is None:
+        path, options = source.base_path, source.base_options
     try:
-        return AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except _LOADING_ERRORS as error:
         raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
 
@@ -110,7 +117,7 @@ def read_config(name: str, revision: str = "main") -> Any:
     Raises:
         ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
     """
-    return _config(find_source(name, revision))
+    return _config(_find(name, revision))
 
 
 def load_config(model_args: ModelConfig) -> Any:
@@ -131,24 +138,46 @@ def load_config(model_args: ModelConfig) -> Any:
 
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
-    source = find_source(name, revision)
-    try:
-        generation = GenerationConfig.from_pretrained(source.base, revision=source.revision)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    eos_ids: int | list[int] | None = generation.eos_token_id
+    eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id
     return eos_ids
+
+
+def load_generation_config(name: str, revision: str = "main", config: Any = None) -> GenerationConfig:
+    """The generation configuration of a model; without one of its own, that which follows from `config`."""
+    source = _find(name, revision)
+    if not source.is_gguf:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(source.base, revision=source.revision)
+    return GenerationConfig.from_model_config(_config(source) if config is None else config)
 
 
 def _source(model_args: ModelConfig) -> ModelSource:
     if not model_args.model_name_or_path:
         raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
-    return find_source(model_args.model_name_or_path, model_args.model_revision)
+    return _find(model_args.model_name_or_path, model_args.model_revision)
+
+
+def _find(name: str, revision: str) -> ModelSource:
+    """`find_source`; the hub is asked whether a name that is not in its cache is an adapter.
+
+    Raises:
+        ModelError: as for `find_source`, or what the hub answers.
+    """
+    source = find_source(name, revision)
+    if source.adapter is not None or source.is_gguf or Path(source.base).is_dir():
+        return source
+    try:
+        AutoConfig.from_pretrained(source.base, revision=revision, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        if not_in_repository(error) and download_adapter(name, revision):
+            return find_source(name, revision)
+        raise loading_error("model", source, error) from error
+    return source
 
 
 def _config(source: ModelSource) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.base_path, trust_remote_code=False, **source.base_options)
     except _LOADING_ERRORS as error:
         raise loading_error("model", source, error) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -178,8 +207,10 @@ def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ConfigurationError("load_in_4bit and load_in_8bit train an adapter only. Add --use_peft.")
     config = load_config(model_args)
-    described = with_stored_adapter(model_args)
-    _check_trainable(_source(model_args), config, adapter=described.use_peft)
+    described = with_stored_adapter(model_args, merge=args.adapter == "merge")
+    source = _source(model_args)
+    _check_trainable(source, config, adapter=described.use_peft)
+    check_start(source, model_args, args)
     if not args.skip_memory_check:
         check_memory(config, described, args)
 
@@ -198,10 +229,9 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None 
     Raises:
         ModelError: the folder is missing or incomplete, or its weights cannot be trained.
     """
-    source = _source(model_args)
-    if adapter is not None:
-        source = ModelSource(str(adapter), source.base, str(adapter), source.revision)
-    described = with_stored_adapter(model_args)
+    merge = args.adapter == "merge"
+    source = with_run_adapter(_source(model_args), adapter, merge=merge)
+    described = with_stored_adapter(model_args, merge=merge)
     options = _options(model_args, args)
     _check_trainable(source, _config(source), adapter=described.use_peft or source.adapter is not None)
     model = _load_model(source, options, trainable=True)
@@ -220,7 +250,7 @@ def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
         ModelError: the folder is missing or incomplete, or its weights cannot be trained.
     """
     options = {"dtype": "float32", **model_keyword_arguments(args), "device_map": device_map(args)}
-    source = find_source(name, options.pop("revision", "main"))
+    source = with_run_adapter(_find(name, options.pop("revision", "main")), merge=args.adapter == "merge")
     _check_trainable(source, _config(source), adapter=adapter or source.adapter is not None)
     return _load_model(source, options, trainable=True)
 
@@ -236,9 +266,7 @@ def load_generating(model_args: ModelConfig, args: SAPOConfig, adapter: Path | N
     Raises:
         ModelError: a folder is missing or incomplete.
     """
-    source = _source(model_args)
-    if adapter is not None:
-        source = ModelSource(str(adapter), source.base, str(adapter), source.revision)
+    source = with_run_adapter(_source(model_args), adapter, merge=args.adapter == "merge")
     return _frozen(_load_model(source, _options(model_args, args)), args.device)
 
 
@@ -259,7 +287,7 @@ def load_frozen(
     """
     where = torch.device(device or default_device())
     options = {"dtype": dtype, "device_map": None if where.type in ("cpu", "mps") else {"": where}}
-    return _frozen(_load_model(find_source(name, revision), options, adapter_name=adapter_name), where)
+    return _frozen(_load_model(_find(name, revision), options, adapter_name=adapter_name), where)
 
 
 def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: bool = False) -> PeftModel:
@@ -291,8 +319,12 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
         raise loading_error("adapter", ModelSource(folder, folder, None, "main"), error) from error
 
 
-def with_stored_adapter(model_args: ModelConfig) -> ModelConfig:
-    """The options of a run's model; where that is an adapter's folder, its base model's with LoRA options like its own.
+def with_stored_adapter(model_args: ModelConfig, *, merge: bool) -> ModelConfig:
+    """The options of a run's model; where that is an adapter, its base model's.
+
+    Args:
+        model_args: names the model.
+        merge: whether the stored adapter is merged; else the LoRA options become like its own.
 
     Raises:
         ConfigurationError: a new adapter is asked for on top of the stored one.
@@ -300,14 +332,16 @@ def with_stored_adapter(model_args: ModelConfig) -> ModelConfig:
     source = _source(model_args)
     if source.adapter is None:
         return model_args
-    if model_args.use_peft:
+    if model_args.use_peft and not merge:
         raise ConfigurationError(
-            f"use_peft with model_name_or_path={source.name}, which is an adapter: leave use_peft out to train that "
-            f"adapter further, or name its base model ({source.base}) to train a new one."
+            f"use_peft with model_name_or_path={source.name}, which is an adapter: leave use_peft out to continue that "
+            "adapter, or add --adapter merge to merge it and train a new one."
         )
     stored = read_adapter_config(Path(source.adapter))
     described = copy.copy(model_args)
     described.model_name_or_path, described.model_revision = source.base, source.revision
+    if merge:
+        return described
     described.use_peft = True
     described.lora_r = int(stored.get("r") or model_args.lora_r)
     described.lora_target_modules = stored.get("target_modules")
@@ -345,16 +379,27 @@ def _load_model(
     """Weights and, if the source has one, the adapter."""
     _config(source)
     check_weights(source)
-    given = {"revision": source.revision, **options}
+    given = {**source.base_options, **options}
+    if source.is_gguf:
+        given["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with _without_load_report():
             model, report = AutoModelForCausalLM.from_pretrained(
-                source.base, trust_remote_code=False, output_loading_info=True, **given
+                source.base_path, trust_remote_code=False, output_loading_info=True, **given
             )
     except _LOADING_ERRORS as error:
         raise loading_error("model", source, error) from error
     _check_complete(source, model, report)
     switch_off_router_logits(model.config)
+    if source.is_gguf:
+        forget_gguf(model, source)
+        if trainable:
+            logger.warning(
+                f"{source.base}: dequantized to {str(model.dtype).removeprefix('torch.')}. Training starts from the "
+                "quantized values; what is saved is safetensors, not GGUF."
+            )
+    if source.merged:
+        model = merge_adapters(model, source, load_adapter).requires_grad_(trainable)
     if source.adapter is None:
         return model
     if trainable and quantization_method(model.config) is not None:

@@ -10,6 +10,7 @@ Source: section 3.3 of the paper; `performance.md` of the design notes for the f
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -359,12 +360,15 @@ def squared_distance(weights: Mapping[str, Tensor], policy: Mapping[str, Tensor]
 
 def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write adapter `name` alone into `folder`, as the folder's only adapter; with the weights of `state_dict`."""
-    policy.save_pretrained(
-        str(folder),
-        selected_adapters=[name],
-        state_dict=state_dict,
-        save_embedding_layers=saves_embeddings(policy, name),
-    )
+    with warnings.catch_warnings():
+        # A base that is a GGUF file or a merged adapter has no configuration to compare the vocabulary with.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        policy.save_pretrained(
+            str(folder),
+            selected_adapters=[name],
+            state_dict=state_dict,
+            save_embedding_layers=saves_embeddings(policy, name),
+        )
     nested = folder / name
     # PEFT puts every adapter but "default" into a folder of its own.
     if nested.is_dir():

@@ -56,6 +56,9 @@ def with_adapter(
         ConfigurationError: the model has an adapter already and another is asked for, the adapter's target modules
             are not in the model, or every weight is frozen.
     """
+    repaired = repair_generation_config(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if repaired is not None:
+        logger.warning(f"generation_config.json: {repaired}")
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
@@ -76,7 +79,6 @@ def with_adapter(
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
     switch_off_router_logits(model.config)
-    repair_generation_config(model.get_base_model() if isinstance(model, PeftModel) else model)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()

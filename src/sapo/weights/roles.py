@@ -44,6 +44,7 @@ class Roles:
         args: `pair_source`, `objective`, `reference`, `ema_decay`, `bf16`, `fp16` and `fused_lm_head` decide.
         accelerator: of the run.
         unwrapped: returns the policy without wrappers, at any later time.
+        use_cache: of the configuration that is saved; Trainer sets it to false while it trains.
 
     Attributes:
         opponent: the moving average that generates; None where pairs come from the data, and of a sharded policy
@@ -55,9 +56,16 @@ class Roles:
     """
 
     def __init__(
-        self, policy: nn.Module, args: SAPOConfig, accelerator: Accelerator, unwrapped: Callable[[], nn.Module]
+        self,
+        policy: nn.Module,
+        args: SAPOConfig,
+        accelerator: Accelerator,
+        unwrapped: Callable[[], nn.Module],
+        *,
+        use_cache: bool = True,
     ) -> None:
         self._args = args
+        self._use_cache = use_cache
         self._accelerator = accelerator
         self._unwrapped = unwrapped
         self._created = False
@@ -205,15 +213,33 @@ class Roles:
             writes: whether this process writes; of sharded weights all take part.
         """
         policy = self.policy()
-        if self._shell is not None:
-            save_sharded(policy, self._shell, folder)
-        elif writes and isinstance(policy, PeftModel):
-            save_adapter(policy, POLICY_ADAPTER, folder)
-        elif writes:
-            policy.save_pretrained(folder)
+        with self._config_as_loaded():
+            if self._shell is not None:
+                save_sharded(policy, self._shell, folder)
+            elif writes and isinstance(policy, PeftModel):
+                save_adapter(policy, POLICY_ADAPTER, folder)
+            elif writes:
+                policy.save_pretrained(folder)
 
     def save_opponent(self, folder: Path, *, writes: bool) -> bool:
         """Write the opponent likewise; whether there is one."""
         if self.opponent is not None and (writes or self.opponent.collective):
-            self.opponent.save_pretrained(folder)
+            with self._config_as_loaded():
+                self.opponent.save_pretrained(folder)
         return self.opponent is not None
+
+    @contextmanager
+    def _config_as_loaded(self) -> Iterator[None]:
+        """Undo, while a model is saved, what Trainer changed in its configuration."""
+        models: list[Any] = [self.policy()]
+        models += [self.opponent.model] if isinstance(self.opponent, ModelCopy) else []
+        models += [self._shell.architecture] if self._shell is not None else []
+        changed = {id(model.config): model.config for model in models if hasattr(model.config, "use_cache")}
+        before = {name: config.use_cache for name, config in changed.items()}
+        try:
+            for config in changed.values():
+                config.use_cache = self._use_cache
+            yield
+        finally:
+            for name, config in changed.items():
+                config.use_cache = before[name]

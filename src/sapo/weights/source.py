@@ -1,17 +1,21 @@
-"""What a model's name stands for: a folder, an adapter on a base model, or a hub id; and why it cannot be loaded."""
+"""What a model's name stands for: a folder, a GGUF file, an adapter, or a Hub id; and why it cannot be loaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -24,6 +28,12 @@ CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_ADAPTER_FILES = [
+    ADAPTER_FILE, "adapter_model.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.jinja", "*.model",
+]  # fmt: skip
+"""What is downloaded of an adapter on the hub."""
+_GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +42,66 @@ class ModelSource:
 
     Attributes:
         name: as the user gave it.
-        base: folder or hub id of the full model.
+        base: folder, GGUF file or Hub id of the full model.
         adapter: folder of the adapter on it; None for a full model.
-        revision: of `base`, where that is a hub id.
+        revision: of `base`, where that is a Hub id.
+        merged: folders of adapters that are merged into the base before `adapter` is put on it, in this order.
     """
 
     name: str
     base: str
     adapter: str | None
     revision: str
+    merged: tuple[str, ...] = ()
 
     @property
-    def tokenizer(self) -> str:
-        """Folder or hub id that holds the tokenizer: the adapter's folder may have one, with a template of its own."""
-        own = self.adapter is not None and any((Path(self.adapter) / file).is_file() for file in TOKENIZER_FILES)
-        return str(self.adapter) if own else self.base
+    def is_gguf(self) -> bool:
+        """Whether the base is a GGUF file."""
+        return self.base.endswith(_GGUF) and Path(self.base).is_file()
+
+    @property
+    def base_path(self) -> str:
+        """What `from_pretrained` is given for the base; of a GGUF file its folder."""
+        return str(Path(self.base).parent) if self.is_gguf else self.base
+
+    @property
+    def base_options(self) -> dict[str, Any]:
+        """What `from_pretrained` is given besides `base_path`: the revision, and the name of a GGUF file."""
+        return {"revision": self.revision} | ({"gguf_file": Path(self.base).name} if self.is_gguf else {})
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """The adapter's folder that holds a tokenizer, perhaps with a template of its own; None if the base has it."""
+        for folder in (self.adapter, *reversed(self.merged)):
+            if folder is not None and any((Path(folder) / file).is_file() for file in TOKENIZER_FILES):
+                return folder
+        return None
+
+    def with_adapter_merged(self) -> ModelSource:
+        """The same model with its adapter, if it has one, merged into the base."""
+        return self if self.adapter is None else replace(self, adapter=None, merged=(*self.merged, self.adapter))
 
 
 def find_source(name: str, revision: str = "main") -> ModelSource:
-    """Resolve a model folder, an adapter folder or a hub id.
+    """Resolve a model folder, a GGUF file, an adapter folder or a Hub id, without asking the hub.
 
     Args:
         name: as given by the user.
-        revision: of a hub id.
+        revision: of a Hub id.
 
     Raises:
         ModelError: no such folder, a folder without a model, or one with both a model and an adapter.
     """
     folder = Path(name)
+    if folder.is_file() and folder.suffix == _GGUF:
+        return _gguf_source(name, folder, revision)
     if not folder.is_dir():
         _refuse_missing_folder(name)
-        return ModelSource(name, name, None, revision)
+        cached = _cached_adapter(name, revision)
+        return ModelSource(name, name, None, revision) if cached is None else _adapter_source(name, cached, "main")
     model, adapter = (folder / CONFIG_FILE).is_file(), (folder / ADAPTER_FILE).is_file()
+    if not adapter and (file := _only_gguf(folder)) is not None:
+        return _gguf_source(name, file, revision)
     if model and adapter:
         raise ModelError(
             f"{name}: holds both {CONFIG_FILE} and {ADAPTER_FILE}, so it is unclear whether the model or the adapter "
@@ -75,17 +113,78 @@ def find_source(name: str, revision: str = "main") -> ModelSource:
         raise ModelError(
             f"{name}: no {CONFIG_FILE} and no {ADAPTER_FILE} in this folder. Give a model or adapter folder."
         )
+    return _adapter_source(name, folder, revision)
+
+
+def _adapter_source(name: str, folder: Path, revision: str) -> ModelSource:
+    """The adapter in `folder` on its base model; a base that is an adapter itself is merged into its own base."""
     content = read_adapter_config(folder)
     base = content.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder / ADAPTER_FILE}: base_model_name_or_path is missing. Name the adapter's base model.")
+    if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise ModelError(f"{folder / ADAPTER_FILE}: names itself as the base model. Name the adapter's base model.")
     try:
-        found = find_source(base, str(content.get("revision") or revision))
+        found = find_source(base, str(content.get("revision") or revision)).with_adapter_merged()
     except ModelError as error:
         raise ModelError(f"{folder / ADAPTER_FILE} names the base model {error}") from error
-    if found.adapter is not None:
-        raise ModelError(f"{folder / ADAPTER_FILE}: the base model {base} is itself an adapter. Merge that one first.")
-    return ModelSource(name, base, name, found.revision)
+    except RecursionError as error:
+        raise ModelError(f"{folder / ADAPTER_FILE}: the base models name each other. Name a full model.") from error
+    return replace(found, name=name, adapter=str(folder))
+
+
+def _gguf_source(name: str, file: Path, revision: str) -> ModelSource:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f'{file}: reading GGUF needs the package gguf. pip install "sapo-llm[gguf]"')
+    if re.search(r"-\d{5}-of-\d{5}$", file.stem):
+        raise ModelError(f"{file}: one part of a split file. Join the parts with llama-gguf-split --merge.")
+    return ModelSource(name, str(file), None, revision)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other weights; None if there is none.
+
+    Raises:
+        ModelError: there are several.
+    """
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    files = [name for name in names if name.endswith(_GGUF) and not name.startswith("mmproj")]
+    if not files or any(name.endswith((".safetensors", ".bin")) for name in names):
+        return None
+    if len(files) > 1:
+        raise ModelError(f"{folder}: holds {len(files)} GGUF files. Name one of them, such as {folder / files[0]}.")
+    return folder / files[0]
+
+
+def _cached_adapter(name: str, revision: str) -> Path | None:
+    """Where the hub's cache holds the adapter of this name; None if it is a model, or not there."""
+    try:
+        model = try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
+        adapter = try_to_load_from_cache(name, ADAPTER_FILE, revision=revision)
+    except HFValidationError:
+        # transformers says in its own words what is wrong with the name.
+        return None
+    return Path(adapter).parent if isinstance(adapter, str) and not isinstance(model, str) else None
+
+
+def download_adapter(name: str, revision: str) -> bool:
+    """Put an adapter of the hub into the hub's cache, where `find_source` sees it; whether there is one.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES)
+    except (HfHubHTTPError, OSError) as error:
+        raise loading_error("adapter", ModelSource(name, name, None, revision), error) from error
+    return (Path(folder) / ADAPTER_FILE).is_file()
+
+
+def not_in_repository(error: BaseException) -> bool:
+    """Whether the hub answered that a repository lacks a file, and not that it could not be asked."""
+    causes = tuple(_causes(error))
+    missing = any(isinstance(cause, EntryNotFoundError) for cause in causes)
+    return missing and not any(isinstance(cause, LocalEntryNotFoundError) for cause in causes)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -155,6 +254,11 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             f"{name}: the {what} needs code of its own (auto_map), and code from a model is never run. Use a model "
             "that transformers has by itself; one whose code you trust can be loaded in Python and passed as an object."
         )
+    if source.is_gguf:
+        return ModelError(
+            f"{name}: the {what} cannot be read from this GGUF file ({reason}). Start from the model that it was "
+            "converted from."
+        )
     if isinstance(error, ImportError) or Path(source.base).is_dir():
         advice = "" if isinstance(error, (ImportError, TypeError)) else " Check that the folder is complete."
         return ModelError(f"{name}: the {what} cannot be loaded ({reason}).{advice}")
@@ -174,7 +278,7 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             f"({brief(causes[-1], 100)}). Give a local folder, or connect this machine."
         )
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
-        return ModelError(f"{name}: the {what} is incomplete on the hub ({reason}). An adapter must be a local folder.")
+        return ModelError(f"{name}: the {what} is incomplete on the hub ({reason}).")
     return ModelError(f"{name}: the {what} cannot be loaded ({reason}).")
 
 

@@ -1,0 +1,232 @@
+"""Make a run's model an ordinary model folder: LoRA merged, one data type, complete configurations, checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from sapo._version import __version__
+from sapo.data.encoding import eos_token_ids
+from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.hub.self_check import Agreement, Reply, agreement, allowed_difference, greedy_replies, prompts
+from sapo.runs.checkpoint import read_tensors
+from sapo.runs.files import write_atomically
+from sapo.runs.folder import replace_folder
+from sapo.runs.layout import OPPONENT_FOLDER, STATE_FILE
+from sapo.runs.reading import is_run, recipe_option, start_of
+from sapo.weights.loading import load_frozen, load_tokenizer, read_config
+from sapo.weights.opponent import policy_tensors
+from sapo.weights.policy import repair_generation_config
+from sapo.weights.source import find_source, quantization_method
+from sapo.weights.starts import merge_adapter
+
+EXPORT_FILE = "sapo_export.json"
+"""In an exported folder: what it was made from."""
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is exported.
+
+    Attributes:
+        model: folder, GGUF file or Hub id to load.
+        which: policy, opponent or start.
+        revision: of a Hub id.
+        opponent_of: checkpoint folder whose opponent replaces the weights of `model`; None if `model` has them.
+        start: model that the run started from; None where there is no run, or it does not say.
+        note: what the user should know about the weights; or an empty string.
+    """
+
+    model: str
+    which: str
+    revision: str = "main"
+    opponent_of: Path | None = None
+    start: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model folder that was written and checked.
+
+    Attributes:
+        folder: where it lies.
+        what: what it was made from, in words.
+        dtype: of its weights.
+        repaired: what was changed in the generation configuration; None for nothing.
+        agreement: with the model it was made from.
+        replies: of the model it was made from.
+        tokenizer: of the model.
+        eos_ids: tokens that end a reply.
+    """
+
+    folder: Path
+    what: str
+    dtype: torch.dtype
+    repaired: str | None
+    agreement: Agreement
+    replies: list[Reply]
+    tokenizer: Any
+    eos_ids: frozenset[int]
+
+
+def find_origin(target: str, which: str, revision: str = "main") -> Origin:
+    """What `which` of a run, of a checkpoint, or of a model on its own stands for.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    folder = Path(target)
+    checkpoint = (folder / STATE_FILE).is_file()
+    if not checkpoint and not is_run(folder):
+        if which != "policy":
+            raise ConfigurationError(f"--which {which}: {target} is a model and not a run. Leave --which out.")
+        return Origin(target, "policy", revision)
+    run = folder.parent if checkpoint else folder
+    start = start_of(run)
+    if which == "start":
+        if start is None:
+            raise ConfigurationError(f"--which start: {run} does not say what it started from.")
+        return Origin(start, which, recipe_option(run, "model_revision") or "main", start=start)
+    if not any((folder / name).is_file() for name in _MODEL_FILES):
+        raise ConfigurationError(
+            f"{target}: this run has not saved its policy yet. Export one of its checkpoint-N folders."
+        )
+    quantized = next((name for name in ("load_in_4bit", "load_in_8bit") if recipe_option(run, name) == "True"), None)
+    note = "" if quantized is None else f"The run used {quantized}; the adapter is merged into the unquantized base."
+    if which == "policy":
+        return Origin(target, which, start=start, note=note)
+    if checkpoint:
+        if not (folder / "opponent.safetensors").is_file():
+            raise ConfigurationError(f"--which opponent: {target} holds no opponent.")
+        return Origin(target, which, opponent_of=folder, start=start, note=note)
+    if not (folder / OPPONENT_FOLDER).is_dir():
+        raise ConfigurationError(f"--which opponent: {target} has no opponent (pair_source or objective needs none).")
+    return Origin(str(folder / OPPONENT_FOLDER), which, start=start, note=note)
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder beside `out` that becomes `out` when the block ends; after an error nothing of it is left.
+
+    Args:
+        out: must not exist, or be empty, or be an earlier export.
+        overwrite: whether an earlier export may be replaced.
+
+    Raises:
+        ConfigurationError: there is something else.
+        ModelError: it cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"{out} is a file. Name a folder to create.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / EXPORT_FILE).is_file():
+            raise ConfigurationError(f"{out} is not empty, and not an earlier export. Name another folder.")
+        if not overwrite:
+            raise ConfigurationError(f"{out} exists already. Name another folder, or add --overwrite.")
+    staging = out.absolute().with_name(f".{out.absolute().name}.exporting")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        replace_folder(staging, out)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{out} cannot be written ({brief(error, 200)}). Nothing of it is left.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: str | None = None) -> Exported:
+    """Write a model folder, load it again, and compare.
+
+    Args:
+        origin: what to export.
+        folder: empty.
+        dtype: of the weights; "auto" as the model, or the base model of an adapter, is stored.
+        device: to compute on; unset, the accelerator if there is one.
+
+    Raises:
+        ModelError: the model cannot be loaded or merged, or the written folder does not agree with it.
+    """
+    source = find_source(origin.model, origin.revision)
+    config = read_config(origin.model, origin.revision)
+    method = quantization_method(config)
+    if method is not None:
+        raise ModelError(
+            f"{origin.model}: its {'base' if source.adapter else 'weights'} is stored quantized ({method}) and cannot "
+            "be merged or cast. Serve the adapter beside its base (vllm serve BASE --enable-lora)."
+        )
+    stored = config.dtype or torch.float32
+    wanted: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = load_tokenizer(origin.model, origin.revision)
+    model = load_frozen(origin.model, revision=origin.revision, dtype="float32", device=device)
+    if origin.opponent_of is not None:
+        _take_opponent(model, origin.opponent_of)
+    eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
+    rendered = prompts(tokenizer)
+    replies = greedy_replies(model, tokenizer, rendered, eos_ids)
+    what = f"{origin.which} of {origin.model}" if origin.start is not None else origin.model
+    if isinstance(model, PeftModel):
+        what += f": LoRA adapter merged into {source.base} in float32"
+        model = merge_adapter(model)
+    elif source.is_gguf:
+        what += ": dequantized"
+    repaired = _complete(model, origin, tokenizer, eos_ids)
+    for weight in model.parameters():
+        weight.data = weight.data.to(wanted)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts = {"which": origin.which, "model": origin.model, "dtype": str(wanted), "sapo-llm": __version__}
+    write_atomically(folder / EXPORT_FILE, json.dumps(facts, indent=1))
+    del model
+    agreed = agreement(
+        load_frozen(str(folder), device=device),
+        load_tokenizer(str(folder)),
+        replies,
+        eos_ids,
+        allowed=allowed_difference(wanted),
+    )
+    if prompts(load_tokenizer(str(folder))) != rendered:
+        raise ModelError(f"{origin.model}: the written tokenizer gives other tokens than the run's. Nothing is left.")
+    if not agreed.holds:
+        raise ModelError(
+            f"{origin.model}: the written folder does not agree with it: {agreed.line()}. Nothing is left."
+        )
+    return Exported(folder, what, wanted, repaired, agreed, replies, tokenizer, eos_ids)
+
+
+def _take_opponent(model: Any, checkpoint: Path) -> None:
+    own, kept = policy_tensors(model), read_tensors(checkpoint, "opponent")
+    if own.keys() != kept.keys():
+        raise ModelError(f"{checkpoint}: its opponent does not have the weights of its policy. Export --which policy.")
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(kept[name])
+
+
+def _complete(model: Any, origin: Origin, tokenizer: Any, eos_ids: frozenset[int]) -> str | None:
+    """Fill in what the configurations lack; what was repaired."""
+    use_cache = True
+    if origin.start is not None and origin.which != "start" and Path(origin.start).exists():
+        # Runs of version 0.1 and before saved what Trainer had switched off.
+        use_cache = bool(read_config(origin.start).to_dict().get("use_cache", True))
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = use_cache
+    model.config.name_or_path = ""
+    repaired = repair_generation_config(model)
+    ends = sorted(eos_ids)
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    for name in ("pad_token_id", "bos_token_id"):
+        if getattr(model.generation_config, name) is None and getattr(tokenizer, name) is not None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    return repaired

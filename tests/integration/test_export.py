@@ -1,0 +1,214 @@
+"""The way out of a run: an ordinary model folder that answers like the run, and what is refused on the way."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sapo.commands.main import main
+from sapo.hub import export
+from sapo.hub.ollama import find_turns, modelfile
+from tests.tiny import byte_tokenizer, tiny_llama
+
+INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture
+def make_run(make_trainer, tokenizer, tmp_path):
+    def make(*, lora, generation=None, dtype=torch.float32, **options):
+        start = tiny_llama(dtype=dtype)
+        start.save_pretrained(tmp_path / "start")
+        tokenizer.save_pretrained(tmp_path / "start")
+        if generation is not None:
+            (tmp_path / "start" / "generation_config.json").write_text(json.dumps(generation))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype="float32")
+        options = {"learning_rate": 0.05, "ema_decay": 0.9, "report_pairs": 12, "max_steps": 3} | options
+        trainer = make_trainer("run", lora=lora, model=model, **options)
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(INPUTS).logits
+
+
+def exported(tmp_path, *flags, run="run"):
+    assert main(["export", str(tmp_path / run), str(tmp_path / "out"), "--device", "cpu", *flags]) == 0
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# ---- What is written ----
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("which", ["policy", "opponent", "start"])
+def test_the_exported_folder_computes_what_the_run_does(which, lora, make_run, tmp_path, capsys):
+    trainer = make_run(lora=lora)
+    model = exported(tmp_path, "--which", which)
+    folder = {"policy": "run", "opponent": "run/opponent", "start": "start"}[which]
+    load = AutoPeftModelForCausalLM if lora and which != "start" else AutoModelForCausalLM
+    run_model = load.from_pretrained(tmp_path / folder)
+    torch.testing.assert_close(logits(model), logits(run_model), atol=1e-5, rtol=1e-5)
+    if which == "policy":
+        torch.testing.assert_close(logits(model), logits(trainer.policy()), atol=1e-5, rtol=1e-5)
+    else:
+        assert not torch.allclose(logits(model), logits(trainer.policy()), atol=1e-3)
+    assert "3 of 3 greedy replies are equal" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert model.config.use_cache
+    assert model.generation_config.eos_token_id == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2").input_ids == [4, 5]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_exports_the_opponent_of_its_step(lora, make_run, tmp_path):
+    trainer = make_run(lora=lora, save_strategy="steps", save_steps=3)
+    with trainer.opponent.using() as module:
+        of_last_step = logits(module)
+    model = exported(tmp_path, "--which", "opponent", run="run/checkpoint-3")
+    torch.testing.assert_close(logits(model), of_last_step, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_is_cast_to_the_type_of_its_base_after_the_merge(make_run, tmp_path, capsys):
+    make_run(lora=True, dtype=torch.bfloat16)
+    assert exported(tmp_path).dtype == torch.bfloat16
+    assert "merged" in capsys.readouterr().out
+    assert exported(tmp_path, "--dtype", "float16", "--overwrite").dtype == torch.float16
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_saved_configurations_have_the_cache_setting_of_the_start(use_cache, make_trainer, tmp_path):
+    trainer = make_trainer(model=tiny_llama(use_cache=use_cache), save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    for folder in ("", "opponent", "checkpoint-2"):
+        content = json.loads((tmp_path / "run" / folder / "config.json").read_text())
+        assert content["use_cache"] is use_cache, folder
+
+
+def test_an_invalid_generation_configuration_is_repaired_and_said(make_run, tmp_path, capsys, caplog):
+    make_run(lora=False, generation={"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1})
+    assert "do_sample is set to true" in caplog.text
+    model = exported(tmp_path)
+    assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.6)
+    exported(tmp_path, "--which", "start", "--overwrite")
+    assert "do_sample is set to true" in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_no_run_is_merged(make_run, tmp_path):
+    make_run(lora=True)
+    (tmp_path / "run" / "opponent").rename(tmp_path / "alone")
+    wanted = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "alone"))
+    torch.testing.assert_close(logits(exported(tmp_path, run="alone")), wanted, atol=1e-5, rtol=1e-5)
+
+
+# ---- What is refused ----
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["export", *map(str, arguments)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_what_is_there_is_not_overwritten(make_run, tmp_path, capsys):
+    make_run(lora=False)
+    run, out = tmp_path / "run", tmp_path / "out"
+    exported(tmp_path)
+    assert "--overwrite" in refused(capsys, run, out)
+    exported(tmp_path, "--overwrite")
+    assert "not an earlier export" in refused(capsys, run, run, "--overwrite")
+    assert "not an earlier export" in refused(capsys, run, tmp_path / "start", "--overwrite")
+    assert "is a file" in refused(capsys, run, run / "config.json")
+
+
+def test_a_folder_that_does_not_agree_is_not_left(make_run, tmp_path, capsys, monkeypatch):
+    make_run(lora=True)
+    merge = export.merge_adapter
+
+    def wrong(model):
+        merged = merge(model)
+        merged.model.layers[0].mlp.up_proj.weight.data.mul_(-3)
+        return merged
+
+    monkeypatch.setattr(export, "merge_adapter", wrong)
+    assert "does not agree" in refused(capsys, tmp_path / "run", tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "start"]
+
+
+def test_a_model_that_is_not_there_is_told(make_run, make_trainer, tmp_path, capsys):
+    make_run(lora=False, objective="sft")
+    assert "has no opponent" in refused(capsys, tmp_path / "run", tmp_path / "out", "--which", "opponent")
+    assert "is a model and not a run" in refused(capsys, tmp_path / "start", tmp_path / "out", "--which", "start")
+    make_trainer("begun").train()
+    assert "has not saved its policy yet" in refused(capsys, tmp_path / "begun", tmp_path / "out")
+
+
+def test_a_quantized_base_is_refused(make_run, tmp_path, capsys):
+    make_run(lora=True)
+    file = tmp_path / "start" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    assert "stored quantized (gptq)" in refused(capsys, tmp_path / "run", tmp_path / "out")
+
+
+# ---- Ollama ----
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ '<s>' }}{% for m in messages %}[{{ m['role'] }}]\n\n{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] + '</s>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("template", "default"), [(CHATML, "Be kind."), (LLAMA, ""), (ZEPHYR, "")])
+def test_simple_chat_templates_have_a_form_for_ollama(template, default):
+    tokenizer = byte_tokenizer(template)
+    turns = find_turns(tokenizer)
+    assert turns is not None
+    assert turns.default_system == default
+    assert turns.bos == ("<s>" if template is LLAMA else "")
+    text, converted = modelfile(".", tokenizer, tiny_llama().generation_config, frozenset([tokenizer.eos_token_id]))
+    assert converted
+    assert "{{ range .Messages }}" in text
+    assert 'PARAMETER stop "</s>"' in text
+    assert ('SYSTEM """Be kind."""' in text) == bool(default)
+    if template is ZEPHYR:
+        assert '{{ if eq .Role "system" }}<|system|>\n{{ .Content }}</s>\n{{ else if' in text
+        assert text.split('TEMPLATE """')[1].split('"""')[0].endswith("{{ end }}{{ end }}<|assistant|>\n")
+
+
+@pytest.mark.parametrize("template", [MISTRAL, None])
+def test_other_chat_templates_are_left_to_the_client(template):
+    tokenizer = byte_tokenizer(template)
+    text, converted = modelfile(".", tokenizer, tiny_llama().generation_config, frozenset([tokenizer.eos_token_id]))
+    assert not converted
+    assert "raw: true" in text
+
+
+def test_sampling_parameters_stand_in_the_modelfile(make_run, tmp_path, capsys):
+    make_run(lora=False, generation={"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 1})
+    exported(tmp_path, "--ollama")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "PARAMETER temperature 0.6\nPARAMETER top_k 20" in text
+    assert "ollama create out" in capsys.readouterr().out

@@ -66,7 +66,8 @@ def test_loss_and_gradients_do_not_depend_on_the_tokens_of_a_pass(name, layout, 
     for tokens in (None, 1, 60, 10_000):
         trainer = make_trainer(
             objective=name, layout=layout, per_device_train_batch_size=5, max_steps=1, logging_steps=1,
-            tokens_per_forward=tokens, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
+            tokens_per_forward=tokens, overwrite_output_dir=True,
+            optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
         )  # fmt: skip
         start = {key: weight.detach().clone() for key, weight in trainer.policy().named_parameters()}
         trainer.train()

@@ -212,7 +212,7 @@ def test_wrong_recipe_names_file_and_option(model, data, tmp_path, capsys):
 
 
 def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sapo.weights.loading.psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
+    monkeypatch.setattr("sapo.weights.footprint.psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
     assert "before activations" in refused(command(model, data, tmp_path / "run"), capsys)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
 
 from sapo.config import SAPOConfig
+from sapo.errors import ConfigurationError
+from sapo.text import bytes_text
 from sapo.weights.opponent import (
     ModelCopy,
     ShadowModel,
@@ -162,6 +165,30 @@ def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict
     parts["float32 master"] = 4 * _count(_mastered(trained, strategy))
     parts["optimizer"] = _optimizer_memory(trained, args, strategy)
     return {name: round(size) for name, size in parts.items() if size}
+
+
+def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
+    """Compare what the models, gradients and optimizer take with the memory of the device; activations come on top.
+
+    Raises:
+        ConfigurationError: it does not fit; names the parts and what makes them smaller.
+    """
+    strategy = running_strategy(args)
+    parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
+    needed = sum(parts.values())
+    if torch.cuda.is_available() and not args.use_cpu:
+        available, where = torch.cuda.mem_get_info()[0], "on the GPU"
+    else:
+        # All processes of this machine share its memory.
+        available, where = psutil.virtual_memory().available // max(1, args.world_size), "in memory"
+    if needed > available:
+        listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
+        raise ConfigurationError(
+            f"{model_args.model_name_or_path} needs about {bytes_text(needed)} ({listed}) before activations, and "
+            f"{bytes_text(available)} are free {where}. Use more GPUs with --accelerate_config zero3 or fsdp2, "
+            "--use_peft, --optim adamw_bnb_8bit, a smaller model, or --skip_memory_check; sapo estimate tells what "
+            "each saves."
+        )
 
 
 def gradient_memory(trained: Iterable[Tensor], args: SAPOConfig, strategy: Strategy) -> float:

@@ -17,7 +17,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
@@ -35,9 +34,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
-from sapo.text import bytes_text
 from sapo.weights.embeddings import grow, trained_rows
-from sapo.weights.footprint import build_run_models, model_memory, running_strategy
+from sapo.weights.footprint import check_memory
 from sapo.weights.policy import model_keyword_arguments, switch_off_router_logits
 from sapo.weights.source import (
     TOKENIZER_FILES,
@@ -484,27 +482,3 @@ def use_one_device(args: SAPOConfig) -> None:
         f"{visible} GPUs are visible and one is used ({args.device}). To use all: sapo train ... "
         "--accelerate_config multi_gpu"
     )
-
-
-def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
-    """Compare what the models, gradients and optimizer take with the memory of the device; activations come on top.
-
-    Raises:
-        ConfigurationError: it does not fit; names the parts and what makes them smaller.
-    """
-    strategy = running_strategy(args)
-    parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
-    needed = sum(parts.values())
-    if torch.cuda.is_available() and not args.use_cpu:
-        available, where = torch.cuda.mem_get_info()[0], "on the GPU"
-    else:
-        # All processes of this machine share its memory.
-        available, where = psutil.virtual_memory().available // max(1, args.world_size), "in memory"
-    if needed > available:
-        listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
-        raise ConfigurationError(
-            f"{model_args.model_name_or_path} needs about {bytes_text(needed)} ({listed}) before activations, and "
-            f"{bytes_text(available)} are free {where}. Use more GPUs with --accelerate_config zero3 or fsdp2, "
-            "--use_peft, --optim adamw_bnb_8bit, a smaller model, or --skip_memory_check; sapo estimate tells what "
-            "each saves."
-        )

@@ -165,7 +165,7 @@ def test_evaluates_on_local_measures(data, runs):
     rows = ("--suite", "local", "--dataset_name", data / "test.jsonl", "--dataset_split", "test", "--limit", "6")
     _, figures = sapo("evaluate", run, *rows, "--max_new_tokens", "24", "--output_dir", runs / "evaluation")
     results = json.loads((runs / "evaluation" / "results.json").read_text())
-    figures["local"] = results["suites"]["local"] if "suites" in results else list(results)
+    figures["local"] = results["suites"]["local"]["models"]
     note("evaluate-local", figures)
 
 

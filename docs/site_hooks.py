@@ -19,8 +19,9 @@ Every option of `sapo train`: a flag of the command line and a line of a recipe 
 `SAPOConfig` unless it is marked as one for the model or the data. `sapo train --help NAME` shows the same on the
 terminal.
 
-An option marked *free* may change when a run is resumed; all others must stay as they were. Options that
-`transformers.TrainingArguments` has and that have no meaning here are refused; the last table says why.
+Each option has an address, such as `configuration/#beta`. An option marked *free* may change when a run is resumed; all
+others must stay as they were. Options of `transformers.TrainingArguments` that have no meaning here are refused; the
+last table says why.
 """
 
 
@@ -28,9 +29,9 @@ def configuration_page() -> str:
     """The page: a table for each section, and one of what is refused."""
     parts = [INTRODUCTION]
     for section, members in sections(accepted()).items():
-        rows = ["| option | default | resume | |", "| --- | --- | --- | --- |", *map(_row, members)]
+        rows = ["| option | default | resume | meaning |", "| --- | --- | --- | --- |", *map(_row, members)]
         parts.append("\n".join([f"## {section}", "", *rows, ""]))
-    refused = [f"| `{one.name}` | {_cell(one.reason)} |" for one in options() if one.status == "refused"]
+    refused = [f"| {_anchored(one.name)} | {_cell(one.reason)} |" for one in options() if one.status == "refused"]
     parts.append("\n".join(["## Refused", "", "| option | why, and what to do |", "| --- | --- |", *refused, ""]))
     return "\n".join(parts)
 
@@ -45,7 +46,13 @@ def _row(one: Option) -> str:
         text += f" Needs {one.needs}."
     resume = "one start" if one.one_start else "free" if one.resume == "free" else "fixed"
     kept = one.kind if one.kind in ("model", "data") else resume
-    return f"| `{one.name}` | `{one.default_text}` | {kept} | {_cell(text)} |"
+    default = f"`{one.default_text}`" if one.default_text else ""
+    return f"| {_anchored(one.name)} | {default} | {kept} | {_cell(text)} |"
+
+
+def _anchored(name: str) -> str:
+    """An option's name as a place that pages can link to."""
+    return f'<code id="{name}">{name}</code>'
 
 
 def _cell(text: str) -> str:

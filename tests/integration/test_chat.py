@@ -11,7 +11,7 @@ from sapo.commands.chat import ChatSession
 from sapo.commands.chat_models import ChatModel, ChatModels, load_chat_models, prompt_ids, reply
 from sapo.commands.main import main
 from sapo.generation.sampling import Sampling
-from tests.integration.test_readme import TEMPLATE
+from tests.integration.pages import TEMPLATE
 from tests.tiny import tiny_llama, tiny_rows
 
 GREEDY = Sampling(0.0, 0, 1.0)

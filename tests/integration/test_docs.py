@@ -1,102 +1,177 @@
-"""What the documentation tells people to type works, with a tiny model in the place of theirs."""
+"""What README and docs tell people to type works, with a tiny model in the place of theirs."""
 
 import json
 import re
 import shlex
+import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import yaml
 
+import sapo
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
+from sapo.commands.parser import parse_command
+from sapo.commands.recipes import find_recipe
 from sapo.demo.run import ARMS
 from sapo.options import accepted
-from tests.integration.test_readme import ROOT, SMALL, interrupted, newcomer  # noqa: F401
+from tests.integration import pages
+from tests.integration.pages import DOCS, PAGES, ROOT
 from tests.reports import write_run
 
-DOCS = ROOT / "docs"
-PAGES = [DOCS / name for name in ("index.md", "tutorial.md")] + sorted((DOCS / "guides").glob("*.md"))
-SHELL = {
-    "make install": "what the tests run in was made by it",
-    "sapo train --config llama3-8b": "test_published_recipes.py",
-    "sapo train --config mistral-7b": "test_published_recipes.py",
-    "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
-    "pip install": "installs an extra",
-    "vllm serve": "vLLM",
-    "llama-": "llama.cpp",
-    "ollama ": "Ollama",
-    "lms ": "LM Studio",
-    "sapo export": "needs llama.cpp; tests/integration/test_starts.py with a converter of its own",
-    "trackio show": "serves a page until it is stopped",
-    "sapo train --config guarded-dpo --report_to trackio": "test_tracking.py, where trackio is",
-    "sapo train --config guarded-dpo --push_to_hub": "test_hub.py, against a hub that is not there",
-}
-"""Commands in `bash` blocks: not run here, and why."""
+NAMED = [page for page in PAGES if pages.commands(page)]
+WITH_PYTHON = [page for page in PAGES if any(block.kind == "python" for block in pages.blocks(page))]
 
 
-def blocks(page, kind):
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    text = "".join(block for name, block in found if name == kind).replace("\\\n", " ")
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
-def sized(command):
-    """The same command, small enough for a test."""
-    arguments = shlex.split(command)
-    name = arguments[1]
-    if name == "train":
-        given = list(SMALL)
-        if "--resume_from_checkpoint" in arguments:
-            # One step more than the run before.
-            return [*arguments[1:], "--max_steps", "2", "--use_cpu"]
-        if "lora-dpo" in arguments:
-            given += ["--bf16", "false", "--dtype", "float32", "--lora_r", "2"]
-        return [*arguments[1:], *given, "--gradient_accumulation_steps", "1", "--overwrite_output_dir"]
-    return [*arguments[1:], *{"data": ["--max_length", "32"], "demo": ["--max_steps", "2"]}.get(name, [])]
+def known_words():
+    """Options and flags of all commands."""
+    flags = {name for command in COMMANDS.values() for name in command.flags}
+    return {one.name for one in accepted()} | flags
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_of_a_page_runs(page, newcomer, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
-    commands = [command for command in blocks(page, "") if command.startswith("sapo ")]
-    if any("runs/demo" in command for command in commands):
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory, tokenizer):
+    """Runs that pages take for granted: of a full model, and of an adapter."""
+    folder = tmp_path_factory.mktemp("pages")
+    pages.furnish(folder, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, more in (("mine", []), ("lora", ["--use_peft"])):
+            mine = "sapo train --config guarded-dpo --model_name_or_path my-sft-model --dataset_name my.jsonl"
+            assert main([*pages.sized(mine), "--output_dir", f"runs/{name}", *more]) == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, tokenizer):
+    """The folder in which commands are typed."""
+    pages.furnish(tmp_path, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lay_out_runs(folder, finished, commands):
+    """Put there the runs that the commands read and do not make."""
+    made = set()
+    for command in commands:
+        written = re.findall(r"--output_dir (runs/[\w-]+)", command)
+        read = set(re.findall(r"runs/[\w-]+", command)) - set(written)
+        for run in sorted(read - made - {"runs/demo"}):
+            if not (folder / run).exists():
+                shutil.copytree(finished / ("lora" if run == "runs/lora" else "mine"), folder / run)
+        made |= {*written, *read}
+    if "runs/demo" in made:
         # As the demo leaves them, which tests/integration/test_demo.py runs.
         for arm in ARMS:
-            write_run(newcomer / "runs/demo" / re.sub(r"\W+", "-", arm.lower()).strip("-"), steps=4)
-    if page.parent == DOCS / "guides" and any("runs/mine" in command for command in commands):
-        # Guides take the tutorial's run for granted.
-        for name, more in (("mine", []), ("lora", ["--use_peft", "--lora_r", "2"])):
-            mine = "sapo train --config guarded-dpo --model_name_or_path my-sft-model --dataset_name my.jsonl"
-            assert main([*sized(mine), "--output_dir", f"runs/{name}", *more]) == 0
-    for command in commands:
-        if command.startswith("sapo demo"):
+            write_run(folder / "runs/demo" / re.sub(r"\W+", "-", arm.lower()).strip("-"), steps=4)
+
+
+def interrupted(server):
+    """A live page is served until Ctrl-C: here it comes at once."""
+    raise KeyboardInterrupt
+
+
+def check_parsed(command):
+    """The command's flags and values are accepted."""
+    arguments = shlex.split(pages.substituted(pages.without_variables(command)))[1:]
+    name = next(name for name in COMMANDS if arguments[: len(name.split())] == name.split())
+    parsed = parse_command(COMMANDS[name], arguments[len(name.split()) :])
+    if COMMANDS[name].takes_options:
+        parsed.values()
+
+
+@pytest.mark.parametrize("page", NAMED, ids=name_of)
+def test_every_command_of_a_page_runs(page, reader, finished_runs, monkeypatch, capsys):
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
+    own = [one for one in pages.commands(page) if pages.without_variables(one).startswith("sapo ")]
+    lay_out_runs(reader, finished_runs, [command for command in own if not pages.only_parsed(command)])
+    for command in own:
+        if pages.only_parsed(command):
+            check_parsed(command)
+        else:
+            assert main(pages.sized(command)) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", NAMED, ids=name_of)
+def test_every_other_command_is_accounted_for(page):
+    for command in pages.commands(page):
+        if not pages.without_variables(command).startswith("sapo "):
+            assert pages.foreign(command), f"{page.name}: {command}"
+
+
+def test_every_exception_is_used_and_its_reason_exists():
+    everything = [command for page in PAGES for command in pages.commands(page)]
+    for part, reason in (pages.PARSED | pages.FOREIGN).items():
+        assert any(part in command for command in everything), f"no page has {part}"
+        for file in re.findall(r"(?:tests/)?[\w/]*test_\w+\.py", reason):
+            assert list(ROOT.glob(f"**/{file}")), file
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_every_python_block_runs(page, reader, finished_runs, monkeypatch):
+    shutil.copytree(finished_runs, reader / "runs")
+    config, scope = sapo.SAPOConfig, {}
+
+    def small(**options):
+        if options.get("output_dir") == "runs/mine":
+            shutil.rmtree(reader / "runs/mine")
+        return config(**options | {"max_steps": 1, "max_length": 32, "use_cpu": True, "disable_tqdm": True})
+
+    monkeypatch.setattr(sapo, "SAPOConfig", small, raising=False)
+    monkeypatch.setattr(sapo, "SAPOTrainer", sapo.SAPOTrainer, raising=False)
+    for block in pages.blocks(page):
+        if block.kind == "python":
+            exec(compile(pages.substituted(block.text), str(page), "exec"), scope)
+    assert (reader / "runs/mine/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_option_that_a_page_names_exists(page):
+    known = known_words() | {"debug", "help", "version"}
+    for command in pages.commands(page):
+        if pages.without_variables(command).startswith("sapo "):
+            for name in re.findall(r"--(\w+)", command):
+                assert name in known, f"{page.name}: --{name}"
+    for block in pages.blocks(page):
+        if block.kind == "yaml" and "tasks:" not in block.text:
+            for name in yaml.safe_load(block.text):
+                assert name in known, f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    made = {"configuration.md"}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith(("https://", "http://")) or not file:
             continue
-        assert main(sized(command)) == 0, f"{command}\n{capsys.readouterr().err}"
+        if Path(file).name in made:
+            assert not anchor or anchor in known_words(), target
+            continue
+        assert (page.parent / file).exists(), target
+    for recipe in re.findall(r"--config ([\w-]+(?:/[\w-]+)?)(?=[\s`])", text):
+        if recipe not in ("recipe", "runs/mine", "NAME", "FILE"):
+            assert find_recipe(recipe).is_file(), recipe
 
 
-def test_every_other_command_is_accounted_for():
-    for page in PAGES:
-        for command in blocks(page, "bash"):
-            assert any(command.startswith(known) for known in SHELL), f"{page.name}: {command}"
-
-
-def test_every_option_that_a_page_names_exists():
-    known = {one.name for one in accepted()}
-    flags = {name for command in COMMANDS.values() for name in command.flags} | {"debug", "help", "version"}
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"--(\w+)", " ".join([*blocks(page, ""), *blocks(page, "bash")])):
-            assert name in known | flags, f"{page.name}: --{name}"
-        for name in re.findall(r"`(\w+): [^`]+`", text):
-            assert name in known | {"README.md"}, f"{page.name}: {name}"
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_shows_the_words_of_the_tests(page):
+    assert not re.search(r"\bw1 w2\b", page.read_text(encoding="utf-8"))
 
 
 def test_vllm_by_hand_is_started_as_sapo_serve_would():
     from sapo.commands.arguments import parse
     from sapo.commands.serve import servers_for
 
-    (by_hand,) = [block for block in blocks(DOCS / "engines.md", "bash") if "api_server" in block]
+    (by_hand,) = [command for command in pages.commands(DOCS / "engines.md") if "api_server" in command]
     words = shlex.split(by_hand)
     flags = (
         "--model_name_or_path my-sft-model --dataset_name my.jsonl --dtype bfloat16 --use_peft --output_dir run "
@@ -110,7 +185,12 @@ def test_vllm_by_hand_is_started_as_sapo_serve_would():
     assert dict(word.split("=") for word in words[:start]) == given
 
 
-def test_the_notebook_runs_from_top_to_bottom(capsys):
+def test_the_notebook_runs_from_top_to_bottom(capsys, monkeypatch):
+    # A notebook has IPython; the package does not need it.
+    display = types.ModuleType("IPython.display")
+    display.HTML = str
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
     cells = json.loads((DOCS / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     scope = {}
     for cell in cells:
@@ -134,5 +214,5 @@ def test_the_site_builds_and_has_every_option(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     page = (site / "configuration/index.html").read_text()
-    missing = [one.name for one in accepted() if f"<code>{one.name}</code>" not in page]
+    missing = [one.name for one in accepted() if f'<code id="{one.name}">' not in page]
     assert missing == []

@@ -6,7 +6,7 @@ import pytest
 
 from sapo.runs.metrics import COSTS, EVAL, LOCAL, METRICS, TOTALS, compared_metrics, find_metric
 from sapo.runs.reading import read_run
-from tests.integration.test_readme import ROOT
+from tests.integration.pages import ROOT
 from tests.tiny import tiny_rows
 
 PRODUCERS = {

@@ -249,8 +249,8 @@ METRICS = (
         "self_play/staleness",
         "steps",
         "optimizer steps by which the opponent that generated the new pairs was behind",
-        "at most `max_staleness`; [without it](engines.md#which-opponent-writes-what) `sync_opponent_steps` less 1, "
-        "and with `steps_per_generation` the steps of the pool more",
+        "at most `max_staleness`; [without it](engines.md#which-opponent-generates-which-pair) "
+        "`sync_opponent_steps` less 1, and with `steps_per_generation` the steps of the pool more",
         when="with self-play",
     ),
     Metric("replay/size", "pairs", "pairs in the replay buffer", when="with self-play"),

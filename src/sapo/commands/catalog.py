@@ -295,7 +295,7 @@ COMMANDS = {
         Command(
             "serve",
             "Train",
-            "start a training run's vLLM servers (to serve a result: vllm serve)",
+            "start vLLM servers for training (for a result: vllm serve)",
             "sapo serve --config recipe.yaml --devices 1 --train",
             _serve,
             takes_options=True,
@@ -334,7 +334,7 @@ COMMANDS = {
         Command(
             "export",
             "Use the result",
-            "write a run's model as an ordinary folder, GGUF or for Ollama",
+            "write the model as a plain folder, GGUF or for Ollama",
             "sapo export runs/mine my-model --gguf q8_0 --ollama",
             _export,
         ),

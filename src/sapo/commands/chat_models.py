@@ -94,11 +94,14 @@ def load_chat_models(
     start = start_of(folder)
     if adapter is not None:
         began = find_source(start).adapter if start is not None else None
+        if began is not None and Path(began).absolute() in map(Path, find_source(target).merged):
+            # The base has it already (adapter=merge): with the policy's off, the model is the start.
+            began = None
         if began is not None:
             load_adapter(policy, began, name="start")
         models.insert(0, ChatModel("start", policy, None if began is None else "start"))
     elif start is not None:
-        models.insert(0, ChatModel("start", _load(start, "main", device)[0]))
+        models.insert(0, ChatModel("start", *_load(start, "main", device)))
     return _with_template(models, load_tokenizer(target), chat_template_path)
 
 

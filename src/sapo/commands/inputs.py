@@ -190,6 +190,8 @@ def quiet_libraries() -> None:
     """Keep the bars and notices of the libraries off the terminal."""
     # peft 0.21 reads a name that transformers 5.23 has deprecated: nothing that a user of a command can change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # peft, of a base that is a merged adapter or a GGUF file: there is no configuration to compare the vocabulary with.
+    warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

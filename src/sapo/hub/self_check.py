@@ -131,7 +131,7 @@ def agreement(
 
 
 def allowed_difference(dtype: torch.dtype) -> float:
-    """Mean difference of log-probabilities that rounding to `dtype` explains, in nats: 16 of its relative steps, a guess."""
+    """Mean difference of log-probabilities that rounding to `dtype` may explain, in nats: 16 of its steps (a guess)."""
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 

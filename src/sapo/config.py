@@ -298,5 +298,5 @@ class SAPOConfig(OwnOptions, TrainingArguments):
 
 def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]

@@ -26,7 +26,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextmanager
 def random_state_restored() -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch (CPU and current CUDA device), even after errors.
+    """Restore the random state of Python, NumPy and torch (CPU and current accelerator), even after errors.
 
     For code that uses or seeds the global random state that training uses.
     """
@@ -35,9 +35,12 @@ def random_state_restored() -> Iterator[None]:
     import torch
 
     python, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # MPS has one device, whose state torch cannot fork.
+    kind = accelerator.type if accelerator is not None and accelerator.type != "mps" else "cuda"
+    devices = [torch.accelerator.current_device_index()] if accelerator is not None and kind == accelerator.type else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices, device_type=kind):
             yield
     finally:
         random.setstate(python)

@@ -31,7 +31,9 @@ def launcher_environment(strategy, processes):
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def start(folder, processes, *, strategy=None, resume=None, lora=False, tied=False, fault=None, **options):
+def start(
+    folder, processes, *, strategy=None, resume=None, lora=False, tied=False, fault=None, dtype="float32", **options
+):
     """A finished run: its `subprocess.CompletedProcess`."""
     strategy = "none" if processes == 1 else strategy or "ddp"
     batch = 4 // processes
@@ -60,6 +62,7 @@ def start(folder, processes, *, strategy=None, resume=None, lora=False, tied=Fal
     folder.mkdir(exist_ok=True)
     asked = folder.parent / f"{folder.name}-{settings['max_steps']}.json"
     told = {"options": settings, "lora": lora, "tied": tied, "fault": fault, "processes": processes, "resume": resume}
+    told["dtype"] = dtype
     asked.write_text(json.dumps(told | {"distributed_type": DISTRIBUTED_TYPE[strategy], "strategy": strategy}))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launch if processes > 1 else []), "-m", "tests.distributed.worker", str(asked)]

@@ -1,17 +1,20 @@
 """One process of a distributed run: trains, checks that it was one of several, saves the weights."""
 
+import importlib
 import json
 import logging
 import sys
 from pathlib import Path
 
 import torch
+import transformers.training_args
 from accelerate import DistributedType
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import sapo.config
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
 from sapo.weights.opponent import policy_tensors
@@ -44,11 +47,13 @@ def build(asked):
     zero = asked["strategy"].startswith("zero")
     if zero:
         import deepspeed
-        from deepspeed.comm import torch as backend
 
-        # It would compile a kernel for serving on a CPU, for a minute, of which training makes no use.
-        backend.build_shm_op = lambda: None
+        # It would compile a kernel for serving on a CPU, for a minute, of which training makes no use. The package has
+        # an attribute of this name, which is the real torch.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed("gloo")
+        # DeepSpeed's CPU is no accelerator for torch, and computes in bfloat16 all the same.
+        sapo.config._accelerator_has_bf16 = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear") if asked["lora"] else None
     config = SAPOConfig(**asked["options"])
     if zero:
@@ -57,7 +62,7 @@ def build(asked):
         settings |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
         settings["zero_optimization"] |= {"overlap_comm": False, "stage3_param_persistence_threshold": 100}
     trainer = Faulty(
-        tiny_llama(tie_word_embeddings=asked["tied"]),
+        tiny_llama(tie_word_embeddings=asked["tied"], dtype=getattr(torch, asked["dtype"])),
         config,
         tiny_rows(paired=True),
         tiny_rows(4, seed=1) if asked["options"].get("eval_strategy") else None,
@@ -120,6 +125,16 @@ class WithoutCollectives(TrainerCallback):
             self.play._generator.generate = gathering_once
 
 
+class Float32Scores(TrainerCallback):
+    """Checks that log-probabilities reach their sums in float32, whatever wraps the model."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def check(module, given, output):
+            assert output.log_probs.dtype == torch.float32, output.log_probs.dtype
+
+        model.register_forward_hook(check)
+
+
 def check_folder(folder, expected, lora):
     """An ordinary folder: transformers or peft loads it, and its weights are `expected`."""
     # Else this process alone would load the model cut for all of them.
@@ -140,6 +155,8 @@ def main(file: str) -> None:
     trainer = build(asked)
     watch = WithoutCollectives(trainer)
     trainer.add_callback(watch)
+    if asked["options"].get("fused_lm_head"):
+        trainer.add_callback(Float32Scores())
     trainer.train(resume_from_checkpoint=asked["resume"])
     steps = asked["options"]["max_steps"]
     if asked["resume"] is None:

@@ -14,7 +14,7 @@ from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
 from sapo.evaluation.targets import LoadedModel, Target, borrowed_tokenizer, check_target, fingerprint, load_target
-from sapo.weights.loading import load_template_tokenizer
+from sapo.weights.loading import default_device, load_template_tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Session:
         """Device of the models."""
         if self.options.device != "auto":
             return self.options.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device().type
 
     def parts(self, *names: str) -> FinishedParts:
         """The finished parts in a file of the output folder."""
@@ -102,8 +102,8 @@ class Session:
         """Free the model in memory."""
         self._loaded = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
 
     def identity(self, target: Target) -> dict[str, str]:
         """What every part made with this model depends on."""

@@ -205,6 +205,9 @@ def _probe(model: nn.Module, layout: Layout, *, fused_lm_head: bool = False) -> 
 
 def _can_compute_in_float32(inner: nn.Module) -> bool:
     weights = list(inner.parameters())
+    if any(isinstance(module, BaseTunerLayer) for module in inner.modules()) and hasattr(weights[0], "ds_tensor"):
+        # ZeRO-3 gathers the factors after their layer has cast its input.
+        return False
     return all(type(weight.data) is Tensor and weight.is_floating_point() for weight in weights)
 
 
@@ -215,18 +218,19 @@ def _in_float32(inner: nn.Module) -> Iterator[None]:
     held: dict[nn.Parameter, Tensor] = {}
 
     def cast(module: nn.Module, args: Any, kwargs: Any) -> None:
-        for weight in module.parameters(recurse=False):
+        # A LoRA layer casts its input to the type of its factors before they are called.
+        for weight in module.parameters(recurse=isinstance(module, BaseTunerLayer)):
             if weight.dtype in (torch.bfloat16, torch.float16) and weight not in held:
                 held[weight] = weight.data
                 weight.data = weight.data.float()
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for weight in module.parameters(recurse=False):
+        for weight in module.parameters(recurse=isinstance(module, BaseTunerLayer)):
             if weight in held:
                 weight.data = held.pop(weight)
 
     for module in inner.modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if isinstance(module, BaseTunerLayer) or any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(cast, with_kwargs=True))
             handles.append(module.register_forward_hook(restore, prepend=True, always_call=True))
     # accelerate's patched forward would enable autocast again.

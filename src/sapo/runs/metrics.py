@@ -212,6 +212,17 @@ BAD_STEPS = Metric(
     chart="Steps that changed nothing",
     legend="share of steps",
 )
+MOVED = Metric(
+    "optimizer/moved_fraction",
+    "share",
+    "share of the trained weights (of their float32 masters, where there are some) that the last step changed, on a "
+    "sample of a million",
+    "near 1; near 0 (a warning under 0.05) the steps are smaller than the rounding of the weights: raise the learning "
+    "rate, or keep them in float32",
+    better="higher",
+    chart="Weights changed by a step",
+    legend="share of weights",
+)
 RUNTIME = Metric("train_runtime", "seconds", "wall time since the last start, in the last line")
 FINAL_LOSS = Metric("train_loss", "nats", "mean loss of the whole run, in the last line")
 
@@ -360,6 +371,7 @@ METRICS = (
     ),
     PEAK_MEMORY,
     DEVICE_PEAK_MEMORY,
+    MOVED,
     BAD_STEPS,
     Metric("epoch", "epochs", "epochs of the data so far"),
     RUNTIME,

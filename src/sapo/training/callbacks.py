@@ -13,9 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from sapo.runs.folder import RunFolder
-from sapo.training.metrics import MetricAverages
+from sapo.runs.metrics import MOVED
+from sapo.training.metrics import MetricAverages, clock
+from sapo.weights.master import MovedSample
 
 
 class RunCallback(TrainerCallback):
@@ -52,14 +55,14 @@ class RunCallback(TrainerCallback):
         """Fix what is measured against the start of the run."""
         self._begin()
         self._folder.begin(state.global_step, args.to_dict())
-        self._step_began = (time.perf_counter(), time.process_time())
+        self._step_began = (clock(args.device), time.process_time())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Look at the gradients, and start the clock of the optimizer."""
         self._before_step()
-        self._optimizer_started = time.perf_counter()
+        self._optimizer_started = clock(args.device)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -67,7 +70,7 @@ class RunCallback(TrainerCallback):
         """The moving average, before a checkpoint of this step is written."""
         self._after_step()
         averages, (wall, cpu) = self._averages, self._step_began
-        self._step_began = (time.perf_counter(), time.process_time())
+        self._step_began = (clock(args.device), time.process_time())
         averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
         averages.add("time/step", self._step_began[0] - wall)
         averages.add("time/cpu", self._step_began[1] - cpu)
@@ -83,6 +86,46 @@ class RunCallback(TrainerCallback):
         """Append to metrics.jsonl."""
         if state.is_world_process_zero and logs:
             self._folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
+
+
+class MovedFraction(TrainerCallback):
+    """Measures which share of the trained weights a step changes, in the steps that a log line follows.
+
+    Args:
+        record: receives name, share and number of weights.
+        tensors: returns what the optimizer steps.
+        skipped: whether the optimizer kept from acting in the last step.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[str, float, float], None],
+        tensors: Callable[[], list[torch.Tensor]],
+        skipped: Callable[[], bool],
+    ) -> None:
+        self._record = record
+        self._sample = MovedSample(tensors)
+        self._skipped = skipped
+        self._due = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Remember a sample of the weights; DeepSpeed steps them in the backward pass."""
+        every = args.logging_strategy != IntervalStrategy.STEPS or state.logging_steps < 1
+        self._due = every or (state.global_step + 1) % state.logging_steps == 0
+        self._due |= args.logging_first_step and state.global_step == 0
+        if self._due:
+            self._sample.take()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Compare it with them."""
+        if self._due:
+            moved = self._sample.moved()
+            if not self._skipped():
+                self._record(MOVED.name, *moved)
 
 
 class KeepRecipe(TrainerCallback):

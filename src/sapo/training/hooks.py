@@ -1,4 +1,4 @@
-"""The private methods of `transformers.Trainer` that a run's checkpoints need, in one place.
+"""The private methods of `transformers.Trainer` that a run's checkpoints and optimizer need, in one place.
 
 `tests/contract` pins their signatures and the order in which Trainer calls them.
 """
@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,6 +28,7 @@ class CheckpointHooks(Trainer):
     """Saving and loading: Trainer's own parts and the run's, atomically, and without running what is read."""
 
     args: SAPOConfig
+    optimizer: Any
     run_folder: RunFolder
     _context: RunContext
     _run_state: RunState
@@ -34,6 +36,15 @@ class CheckpointHooks(Trainer):
     def _start(self, checkpoint: Path | None) -> None:
         """Model and optimizer are ready and Trainer's part of `checkpoint` is loaded: the run takes its own."""
         raise NotImplementedError
+
+    # ---- The optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, on float32 masters where the weights are bfloat16; one that was passed in is left as it is."""
+        if self.optimizer is None:
+            self.optimizer = self._context.roles.with_master(super().create_optimizer(model))
+        made: torch.optim.Optimizer = self.optimizer
+        return made
 
     # ---- Stopping ----
 
@@ -82,6 +93,7 @@ class CheckpointHooks(Trainer):
         folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         with nullcontext() if folder is None else untrusted.reading(folder):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._context.roles.loaded()
         self._start(folder)
         rehearse_saving(self._context, self.run_folder.path, checkpoints=self.args.save_strategy != "no")
         if folder is not None:

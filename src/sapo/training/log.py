@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from sapo.runs.metrics import CHOSEN_CHANGE, COSTS, EVAL, FINAL_LOSS, IDENTICAL, LOSS
+from sapo.runs.metrics import CHOSEN_CHANGE, COSTS, EVAL, FINAL_LOSS, IDENTICAL, LOSS, MOVED
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages, memory_use
 from sapo.training.probes import ChosenProbe
@@ -16,6 +16,7 @@ from sapo.training.probes import ChosenProbe
 logger = logging.get_logger(__name__)
 
 _IDENTICAL_WARNING = 0.9
+_MOVED_WARNING, _LINES_UNMOVED = 0.05, 3
 
 
 class TrainingLog:
@@ -36,6 +37,7 @@ class TrainingLog:
         self._loss = MetricAverages()
         self._tokens, self._since = 0, time.perf_counter()
         self._identical_warned = False
+        self._lines_unmoved, self._unmoved_warned = 0, False
 
     def begin(self) -> None:
         """Steps begin now: time counts."""
@@ -87,6 +89,8 @@ class TrainingLog:
             self._tokens, self._since = 0, now
             logs.update(memory_use())
             self._warn_of_identical(logs.get(IDENTICAL.name, 0.0))
+            # A rate of 0 is asked for.
+            self._warn_of_unmoved(logs.get(MOVED.name, 1.0) if logs.get("learning_rate") else 1.0)
 
     def _drained(self, own: MetricAverages) -> dict[str, float]:
         """Averages over all processes."""
@@ -102,6 +106,15 @@ class TrainingLog:
             logger.warning(
                 f"{share:.0%} of the regenerated segments equal the original; such pairs carry no signal. The policy "
                 "has caught up with the data: stop, raise the temperature, or lengthen the segments."
+            )
+
+    def _warn_of_unmoved(self, share: float) -> None:
+        self._lines_unmoved = self._lines_unmoved + 1 if share < _MOVED_WARNING else 0
+        if self._lines_unmoved == _LINES_UNMOVED and not self._unmoved_warned:
+            self._unmoved_warned = True
+            logger.warning(
+                f"{share:.1%} of the trained weights changed in the last step ({MOVED.name}): steps are smaller than "
+                "the rounding of the weights. Raise the learning rate, or train float32 weights or their masters."
             )
 
     def _chosen_change(self, step: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping
 
 import psutil
@@ -53,6 +54,13 @@ class MetricAverages:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
+def clock(device: torch.device) -> float:
+    """Seconds for differences, taken when `device` has finished what it was given so far."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def memory_use() -> dict[str, float]:
     """Memory of this process in MB: resident now, the most so far, and the most on its accelerator if it has one."""
     # Linux counts kibibytes, macOS bytes.
@@ -61,6 +69,9 @@ def memory_use() -> dict[str, float]:
         "memory/process_mb": psutil.Process().memory_info().rss / 1e6,
         PEAK_MEMORY.name: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
     }
-    if torch.cuda.is_available():
-        used[DEVICE_PEAK_MEMORY.name] = torch.cuda.max_memory_allocated() / 1e6
+    if torch.accelerator.is_available():
+        # MPS does not count it.
+        largest = getattr(torch.get_device_module(), "max_memory_allocated", None)
+        if largest is not None:
+            used[DEVICE_PEAK_MEMORY.name] = largest() / 1e6
     return used

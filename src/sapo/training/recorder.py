@@ -240,7 +240,8 @@ def _describe(context: RunContext, rows: int, state: TrainerState) -> dict[str, 
     """Model, data, machine and versions of a run that begins."""
     policy = context.roles.policy()
     args, weights = context.args, list(policy.parameters())
-    gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
+    named = getattr(torch.get_device_module(args.device), "get_device_name", None)
+    gpu = named(args.device) if named is not None and args.device.type != "cpu" else None
     return {
         "model": str(policy.config._name_or_path) or type(policy).__name__,
         "parameters": sum(map(global_numel, weights)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
@@ -31,14 +30,14 @@ from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import score
 from sapo.runs.folder import RunFolder
 from sapo.seeds import random_state_restored
-from sapo.training.callbacks import RunCallback
+from sapo.training.callbacks import MovedFraction, RunCallback
 from sapo.training.context import RunContext
 from sapo.training.generators import make_source
 from sapo.training.hooks import CheckpointHooks
 from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
 from sapo.training.look_ahead import LookAhead
-from sapo.training.metrics import MetricAverages
+from sapo.training.metrics import MetricAverages, clock
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
 from sapo.training.scorer import PairScorer
@@ -173,6 +172,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 after_step=self._after_optimizer_step,
             )
         )
+        moved = MovedFraction(record, lambda: roles.stepped_tensors(self.optimizer), lambda: self._step_guard.nonfinite)
+        self.add_callback(moved)
         watched = (self.source, self._scorer, self.train_dataset, self.last_pairs)
         self.add_callback(RunRecorder(self._context, self.run_folder, *watched, lambda: self.stop_reason))
 
@@ -243,15 +244,15 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._micro_batch_of = step
         if self._micro_batch == 0:
             self._step_guard.begin()
-        started = time.perf_counter()
+        started = clock(self.args.device)
         self.source.prefetch(self._look_ahead.pending(), step)
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self._drawn = pairs
         passes = self._scorer.passes(pairs)
-        generated = time.perf_counter()
+        generated = clock(self.args.device)
         # The reference first: it needs its memory while the policy keeps no activations yet.
         references = self._scorer.reference_logps(passes, self.source)
-        scored = time.perf_counter()
+        scored = clock(self.args.device)
         self._log.note_tokens(sum(batch.tokens for _, batch in passes))
         loss = torch.zeros((), device=self.args.device)
         for number, ((part, batch), reference) in enumerate(zip(passes, references, strict=True), start=1):
@@ -261,7 +262,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         averages = self._averages["train"]
         averages.add("time/generate", generated - started)
         averages.add("time/reference", scored - generated)
-        averages.add("time/policy", time.perf_counter() - scored)
+        averages.add("time/policy", clock(self.args.device) - scored)
         return loss
 
     def compute_loss(
@@ -375,8 +376,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         batch = self._scorer.collate(pairs)
         (reference,) = self._scorer.reference_logps([(pairs, batch)])
         with torch.no_grad(), self._context.roles.autocast():
-            given = {"batch": batch, "pairs": pairs, "share": 1.0, "reference": reference}
-            loss = self.compute_loss(model, given)
+            loss = self.compute_loss(model, {"batch": batch, "pairs": pairs, "share": 1.0, "reference": reference})
         return loss.detach(), None, None
 
     # ---- Start and end ----

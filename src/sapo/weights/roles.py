@@ -6,13 +6,14 @@ was forgotten would compute in another way than the policy, and the first margin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.errors import ConfigurationError
+from sapo.weights.master import MasterWeights, needs_master, stepped_tensors, with_masters
 from sapo.weights.opponent import (
     POLICY_ADAPTER,
     ModelCopy,
@@ -72,10 +74,16 @@ class Roles:
         self.opponent: MovingAverage | None = None
         self.reference: ShadowModel | None = None
         self.sharded = shards_weights(accelerator)
-        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self._master: MasterWeights | None = None
+        self._keeps_master = needs_master(policy, accelerator)
+        self._half = half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         if zero_stage(accelerator) in (1, 2) and half is not None:
-            # DeepSpeed casts the policy when it takes it over; the copies must be like it.
-            policy.to(half)
+            # DeepSpeed casts the policy's weights, not its buffers, when it takes it over; the copies must be like it.
+            for weight in policy.parameters():
+                if weight.is_floating_point():
+                    weight.data = weight.data.to(half)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            _return_float32(accelerator)
         self._shell = GatherShell(policy, args.device, half) if self.sharded else None
         if self._shell is None:
             self.create_copies()
@@ -112,6 +120,14 @@ class Roles:
         if wanted is None:
             wanted = HAS_FUSED_LM_HEAD and self._args.device.type == "cuda"
         if not wanted:
+            return False
+        if zero_stage(self._accelerator) == 3:
+            # Its backward pass gathers the head's weight and has freed it again when the gradient is added.
+            if self._args.fused_lm_head:
+                raise ConfigurationError(
+                    "fused_lm_head=true with ZeRO-3: trl's fused head fails in the backward pass of a sharded head. "
+                    "Leave the option out, or use --accelerate_config fsdp2 or zero2."
+                )
             return False
         if isinstance(policy.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):  # type: ignore[operator]
             if self._args.fused_lm_head:
@@ -158,22 +174,55 @@ class Roles:
 
     @contextmanager
     def opponent_module(self) -> Iterator[nn.Module]:
-        """The opponent as a module to compute with; sharded, all processes take part."""
-        with self.autocast(), self.ready_opponent().using() as module:
+        """The opponent as a module to generate with; sharded, all processes take part."""
+        with self.ready_opponent().using() as module, self._to_generate(module):
             yield module
 
     @contextmanager
     def policy_module(self) -> Iterator[nn.Module]:
         """The policy as a module to generate with; not sharded."""
-        with self.autocast():
+        with self._to_generate(self.policy()):
             yield self.policy()
+
+    @contextmanager
+    def _to_generate(self, module: nn.Module) -> Iterator[None]:
+        """Autocast, with float32 weights cast once for the call: it would cast every weight again for each token."""
+        cast = self._half is not None and not self.sharded
+        with self.autocast(), weights_cast(module, self._half) if cast else nullcontext():
+            yield
+
+    # ---- The optimizer ----
+
+    def with_master(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer to train the policy with: on float32 masters where its weights are bfloat16."""
+        if self._keeps_master:
+            self._master = with_masters(optimizer)
+            return self._master
+        return optimizer
+
+    def loaded(self) -> None:
+        """A checkpoint may have been loaded into the policy since the optimizer was made."""
+        if self._master is not None:
+            self._master.take_changed_weights()
+
+    def stepped_tensors(self, optimizer: Any) -> list[Tensor]:
+        """What the optimizer of the run steps, on this process: trained weights, or their float32 masters."""
+        return stepped_tensors(self.policy(), optimizer, self._masters())
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """The weights that the opponent follows, float32 masters where there are some; of sharded ones all shards."""
+        masters = self._masters()
+        return {name: masters.get(id(weight), weight) for name, weight in policy_tensors(self.policy()).items()}
+
+    def _masters(self) -> dict[int, Tensor]:
+        return self._master.masters() if self._master is not None else {}
 
     # ---- After a step ----
 
     def follow(self) -> None:
         """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average."""
         if self.opponent is not None:
-            self.opponent.follow(policy_tensors(self.policy()), self._args.ema_decay)
+            self.opponent.follow(self.policy_tensors(), self._args.ema_decay)
 
     def renew_reference(self, step: int) -> bool:
         """Copy the opponent to the reference where `step` is due; whether it was."""
@@ -188,7 +237,7 @@ class Roles:
         """Norm of policy - opponent over the norm of the policy; None without an opponent; all processes take part."""
         if self.opponent is None:
             return None
-        squares: Tensor = squared_distance(self.opponent.tensors(), policy_tensors(self.policy()))
+        squares: Tensor = squared_distance(self.opponent.tensors(), self.policy_tensors())
         if self.sharded:
             squares = self._accelerator.reduce(squares, "sum")
         difference, norm = squares.tolist()
@@ -243,3 +292,24 @@ class Roles:
         finally:
             for name, config in changed.items():
                 config.use_cache = before[name]
+
+
+@contextmanager
+def weights_cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute with the float32 weights of `module` cast to `dtype`, and put them back; no gradients."""
+    held = [(weight, weight.data) for weight in module.parameters() if weight.dtype == torch.float32]
+    try:
+        for weight, original in held:
+            weight.data = original.to(dtype)
+        yield
+    finally:
+        for weight, original in held:
+            weight.data = original
+
+
+def _return_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 return what the model returns: accelerate's policy rounds log-probabilities to bfloat16."""
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.output_dtype is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)

@@ -16,12 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
-from sapo.data.chat_template import use_chat_template
-from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
 from sapo.data.prepare import prepare_datasets
 from sapo.errors import ConfigurationError
-from sapo.estimate.checkpointing import resolve_checkpointing
 from sapo.generation.protocol import Generator
 from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
@@ -41,12 +38,11 @@ from sapo.training.metrics import MetricAverages, clock
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
 from sapo.training.scorer import PairScorer
+from sapo.training.start import prepare_start
 from sapo.training.state import RunState
 from sapo.training.step_guard import NonFiniteStepGuard
-from sapo.weights.embeddings import embedding_rows, fit_model, refuse_new_rows, train_tokens
-from sapo.weights.loading import load_named_policy, load_template_tokenizer, load_tokenizer, use_one_device
 from sapo.weights.opponent import MovingAverage, ShadowModel
-from sapo.weights.policy import disable_dropout, model_keyword_arguments, padding_token_id, with_adapter
+from sapo.weights.policy import padding_token_id
 from sapo.weights.roles import Roles
 from sapo.weights.sharding import global_numel, local_gradients, zero_stage
 from sapo.weights.world import World
@@ -103,26 +99,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SAPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-SAPO")
-        use_one_device(args)
-        if isinstance(model, str):
-            revision = model_keyword_arguments(args).get("revision", "main")
-            processing_class = processing_class or load_tokenizer(model, revision)
-            model = load_named_policy(model, args, adapter=peft_config is not None)
-        if processing_class is None:
-            raise ConfigurationError("processing_class is missing: pass the model's tokenizer.")
-        if args.chat_template_path is not None:
-            new_tokens = use_chat_template(processing_class, args.chat_template_path, load_template_tokenizer)
-            if args.generation_backend != "transformers":
-                refuse_new_rows(processing_class, embedding_rows(model), args.generation_backend)
-            grown = fit_model(model, processing_class, seed=args.seed)
-            peft_config = train_tokens(peft_config, model, {*new_tokens, *grown})
-        args.check_positions(model.config)
-        resolve_checkpointing(args, model, peft_config)
-        policy = with_adapter(model, peft_config, args)
-        if args.disable_dropout:
-            disable_dropout(policy)
-        eos_ids = eos_token_ids(processing_class, policy.generation_config.eos_token_id)
-        use_cache = bool(policy.config.to_dict().get("use_cache", True))
+        policy, processing_class, eos_ids, use_cache = prepare_start(model, args, processing_class, peft_config)
         self.data_reports: dict[str, DataReport] = {}
         self._prepare = partial(
             prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids

@@ -230,7 +230,7 @@ def test_a_sample_counts_what_changed():
 # ---- Heads ----
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 or newer")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(

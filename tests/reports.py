@@ -40,6 +40,7 @@ def logged(step, steps):
         "tokens_per_second": 5000.0 + 200 * wave,
         "memory/process_mb": 1500.0,
         "nonfinite_step_fraction": 0.0,
+        "optimizer/moved_fraction": 0.9,
     }
 
 

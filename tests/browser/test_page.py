@@ -277,7 +277,7 @@ def test_a_run_that_has_logged_nothing_yet_opens(opened, tmp_path):
     folder = write_run(tmp_path / "run", pairs=[])
     (folder / "metrics.jsonl").write_text("")
     page = opened(folder).page
-    assert page.get_by_text("Nothing logged yet.").is_visible()
+    assert page.get_by_text("Nothing logged yet.").first.is_visible()
     assert page.get_by_text("No pairs were kept").is_visible()
 
 

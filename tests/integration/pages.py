@@ -20,6 +20,8 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['conte
 NAMES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny-model",
     "my-sft-model": "tiny-model",
+    '"meta-llama/Meta-Llama-3-8B"': '"tiny-model"',
+    'model="my-model"': 'model="tiny-model"',
     " heldout.json": " held-out.jsonl",
     " train.json": " my.jsonl",
     "Air scatters blue light most.": "w3 w4 w5 w6",

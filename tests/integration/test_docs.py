@@ -15,7 +15,7 @@ import sapo
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
 from sapo.commands.parser import parse_command
-from sapo.commands.recipes import find_recipe
+from sapo.commands.recipes import FOLDER, find_recipe
 from sapo.demo.run import ARMS
 from sapo.options import accepted
 from tests.integration import pages
@@ -126,6 +126,7 @@ def test_every_python_block_runs(page, reader, finished_runs, monkeypatch):
 
     monkeypatch.setattr(sapo, "SAPOConfig", small, raising=False)
     monkeypatch.setattr(sapo, "SAPOTrainer", sapo.SAPOTrainer, raising=False)
+    shutil.copy(FOLDER / "templates" / "chatml.jinja", reader)
     for block in pages.blocks(page):
         if block.kind == "python":
             exec(compile(pages.substituted(block.text), str(page), "exec"), scope)

@@ -60,7 +60,7 @@ class Clock:
 def test_measurements_wait_until_their_share_allows_them(make_trainer, monkeypatch):
     trainer = make(make_trainer, "run", local=True, eval_local_max_time_fraction=0.1)
     clock = Clock()
-    signals = LocalSignals(trainer, trainer.eval_dataset, clock)
+    signals = LocalSignals(trainer._context, trainer._averages["eval"], trainer.eval_dataset, clock)
     measured = []
     whole = LocalSignals._measure
 

@@ -183,7 +183,7 @@ def test_runs_of_no_steps_and_options_without_effect_are_refused(model, data, tm
     assert "lora_r=4 has no effect without use_peft. Add --use_peft" in said("--lora_r", "4")
     assert "eval_local_size=4 has no effect without eval_local" in said("--eval_local_size", "4")
     assert "load_best_model_at_end=true needs evaluations" in said("--load_best_model_at_end")
-    assert "mix_previous_round needs rounds" in said("--mix_previous_round")
+    assert "mix_previous_round requires rounds" in said("--mix_previous_round")
     assert "cannot be resumed" in said("--save_only_model")
 
 

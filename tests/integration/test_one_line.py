@@ -15,6 +15,7 @@ IMPLAUSIBLE = {
     "int": ["-7", "much"],
     "float": ["-7.5", "much"],
     "bool": ["perhaps"],
+    "bool_or_auto": ["perhaps"],
     "str": ["nonsense"],
     "str_or_false": ["nonsense"],
     "list": ["nonsense"],

@@ -12,7 +12,7 @@ from sapo.commands.chat_models import load_chat_models
 from sapo.commands.main import main
 from sapo.errors import ModelError
 from sapo.weights import loading, source
-from tests.integration.test_readme import TEMPLATE
+from tests.integration.pages import TEMPLATE
 from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])

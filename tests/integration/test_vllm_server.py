@@ -456,14 +456,14 @@ def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, 
     usual = make("usual", server, **options)
     usual.train()
     disturbed = make("disturbed", server, **options)
-    after = disturbed.after_optimizer_step
+    moved = disturbed.source.opponent_moved
 
-    def restart_after_the_third_step():
-        after()
-        if disturbed.state.global_step == 3:
+    def restart_after_the_third_step(step):
+        moved(step)
+        if step == 3:
             server.restart()
 
-    disturbed.after_optimizer_step = restart_after_the_third_step
+    disturbed.source.opponent_moved = restart_after_the_third_step
     disturbed.train()
     assert same(weights(disturbed), weights(usual))
 

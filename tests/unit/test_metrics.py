@@ -11,10 +11,11 @@ from tests.tiny import tiny_rows
 
 PRODUCERS = {
     "preference/pair_loss.py",
-    "preference/pairs.py",
+    "preference/self_play.py",
     "runs/metrics.py",
     "training/callbacks.py",
     "training/engine_queue.py",
+    "training/engine_weights.py",
     "training/local_eval.py",
     "training/log.py",
     "training/metrics.py",

@@ -138,7 +138,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigurationError, match=r"contains no metrics\.jsonl"):
         read_run(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
-    assert "Give the output folder of a run" in capsys.readouterr().err
+    assert "Use the output folder of a run" in capsys.readouterr().err
 
 
 def test_the_command_writes_where_it_is_told(tmp_path, capsys):

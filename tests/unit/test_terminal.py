@@ -22,7 +22,9 @@ def shown(width=40, **options):
     ids = tuple(tokenizer.encode("\x1b[2J[red]hi[/red]", add_special_tokens=False))
     pair = Pair(0, 0, ids, ids, ids, Segment(1, 3), Segment(1, 3))
     trainer = SimpleNamespace(processing_class=tokenizer, last_pairs=[pair])
-    progress = TerminalProgress(console, trainer.processing_class, trainer.last_pairs, log_pairs_steps=1, pairs=1)
+    progress = TerminalProgress(
+        console, trainer.processing_class, lambda: trainer.last_pairs, log_pairs_steps=1, pairs=1
+    )
     state = SimpleNamespace(global_step=0, max_steps=4)
     progress.on_train_begin(None, state, None)
     for step in (1, 2):

@@ -288,7 +288,10 @@ def _limits(
     if passes.prefill is not None and passes.token is not None:
         calls = -(-_rows(args) // (args.generation_batch_size or _rows(args)))
         calls /= max(args.steps_per_generation, args.generation_interval)  # type: ignore[assignment]
-        read = sum(weight.numel() for weight in weights) * (2 if half else 4) + passes.cache
+        # Of the input embeddings a token reads a row, unless they are the head too.
+        embeddings, head = roles.policy.get_input_embeddings(), roles.policy.get_output_embeddings()  # type: ignore[operator]
+        aside = embeddings.weight.numel() if embeddings.weight is not head.weight else 0
+        read = (sum(weight.numel() for weight in weights) - aside) * (2 if half else 4) + passes.cache
         token = device.limit(passes.token.flops, read, half=half)
         limits["generation"] = calls * (device.limit(passes.prefill.flops, 0, half=half) + lengths.segment * token)
         flops["generation"] = calls * (passes.prefill.flops + lengths.segment * passes.token.flops)

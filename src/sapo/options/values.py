@@ -100,7 +100,7 @@ def unmet(option: Option, value: Any, values: Mapping[str, Any]) -> str | None:
         The need in words, or None.
     """
     found = re.fullmatch(r"(\w+)(?:=(\w+(?: or \w+)*))?", option.needs)
-    if found is None or found[1] not in values or value in (option.default, [], None):
+    if found is None or found[1] not in values or value in (option.default, [], None, "none"):
         return None
     other = values[found[1]]
     spelled = str(getattr(other, "value", other)).lower()

@@ -92,6 +92,7 @@ CHARTS = [
     Chart("Throughput", "tokens/s", "Tokens of the pairs trained on, without padding."),
     Chart("Memory", "MB", "Memory of the first process; on the device, the maximum since the start."),
     Chart("Steps that changed nothing", "share", "Steps with a non-finite loss or gradient."),
+    Chart("Weights changed by a step", "share", "Near 0: the steps are rounded away; use float32 or a master."),
 ]
 
 

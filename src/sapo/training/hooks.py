@@ -61,6 +61,7 @@ class CheckpointHooks(Trainer):
         try:
             metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:
+            self.control.should_evaluate = False
             return {}
         return metrics
 

@@ -54,6 +54,7 @@ def build(asked):
         deepspeed.init_distributed("gloo")
         # DeepSpeed's CPU is no accelerator for torch, and computes in bfloat16 all the same.
         sapo.config._accelerator_has_bf16 = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+        asked["options"].setdefault("bf16", False)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear") if asked["lora"] else None
     config = SAPOConfig(**asked["options"])
     if zero:

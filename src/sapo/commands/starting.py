@@ -14,7 +14,6 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-import sapo
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, SapoError, brief
 
@@ -99,7 +98,7 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if begun() or Path(where).is_relative_to(Path(sapo.__file__).parent):
+        if begun() or Path(where).is_relative_to(Path(__file__).parents[1]):
             raise
         named = [
             f"{name}={brief(value, 60)}"

@@ -5,7 +5,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from sapo import Pair, Segment
+from sapo import Pair, SAPOTrainer, Segment
 from sapo.errors import ConfigurationError
 from sapo.preference.pairs import PairSource
 from sapo.weights.opponent import ModelCopy, policy_tensors
@@ -273,3 +273,15 @@ def test_more_tokens_than_the_model_has_positions_are_refused(make_trainer):
     make_trainer(max_length=64)
     with pytest.raises(ConfigurationError, match=r"max_length=65 exceeds the 64 positions .*--max_length 64"):
         make_trainer(max_length=65)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # torch, where there is no accelerator
+def test_a_model_and_rows_are_enough(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama(max_position_embeddings=2048)
+    model.config._name_or_path = "models/mine"
+    trainer = SAPOTrainer(model, train_dataset=tiny_rows(4), processing_class=tokenizer)
+    assert trainer.args.output_dir == "mine-SAPO"
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert trainer.state.global_step == 1

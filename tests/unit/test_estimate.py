@@ -238,7 +238,7 @@ def test_every_recipe_is_estimated(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--use_peft", "--lora_target_modules", "q_proj"], ["--dtype", "bfloat16"]], ids=str
+    "more", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"], ["--dtype", "bfloat16"]], ids=str
 )
 def test_experts_are_estimated_in_any_precision(more, tmp_path):
     experts = MixtralConfig(**SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2})

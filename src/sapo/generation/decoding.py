@@ -20,7 +20,7 @@ from sapo.generation.kv_cache import make_room, surviving_rows
 from sapo.generation.protocol import check_request
 from sapo.generation.sampling import INVALID_TOKEN, Sampling, host_computes
 from sapo.generation.token_step import DecodingRows, replay_for
-from sapo.generation.weight_layout import stored_by_input
+from sapo.generation.weight_layout import stored_by_input, weights_cast
 
 TOKENS_PER_READ = 8
 """Number of tokens that an accelerator computes before the host reads them and checks which rows are finished."""
@@ -203,8 +203,7 @@ def _decoding(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def _in_compute_type(model: nn.Module) -> Iterator[None]:
+def _in_compute_type(model: nn.Module) -> AbstractContextManager[None]:
     """Decode a 4-bit model in the compute dtype of its layers; cast its other weights meanwhile.
 
     peft casts norms, embeddings and head to float32 for training, and a 4-bit layer returns the dtype of its input:
@@ -213,15 +212,4 @@ def _in_compute_type(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     quantized = config.to_dict().get("quantization_config") if config is not None else None
     dtype = getattr(torch, str((quantized or {}).get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
-    weights = [
-        (weight, weight.data)
-        for name, weight in model.named_parameters()
-        if dtype != torch.float32 and weight.dtype == torch.float32 and "lora_" not in name
-    ]
-    try:
-        for weight, original in weights:
-            weight.data = original.to(dtype)
-        yield
-    finally:
-        for weight, original in weights:
-            weight.data = original
+    return weights_cast((weight for name, weight in model.named_parameters() if "lora_" not in name), dtype)

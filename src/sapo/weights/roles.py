@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.errors import ConfigurationError
+from sapo.generation.weight_layout import weights_cast
 from sapo.weights.master import MasterWeights, needs_master, stepped_tensors, with_masters
 from sapo.weights.opponent import (
     POLICY_ADAPTER,
@@ -188,7 +189,7 @@ class Roles:
     def _to_generate(self, module: nn.Module) -> Iterator[None]:
         """Autocast, with float32 weights cast once for the call: it would cast every weight again for each token."""
         cast = self._half is not None and not self.sharded
-        with self.autocast(), weights_cast(module, self._half) if cast else nullcontext():
+        with self.autocast(), weights_cast(module.parameters(), self._half) if cast else nullcontext():
             yield
 
     # ---- The optimizer ----
@@ -270,12 +271,11 @@ class Roles:
             elif writes:
                 policy.save_pretrained(folder)
 
-    def save_opponent(self, folder: Path, *, writes: bool) -> bool:
-        """Write the opponent likewise; whether there is one."""
+    def save_opponent(self, folder: Path, *, writes: bool) -> None:
+        """Write the opponent, if there is one, likewise."""
         if self.opponent is not None and (writes or self.opponent.collective):
             with self._config_as_loaded():
                 self.opponent.save_pretrained(folder)
-        return self.opponent is not None
 
     @contextmanager
     def _config_as_loaded(self) -> Iterator[None]:
@@ -292,19 +292,6 @@ class Roles:
         finally:
             for name, config in changed.items():
                 config.use_cache = before[name]
-
-
-@contextmanager
-def weights_cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Compute with the float32 weights of `module` cast to `dtype`, and put them back; no gradients."""
-    held = [(weight, weight.data) for weight in module.parameters() if weight.dtype == torch.float32]
-    try:
-        for weight, original in held:
-            weight.data = original.to(dtype)
-        yield
-    finally:
-        for weight, original in held:
-            weight.data = original
 
 
 def _return_float32(accelerator: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""Write the table of docs/metrics.md anew from the metrics' declarations: `python docs/metrics_table.py`."""
+"""Write the table of docs/metrics.md again from the metrics' declarations: `python docs/metrics_table.py`."""
 
 from pathlib import Path
 

@@ -169,7 +169,7 @@ class Judge:
         )
 
     def begin(self) -> None:
-        """Count anew for another model; what the budget has paid for stays."""
+        """Count from zero for another model; what the budget has paid for stays."""
         self.tally = JudgeTally(sent=self.tally.sent, answered=self.tally.answered)
 
     def estimate(self, requests: Sequence[JudgeRequest]) -> list[str]:

@@ -158,7 +158,7 @@ class RunFolder:
             stream.write(line + "\n")
 
     def append_trace(self, step: int, trained: Sequence[TrainedPair]) -> None:
-        """Note which pairs a step learnt from: [row, turn, start of the segment, loss in nats] of each."""
+        """Note which pairs a step learned from: [row, turn, start of the segment, loss in nats] of each."""
         file = self.path / TRACE_FILE.format(process=self._world.process)
         pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in trained]
         if file.exists() and file.stat().st_size > _TRACE_BYTES:

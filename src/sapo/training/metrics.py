@@ -28,7 +28,7 @@ class MetricAverages:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def drain(self) -> dict[str, float]:
-        """The averages (of `TOTALS` the sums), and start anew."""
+        """The averages (of `TOTALS` the sums), and start again."""
         averages = {name: total if name in TOTALS else total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return averages

@@ -1,7 +1,7 @@
 """What the report needs that nothing else keeps: a sample of pairs, and what the run runs on.
 
 Which pairs: with n = `report_pairs`, S = (n - 4) // 8 and T = the steps of the run, snapshots are taken at the steps
-ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step learnt
+ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step learned
 from, on the first process: at most n in all. The followed prompts are the same at each snapshot (a sample of the
 training rows, seeded by (seed, "followed")); the opponent rewrites the same segment of each with the same random
 numbers (epoch -1), so that what changes from one snapshot to the next is the opponent and nothing else.
@@ -42,9 +42,9 @@ from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel
 
 FOLLOWED = 4
-"""Prompts that are rewritten anew at each snapshot."""
+"""Prompts that are rewritten again at each snapshot."""
 LEARNT = 4
-"""Pairs learnt from that are kept at each snapshot."""
+"""Pairs learned from that are kept at each snapshot."""
 _SHARE_OF_TIME = 50
 """A report is refreshed only when this many times its own duration has passed since the last."""
 _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed"]

@@ -1,11 +1,19 @@
-"""Start a run of `worker` in one process or several, and read what it left."""
+"""Start a run of `worker` in one process or several, and read what it left.
+
+The processes are forked from one that has imported all libraries, which else take longer than the run itself. What the
+launcher adds (torchrun's environment, an end for all when one fails) is done here as it does it; `test_launch` starts
+the real one.
+"""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -64,14 +72,59 @@ def start(
     told = {"options": settings, "lora": lora, "tied": tied, "fault": fault, "processes": processes, "resume": resume}
     told["dtype"] = dtype
     asked.write_text(json.dumps(told | {"distributed_type": DISTRIBUTED_TYPE[strategy], "strategy": strategy}))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "tests.distributed.worker", str(asked)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    environment = {}
     if strategy not in ("none", "ddp"):
         environment |= launcher_environment(strategy, processes)
     if zero:
         environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return _forked(asked, processes, environment)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.distributed.worker"])
+
+
+def _forked(asked, processes, environment):
+    # What the server of forks, which starts with the first of them, and its children inherit.
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    # The system chooses the port, and this process keeps it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
+    started, logs = [], []
+    for rank in range(processes):
+        log = asked.with_name(f"{asked.stem}-{rank}.log")
+        own = dict(environment)
+        if store is not None:
+            own |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            own |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            own |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        child = FORKS.Process(target=_child, args=(str(asked), str(log), {key: str(own[key]) for key in own}))
+        child.start()
+        started.append(child)
+        logs.append(log)
+    until = time.monotonic() + 300
+    while any(child.is_alive() for child in started):
+        # The first that fails ends the others, which would wait for it.
+        if any(child.exitcode for child in started) or time.monotonic() > until:
+            time.sleep(0.5)
+            for child in started:
+                child.kill()
+        started[0].join(0.05)
+    codes = [child.exitcode for child in started]
+    failed = next((code for code in codes if code), 0)
+    errors = "".join(log.read_text() for log in logs if log.is_file())
+    return subprocess.CompletedProcess([sys.executable, str(asked)], failed, stderr=f"{errors}\n{codes}")
+
+
+def _child(asked, log, environment):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment
+    os.chdir(ROOT)
+
+    from tests.distributed import worker
+
+    worker.main(asked)
 
 
 def run(folder, processes, **options):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,13 @@ def run_train(given: Parsed) -> None:
         SapoError: what is wrong with options, data or model; or why the run ended.
     """
     train(build(given.values()), quiet=given.own.quiet)
-    shutdown_process_group()
+    if shutdown_process_group():
+        # All is written. A thread of a connection that is alive while Python shuts down may abort the process, which
+        # the launcher would report as a run that failed.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def train(run: RunArguments, *, quiet: bool = False) -> None:

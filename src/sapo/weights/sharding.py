@@ -25,14 +25,17 @@ from torch.distributed.tensor import DTensor, Shard
 from sapo.errors import ConfigurationError
 
 
-def shutdown_process_group() -> None:
+def shutdown_process_group() -> bool:
     """Wait for the other processes, then destroy the process group: once, at the end of a run.
 
-    The threads of their connections must not outlive them: one that does aborts its process as it exits.
+    Returns:
+        Whether there was one. What is left of its connections may have threads still.
     """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return False
+    dist.barrier()
+    dist.destroy_process_group()
+    return True
 
 
 def shards_weights(accelerator: Accelerator) -> bool:

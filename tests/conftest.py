@@ -13,6 +13,14 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Replies of start models are kept in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAPO_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def make_trainer(tokenizer, tmp_path):
     def make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,10 +90,17 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             raise ConfigurationError("beta=0 with objective=dpo: the loss is constant. Raise beta.")
         self._check_lengths()
         self._check_objective()
+        self._check_keeping()
         self._check_rounds()
         self._check_engine()
         self._check_device()
-        for name in ("eval_local", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
+        for name in (
+            "eval_local",
+            "eval_retention",
+            "eval_on_start",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+        ):
             value = getattr(self, name)
             if value and self.eval_strategy == "no":
                 shown = "true" if value is True else value
@@ -119,12 +127,23 @@ class SAPOConfig(OwnOptions, TrainingArguments):
 
     @property
     def scores_shared(self) -> bool:
-        """Whether the loss depends on the shared tokens of both responses; in a plain DPO margin they cancel."""
+        """Whether the loss depends on the shared tokens of both responses.
+
+        In a plain DPO margin they cancel. In both terms of nce they would not, and say nothing about the segment.
+        """
+        if self.objective == "dpo" and self.loss_type == "nce":
+            return False
         return bool(self.objective != "dpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
+
+    @property
+    def pairs_per_micro_batch(self) -> int:
+        """Maximum number of pairs of one process and micro-batch, self-replay included."""
+        count: int = math.ceil(self.per_device_train_batch_size / (1 - self.replay_share))
+        return count
 
     def _default_reference(self) -> Reference:
         if self.objective != "dpo":
-            return "none"
+            return "initial" if self.objective == "sft" and self.kl_weight else "none"
         if self.num_rounds is not None:
             return "initial"
         return "opponent_copy" if self.pair_source == "self_play" else "initial"
@@ -160,9 +179,10 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                         f"{name}={getattr(self, name)} with objective={self.objective}: it has a likelihood term and "
                         f"no reference. Set {name} to 0, or objective to dpo."
                     )
-            if self.reference != "none":
+            if self.reference != self._default_reference():
                 raise ConfigurationError(
-                    f"reference={self.reference} with objective={self.objective}: no reference is used. Leave it out."
+                    f"reference={self.reference} with objective={self.objective}: no reference is used but the start "
+                    "with kl_weight. Leave it out."
                 )
             if self.loss_type != "sigmoid":
                 raise ConfigurationError(
@@ -195,6 +215,52 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         if self.chosen_drop_limit is not None and self.chosen_probe_size == 0:
             raise ConfigurationError(
                 "chosen_drop_limit requires tracked examples, but chosen_probe_size=0. Raise chosen_probe_size."
+            )
+
+    def _check_keeping(self) -> None:
+        if self.objective != "sft":
+            for name, off, instead in (
+                ("kl_weight", 0, "The reference of DPO is its anchor; for orpo there is replay_share"),
+                ("token_weighting", "none", "The guard chosen_nll_weight weighs all tokens alike"),
+            ):
+                if getattr(self, name) != off:
+                    raise ConfigurationError(
+                        f"{name}={getattr(self, name)} with objective={self.objective}: it belongs to objective=sft. "
+                        f"{instead}. Leave it out, or set objective to sft."
+                    )
+        if self.loss_type == "nce" and self.dpop_weight:
+            raise ConfigurationError(
+                f"dpop_weight={self.dpop_weight} with loss_type=nce: it changes a margin, which nce has not. Leave "
+                "one of the two out."
+            )
+        if self.loss_type == "nce" and self.reference == "none":
+            raise ConfigurationError(
+                "loss_type=nce with reference=none: both of its terms are relative to what generated the rejected "
+                "response. Leave reference out."
+            )
+        if self.label_smoothing and (self.objective != "dpo" or self.loss_type != "sigmoid"):
+            raise ConfigurationError(
+                f"label_smoothing={self.label_smoothing} with objective={self.objective} and "
+                f"loss_type={self.loss_type}: it is a form of the sigmoid DPO loss. Leave one of the two out."
+            )
+        if self.loss_type != "nce" and (self.nce_shift, self.nce_negative_weight) != (0.0, 1.0):
+            raise ConfigurationError(
+                f"nce_shift={self.nce_shift} and nce_negative_weight={self.nce_negative_weight} with "
+                f"loss_type={self.loss_type}: they belong to loss_type=nce. Leave them out."
+            )
+        if self.replay_dataset_name is not None and not self.replay_share:
+            raise ConfigurationError(
+                "replay_dataset_name without replay_share: its rows are not used. Set replay_share."
+            )
+        if self.replay_share and self.nll_scope == "all":
+            raise ConfigurationError(
+                f"replay_share={self.replay_share} with nll_scope=all: the published term counts the padding of chosen "
+                "rows, which replayed rows would change. Leave one of the two out."
+            )
+        if self.replay_share and self.num_rounds is not None:
+            raise ConfigurationError(
+                f"replay_share={self.replay_share} with num_rounds={self.num_rounds} is not supported: a round's start "
+                "is not the run's. Run the rounds one by one with pair_source=paired, or leave one of the two out."
             )
 
     def _check_rounds(self) -> None:

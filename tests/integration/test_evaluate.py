@@ -434,3 +434,49 @@ def test_a_run_measured_alone_keeps_its_results_where_its_card_looks(tmp_path):
     assert output_dir([str(run), "other", *suite]) == "evaluation"
     assert output_dir(["model", *suite]) == "evaluation"
     assert output_dir([str(run), "--output_dir", "here", *suite]) == "here"
+
+
+# ---- retention ----
+
+
+def test_retention_suite_compares_with_the_start(evaluate, model, held_out, tmp_path):
+    other = save_model(tmp_path / "other", seed=1)
+    shown = evaluate(other, "--suite", "retention", "--start", model, "--dataset_name", held_out, "--limit", 5,
+                     "--max_new_tokens", 8, "--max_length", 60)  # fmt: skip
+    assert "kl_general" in shown
+    found = results(tmp_path, "retention")
+    start, changed = found["start"]["measures"], found["other"]["measures"]
+    assert start["kl_general"]["value"] == start["kl_task"]["value"] == 0
+    for name in ("kl_general", "kl_task"):
+        one = changed[name]
+        assert 0 < one["low"] < one["value"] < one["high"]
+    assert {"loops", "ended", "length", "nll_general", "nll_task"} <= set(changed)
+    assert found["other"]["change_from_start"]["kl_general"]["value"] == pytest.approx(changed["kl_general"]["value"])
+
+
+def test_finished_retention_is_not_measured_again_and_batches_change_nothing(evaluate, model, tmp_path, monkeypatch):
+    other = save_model(tmp_path / "other", seed=1)
+    flags = [other, "--suite", "retention", "--start", model, "--limit", 4, "--max_new_tokens", 8, "--max_length", 60]
+    evaluate(*flags)
+    first = results(tmp_path, "retention")["other"]["measures"]
+    evaluate(*flags, "--batch_size", 4, output_dir="again")
+    again = results(tmp_path, "retention", "again")["other"]["measures"]
+    assert again["kl_general"]["value"] == pytest.approx(first["kl_general"]["value"], rel=1e-4)
+    monkeypatch.setattr("sapo.evaluation.retention.score_forced", None)
+    evaluate(*flags)
+    assert results(tmp_path, "retention")["other"]["measures"] == first
+
+
+def test_retention_without_a_start_or_with_another_vocabulary_is_refused(evaluate, model, tmp_path):
+    assert "Name it with --start" in evaluate(model, "--suite", "retention", expect=1)
+    other = save_model(tmp_path / "other", vocab_size=70)
+    flags = ["--suite", "retention", "--start", model, "--limit", 2, "--max_new_tokens", 4, "--max_length", 60]
+    assert "vocabulary of 70 tokens" in evaluate(other, *flags, expect=1)
+
+
+def test_retention_takes_prompts_of_ones_own(evaluate, model, held_out, tmp_path):
+    other = save_model(tmp_path / "other", seed=1)
+    evaluate(other, "--suite", "retention", "--start", model, "--prompts", held_out, "--max_new_tokens", 4)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["retention"]
+    assert found["settings"]["prompts"] == str(held_out)
+    assert found["models"]["other"]["measures"]["kl_general"]["count"] == 10

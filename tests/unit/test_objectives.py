@@ -233,3 +233,53 @@ def test_the_gradient_of_token_logps_is_that_of_log_softmax(dtype):
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(ours, gradient(plain), rtol=tolerance, atol=tolerance)
     assert (ours[0, 2] == 0).all()
+
+
+def nce(r_w, r_l, *, beta=1.0, shift=0.0, weight=1.0):
+    zero = torch.zeros_like(r_w)
+    return dpo_loss(
+        r_w, r_l, zero, zero, beta=beta, loss_type="nce", nce_shift=shift, nce_negative_weight=weight
+    ).losses
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 3.0, 7.0])
+def test_nce_is_space(mu):
+    torch.manual_seed(0)
+    r_w, r_l = torch.randn(2, 200, dtype=torch.float64) * 5
+
+    def s(z, m):
+        return 1 / (1 + m * torch.exp(-z))
+
+    expected = -torch.log(s(r_w, mu)) - mu * torch.log(s(-r_l, 1 / mu))
+    assert torch.allclose(nce(r_w, r_l, shift=-math.log(mu), weight=mu), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_nce_is_gsil_in_its_bernoulli_form():
+    torch.manual_seed(0)
+    r_w, r_l = torch.randn(2, 200, dtype=torch.float64) * 50
+    expected = torch.log(1 + torch.exp(-(0.01 * r_w + 2))) + torch.log(1 + torch.exp(0.01 * r_l + 2))
+    assert torch.allclose(nce(r_w, r_l, beta=0.01, shift=2.0), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_nce_with_unit_scale_is_nca_without_its_pair_term():
+    torch.manual_seed(0)
+    r_w, r_l = torch.randn(2, 200, dtype=torch.float64)
+    expected = -torch.log(torch.sigmoid(r_w)) - torch.log(torch.sigmoid(-r_l))
+    assert torch.allclose(nce(r_w, r_l), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [-0.7, 0.0, 0.3])
+def test_on_an_identical_pair_nce_pulls_the_ratio_back_to_zero_and_dpo_does_nothing(ratio):
+    r = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nce(r, r).sum(), r)
+    assert float(gradient) == pytest.approx(2 / (1 + math.exp(-ratio)) - 1)
+    zero = torch.zeros_like(r)
+    (gradient,) = torch.autograd.grad(dpo_loss(r, r, zero, zero, beta=1.0).losses.sum(), r)
+    assert float(gradient) == 0
+
+
+def test_label_smoothing_mixes_the_loss_of_the_swapped_pair():
+    r_w, r_l, zero = torch.tensor([1.5]), torch.tensor([-0.5]), torch.zeros(1)
+    found = dpo_loss(r_w, r_l, zero, zero, beta=0.3, label_smoothing=0.2).losses
+    straight, swapped = (dpo_loss(*pair, zero, zero, beta=0.3).losses for pair in ((r_w, r_l), (r_l, r_w)))
+    assert torch.allclose(found, 0.8 * straight + 0.2 * swapped)

@@ -117,8 +117,8 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
 _PATHS = ("output_dir", "vllm_weights_dir")
 """Options that name a place whether or not something is there yet."""
 _PERHAPS_PATHS = (
-    "model_name_or_path", "dataset_name", "eval_dataset_name", "deepspeed", "fsdp_config", "path", "data_files",
-    "data_dir",
+    "model_name_or_path", "dataset_name", "eval_dataset_name", "replay_dataset_name", "deepspeed", "fsdp_config",
+    "path", "data_files", "data_dir",
 )  # fmt: skip
 """Options, and fields of the members of `datasets`, that name a file or folder here, or something elsewhere."""
 

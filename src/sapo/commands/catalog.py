@@ -8,7 +8,7 @@ from pathlib import Path
 from sapo.commands.parser import Command, whole
 from sapo.options import pair_options
 
-SUITES = ("leaderboard", "ifeval", "mt_bench", "alpaca_eval", "local")
+SUITES = ("leaderboard", "ifeval", "mt_bench", "alpaca_eval", "local", "retention")
 """Suites of `sapo evaluate`, besides task files."""
 
 LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend")
@@ -65,6 +65,12 @@ def _serve(parser: ArgumentParser) -> None:
 
 def _generate(parser: ArgumentParser) -> None:
     parser.add_argument("--output_file", metavar="FILE", type=Path, required=True, help="Parquet file to create")
+    parser.add_argument(
+        "--self_replay",
+        metavar="PROMPTS",
+        help="write the model's own replies to these prompts instead, as rows for replay_dataset_name: file, folder, "
+        "Hub id, or shipped for the prompts of the package",
+    )
 
 
 def _estimate(parser: ArgumentParser) -> None:
@@ -163,7 +169,12 @@ def _evaluate(parser: ArgumentParser) -> None:
         help="folder for results, answers and verdicts; finished parts are reused; default: evaluation/, in the run "
         "folder if one run is evaluated",
     )
-    add("--limit", metavar="N", type=whole(), help="maximum number of examples per task; suite local: 200 by default")
+    add(
+        "--limit",
+        metavar="N",
+        type=whole(),
+        help="maximum number of examples per task; suite local: 200 by default; retention: of prompts",
+    )
     add("--seed", metavar="N", type=int, default=0, help="random seed of sampling")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="data type of the weights")
@@ -173,7 +184,7 @@ def _evaluate(parser: ArgumentParser) -> None:
         "--max_new_tokens",
         metavar="N",
         type=whole(),
-        help="maximum number of tokens of a response; default: local 256, mt_bench 1024, alpaca_eval 2048",
+        help="maximum tokens of a response; default: local 256, retention 64, mt_bench 1024, alpaca_eval 2048",
     )
     add(
         "--temperature",
@@ -183,8 +194,15 @@ def _evaluate(parser: ArgumentParser) -> None:
     )
     add("--top_k", metavar="N", type=int, help="sample from this many tokens; default: local 50, else all")
     add("--top_p", metavar="X", type=float, help="sample from this probability mass; default: local 0.95, else 1")
-    group = parser.add_argument_group("Suite local")
-    group.add_argument("--dataset_name", metavar="DATA", help="held-out rows: file, folder or Hub id")
+    group = parser.add_argument_group("Suites local and retention")
+    group.add_argument(
+        "--dataset_name",
+        metavar="DATA",
+        help="rows: file, folder or Hub id; local: held-out rows; retention: rows with prompts of the task",
+    )
+    group.add_argument(
+        "--prompts", metavar="DATA", help="retention: rows whose prompts replace the shipped general ones"
+    )
     group.add_argument(
         "--dataset_split", metavar="SPLIT", default="train", help="split, or a part of it such as train[:10%%]"
     )

@@ -17,7 +17,8 @@ from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
 from sapo.runs.cost import Cost, cost_of
 from sapo.runs.files import write_atomically
-from sapo.runs.metrics import compared_metrics
+from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
+from sapo.runs.metrics import Metric, compared_metrics
 from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
 from sapo.text import number_text
 
@@ -51,6 +52,10 @@ def run_compare(given: Parsed) -> None:
         "at the last log line": _last(runs, metrics),
         "curves, first value to last, each metric on one scale": _curves(runs, metrics),
     }
+    for distance in DISTANCES:
+        rows = _at_equal_gain(runs, distance)
+        if len(rows) > 1:
+            tables[f"{distance.name} (KL from the start, nats per token) at equal gain"] = rows
     console = Console()
     if not console.is_terminal:
         # Nobody's window: what is piped into a file should not be folded.
@@ -73,6 +78,7 @@ def _to_json(run: Run) -> dict[str, Any]:
         "cost": asdict(cost_of(run)),
         "last": {name: curve[-1][1] for name, curve in curves.items()},
         "curves": curves,
+        "gain_curves": {one.name: points for one in DISTANCES if (points := gain_curve(run, one))},
     }
 
 
@@ -118,6 +124,18 @@ def _curves(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
         if values:
             rows.append([name, *(_sparkline(curve, min(values), max(values)) for curve in curves)])
     return [["metric", *runs], *rows]
+
+
+def _at_equal_gain(runs: Mapping[str, Run], distance: Metric) -> Rows:
+    """The distance of each run at levels of gain that all of them reach, interpolated along the run."""
+    curves = {name: gain_curve(run, distance) for name, run in runs.items()}
+    measured = [curve for curve in curves.values() if curve]
+    rows = [
+        [f"{gain:.4f}", *(_number(distance_at(curve, gain)) if curve else "-" for curve in curves.values())]
+        for gain in common_gains(measured)
+    ]
+    best = [f"{max(gain for _, gain, _ in curve):.4f}" if curve else "-" for curve in curves.values()]
+    return [["gain, nats per token", *runs], *rows, *([["largest gain", *best]] if rows else [])]
 
 
 def _sparkline(curve: list[tuple[int, float]], low: float, high: float) -> str:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from sapo.commands.catalog import SUITES
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
-from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, task_files
+from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, task_files
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
@@ -58,6 +58,8 @@ def _suite(
             return suite, alpaca_eval.run, alpaca_eval.settings
         case "local":
             return suite, local.run, local.settings
+        case "retention":
+            return suite, retention.run, retention.settings
     file = Path(suite)
     if file.suffix not in (".yaml", ".yml"):
         raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml).")

@@ -15,21 +15,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sapo.commands.arguments import RunArguments, build
 from sapo.commands.inputs import load_inputs, load_texts, quiet_libraries
 from sapo.commands.parser import Parsed
+from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
-from sapo.data.examples import dataset_digest
+from sapo.data.examples import DataOptions, dataset_digest
+from sapo.data.loading import load_rows
 from sapo.data.texts import PromptTexts
-from sapo.errors import CheckpointError, ConfigurationError
+from sapo.data.unanswered import encode_prompts
+from sapo.errors import CheckpointError, ConfigurationError, DatasetError
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
+from sapo.measures.retention import REPLY_TOKENS, shipped_prompts
 from sapo.options import pair_options
 from sapo.preference.self_play import self_play
-from sapo.runs.files import folder_digest
+from sapo.runs.files import folder_digest, replacing
 from sapo.runs.pair_files import PairsReport, PairWriter
+from sapo.seeds import derive_seed
 from sapo.training.generators import checked_servers
 from sapo.weights.embeddings import fit_model, refuse_new_rows
-from sapo.weights.loading import check_model, generation_eos_ids, load_config, load_generating
+from sapo.weights.loading import (
+    check_model,
+    generation_eos_ids,
+    load_config,
+    load_generating,
+    load_template_tokenizer,
+    load_tokenizer,
+)
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import find_source
 
@@ -41,23 +53,33 @@ ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""
 
 
+SHIPPED = "shipped"
+"""Value of `--self_replay` that names the prompts of the package."""
+_REPLAY_OPTIONS = {"segment_length": None, "max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+"""Replies of the start are its own distribution, unless the command line says otherwise."""
+
+
 def run_generate(given: Parsed) -> None:
     """Write the pairs of `--model_name_or_path` for `--dataset_name` to `--output_file`; flags as of `sapo train`.
+
+    With `--self_replay`, write the model's replies to prompts instead.
 
     Raises:
         SapoError: what is wrong with the options, the model or the data; or a file that exists already.
     """
     file: Path = given.own.output_file
     quiet_libraries()
+    prompts: str | None = given.own.self_replay
+    if prompts is not None:
+        given_options = given.values()
+        run = build({**_REPLAY_OPTIONS, **given_options, "dataset_name": prompts, "report_to": ["none"]})
+        _check_output(run, file)
+        write_replies(run, prompts, file)
+        return
     run = build(given.values() | {"report_to": ["none"]})
     if run.config.pair_source != "self_play":
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
-    if run.config.generation_backend == "vllm_colocate":
-        raise ConfigurationError("generation_backend=vllm_colocate: sapo generate writes here or on vllm_server.")
-    if file.suffix != ".parquet" or file.is_dir():
-        raise ConfigurationError(f"{FLAG} {file}: name a file that ends in .parquet.")
-    if file.exists():
-        raise ConfigurationError(f"{FLAG} {file} exists already. Name another, or remove it.")
+    _check_output(run, file)
     console = Console(quiet=run.config.process_index > 0)
     check_model(run.model, run.config)
     inputs = load_inputs(run)
@@ -67,6 +89,84 @@ def run_generate(given: Parsed) -> None:
     texts, _ = load_texts(run, inputs)
     written = write_pairs(run, inputs.train, texts, inputs.tokenizer, file, epoch=0, console=console)
     console.print(f"{file}: {written.line()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_output(run: RunArguments, file: Path) -> None:
+    if run.config.generation_backend == "vllm_colocate":
+        raise ConfigurationError("generation_backend=vllm_colocate: sapo generate writes here or on vllm_server.")
+    if file.suffix != ".parquet" or file.is_dir():
+        raise ConfigurationError(f"{FLAG} {file}: name a file that ends in .parquet.")
+    if file.exists():
+        raise ConfigurationError(f"{FLAG} {file} exists already. Name another, or remove it.")
+
+
+def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
+    """Write the model's own replies to prompts as ordinary rows, for `replay_dataset_name` or any SFT data.
+
+    Args:
+        run: names the model, and how it samples; `max_new_tokens` limits a reply.
+        prompts: rows with prompts, or "shipped".
+        file: Parquet, with the prompt's columns and a reply.
+
+    Raises:
+        DatasetError, TokenizerError: the prompts cannot be used.
+        ConfigurationError: more than one process.
+    """
+    config, console = run.config, Console()
+    if config.world_size > 1:
+        raise ConfigurationError("sapo generate --self_replay runs in one process. Leave the launcher out.")
+    check_model(run.model, config)
+    name = str(run.model.model_name_or_path)
+    tokenizer = load_tokenizer(name, run.model.model_revision)
+    use_chat_template(tokenizer, config.chat_template_path, load_template_tokenizer)
+    ends = eos_token_ids(tokenizer, generation_eos_ids(name, run.model.model_revision, load_config(run.model)))
+    rows = (
+        [{"instruction": one.text} for one in shipped_prompts("replay")] if prompts == SHIPPED else load_rows(prompts)
+    )
+    asked, ids = encode_prompts(rows, tokenizer, DataOptions.of(config), eos_ids=ends, source=prompts)
+    generator = _generator(run, tokenizer, ends, None, "self-replay")
+    limit = config.max_new_tokens or REPLY_TOKENS
+    seeds = [derive_seed(config.seed, "self-replay", place) for place in range(len(ids))]
+    budgets = [max(0, min(limit, config.max_length - len(prompt))) for prompt in ids]
+    replies = generator.generate(ids, budgets, seeds)
+    if isinstance(generator, VLLMServers):
+        generator.close()
+    written, empty, cut = [], 0, 0
+    for row, tokens in zip(asked, replies, strict=True):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        ended = bool(tokens) and tokens[-1] in ends
+        if not text.strip():
+            empty += 1
+            continue
+        cut += not ended
+        if "messages" in row:
+            written.append({"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]})
+        else:
+            written.append({"instruction": row["instruction"], "output": text})
+    if not written:
+        raise DatasetError(
+            f"{prompts}: the model's replies are all empty. Raise max_new_tokens, or check the template."
+        )
+    kinds = {tuple(row) for row in written}
+    if len(kinds) > 1:
+        written = [_as_messages(row) for row in written]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        datasets.Dataset.from_list(written).to_parquet(str(partial))
+    notes = f", {empty} empty ones left out" if empty else ""
+    notes += f", {cut} cut off at {limit} tokens (as rows they end there)" if cut else ""
+    console.print(f"{file}: {len(written)} replies{notes}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    if "messages" in row:
+        return row
+    return {
+        "messages": [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": row["output"]},
+        ]
+    }
 
 
 def write_pairs(
@@ -119,19 +219,7 @@ def write_pairs(
     report = writer.report()
     if report is not None:
         return report
-    if config.generation_backend == "vllm_server":
-        generator: Generator = _servers(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
-    else:
-        model = load_generating(run.model, config, adapter)
-        if config.chat_template_path is not None:
-            fit_model(model, tokenizer, seed=config.seed)
-        generator = TransformersGenerator(
-            lambda: nullcontext(model),
-            Sampling(config.temperature, config.top_k, config.top_p),
-            eos_ids=ends,
-            pad_token_id=padding_token_id(tokenizer, ends),
-            batch_size=batch,
-        )
+    generator = _generator(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
     file.parent.mkdir(parents=True, exist_ok=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -153,6 +241,25 @@ def write_pairs(
     if written is None:
         raise CheckpointError(f"{file}: not there after it was written; do all processes see the same folder?")
     return written
+
+
+def _generator(
+    run: RunArguments, tokenizer: Any, ends: frozenset[int], adapter: Path | None, version: str
+) -> Generator:
+    """What generates for the command: the model in this process, or vLLM servers with its weights."""
+    config = run.config
+    if config.generation_backend == "vllm_server":
+        return _servers(run, tokenizer, ends, adapter, version)
+    model = load_generating(run.model, config, adapter)
+    if config.chat_template_path is not None:
+        fit_model(model, tokenizer, seed=config.seed)
+    return TransformersGenerator(
+        lambda: nullcontext(model),
+        Sampling(config.temperature, config.top_k, config.top_p),
+        eos_ids=ends,
+        pad_token_id=padding_token_id(tokenizer, ends),
+        batch_size=config.generation_batch_size or DEFAULT_BATCH,
+    )
 
 
 def _servers(

@@ -200,7 +200,7 @@ def _rows(args: SAPOConfig) -> int:
     """Rows written in one pool; 0 without self-play."""
     if args.pair_source != "self_play":
         return 0
-    micro = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    micro = args.pairs_per_micro_batch * args.gradient_accumulation_steps
     steps = max(1, args.steps_per_generation // args.generation_interval)
     return int(micro * steps * args.num_generations)
 
@@ -245,7 +245,7 @@ def _seconds(
     pairs: int,
     memory: Memory,
 ) -> dict[str, float]:
-    number = args.per_device_train_batch_size * args.gradient_accumulation_steps / pairs
+    number = args.pairs_per_micro_batch * args.gradient_accumulation_steps / pairs
     seconds = {}
     if passes.prefill is not None and passes.token is not None:
         rows = _rows(args)
@@ -279,7 +279,7 @@ def _limits(
     memory: Memory,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """`limits` and `flops` of an `Estimate`."""
-    number = args.per_device_train_batch_size * args.gradient_accumulation_steps / pairs
+    number = args.pairs_per_micro_batch * args.gradient_accumulation_steps / pairs
     weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
     half = bool(args.bf16 or args.fp16) or all(weight.element_size() == 2 for weight in weights)
     limits: dict[str, float] = {}

@@ -109,7 +109,7 @@ def trace_passes(
         cache = cast = 0
         captured = False
         policy.eval()
-        if args.objective == "dpo" and args.reference != "none":
+        if args.reference != "none":
             with _computing(policy, args, strategy), _account(policy) as account, torch.no_grad():
                 scores(policy, batch)
             reference = account.trace
@@ -120,7 +120,7 @@ def trace_passes(
 
 def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attention: str | None = None) -> int:
     """Pairs that one forward pass holds by `pairs_per_forward` and `tokens_per_forward`; see `trace_passes`."""
-    most = min(args.pairs_per_forward or args.per_device_train_batch_size, args.per_device_train_batch_size)
+    most = min(args.pairs_per_forward or args.pairs_per_micro_batch, args.pairs_per_micro_batch)
     if args.tokens_per_forward is None:
         return int(most)
     layout: Layout = "plain" if _why_plain(roles.policy, args, attention) else "shared"
@@ -156,7 +156,7 @@ def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: S
 
         handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in trained]  # type: ignore[no-untyped-call]
         # Of several passes, all but the first find gradients there.
-        accumulates = args.gradient_accumulation_steps > 1 or len(batch) < args.per_device_train_batch_size
+        accumulates = args.gradient_accumulation_steps > 1 or len(batch) < args.pairs_per_micro_batch
         for _ in range(2 if accumulates and not strategy.shards_gradients else 1):
             account.making = "activations"
             account.trace.work.clear()

@@ -38,6 +38,7 @@ class EvaluateOptions:
     dataset_name: str | None = None
     dataset_split: str = "train"
     max_length: int = 2048
+    prompts: str | None = None
     tasks: list[str] | None = None
     task_data: str | None = None
     apply_chat_template: str = "auto"

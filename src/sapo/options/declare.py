@@ -25,6 +25,7 @@ SECTIONS = (
     "Generation backend",
     "Opponent and reference",
     "Replay buffer",
+    "Self-replay",
     "Training",
     "Optimizer",
     "Speed and memory",

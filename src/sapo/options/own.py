@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from sapo.options.declare import declared
+from sapo.options.keeping import KeepOptions
 
 Objective = Literal["dpo", "orpo", "sft"]
 PairSourceName = Literal["self_play", "paired", "none"]
@@ -36,7 +37,7 @@ _ANY_VLLM = "generation_backend=vllm_server or vllm_colocate"
 
 
 @dataclass
-class OwnOptions:
+class OwnOptions(KeepOptions):
     """Fields of `SAPOConfig` with their declarations. Fields are fixed on resume unless declared `free`."""
 
     # Fields of TrainingArguments with another default or meaning.
@@ -106,9 +107,10 @@ class OwnOptions:
         "alone, without an opponent or pairs.",
         common=True,
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = _objective(
+    loss_type: Literal["sigmoid", "hinge", "ipo", "nce"] = _objective(
         "sigmoid",
-        "Form of the DPO loss. ipo divides log-ratios by the response length, as trl does.",
+        "Form of the DPO loss. ipo divides log-ratios by the response length, as trl does; nce scores each response "
+        "by itself instead of their margin (SPACE, GSIL, NCA).",
         needs="objective=dpo",
     )
     beta: float = _objective(

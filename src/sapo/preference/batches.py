@@ -272,7 +272,8 @@ class _ScoredSequence:
 
 
 def _first(pair: Pair, score_shared: bool) -> int:
-    return 0 if score_shared else pair.segment.start
+    # Of a response alone nothing cancels.
+    return 0 if score_shared or pair.is_sft else pair.segment.start
 
 
 def _stop(pair: Pair, suffix: Suffix) -> int:

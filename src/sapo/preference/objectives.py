@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-LossType = Literal["sigmoid", "hinge", "ipo"]
+LossType = Literal["sigmoid", "hinge", "ipo", "nce"]
 
 IGNORE = -100
 """Label of a position that is not scored, as in PyTorch."""
@@ -108,12 +108,18 @@ def dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     dpop_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    nce_shift: float = 0.0,
+    nce_negative_weight: float = 1.0,
 ) -> PairLosses:
     """Pairwise loss on log-ratios to the reference.
 
     With margin m = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)): sigmoid is
     -log sigmoid(beta m), hinge is max(0, 1 - beta m), ipo is (m - 1 / (2 beta))^2 with each log-ratio divided by
-    its response's length, as trl does.
+    its response's length, as trl does. nce takes the log-ratios r_w and r_l apart:
+    -log sigmoid(beta r_w + shift) - weight log sigmoid(-(beta r_l + shift)). SPACE (arXiv 2512.07175) with mu is
+    beta 1, shift -log mu, weight mu; GSIL in its Bernoulli form (arXiv 2410.10093) and NCA (arXiv 2402.05369) have
+    weight 1.
 
     Args:
         policy_chosen_logps: `[B]` summed log-probabilities in nats; the three others likewise.
@@ -121,11 +127,14 @@ def dpo_loss(
         reference_chosen_logps: `[B]`.
         reference_rejected_logps: `[B]`.
         beta: strength of the penalty for moving away from the reference.
-        loss_type: "sigmoid", "hinge" or "ipo".
+        loss_type: "sigmoid", "hinge", "ipo" or "nce".
         chosen_lengths: `[B]` scored tokens; needed by "ipo".
         rejected_lengths: `[B]` scored tokens; needed by "ipo".
         dpop_weight: lambda of DPO-Positive: the margin loses lambda max(0, log ref(chosen) - log pi(chosen)), so
             that lowering both responses cannot raise it.
+        label_smoothing: of "sigmoid": probability that a pair's labels are swapped.
+        nce_shift: of "nce".
+        nce_negative_weight: of "nce".
 
     Raises:
         ValueError: "ipo" without lengths, or an unknown `loss_type`.
@@ -142,13 +151,16 @@ def dpo_loss(
     if dpop_weight:
         margin = margin - dpop_weight * F.relu(-chosen_score)
     if loss_type == "sigmoid":
-        losses = -F.logsigmoid(beta * margin)
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
     elif loss_type == "hinge":
         losses = F.relu(1 - beta * margin)
     elif loss_type == "ipo":
         losses = (margin - 1 / (2 * beta)) ** 2
+    elif loss_type == "nce":
+        losses = -F.logsigmoid(beta * chosen_ratio + nce_shift)
+        losses = losses - nce_negative_weight * F.logsigmoid(-(beta * rejected_ratio + nce_shift))
     else:
-        raise ValueError(f'loss_type="{loss_type}": must be sigmoid, hinge or ipo')
+        raise ValueError(f'loss_type="{loss_type}": must be sigmoid, hinge, ipo or nce')
     return PairLosses(losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach())
 
 

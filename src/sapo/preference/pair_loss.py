@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,33 +24,48 @@ class PairLoss(NamedTuple):
     metrics: dict[str, float]
 
 
-def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOConfig) -> PairLoss:
+def pair_loss(
+    scores: PairScores,
+    reference: ReferenceLogps | None,
+    args: SAPOConfig,
+    replayed: Sequence[bool] = (),
+) -> PairLoss:
     """Mean loss over the pairs, and the metrics of the batch.
 
     Args:
         scores: log-probabilities of the policy, with gradients.
         reference: log-probabilities of the reference; None counts as 0.
         args: objective, its form and its guards.
+        replayed: whether each pair is self-replay: a response alone, whose loss is its negative log-likelihood per
+            token, times `chosen_nll_weight` where that is set. Empty: none is.
 
     Returns:
-        The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `rewards/*` and `logps/*`. If
-        the loss excludes the shared tokens of both responses (see `SAPOConfig.scores_shared`), so do the metrics.
+        The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `kl_loss` (with `kl_weight`), `rewards/*`
+        and `logps/*`, these of the pairs that are not self-replay, and `self_replay/nll_loss`. If the loss excludes the
+        shared tokens of both responses (see `SAPOConfig.scores_shared`), so do the metrics.
     """
     metrics: dict[str, Tensor] = {}
     nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
+    # None where no pair is self-replay: indexing would wait for the device.
+    own = torch.tensor([not one for one in replayed], device=nll.device) if any(replayed) else None
+    if own is not None:
+        metrics["self_replay/nll_loss"] = nll[~own].mean()
     if args.objective == "sft":
-        loss = nll.mean()
-        return _with_values(loss, nll, {"loss": loss, "nll_loss": loss, "logps/chosen": scores.chosen_logps.mean()})
+        return _sft_loss(scores, nll, own, args, metrics)
+    if own is not None and all(replayed):
+        losses = (args.chosen_nll_weight or 1.0) * nll
+        return _with_values(losses.mean(), losses, metrics | {"loss": losses.mean()})
     if args.objective == "orpo":
         pair = orpo_loss(
             scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
             scores.rejected_logps / scores.rejected_lengths.clamp(min=1),
             beta=args.beta,
         )
+        terms = _of_pairs(pair.losses, own)
         likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
-        loss = likelihood + pair.losses.mean()
-        losses = nll + pair.losses
-        metrics["nll_loss"] = likelihood
+        loss = likelihood + terms.mean()
+        losses = nll + terms
+        metrics["nll_loss"] = likelihood if own is None else nll[own].mean()
     else:
         zero = torch.zeros_like(scores.chosen_logps)
         pair = dpo_loss(
@@ -62,23 +78,58 @@ def pair_loss(scores: PairScores, reference: ReferenceLogps | None, args: SAPOCo
             chosen_lengths=scores.chosen_lengths,
             rejected_lengths=scores.rejected_lengths,
             dpop_weight=args.dpop_weight,
+            label_smoothing=args.label_smoothing,
+            nce_shift=args.nce_shift,
+            nce_negative_weight=args.nce_negative_weight,
         )
-        losses = pair.losses
+        losses = _of_pairs(pair.losses, own)
         if args.chosen_nll_weight:
             losses = losses + args.chosen_nll_weight * nll
+            metrics["nll_loss"] = nll.mean() if own is None else nll[own].mean()
+        elif own is not None:
+            losses = torch.where(own, losses, nll)
         loss = losses.mean()
-        if args.chosen_nll_weight:
-            metrics["nll_loss"] = nll.mean()
+
+    def mean(values: Tensor) -> Tensor:
+        return (values if own is None else values[own]).mean()
+
     margins = pair.chosen_rewards - pair.rejected_rewards
     metrics |= {
         "loss": loss,
-        "rewards/chosen": pair.chosen_rewards.mean(),
-        "rewards/rejected": pair.rejected_rewards.mean(),
-        "rewards/margins": margins.mean(),
-        "rewards/accuracies": (margins > 0).float().mean(),
-        "logps/chosen": scores.chosen_logps.mean(),
-        "logps/rejected": scores.rejected_logps.mean(),
+        "rewards/chosen": mean(pair.chosen_rewards),
+        "rewards/rejected": mean(pair.rejected_rewards),
+        "rewards/margins": mean(margins),
+        "rewards/accuracies": mean((margins > 0).float()),
+        "logps/chosen": mean(scores.chosen_logps),
+        "logps/rejected": mean(scores.rejected_logps),
     }
+    return _with_values(loss, losses, metrics)
+
+
+def _of_pairs(losses: Tensor, own: Tensor | None) -> Tensor:
+    """A term of the pairs, 0 for self-replay."""
+    return losses if own is None else torch.where(own, losses, torch.zeros_like(losses))
+
+
+def _sft_loss(
+    scores: PairScores, nll: Tensor, own: Tensor | None, args: SAPOConfig, metrics: dict[str, Tensor]
+) -> PairLoss:
+    """Mean over responses of the mean over a response's tokens: weighted log-likelihood, and divergence from the start.
+
+    ASFT (arXiv 2509.23753); the weights alone: dynamic fine-tuning (arXiv 2508.05629).
+    """
+    losses = nll
+    if scores.weighted_logps is not None:
+        losses = chosen_nll(scores.weighted_logps, scores.chosen_lengths)
+    if scores.divergences is not None:
+        divergence = scores.divergences / scores.chosen_lengths.clamp(min=1)
+        losses = losses + args.kl_weight * divergence
+        metrics["kl_loss"] = divergence.mean()
+    loss = losses.mean()
+    metrics["loss"] = loss
+    if own is None or bool(own.any()):
+        metrics["nll_loss"] = (nll if own is None else nll[own]).mean()
+        metrics["logps/chosen"] = (scores.chosen_logps if own is None else scores.chosen_logps[own]).mean()
     return _with_values(loss, losses, metrics)
 
 

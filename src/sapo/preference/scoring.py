@@ -24,7 +24,9 @@ from sapo.preference.shared_prefix import attention_arguments, shared_layout_uns
 class PairScores(NamedTuple):
     """Summed log-probabilities in nats and numbers of scored tokens, each `[B]`.
 
-    `all_positions_nll` is ORPO's likelihood term as published, only if the batch has `all_positions`.
+    `all_positions_nll` is ORPO's likelihood term as published, only if the batch has `all_positions`. `weighted_logps`
+    are the chosen log-probabilities with each token weighted by its probability, and `divergences` the sums of
+    KL(reference || policy) over the chosen tokens, in nats; both `[B]`, only if they were asked for.
     """
 
     chosen_logps: Tensor
@@ -32,6 +34,8 @@ class PairScores(NamedTuple):
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     all_positions_nll: Tensor | None = None
+    weighted_logps: Tensor | None = None
+    divergences: Tensor | None = None
 
 
 def score(model: nn.Module, batch: PairBatch, *, fused_lm_head: bool = False) -> PairScores:
@@ -57,7 +61,18 @@ def score(model: nn.Module, batch: PairBatch, *, fused_lm_head: bool = False) ->
 
 
 def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability in nats and number of scored tokens of each sum of `rows`.
+    """Log-probability in nats and number of scored tokens of each sum of `rows`; see `scored_logps`.
+
+    Returns:
+        `[sums]` in float32 at least, for any dtype of the model, and `[sums]` integers.
+    """
+    logps = scored_logps(model, rows, fused_lm_head=fused_lm_head)
+    sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device)
+    return sums.index_add(0, rows.owners.flatten()[rows.places], logps), rows.lengths
+
+
+def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = False) -> Tensor:
+    """Log-probability in nats of the token at each scored position of `rows`.
 
     The language-model head runs only at scored positions: other logits are never computed.
 
@@ -68,14 +83,14 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             a Triton kernel on CUDA that computes logits in tiles and never materializes all.
 
     Returns:
-        `[sums]` in float32 at least, for any dtype of the model, and `[sums]` integers.
+        `[M]` in float32 at least, for any dtype of the model.
     """
     places = rows.places
-    targets, owners = rows.targets.flatten()[places], rows.owners.flatten()[places]
+    targets = rows.targets.flatten()[places]
     inputs = model_inputs(model, rows)
     if fused_lm_head:
         output = model(**inputs, shift_labels=rows.targets, fused_lm_head=True)
-        logps = output.log_probs.flatten()[places]
+        logps: Tensor = output.log_probs.flatten()[places]
     else:
         with head_at(model, places):
             logits = model(**inputs, use_cache=False).logits
@@ -85,10 +100,8 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
                 "embeddings alone, so it cannot be scored."
             )
         logps = token_logps(logits[0], targets)
-    if logps.dtype != torch.float64:
-        logps = logps.float()  # a sum of hundreds of bfloat16 numbers is off by several nats
-    sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device).index_add(0, owners, logps)
-    return sums, rows.lengths
+    # A sum of hundreds of bfloat16 numbers is off by several nats.
+    return logps if logps.dtype == torch.float64 else logps.float()
 
 
 @contextmanager

@@ -86,6 +86,12 @@ CHARTS = [
         "",
         "Norm of their difference over the norm of the policy: how far the opponent lags behind.",
     ),
+    Chart(
+        "Distance from the start",
+        "nats per token",
+        "What the policy moved by, on replies of the start. On general prompts it is what may be lost.",
+    ),
+    Chart("Gain on evaluation rows", "nats per token", "Rise of their log-likelihood since the start."),
     Chart("Gradient norm", "", "Norm before clipping."),
     Chart("Learning rate", "", "The schedule's value."),
     Chart("Time by part", "seconds", "Seconds per micro-batch; for the optimizer, per step."),

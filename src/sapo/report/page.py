@@ -20,9 +20,10 @@ from sapo.report.charts import CHARTS, curves
 from sapo.report.pair_texts import BUDGET, pack
 from sapo.report.summary import figures, sentences, warnings
 from sapo.runs.files import write_atomically
+from sapo.runs.gain_curves import DISTANCES, gain_curve
 from sapo.runs.reading import Run, read_run, short_names
 
-_SCRIPTS = ["dom.js", "charts.js", "pairs.js", "tables.js", "main.js"]
+_SCRIPTS = ["dom.js", "gain.js", "charts.js", "pairs.js", "tables.js", "main.js"]
 
 
 def write_report(file: Path, runs: Sequence[Path]) -> None:
@@ -54,6 +55,7 @@ def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
         "warnings": [dataclasses.asdict(warn) for warn in warnings(run)],
         "ended": bool(run.end),
         **curves(run, CHARTS),
+        "gain": {one.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},
         "pairs": pack(run.pairs, budget),
         "options": [
             {"name": one.name, "value": one.value, "default": one.default, "help": one.help, "differs": one.differs}

@@ -19,6 +19,7 @@ from sapo.runs.metrics import (
     MARGIN,
     REJECTED_LENGTH,
     REJECTED_REWARD,
+    RETENTION_GENERAL,
     RUNTIME,
     Metric,
 )
@@ -160,7 +161,7 @@ def warnings(run: Run) -> list[Warn]:
     """Problems of a run, the worst first."""
     found = [
         warn
-        for look in (_stopped, _bad_steps, _fall, _worse_eval, _caught_up, _drift, _saturated)
+        for look in (_stopped, _bad_steps, _fall, _worse_eval, _far, _caught_up, _drift, _saturated)
         if (warn := look(run)) is not None
     ]
     return sorted(found, key=lambda warn: warn.level != "bad")
@@ -207,6 +208,20 @@ def _worse_eval(run: Run) -> Warn | None:
         "warning",
         "The evaluation loss is past its minimum",
         f"{min(values):.3g} at step {best:,}, {values[-1]:.3g} at the end: the run is overfitting.",
+    )
+
+
+def _far(run: Run) -> Warn | None:
+    limit, curve = run.config.get("retention_kl_limit"), run.curve(EVAL + RETENTION_GENERAL.name)
+    if limit is None or not curve or curve[-1][1] <= limit:
+        return None
+    first = next(step for step, value in curve if value > limit)
+    return Warn(
+        "warning",
+        "The policy has moved far from its start",
+        f"On general prompts by {curve[-1][1]:.3g} nats per token at the end; it passed retention_kl_limit={limit:g} "
+        f"at step {first:,}. What it could do before may suffer: stop earlier, lower the learning rate, or set "
+        "replay_share or, with objective=sft, kl_weight.",
     )
 
 

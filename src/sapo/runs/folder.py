@@ -27,7 +27,10 @@ from sapo.runs.layout import (
     METRICS_FILE,
     OPPONENT_FOLDER,
     RECIPE_FILE,
+    REPLIES_PATTERN,
     REPORT_FILES,
+    RETENTION_PART,
+    SELF_REPLAY_FILE,
     TRACE_FILE,
 )
 from sapo.runs.lock import check_unlocked, locked
@@ -129,7 +132,8 @@ class RunFolder:
         ]:
             shutil.rmtree(old, ignore_errors=True)
         per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
-        for pattern in (METRICS_FILE, *REPORT_FILES, *per_process):
+        kept = (f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN)
+        for pattern in (METRICS_FILE, *REPORT_FILES, *kept, *per_process):
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
 

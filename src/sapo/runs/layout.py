@@ -21,6 +21,13 @@ TRACE_FILE = "trace-{process}.jsonl"
 BAD_PAIRS_FILE = "bad_pairs-{process}.jsonl"
 """Pairs of steps with a non-finite loss or gradient."""
 
+RETENTION_PART = "retention"
+"""With `eval_retention`: the start on fixed replies, as `retention.safetensors`."""
+SELF_REPLAY_FILE = "self_replay.json"
+"""With `replay_share`: prompts and the start's replies that are replayed, as token ids."""
+REPLIES_PATTERN = "replies-*.json"
+"""Replies that the start generated once."""
+
 OPPONENT_FOLDER = "opponent"
 STATE_FILE = "sapo_state.json"
 MANIFEST_FILE = "sapo_manifest.json"

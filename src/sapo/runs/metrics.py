@@ -223,6 +223,41 @@ MOVED = Metric(
     chart="Weights changed by a step",
     legend="share of weights",
 )
+RETENTION_GENERAL = Metric(
+    "retention/kl_general",
+    "nats per token",
+    "KL(start ‖ policy) over the full vocabulary, on replies of the start to general prompts",
+    "0 at the start; what rises here is lost elsewhere; compare runs at equal `retention/gain`",
+    better="lower",
+    when="at evaluations with `eval_retention`",
+    chart="Distance from the start",
+    eval_legend="general prompts",
+)
+RETENTION_TASK = Metric(
+    "retention/kl_task",
+    "nats per token",
+    "the same on replies of the start to prompts of the training rows",
+    "it has to rise where the start's own replies are not what is wanted",
+    when="at evaluations with `eval_retention`",
+    chart="Distance from the start",
+    eval_legend="training prompts",
+)
+RETENTION_GAIN = Metric(
+    "retention/gain",
+    "nats per token",
+    "rise of the log-likelihood of evaluation rows since the start",
+    better="higher",
+    when="at evaluations with `eval_retention`",
+    chart="Gain on evaluation rows",
+    eval_legend="since the start",
+)
+RETENTION_TIME = Metric(
+    "retention/time_share",
+    "share",
+    "time spent on these measures over the time of the run so far",
+    "at most about `eval_retention_max_time_fraction`",
+    when="at evaluations with `eval_retention`",
+)
 RUNTIME = Metric("train_runtime", "seconds", "wall time since the last start, in the last line")
 FINAL_LOSS = Metric("train_loss", "nats", "mean loss of the whole run, in the last line")
 
@@ -373,6 +408,37 @@ METRICS = (
     DEVICE_PEAK_MEMORY,
     MOVED,
     BAD_STEPS,
+    Metric(
+        "kl_loss",
+        "nats per token",
+        "KL(start ‖ policy) over the full vocabulary, on the responses trained on; `kl_weight` times it is in the loss",
+        better="lower",
+        when="with `kl_weight`",
+        chart="Loss",
+        legend="divergence from the start",
+        compared=True,
+    ),
+    Metric(
+        "self_replay/share",
+        "share",
+        "share of the trained responses that are self-replay",
+        "about `replay_share`",
+        when="with `replay_share`",
+    ),
+    Metric(
+        "self_replay/nll_loss",
+        "nats per token",
+        "negative log-likelihood of the replayed replies of the start",
+        "rising: the policy moves away from what the start said",
+        better="lower",
+        when="with `replay_share`",
+        chart="Loss",
+        legend="self-replay",
+    ),
+    RETENTION_GENERAL,
+    RETENTION_TASK,
+    RETENTION_GAIN,
+    RETENTION_TIME,
     Metric("epoch", "epochs", "epochs of the data so far"),
     RUNTIME,
     FINAL_LOSS,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, sample_responses, summarize
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
+from sapo.training.time_share import TimeShare
 
 logger = logging.get_logger(__name__)
 
@@ -61,32 +63,27 @@ class LocalSignals:
         self._examples: list[Example] = collate_examples([rows[place] for place in places])["examples"]
         self._context = context
         self._averages = averages
-        self._clock = clock
         self._options = LocalOptions(
             max_length=args.max_length,
             max_new_tokens=min(LocalOptions().max_new_tokens, args.max_length),
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        self._began = clock()
-        self._spent = 0.0
-        self._cost: float | None = None
+        self._time = TimeShare(args.eval_local_max_time_fraction, clock)
         self._told = False
 
-    def begin(self) -> None:
-        """Start the clock of the run."""
-        self._began, self._spent = self._clock(), 0.0
+    def begin(self, checkpoint: Path | None = None) -> None:
+        """Start the clock of the run, or of what follows `checkpoint`."""
+        self._time.begin()
 
     def observe(self) -> None:
         """Measure, if there is time, and give the numbers to the averages of the evaluation."""
         if self._context.world.first_decides(self._fits()):
-            started = self._clock()
-            args = self._context.args
-            own = self._measure(range(args.process_index, len(self._examples), args.world_size))
-            found = sorted(chain.from_iterable(self._context.world.gather(own)), key=lambda pair: pair[0])
-            self._add([Measured.of(stored) for _, stored in found])
-            self._cost = self._clock() - started
-            self._spent += self._cost
+            with self._time.spending():
+                args = self._context.args
+                own = self._measure(range(args.process_index, len(self._examples), args.world_size))
+                found = sorted(chain.from_iterable(self._context.world.gather(own)), key=lambda pair: pair[0])
+                self._add([Measured.of(stored) for _, stored in found])
         elif not self._told:
             self._told = True
             logger.warning(
@@ -94,22 +91,16 @@ class LocalSignals:
                 f"{self._context.args.eval_local_max_time_fraction:g} of the run's time so far; they are postponed. "
                 "Lower eval_local_size, or raise the share, for more of them."
             )
-        elapsed = self._clock() - self._began
-        self._averages.add("local/time_share", self._spent / max(elapsed, 1e-9))
+        self._averages.add("local/time_share", self._time.share)
 
     def _fits(self) -> bool:
-        if self._cost is None:
+        if self._time.cost is None:
             # What a measurement takes is not known before the first: a batch of it is tried.
-            started = self._clock()
             batch = range(min(self._options.batch_size, len(self._examples)))
-            self._measure(batch)
-            trial = self._clock() - started
-            self._spent += trial
-            processes = self._context.args.world_size
-            self._cost = trial * max(1, len(self._examples)) / (len(batch) * processes)
-        share = self._context.args.eval_local_max_time_fraction
-        elapsed = self._clock() - self._began
-        return bool(self._spent + self._cost <= share * (elapsed + self._cost))
+            with self._time.spending():
+                self._measure(batch)
+            self._time.cost *= max(1, len(self._examples)) / (len(batch) * self._context.args.world_size)
+        return self._time.fits()
 
     def _measure(self, places: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
         context = self._context

@@ -185,7 +185,7 @@ class RunRecorder(TrainerCallback):
                 one = slice(place, place + 1)
                 own = PairScores(*(tensor[one] for tensor in scores[:4]))
                 before = None
-                if reference is not None:
+                if isinstance(reference, ReferenceLogps):
                     before = ReferenceLogps(reference.chosen_logps[one], reference.rejected_logps[one])
                 metrics = pair_loss(own, before, args).metrics
                 found = {

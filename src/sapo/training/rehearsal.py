@@ -135,5 +135,7 @@ def _evaluated(args: SAPOConfig) -> list[str]:
     """Names of all that each evaluation measures: those of the loss of a pair."""
     one = torch.zeros(1)
     scores = PairScores(one - 1, one - 2, one + 1, one + 1, one[0] if args.nll_scope == "all" else None)
+    if args.kl_weight:
+        scores = scores._replace(divergences=one)
     reference = None if args.reference == "none" else ReferenceLogps(one - 1, one - 2)
     return [*pair_loss(scores, reference, args).metrics, *_TIMES]

@@ -17,6 +17,7 @@ from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_re
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
+from sapo.preference.token_distributions import Anchor, hidden_at, score_sft
 from sapo.training.context import RunContext
 from sapo.weights.sharding import zero_stage
 
@@ -24,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 Pass = tuple[Sequence[Pair], PairBatch]
 """The pairs of one forward pass, and their rows on the device."""
+ReferenceScores = ReferenceLogps | Anchor | None
+"""Of a pass: what the loss needs of the reference."""
 
 
 class PairScorer:
@@ -111,8 +114,25 @@ class PairScorer:
 
     # ---- Scores ----
 
-    def reference_logps(self, passes: Sequence[Pass], source: PairSource | None = None) -> list[ReferenceLogps | None]:
+    def policy_scores(self, model: nn.Module, batch: PairBatch, reference: ReferenceScores) -> PairScores:
+        """What the loss needs of the policy on a batch; with an anchor, its divergence from it too.
+
+        Args:
+            model: the policy, with its wrappers.
+            batch: on the device.
+            reference: result of `reference_logps` for this batch.
+        """
+        args, fused = self._context.args, self._context.roles.fused_head
+        by_probability = args.token_weighting == "probability"  # noqa: S105
+        if args.objective == "sft" and (args.kl_weight or by_probability):
+            anchor = reference if isinstance(reference, Anchor) else None
+            return score_sft(model, batch, anchor, by_probability=by_probability, fused_lm_head=fused)
+        return score(model, batch, fused_lm_head=fused)
+
+    def reference_logps(self, passes: Sequence[Pass], source: PairSource | None = None) -> list[ReferenceScores]:
         """Log-probabilities under the reference, of each pass; a sharded one is gathered once for all of them.
+
+        With objective=sft, its hidden states instead: see `Anchor`.
 
         Args:
             passes: what is scored; all processes take part in equally many.
@@ -122,9 +142,13 @@ class PairScorer:
         if roles.reference is None:
             return [None] * len(passes)
         moving = roles.reference is roles.opponent
-        with roles.autocast(), roles.reference.using() as model, frozen(model):
-            found: list[ReferenceLogps | None] = []
+        using = roles.reference.using
+        with roles.autocast(), using() as model, frozen(model):
+            found: list[ReferenceScores] = []
             for pairs, batch in passes:
+                if self._context.args.objective == "sft":
+                    found.append(Anchor(hidden_at(model, batch), using))
+                    continue
 
                 def compute(missing: list[Pair], pairs: Sequence[Pair] = pairs, batch: PairBatch = batch) -> Any:
                     own = batch if len(missing) == len(pairs) else self.collate(missing)
@@ -137,12 +161,12 @@ class PairScorer:
                     found.append(source.reference_logps(pairs, compute).to(self._context.args.device))
         return found
 
-    def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceLogps | None]:
+    def scores_of(self, pairs: Sequence[Pair]) -> tuple[PairScores, ReferenceScores]:
         """Scores under policy and reference, in one pass without gradients; all processes take part."""
         batch = self.collate(pairs)
         (reference,) = self.reference_logps([(pairs, batch)])
         with self._context.roles.autocast(), frozen(self._model()) as model:
-            return score(model, batch, fused_lm_head=self._context.roles.fused_head), reference
+            return self.policy_scores(model, batch, reference), reference
 
     def response_logps(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability in nats of the last response of each example under the policy."""

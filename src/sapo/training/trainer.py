@@ -24,7 +24,7 @@ from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
 from sapo.preference.pair_loss import pair_loss
 from sapo.preference.pairs import Pair, PairSource
-from sapo.preference.scoring import score
+from sapo.preference.self_replay import is_replayed
 from sapo.runs.folder import RunFolder
 from sapo.seeds import random_state_restored
 from sapo.training.callbacks import MovedFraction, RunCallback
@@ -37,6 +37,8 @@ from sapo.training.look_ahead import LookAhead
 from sapo.training.metrics import MetricAverages, clock
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
 from sapo.training.recorder import RunRecorder
+from sapo.training.replay import with_self_replay
+from sapo.training.retention import RetentionSignals
 from sapo.training.scorer import PairScorer
 from sapo.training.start import prepare_start
 from sapo.training.state import RunState
@@ -128,7 +130,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}
         self._scorer = PairScorer(self._context, self.accelerator, lambda: self.model)
         record = self._averages["train"].add
-        self.source = source or make_source(self._context, generator, record, self.train_dataset)
+        self.run_folder = RunFolder(Path(args.output_dir or ""), self._context.world)
+        made = source or make_source(self._context, generator, record, self.train_dataset)
+        self.source = with_self_replay(made, self._context, self.run_folder, record)
         self._look_at_the_run()
         self._drawn: list[Pair] = []
         self._micro_batch, self._micro_batch_of = 0, -1
@@ -136,7 +140,6 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self._look_ahead = LookAhead(args)
         self._step_guard = NonFiniteStepGuard(self.source)
-        self.run_folder = RunFolder(Path(args.output_dir or ""), self._context.world)
         self._run_state = RunState(
             self._context, self.accelerator, self.source, self._log, self._eval_pairs, self._probe, self.train_dataset
         )
@@ -166,9 +169,12 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 dataset, args.chosen_probe_size, seed=args.seed, logps=self._scorer.response_logps
             )
         evaluated = as_list_of_datasets(self.eval_dataset)
-        self._local_signals = None
+        self._signals: list[LocalSignals | RetentionSignals] = []
         if args.eval_local and evaluated:
-            self._local_signals = LocalSignals(self._context, self._averages["eval"], evaluated[0])
+            self._signals.append(LocalSignals(self._context, self._averages["eval"], evaluated[0]))
+        if args.eval_retention and evaluated and dataset is not None:
+            measured = (dataset, evaluated[0])
+            self._signals.append(RetentionSignals(self._context, self._averages["eval"], *measured, self.run_folder))
         self._log = TrainingLog(self._context, self._averages, self._probe)
 
     # ---- The models ----
@@ -224,7 +230,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         started = clock(self.args.device)
         self.source.prefetch(self._look_ahead.pending(), step)
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
-        self._drawn = pairs
+        self._drawn = [pair for pair in pairs if not is_replayed(pair)]
         passes = self._scorer.passes(pairs)
         generated = clock(self.args.device)
         # The reference first: it needs its memory while the policy keeps no activations yet.
@@ -251,8 +257,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
     ) -> Any:
         """Mean loss of a laid-out batch times its share of the micro-batch; its metrics go to the averages."""
         batch: PairBatch = inputs["batch"]
-        scores = score(model, batch, fused_lm_head=self._context.roles.fused_head)
-        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args)
+        scores = self._scorer.policy_scores(model, batch, inputs["reference"])
+        replayed = [is_replayed(pair) for pair in inputs["pairs"]]
+        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args, replayed)
         mode = "train" if model.training else "eval"
         finite = math.isfinite(metrics["loss"])
         for name, value in metrics.items():
@@ -327,8 +334,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         with self.source.ready(self.state.global_step), random_state_restored():
             if not isinstance(dataset, Mapping):
                 self._current_eval = self._eval_pairs.of(dataset)
-            if self._local_signals is not None and self._local_signals.rows is dataset:
-                self._local_signals.observe()
+            for signals in self._signals:
+                if signals.rows is dataset:
+                    signals.observe()
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -385,5 +393,5 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             self._run_state.restore(checkpoint)
         self.source.begin(self.state.global_step, checkpoint)
         self._log.begin()
-        if self._local_signals is not None:
-            self._local_signals.begin()
+        for signals in self._signals:
+            signals.begin(checkpoint)

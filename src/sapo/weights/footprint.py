@@ -139,7 +139,7 @@ def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, str
                     weight.data = weight.data.float()
         opponent = make_opponent(policy, decay=args.ema_decay) if args.pair_source == "self_play" else None
         reference = None
-        if args.objective == "dpo" and args.reference in ("initial", "opponent_copy"):
+        if args.reference in ("initial", "opponent_copy"):
             base = adapter and args.reference == "initial"
             reference = None if base else make_reference(policy, may_be_base=False)
     return RunModels(policy, opponent, reference, quantized)
@@ -290,8 +290,8 @@ def _stepped(trained: list[Tensor], strategy: Strategy) -> float:
 
 
 def _several_passes(args: SAPOConfig) -> bool:
-    most = 1 if args.tokens_per_forward else args.pairs_per_forward or args.per_device_train_batch_size
-    return bool(args.gradient_accumulation_steps > 1 or most < args.per_device_train_batch_size)
+    most = 1 if args.tokens_per_forward else args.pairs_per_forward or args.pairs_per_micro_batch
+    return bool(args.gradient_accumulation_steps > 1 or most < args.pairs_per_micro_batch)
 
 
 def _has_master(policy: nn.Module, args: SAPOConfig) -> bool:

@@ -342,7 +342,7 @@ def make_reference(policy: nn.Module, *, may_be_base: bool) -> ShadowModel:
     """
     if not isinstance(policy, PeftModel):
         return ModelCopy(policy)
-    if may_be_base and _is_neutral(policy):
+    if may_be_base and is_neutral(policy):
         return BaseModel(policy)
     return AdapterCopy(policy, "reference")
 
@@ -415,7 +415,7 @@ def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _is_neutral(model: PeftModel) -> bool:
+def is_neutral(model: PeftModel) -> bool:
     """Whether the policy's adapter adds nothing: every factor B is zero, as LoRA starts."""
     factors = [
         weight

@@ -103,7 +103,7 @@ class Roles:
             self.opponent = (
                 make_opponent(policy, decay=decay) if shell is None else ShardedCopy(policy, shell, decay=decay)
             )
-        if args.objective != "dpo" or args.reference == "none":
+        if args.reference == "none":
             return
         if args.reference == "opponent":
             self.reference = self.opponent

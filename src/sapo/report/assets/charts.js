@@ -61,6 +61,8 @@ class ChartBoard {
       cards.push(chart.card);
       if (open.has(spec.title)) chart.details.open = true;
     }
+    const gain = gainCard(this.runs, this.shown);
+    if (gain) cards.push(gain);
     this.grid.replaceChildren(...cards);
     if (!cards.length) this.grid.append(h("p", { class: "empty" }, "Nothing logged yet."));
   }

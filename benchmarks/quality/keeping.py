@@ -1,0 +1,245 @@
+"""What is kept and what is gained: arms times seeds on a real chat model; docs/study.md says what for.
+
+    python benchmarks/quality/keeping.py --model FOLDER --data FOLDER --minutes 70    as far as the time reaches
+    python benchmarks/quality/keeping.py --table                                     the tables of what is done
+
+Each cell is an ordinary run folder of `sapo train` with `eval_retention`, under WORK/STAGE/ARM/seed-N, and its curve is
+kept in result.json there. Stages and arms are run in the order of `STAGES`, seed by seed, so that what is done at any
+time has the same seeds in all arms of a stage, or all but the last.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sapo.commands.main import main as sapo
+from sapo.runs.cost import cost_of
+from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
+from sapo.runs.reading import read_run
+
+SEEDS = (1, 2, 3)
+LONGEST = 420
+"""Maximum characters of question and answer together: about 130 tokens."""
+EVALUATED = 24
+COMMON = {
+    "use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear",
+    "learning_rate": "5e-4", "lr_scheduler_type": "linear", "warmup_steps": "0.1",
+    "per_device_train_batch_size": "4", "per_device_eval_batch_size": "8", "max_length": "192",
+    "eval_strategy": "steps", "eval_retention": "true", "eval_retention_size": str(EVALUATED),
+    "eval_retention_max_time_fraction": "1.0", "retention_kl_limit": "none", "logging_steps": "5",
+    "save_strategy": "no", "report_to": "none", "log_pairs_steps": "0", "report_pairs": "0", "chosen_probe_size": "0",
+    "use_cpu": "true", "dtype": "float32", "gradient_checkpointing": "false", "overwrite_output_dir": "true",
+    "replay_max_new_tokens": "64",
+}  # fmt: skip
+SFT = {"objective": "sft"}
+SAPO = {"objective": "dpo", "beta": "0.1", "segment_length": "32", "chosen_nll_weight": "10", "skip_identical": "false"}
+REPLAY = {"replay_share": "0.1"}
+ANCHOR = {"kl_weight": "0.1"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arms on the same rows for equally many steps."""
+
+    name: str
+    rows: int
+    steps: int
+    evaluations: int
+    arms: dict[str, dict[str, str]]
+
+
+STAGES = (
+    Stage("narrow", 240, 60, 3, {
+        "SFT": SFT,
+        "SFT, replay": SFT | REPLAY,
+        "SFT, anchor": SFT | ANCHOR,
+        "SAPO": SAPO,
+        "SAPO, replay": SAPO | REPLAY,
+    }),
+    Stage("overtrained", 24, 60, 3, {"SFT": SFT, "SAPO": SAPO}),
+    Stage("more", 240, 60, 3, {
+        "ASFT": SFT | ANCHOR | {"token_weighting": "probability"},
+        "SFT, anchor 1": SFT | {"kl_weight": "1.0"},
+        "SAPO, frozen": SAPO | {"ema_decay": "1"},
+        "SAPO, on-policy": SAPO | {"ema_decay": "0"},
+        "NCE": SAPO | {"loss_type": "nce"},
+        "SFT, anchor, replay": SFT | ANCHOR | REPLAY,
+    }),
+)  # fmt: skip
+
+
+def rows_of(data: Path, work: Path, count: int) -> tuple[Path, Path]:
+    """The first `count` short rows of GSM8K's training file, and rows to evaluate on from behind all of them."""
+    train, test = work / f"train-{count}.jsonl", work / "evaluation.jsonl"
+    if not (train.is_file() and test.is_file()):
+        lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        short = [row for row in map(json.loads, lines) if len(row["question"]) + len(row["answer"]) <= LONGEST]
+        work.mkdir(parents=True, exist_ok=True)
+        for file, part in ((train, short[:count]), (test, short[1000 : 1000 + EVALUATED])):
+            texts = [json.dumps({"instruction": row["question"], "output": row["answer"]}) for row in part]
+            file.write_text("".join(text + "\n" for text in texts))
+    return train, test
+
+
+def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data: Path, work: Path) -> dict:
+    """Train one cell, unless it is done, and keep its curves."""
+    file = folder / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    train, test = rows_of(data, work, stage.rows)
+    options = COMMON | stage.arms[arm] | {
+        "model_name_or_path": str(model), "dataset_name": str(train), "eval_dataset_name": str(test),
+        "output_dir": str(folder / "run"), "seed": str(seed), "max_steps": str(stage.steps),
+        "eval_steps": str(stage.steps // stage.evaluations),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        status = sapo(["train", *(part for name, value in options.items() for part in (f"--{name}", value))])
+    if status != 0:
+        raise SystemExit(f"{folder}: sapo train ended with status {status}; see log.txt")
+    run = read_run(folder / "run")
+    if run.last_step < stage.steps:
+        raise SystemExit(f"{folder}: stopped before its last step; the same command starts the cell again.")
+    found = {
+        "arm": arm, "seed": seed, "steps": stage.steps, "rows": stage.rows, "options": stage.arms[arm],
+        "seconds": time.perf_counter() - began, "cpu_seconds": cost_of(run).cpu_seconds,
+        "step_seconds": sum(run.series("time/step")) / max(1, len(run.series("time/step"))),
+        "curves": {one.name: gain_curve(run, one) for one in DISTANCES},
+        "identical": run.last("self_play/identical_fraction"),
+    }  # fmt: skip
+    partial = folder / ".result.json.partial"
+    partial.write_text(json.dumps(found, indent=1))
+    partial.replace(file)
+    for weights in (folder / "run").rglob("*.safetensors"):
+        if weights.name == "retention.safetensors":
+            weights.unlink()
+    shutil.rmtree(folder / "run" / "opponent", ignore_errors=True)
+    return found
+
+
+def results(work: Path, stage: Stage) -> dict[str, dict[int, dict]]:
+    """What is done of a stage, by arm and seed."""
+    found = {}
+    for arm in stage.arms:
+        files = [(seed, cell_folder(work, stage, arm, seed) / "result.json") for seed in SEEDS]
+        found[arm] = {seed: json.loads(file.read_text()) for seed, file in files if file.is_file()}
+    return {arm: cells for arm, cells in found.items() if cells}
+
+
+def cell_folder(work: Path, stage: Stage, arm: str, seed: int) -> Path:
+    label = "".join(c if c.isalnum() or c in ".-" else "-" for c in arm)
+    return work / stage.name / label / f"seed-{seed}"
+
+
+def spread_text(values: list[float]) -> str:
+    """Mean and half width of the 95 % t-interval; the values alone where there are fewer than three."""
+    if len(values) < 3:
+        return " / ".join(f"{value:.4f}" for value in values)
+    t = {3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return f"{statistics.mean(values):.4f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def tables(work: Path) -> str:
+    """Markdown: last evaluation of each arm, distance at equal gain, and its ratio to SFT, paired by seed."""
+    parts = []
+    for stage in STAGES:
+        done = results(work, stage)
+        if not done:
+            continue
+        parts += [f"### {stage.name}: {stage.rows} rows, {stage.steps} steps", ""]
+        parts += ["| arm | seeds | gain | kl_general | kl_task | seconds a step | CPU seconds |", "| --- " * 7 + "|"]
+        general, task = (one.name for one in DISTANCES)
+        for arm, cells in done.items():
+            last = [cell["curves"][general][-1] for cell in cells.values()]
+            far = [cell["curves"][task][-1][2] for cell in cells.values()]
+            cost = statistics.mean(cell["cpu_seconds"] for cell in cells.values())
+            step = statistics.mean(cell["step_seconds"] for cell in cells.values())
+            parts.append(
+                f"| {arm} | {len(cells)} | {spread_text([one[1] for one in last])} | "
+                f"{spread_text([one[2] for one in last])} | {spread_text(far)} | {step:.1f} | {cost:.0f} |"
+            )
+        parts += [
+            "",
+            "Distance at equal gain (the largest that all arms of a seed reach, and half of it), over SFT's:",
+            "",
+        ]
+        parts += ["| arm | kl_general, half | kl_general, full | kl_task, half | kl_task, full |", "| --- " * 5 + "|"]
+        for arm in done:
+            row = []
+            for distance in (general, task):
+                for level in (1, 3):
+                    row.append(spread_text(ratios(done, arm, distance, level)) or "-")
+            parts.append(f"| {arm} | {' | '.join(row)} |")
+        parts.append("")
+        for arm, cells in done.items():
+            for seed, cell in cells.items():
+                points = " ".join(f"{step}:{gain:.4f}/{kl:.4f}" for step, gain, kl in cell["curves"][general])
+                parts.append(f"- {arm}, seed {seed}, step:gain/kl_general {points}")
+        parts.append("")
+    return "\n".join(parts) + "\n"
+
+
+def ratios(done: dict, arm: str, distance: str, level: int) -> list[float]:
+    """Distance of an arm over that of SFT at a level of gain that all arms of the seed reach."""
+    found = []
+    for seed, cell in done[arm].items():
+        cells = [one[seed] for one in done.values() if seed in one]
+        if seed not in done.get("SFT", {}):
+            continue
+        gains = common_gains([one["curves"][distance] for one in cells])
+        if not gains:
+            continue
+        own, sft = (distance_at(one["curves"][distance], gains[level]) for one in (cell, done["SFT"][seed]))
+        if own is not None and sft:
+            found.append(own / sft)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/keeping"))
+    parser.add_argument("--model", type=Path, help="folder of the chat model")
+    parser.add_argument("--data", type=Path, help="folder that has gsm8k/train.jsonl")
+    parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
+    parser.add_argument("--stages", nargs="+", default=[stage.name for stage in STAGES])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    until = time.monotonic() + 60 * options.minutes
+    cells = [
+        (stage, arm, seed)
+        for stage in STAGES
+        if stage.name in options.stages
+        for seed in options.seeds
+        for arm in stage.arms
+    ]
+    for stage, arm, seed in [] if options.table else cells:
+        folder = cell_folder(options.work, stage, arm, seed)
+        if not (folder / "result.json").is_file():
+            if time.monotonic() > until:
+                sys.stdout.write("The time is over; the same command goes on.\n")
+                break
+            found = run_cell(folder, stage, arm, seed, options.model, options.data, options.work)
+            step, gain, kl = found["curves"][DISTANCES[0].name][-1]
+            place = f"{time.strftime('%H:%M:%S')} {stage.name} {arm} seed {seed} at step {step}"
+            sys.stdout.write(f"{place}: gain {gain:.4f} kl_general {kl:.4f} ({found['seconds']:.0f} s)\n")
+            sys.stdout.flush()
+            (options.work / "tables.md").write_text(tables(options.work))
+    sys.stdout.write(tables(options.work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Replies that a model generated once, kept for every later run and evaluation of the same model.
+
+They are small, and their key names everything they depend on. They lie in the run folder, so that a run is complete,
+and in the user's cache; never beside the model, whose folder may be read-only or belong to the Hub's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from sapo.runs.files import write_atomically
+
+logger = logging.get_logger(__name__)
+
+CACHE_VARIABLE = "SAPO_CACHE_DIR"
+
+
+def cache_folder() -> Path:
+    """`$SAPO_CACHE_DIR`; else `sapo` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sapo"
+
+
+def replies_key(**facts: Any) -> str:
+    """Hash of everything that replies depend on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def kept_replies(folder: Path | None, key: str, generate: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """The replies under `key`: read from `folder` or the user's cache, else generated; then in both.
+
+    Args:
+        folder: of a run or an evaluation; None to use the cache alone.
+        key: from `replies_key`.
+        generate: makes them; called at most once.
+    """
+    own = [] if folder is None else [folder / f"replies-{key}.json"]
+    files = [*own, cache_folder() / "replies" / f"{key}.json"]
+    found = next((replies for file in files if (replies := _read(file)) is not None), None)
+    replies = generate() if found is None else found
+    for file in files:
+        if file.is_file():
+            continue
+        try:
+            write_atomically(file, json.dumps(replies))
+        except OSError as error:
+            if file in own:
+                raise
+            logger.warning(
+                f"{file} cannot be written ({error.strerror}): the next run generates the start's replies again. Set "
+                f"{CACHE_VARIABLE} to a folder that can be written."
+            )
+    return replies
+
+
+def _read(file: Path) -> list[list[int]] | None:
+    """The replies in a file; None without it, or if it holds something else."""
+    if not file.is_file():
+        return None
+    try:
+        replies = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        replies = None
+    if not _are_replies(replies):
+        logger.warning(f"{file} is damaged; the replies are generated again.")
+        file.unlink()
+        return None
+    return list(replies)
+
+
+def _are_replies(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(
+        isinstance(one, list) and all(isinstance(token, int) for token in one) for one in value
+    )

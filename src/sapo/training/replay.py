@@ -1,0 +1,110 @@
+"""The replies of the start that a run replays: generated before its first step, or read from rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sapo.data.examples import DataOptions, collate_examples
+from sapo.data.loading import load_rows
+from sapo.data.prepare import prepare_dataset
+from sapo.errors import CheckpointError, ConfigurationError
+from sapo.generation.decoding import TransformersGenerator
+from sapo.measures.retention import REPLY_SAMPLING, general_prompts, generate_replies
+from sapo.preference.pairs import PairSource
+from sapo.preference.self_replay import Reply, SelfReplay
+from sapo.runs.checkpoint import read_json
+from sapo.runs.files import write_atomically
+from sapo.runs.folder import RunFolder
+from sapo.runs.layout import SELF_REPLAY_FILE
+from sapo.runs.reply_cache import kept_replies, replies_key
+from sapo.training.context import RunContext
+from sapo.weights.digest import weights_digest
+
+
+def with_self_replay(
+    source: PairSource, context: RunContext, folder: RunFolder, record: Callable[[str, float], None]
+) -> PairSource:
+    """`source`, with the share of self-replay that the options ask for.
+
+    Raises:
+        ConfigurationError: the start cannot reply in this process.
+    """
+    args, world = context.args, context.world
+    if not args.replay_share:
+        return source
+    if context.roles.sharded and args.replay_dataset_name is None:
+        raise ConfigurationError(
+            f"replay_share={args.replay_share} with sharded weights: the start cannot generate here. Run sapo generate "
+            "--self_replay shipped first, and name its file with replay_dataset_name."
+        )
+    return SelfReplay(
+        source,
+        partial(_replies, context, folder),
+        share=args.replay_share,
+        batch_size=args.per_device_train_batch_size,
+        micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+        process=(world.process, world.size),
+        record=record,
+    )
+
+
+def _replies(context: RunContext, folder: RunFolder, checkpoint: Path | None) -> list[Reply]:
+    """All replies, the same on every process.
+
+    Raises:
+        CheckpointError: a run that is resumed did not keep them.
+    """
+    if context.args.replay_dataset_name is not None:
+        return _of_rows(context, context.args.replay_dataset_name)
+    found: dict[str, Any] = {}
+    if context.world.first:
+        found = _generated(context, folder) if checkpoint is None else _kept(folder, checkpoint)
+    first = context.world.gather(found)[0]
+    return list(zip(first["prompts"], first["replies"], strict=True))
+
+
+def _of_rows(context: RunContext, name: str) -> list[Reply]:
+    options = DataOptions.of(context.args)
+    prepared, _ = prepare_dataset(load_rows(name), context.tokenizer, options, eos_ids=context.eos_ids, source=name)
+    turns = [one.turns[-1] for one in collate_examples(list(prepared))["examples"]]
+    return [(turn.prompt_ids, turn.response_ids) for turn in turns]
+
+
+def _generated(context: RunContext, folder: RunFolder) -> dict[str, Any]:
+    args = context.args
+    prompts = general_prompts(context.tokenizer, context.eos_ids, DataOptions.of(args), "replay")
+    limits = {"max_new_tokens": args.replay_max_new_tokens, "max_length": args.max_length}
+    fitting = [prompt for prompt in prompts if len(prompt) < args.max_length]
+    generator = TransformersGenerator(
+        context.roles.policy_module,
+        REPLY_SAMPLING,
+        eos_ids=context.eos_ids,
+        pad_token_id=context.pad_token_id,
+        batch_size=max(16, args.per_device_eval_batch_size),
+    )
+    key = replies_key(
+        model=weights_digest(context.roles.policy()),
+        prompts=[list(prompt) for prompt in fitting],
+        eos=sorted(context.eos_ids),
+        limits=list(limits.values()),
+    )
+    replies = kept_replies(folder.path, key, lambda: generate_replies(generator, fitting, **limits))
+    found = {"prompts": [list(prompt) for prompt in fitting], "replies": replies}
+    write_atomically(folder.path / SELF_REPLAY_FILE, json.dumps(found))
+    return found
+
+
+def _kept(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    places = (folder.path, checkpoint.parent)
+    home = next((one for one in places if (one / SELF_REPLAY_FILE).is_file()), None)
+    if home is None:
+        raise CheckpointError(
+            f"{checkpoint}: its run folder lacks {SELF_REPLAY_FILE} with the replies that were replayed. Start the run "
+            "afresh, or name rows with replay_dataset_name."
+        )
+    return read_json(home, SELF_REPLAY_FILE)

@@ -228,6 +228,13 @@ class SAPOConfig(OwnOptions, TrainingArguments):
                         f"{name}={getattr(self, name)} with objective={self.objective}: it belongs to objective=sft. "
                         f"{instead}. Leave it out, or set objective to sft."
                     )
+        refresh = self.opponent_refresh_steps
+        if refresh is not None and (self.ema_decay != 1 or self.num_rounds or self.pair_source != "self_play"):
+            raise ConfigurationError(
+                f"opponent_refresh_steps={refresh} with ema_decay={self.ema_decay}, num_rounds={self.num_rounds} and "
+                f"pair_source={self.pair_source}: it renews an opponent that is frozen otherwise. Set ema_decay to 1 "
+                "without rounds, or leave it out."
+            )
         if self.loss_type == "nce" and self.dpop_weight:
             raise ConfigurationError(
                 f"dpop_weight={self.dpop_weight} with loss_type=nce: it changes a margin, which nce has not. Leave "

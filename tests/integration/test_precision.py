@@ -143,7 +143,7 @@ def test_bfloat16_weights_with_masters_move_as_float32_ones_do(make_trainer):
 def test_the_opponent_follows_the_masters(make_trainer):
     trainer, _ = end(make_trainer, "run", torch.bfloat16, ema_decay=0.9)
     own = {name: weight.clone() for name, weight in trainer.opponent.tensors().items()}
-    trainer._context.roles.follow()
+    trainer._context.roles.follow(1)
     for name, master in trainer._context.roles.policy_tensors().items():
         torch.testing.assert_close(
             trainer.opponent.tensors()[name], 0.9 * own[name] + 0.1 * master, rtol=1e-6, atol=1e-9

@@ -315,6 +315,12 @@ class OwnOptions(KeepOptions):
         high=1,
         common=True,
     )
+    opponent_refresh_steps: int | None = _opponent(
+        None,
+        "Copy the policy to the frozen opponent every N optimizer steps (IRFT). Unset: it stays as it is.",
+        low=1,
+        needs="ema_decay=1",
+    )
     reference: Reference | None = _opponent(
         None,
         "Reference model of DPO: initial; opponent_copy (updated every ref_model_sync_steps, as published); opponent "

@@ -47,6 +47,11 @@ class PairScorer:
         # counts padding.
         together = context.roles.sharded or zero_stage(accelerator) > 0
         self._equal_passes = together or context.args.nll_scope == "all"
+        if context.roles.sharded and context.args.kl_weight:
+            raise ConfigurationError(
+                f"kl_weight={context.args.kl_weight} with sharded weights is not supported. Leave it out, or use LoRA "
+                "with --accelerate_config multi_gpu or zero2; self-replay (replay_share) works with all of them."
+            )
 
     # ---- Layout ----
 

@@ -293,7 +293,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if guard.in_a_row >= self.args.max_nonfinite_steps:
             raise guard.error(step, self.run_folder.write_bad_pairs(guard.trained, self.processing_class))
         if not guard.nonfinite:
-            roles.follow()
+            roles.follow(step)
         if step < self.state.max_steps:
             self.source.opponent_moved(step)
         if roles.renew_reference(step):

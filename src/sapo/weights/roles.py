@@ -220,10 +220,16 @@ class Roles:
 
     # ---- After a step ----
 
-    def follow(self) -> None:
-        """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average."""
+    def follow(self, step: int) -> None:
+        """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average.
+
+        Args:
+            step: optimizer steps so far.
+        """
         if self.opponent is not None:
-            self.opponent.follow(self.policy_tensors(), self._args.ema_decay)
+            every = self._args.opponent_refresh_steps
+            renewed = every is not None and step % every == 0
+            self.opponent.follow(self.policy_tensors(), 0.0 if renewed else self._args.ema_decay)
 
     def renew_reference(self, step: int) -> bool:
         """Copy the opponent to the reference where `step` is due; whether it was."""

@@ -56,6 +56,15 @@ def test_two_processes_train_to_the_weights_of_one(strategy, name, tmp_path):
         torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=SLOW)])
+def test_two_processes_keep_their_start_like_one(strategy, tmp_path):
+    options = {"objective": "sft", "kl_weight": 2.0, "token_weighting": "probability"}
+    options |= {"replay_share": 0.5, "replay_max_new_tokens": 5}
+    one, two = run(tmp_path / "one", 1, **options), run(tmp_path / "two", 2, strategy=strategy, **options)
+    for weight, expected in one.items():
+        torch.testing.assert_close(two[weight], expected, rtol=1e-5, atol=1e-6, msg=weight)
+
+
 @pytest.fixture
 def engine(tmp_path):
     """What answers like a vLLM server, in this process."""

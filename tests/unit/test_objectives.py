@@ -100,7 +100,7 @@ def test_ipo_is_the_squared_distance_of_the_margin_per_token_from_one_over_two_b
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match="must be sigmoid, hinge or ipo"):
+    with pytest.raises(ValueError, match="must be sigmoid, hinge, ipo or nce"):
         dpo((-1, -2, -1, -2), beta=0.1, loss_type="kto")
 
 

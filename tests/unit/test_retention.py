@@ -6,16 +6,15 @@ import torch
 from torch import nn
 
 from sapo.data.examples import DataOptions
+from sapo.data.unanswered import general_prompts, shipped_prompts
 from sapo.measures.retention import (
     REPLY_SAMPLING,
     Forced,
     StartStates,
-    copy_of_head,
-    general_prompts,
+    fixed_head,
     generate_replies,
     kl_estimate,
     score_forced,
-    shipped_prompts,
     spread,
     states_of,
 )
@@ -38,15 +37,9 @@ def forced(count=9, seed=0):
     return [Forced(tokens(1, 9), tokens(1, 12)) for _ in range(count)]
 
 
-def given(head):
-    from contextlib import nullcontext
-
-    return lambda: nullcontext(head)
-
-
 def start_of(model, rows, batch_size=4):
     model.eval()
-    return StartStates(states_of(model, rows, pad_token_id=0, batch_size=batch_size), given(copy_of_head(model)))
+    return StartStates(states_of(model, rows, pad_token_id=0, batch_size=batch_size), fixed_head(model))
 
 
 def scores(model, rows, start, batch_size=4):

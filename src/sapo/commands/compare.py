@@ -55,7 +55,7 @@ def run_compare(given: Parsed) -> None:
     for distance in DISTANCES:
         rows = _at_equal_gain(runs, distance)
         if len(rows) > 1:
-            tables[f"{distance.name} (KL from the start, nats per token) at equal gain"] = rows
+            tables[f"{distance.name}, nats per token, at equal gain"] = rows
     console = Console()
     if not console.is_terminal:
         # Nobody's window: what is piped into a file should not be folded.

@@ -20,13 +20,12 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, dataset_digest
 from sapo.data.loading import load_rows
 from sapo.data.texts import PromptTexts
-from sapo.data.unanswered import encode_prompts
+from sapo.data.unanswered import encode_prompts, shipped_prompts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
-from sapo.measures.retention import REPLY_TOKENS, shipped_prompts
 from sapo.options import pair_options
 from sapo.preference.self_play import self_play
 from sapo.runs.files import folder_digest, replacing
@@ -55,7 +54,14 @@ ROWS_A_PART = 256
 
 SHIPPED = "shipped"
 """Value of `--self_replay` that names the prompts of the package."""
-_REPLAY_OPTIONS = {"segment_length": None, "max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_REPLY_TOKENS = 128
+_REPLAY_OPTIONS = {
+    "segment_length": None,
+    "max_new_tokens": _REPLY_TOKENS,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
 """Replies of the start are its own distribution, unless the command line says otherwise."""
 
 
@@ -125,7 +131,7 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
     )
     asked, ids = encode_prompts(rows, tokenizer, DataOptions.of(config), eos_ids=ends, source=prompts)
     generator = _generator(run, tokenizer, ends, None, "self-replay")
-    limit = config.max_new_tokens or REPLY_TOKENS
+    limit = config.max_new_tokens or _REPLY_TOKENS
     seeds = [derive_seed(config.seed, "self-replay", place) for place in range(len(ids))]
     budgets = [max(0, min(limit, config.max_length - len(prompt))) for prompt in ids]
     replies = generator.generate(ids, budgets, seeds)

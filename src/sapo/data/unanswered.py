@@ -1,9 +1,11 @@
-"""Rows of prompts alone: what a model is asked, without a reply to train on."""
+"""Prompts alone: what a model is asked, without a reply to train on; from rows, or shipped with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from sapo.data.examples import DataOptions, collate_examples
@@ -69,3 +71,33 @@ def encode_prompts(
     prepared, _ = prepare_dataset(asked, tokenizer, options, eos_ids=eos_ids, source=source)
     examples = collate_examples(list(prepared))["examples"]
     return [asked[one.row] for one in examples], [one.turns[-1].prompt_ids for one in examples]
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedPrompt:
+    """A shipped prompt and its kind, such as "arithmetic"."""
+
+    kind: str
+    text: str
+
+
+@cache
+def shipped_prompts(name: str = "general") -> tuple[ShippedPrompt, ...]:
+    """The prompts of `shipped/NAME.tsv`: `general` to measure with, `replay` for self-replay; no text is in both."""
+    text = (files("sapo.data") / "shipped" / f"{name}.tsv").read_text(encoding="utf-8")
+    return tuple(ShippedPrompt(*line.split("\t")) for line in text.splitlines())
+
+
+def general_prompts(
+    tokenizer: Any, eos_ids: Collection[int], options: DataOptions, name: str = "general"
+) -> list[tuple[int, ...]]:
+    """`shipped_prompts(name)` as token ids, each as the training data's prompts are made; too long ones are left out.
+
+    Args:
+        tokenizer: with or without a chat template.
+        eos_ids: EOS tokens.
+        options: lengths, and the date of the chat template.
+        name: of the prompts.
+    """
+    rows = [{"instruction": prompt.text} for prompt in shipped_prompts(name)]
+    return encode_prompts(rows, tokenizer, options, eos_ids=eos_ids, source=f"{name} prompts")[1]

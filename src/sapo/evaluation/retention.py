@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sapo.data.examples import DataOptions
 from sapo.data.loading import load_rows
-from sapo.data.unanswered import encode_prompts
+from sapo.data.unanswered import encode_prompts, general_prompts
 from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.generate import generator_of
 from sapo.evaluation.results import SuiteResult
@@ -23,8 +23,7 @@ from sapo.measures.retention import (
     Forced,
     ForcedScore,
     StartStates,
-    copy_of_head,
-    general_prompts,
+    fixed_head,
     generate_replies,
     score_forced,
     spread,
@@ -32,7 +31,6 @@ from sapo.measures.retention import (
     summarize_retention,
 )
 from sapo.measures.text import ends_in_loop
-from sapo.preference.token_distributions import Head
 from sapo.runs.reading import recipe_option
 from sapo.runs.reply_cache import kept_replies, replies_key
 from sapo.weights.digest import weights_digest
@@ -113,15 +111,10 @@ def _keep_states(session: Session, first: Target, start: _Start) -> None:
     if start.states:
         return
     loaded = session.load(first)
-    head = copy_of_head(loaded.model)
+    head = copy.deepcopy(fixed_head(loaded.model))
     for name, rows in start.forced.items():
         states = states_of(loaded.model, rows, pad_token_id=loaded.pad_token_id, batch_size=session.options.batch_size)
-        start.states[name] = StartStates(states, lambda: _given(head))
-
-
-@contextmanager
-def _given(head: Head) -> Iterator[Head]:
-    yield head
+        start.states[name] = StartStates(states, head)
 
 
 def _compute(session: Session, target: Target, start: _Start, parts: FinishedParts, key: str) -> None:

@@ -8,18 +8,15 @@ Of the start only its hidden states on these replies and its head are kept, so t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sapo.data.examples import DataOptions
-from sapo.data.unanswered import encode_prompts
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import RESAMPLES, Estimate, bootstrap_ratio
@@ -36,21 +33,6 @@ REPLY_SAMPLING = Sampling(1.0, 0, 1.0)
 """Replies are the start's own distribution: temperature 1, nothing cut off."""
 
 
-@dataclass(frozen=True, slots=True)
-class GeneralPrompt:
-    """A shipped prompt and its kind, such as "arithmetic"."""
-
-    kind: str
-    text: str
-
-
-@cache
-def shipped_prompts(name: str = "general") -> tuple[GeneralPrompt, ...]:
-    """The prompts of `prompts/NAME.tsv`: `general` to measure with, `replay` for self-replay; no text is in both."""
-    text = (files("sapo.measures") / "prompts" / f"{name}.tsv").read_text(encoding="utf-8")
-    return tuple(GeneralPrompt(*line.split("\t")) for line in text.splitlines())
-
-
 def spread(count: int, total: int) -> list[int]:
     """Indices of `count` of `total` items, evenly spread; all of them if there are fewer."""
     count = min(count, total)
@@ -63,21 +45,6 @@ class Forced:
 
     prompt_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
-
-
-def general_prompts(
-    tokenizer: Any, eos_ids: Collection[int], options: DataOptions, name: str = "general"
-) -> list[tuple[int, ...]]:
-    """`shipped_prompts(name)` as token ids, each as the training data's prompts are made; too long ones are left out.
-
-    Args:
-        tokenizer: with or without a chat template.
-        eos_ids: EOS tokens.
-        options: lengths, and the date of the chat template.
-        name: of the prompts.
-    """
-    rows = [{"instruction": prompt.text} for prompt in shipped_prompts(name)]
-    return encode_prompts(rows, tokenizer, options, eos_ids=eos_ids, source=f"{name} prompts")[1]
 
 
 def generate_replies(
@@ -118,10 +85,10 @@ class StartStates:
 
     Args:
         hidden: of each reply, `[tokens, H]`.
-        head: opens a context that yields the start's head.
+        head: the start's, which training does not change: see `fixed_head`.
     """
 
-    def __init__(self, hidden: Sequence[Tensor], head: Callable[[], AbstractContextManager[Head]]) -> None:
+    def __init__(self, hidden: Sequence[Tensor], head: Head) -> None:
         self.hidden = list(hidden)
         self.head = head
 
@@ -137,10 +104,18 @@ def states_of(model: nn.Module, rows: Sequence[Forced], *, pad_token_id: int, ba
     return found
 
 
-def copy_of_head(model: nn.Module) -> Head:
-    """The head of a model as it is now; later training does not change it."""
+def fixed_head(model: nn.Module) -> Head:
+    """The head of a model as it is now: a copy where training changes it."""
     head = Head.of(model)
+    if not has_trained_head(model):
+        return head
     return Head(copy.deepcopy(head.module).requires_grad_(False), head.scale, head.cap)
+
+
+def has_trained_head(model: Any) -> bool:
+    """Whether the output head, or an adapter on it, is trained."""
+    head = model.get_output_embeddings()
+    return isinstance(head, BaseTunerLayer) or any(weight.requires_grad for weight in head.parameters())
 
 
 def score_forced(
@@ -161,10 +136,8 @@ def score_forced(
         logp, divergence = 0.0, 0.0
         vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
         for part in position_chunks(len(targets), vocabulary):
-            # The start's first: with an adapter, both heads may be one module in two states.
             if start is not None:
-                with start.head() as start_head:
-                    before = start_head(start.hidden[place][part].to(hidden.device))
+                before = start.head(start.hidden[place][part].to(hidden.device))
             logits = head(hidden[part])
             logp += float(token_logps(logits, targets[part]).double().sum())
             if start is not None:

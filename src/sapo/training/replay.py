@@ -11,9 +11,10 @@ from typing import Any
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
+from sapo.data.unanswered import general_prompts
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.generation.decoding import TransformersGenerator
-from sapo.measures.retention import REPLY_SAMPLING, general_prompts, generate_replies
+from sapo.measures.retention import REPLY_SAMPLING, generate_replies
 from sapo.preference.pairs import PairSource
 from sapo.preference.self_replay import Reply, SelfReplay
 from sapo.runs.checkpoint import read_json

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.utils import logging
 
 from sapo.data.examples import DataOptions, collate_examples
+from sapo.data.unanswered import general_prompts
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.generation.decoding import TransformersGenerator
 from sapo.measures.retention import (
@@ -22,10 +21,10 @@ from sapo.measures.retention import (
     Forced,
     ForcedScore,
     StartStates,
-    copy_of_head,
+    fixed_head,
     gain_estimate,
-    general_prompts,
     generate_replies,
+    has_trained_head,
     kl_estimate,
     score_forced,
     spread,
@@ -114,10 +113,10 @@ class RetentionSignals:
         self._time.cost = None
         with roles.policy_module() as model:
             began = self._time.clock()
-            head = _fixed_head(model)
+            head = fixed_head(model)
             for group in _GROUPS[:2]:
                 states = states_of(model, self._forced[group], **self._batches)
-                self._start[group] = StartStates(states, lambda: _given(head))
+                self._start[group] = StartStates(states, head)
             self._before = score_forced(model, self._forced["gain"], None, **self._batches)
             self._time.cost = self._time.clock() - began
         self._save(head)
@@ -209,7 +208,9 @@ class RetentionSignals:
     # ---- Across a resume ----
 
     def _save(self, head: Head) -> None:
-        tensors: dict[str, Tensor] = {"gain_logps": torch.tensor([one.logp for one in self._before])}
+        tensors: dict[str, Tensor] = {
+            "gain_logps": torch.tensor([one.logp for one in self._before], dtype=torch.float64)
+        }
         for group, rows in self._forced.items():
             for name in ("prompt_ids", "reply_ids"):
                 ids = [getattr(one, name) for one in rows]
@@ -217,7 +218,7 @@ class RetentionSignals:
                 tensors[f"{group}_{name}_lengths"] = torch.tensor([len(one) for one in ids], dtype=torch.int64)
             if group in self._start:
                 tensors[f"{group}_hidden"] = torch.cat(self._start[group].hidden)
-        if _is_trained(self._context.roles.policy()):
+        if has_trained_head(self._context.roles.policy()):
             tensors |= {f"head.{name}": tensor for name, tensor in head.module.state_dict().items()}
         self._folder.path.mkdir(parents=True, exist_ok=True)
         parts.write_tensors(self._folder.path, RETENTION_PART, tensors)
@@ -239,29 +240,14 @@ class RetentionSignals:
             ForcedScore(logp, None, len(one.reply_ids)) for logp, one in zip(logps, self._forced["gain"], strict=True)
         ]
         with self._context.roles.policy_module() as model:
-            head = _fixed_head(model)
+            head = fixed_head(model)
         stored = {name.removeprefix("head."): one for name, one in tensors.items() if name.startswith("head.")}
         if stored:
             head.module.load_state_dict(stored)
         for group in _GROUPS[:2]:
             hidden = torch.split(tensors[f"{group}_hidden"], [len(one.reply_ids) for one in self._forced[group]])
-            self._start[group] = StartStates(hidden, lambda: _given(head))
+            self._start[group] = StartStates(hidden, head)
 
 
 def _rows_of(tensors: dict[str, Tensor], name: str) -> list[tuple[int, ...]]:
     return [tuple(part.tolist()) for part in torch.split(tensors[name], tensors[f"{name}_lengths"].tolist())]
-
-
-def _is_trained(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return isinstance(head, BaseTunerLayer) or any(weight.requires_grad for weight in head.parameters())
-
-
-def _fixed_head(model: Any) -> Head:
-    """The model's head as it is now: a copy where training changes it."""
-    return copy_of_head(model) if _is_trained(model) else Head.of(model)
-
-
-@contextmanager
-def _given(head: Head) -> Iterator[Head]:
-    yield head

@@ -12,6 +12,7 @@ from tests.tiny import tiny_rows
 PRODUCERS = {
     "preference/pair_loss.py",
     "preference/self_play.py",
+    "preference/self_replay.py",
     "runs/metrics.py",
     "training/callbacks.py",
     "training/engine_queue.py",
@@ -28,7 +29,8 @@ PRODUCERS = {
 def logged(make_trainer):
     trainer = make_trainer(
         eval_rows=tiny_rows(4, seed=1), eval_strategy="steps", eval_steps=2, chosen_nll_weight=0.1, eval_local=True,
-        eval_local_size=2, eval_local_max_time_fraction=1.0,
+        eval_local_size=2, eval_local_max_time_fraction=1.0, eval_retention=True, eval_retention_size=2,
+        eval_retention_max_time_fraction=1.0,
     )  # fmt: skip
     trainer.train()
     return set(read_run(trainer.run_folder.path).metrics())

@@ -98,7 +98,6 @@ ALIASES = {
 """Names of other tools, each with an example of the option that does it here."""
 
 MISSING = {
-    "label_smoothing": "label smoothing is not supported; leave it out",
     "precompute_ref_log_probs": "reference log-probabilities are kept with each pair anyway; leave it out",
     "padding_free": "layout=shared, the default where the model supports it, has no padding; leave it out",
     "packing": "layout=shared, the default where the model supports it, has no padding; leave it out",

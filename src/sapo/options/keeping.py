@@ -22,7 +22,6 @@ class KeepOptions:
         "Anchor for SFT: weight of KL(start || policy) per token over the full vocabulary, added to the loss "
         "(published: 0.05 to 0.1).",
         low=0,
-        common=True,
         needs="objective=sft",
     )
     token_weighting: Literal["none", "probability"] = _objective(
@@ -50,7 +49,6 @@ class KeepOptions:
         "never against a rejected response. They come on top of per_device_train_batch_size.",
         low=0,
         high=0.9,
-        common=True,
     )
     replay_dataset_name: str | None = _replay(
         None,

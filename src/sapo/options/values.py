@@ -103,7 +103,7 @@ def unmet(option: Option, value: Any, values: Mapping[str, Any]) -> str | None:
     if found is None or found[1] not in values or value in (option.default, [], None, "none"):
         return None
     other = values[found[1]]
-    spelled = str(getattr(other, "value", other)).lower()
+    spelled = f"{other:g}" if isinstance(other, float) else str(getattr(other, "value", other)).lower()
     met = bool(other) if found[2] is None else spelled in found[2].split(" or ")
     return None if met else option.needs
 

@@ -28,17 +28,19 @@ from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_cur
 from sapo.runs.reading import read_run
 
 SEEDS = (1, 2, 3)
-LONGEST = 420
-"""Maximum characters of question and answer together: about 130 tokens."""
-EVALUATED = 24
+LONGEST = 260
+"""Maximum characters of question and answer together: about 80 tokens."""
+EVALUATED = 8
+"""General prompts, training prompts and evaluation rows that each evaluation measures on."""
 COMMON = {
     "use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear",
-    "learning_rate": "5e-4", "lr_scheduler_type": "linear", "warmup_steps": "0.1",
+    "learning_rate": "1e-3", "lr_scheduler_type": "linear", "warmup_steps": "0.1",
     "per_device_train_batch_size": "4", "per_device_eval_batch_size": "8", "max_length": "192",
     "eval_strategy": "steps", "eval_retention": "true", "eval_retention_size": str(EVALUATED),
     "eval_retention_max_time_fraction": "1.0", "retention_kl_limit": "none", "logging_steps": "5",
-    "save_strategy": "no", "report_to": "none", "log_pairs_steps": "0", "report_pairs": "0", "chosen_probe_size": "0",
-    "use_cpu": "true", "dtype": "float32", "gradient_checkpointing": "false", "overwrite_output_dir": "true",
+    "save_strategy": "steps", "save_steps": "10", "save_total_limit": "1", "resume_from_checkpoint": "auto",
+    "report_to": "none", "log_pairs_steps": "0", "report_pairs": "0", "chosen_probe_size": "0",
+    "use_cpu": "true", "dtype": "float32", "gradient_checkpointing": "false",
     "replay_max_new_tokens": "64",
 }  # fmt: skip
 SFT = {"objective": "sft"}
@@ -59,15 +61,15 @@ class Stage:
 
 
 STAGES = (
-    Stage("narrow", 240, 60, 3, {
+    Stage("narrow", 80, 20, 2, {
         "SFT": SFT,
         "SFT, replay": SFT | REPLAY,
         "SFT, anchor": SFT | ANCHOR,
         "SAPO": SAPO,
         "SAPO, replay": SAPO | REPLAY,
     }),
-    Stage("overtrained", 24, 60, 3, {"SFT": SFT, "SAPO": SAPO}),
-    Stage("more", 240, 60, 3, {
+    Stage("overtrained", 16, 40, 4, {"SFT": SFT, "SAPO": SAPO}),
+    Stage("more", 80, 20, 2, {
         "ASFT": SFT | ANCHOR | {"token_weighting": "probability"},
         "SFT, anchor 1": SFT | {"kl_weight": "1.0"},
         "SAPO, frozen": SAPO | {"ema_decay": "1"},
@@ -85,7 +87,7 @@ def rows_of(data: Path, work: Path, count: int) -> tuple[Path, Path]:
         lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
         short = [row for row in map(json.loads, lines) if len(row["question"]) + len(row["answer"]) <= LONGEST]
         work.mkdir(parents=True, exist_ok=True)
-        for file, part in ((train, short[:count]), (test, short[1000 : 1000 + EVALUATED])):
+        for file, part in ((train, short[:count]), (test, short[500 : 500 + EVALUATED])):
             texts = [json.dumps({"instruction": row["question"], "output": row["answer"]}) for row in part]
             file.write_text("".join(text + "\n" for text in texts))
     return train, test
@@ -103,17 +105,16 @@ def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data:
         "eval_steps": str(stage.steps // stage.evaluations),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         status = sapo(["train", *(part for name, value in options.items() for part in (f"--{name}", value))])
     if status != 0:
         raise SystemExit(f"{folder}: sapo train ended with status {status}; see log.txt")
     run = read_run(folder / "run")
     if run.last_step < stage.steps:
-        raise SystemExit(f"{folder}: stopped before its last step; the same command starts the cell again.")
+        raise SystemExit(f"{folder}: stopped before its last step; the same command goes on.")
     found = {
         "arm": arm, "seed": seed, "steps": stage.steps, "rows": stage.rows, "options": stage.arms[arm],
-        "seconds": time.perf_counter() - began, "cpu_seconds": cost_of(run).cpu_seconds,
+        "cpu_seconds": cost_of(run).cpu_seconds,
         "step_seconds": sum(run.series("time/step")) / max(1, len(run.series("time/step"))),
         "curves": {one.name: gain_curve(run, one) for one in DISTANCES},
         "identical": run.last("self_play/identical_fraction"),
@@ -121,10 +122,8 @@ def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data:
     partial = folder / ".result.json.partial"
     partial.write_text(json.dumps(found, indent=1))
     partial.replace(file)
-    for weights in (folder / "run").rglob("*.safetensors"):
-        if weights.name == "retention.safetensors":
-            weights.unlink()
-    shutil.rmtree(folder / "run" / "opponent", ignore_errors=True)
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return found
 
 
@@ -235,7 +234,7 @@ def main() -> None:
             found = run_cell(folder, stage, arm, seed, options.model, options.data, options.work)
             step, gain, kl = found["curves"][DISTANCES[0].name][-1]
             place = f"{time.strftime('%H:%M:%S')} {stage.name} {arm} seed {seed} at step {step}"
-            sys.stdout.write(f"{place}: gain {gain:.4f} kl_general {kl:.4f} ({found['seconds']:.0f} s)\n")
+            sys.stdout.write(f"{place}: gain {gain:.4f} kl_general {kl:.4f} ({found['cpu_seconds']:.0f} s CPU)\n")
             sys.stdout.flush()
             (options.work / "tables.md").write_text(tables(options.work))
     sys.stdout.write(tables(options.work))

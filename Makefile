@@ -7,7 +7,7 @@ VLLM_VENV := .venv-vllm
 LOWEST_VENV := .venv-lowest
 NEWEST_VENV := .venv-newest
 
-.PHONY: install install-vllm demo test test-slow test-distributed test-faults test-vllm test-versions test-newest test-real
+.PHONY: install install-vllm demo test test-slow test-gpu test-distributed test-faults test-vllm test-versions test-newest test-real
 .PHONY: check bench quality docs dist clean
 
 # The core: what a user needs.
@@ -74,6 +74,13 @@ test-newest:
 # What is too long for `make test`, besides the two below.
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/distributed --ignore tests/faults
+
+# On a machine with a GPU: placement, precision, kernels and decoding on it (with two, every strategy). Where there is none all
+# are skipped, and say so; SAPO_TEST_DEVICE=cpu runs on the processor what needs no CUDA kernel.
+test-gpu: $(VENV)/.installed-test
+	$(PIP) -e ".[quantization]"
+	$(BIN)/python -m pytest tests/gpu tests/gpu_without_gpu
+	$(BIN)/python benchmarks/gpu.py
 
 # Every strategy with every variant, in two processes and more; about half an hour. Their quick form is in `make test`.
 test-distributed: $(VENV)/.installed-test

@@ -2,10 +2,11 @@
 
     python benchmarks/estimate.py
 
-Each setting trains for a few steps in a fork of its own. Measured memory is the peak of the resident set above what
-it was before the model was built, after a first small run has loaded everything else; large blocks are given back to
-the system as soon as they are freed, so that the peak is of what is in use. Measured seconds
-are the median of a step's processor time, one thread; the estimate's come from a profile of the same machine.
+Each setting trains for a few steps in two forks of its own. In the first memory is measured: the peak of the resident
+set above what it was before the model was built, after a first small run has loaded everything else; large blocks are
+given back to the system as soon as they are freed, so that the peak is of what is in use. In the second seconds are,
+with the allocator as it is by default: the median of a step's processor time, one thread; the estimate's come from a
+profile of the same machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from measuring import forget_peak, in_forks, peak_resident, resident
 from peft import LoraConfig
 from step import tokenizer as word_tokenizer
@@ -63,30 +65,39 @@ SIZES = {
 }  # fmt: skip
 
 
+PARTS = ("generation", "reference", "policy")
+
+
 class Watch(TrainerCallback):
-    """Seconds of each step, and of generation in it."""
+    """Seconds of each step: all of it, and by part; the policy's part is what is left, the optimizer's among it."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.generation: list[float] = []
-        self.began = 0.0
+        self.steps: list[dict[str, float]] = []
 
-    def pairs(self, inner: Any) -> Any:
-        """The source's method, timed."""
+    def timed(self, part: str, inner: Any) -> Any:
+        """`inner`, whose seconds count as `part`."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             began = time.process_time()
-            found = inner(*args, **kwargs)
-            self.generation.append(time.process_time() - began)
-            return found
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                if self.steps:
+                    self.steps[-1][part] += time.process_time() - began
 
-        return timed
+        return run
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.process_time()
+        self.steps.append(dict.fromkeys(PARTS, 0.0) | {"all": time.process_time()})
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self.began)
+        step = self.steps[-1]
+        step["all"] = time.process_time() - step["all"]
+        step["policy"] = step["all"] - step["generation"] - step["reference"]
+
+    def median(self) -> dict[str, float]:
+        """Of all steps but the first."""
+        return {part: statistics.median(step[part] for step in self.steps[1:]) for part in ("all", *PARTS)}
 
 
 def model_config(size: str) -> LlamaConfig:
@@ -117,8 +128,8 @@ def config(folder: str, options: dict[str, Any]) -> SAPOConfig:
     return SAPOConfig(**(settings | own))
 
 
-def train(options: dict[str, Any]) -> tuple[float, float, int, int]:
-    """Median seconds of a step and of its generation, resident bytes before the model, resident bytes at the peak."""
+def train(options: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """Median seconds of a step by part, and bytes at the peak above what was resident before the model."""
     size, watch = options.get("size", "8k"), Watch()
     vocabulary = int(SIZES[size]["vocab_size"])
     encode = word_tokenizer(_Vocabulary("32k" if vocabulary == 32768 else "8k"))
@@ -139,9 +150,11 @@ def train(options: dict[str, Any]) -> tuple[float, float, int, int]:
         )  # fmt: skip
         del model
         trainer.remove_callback(PrinterCallback)
-        trainer.source.pairs = watch.pairs(trainer.source.pairs)
+        generator, scorer = trainer.source._generator, trainer._scorer
+        generator.generate = watch.timed("generation", generator.generate)
+        scorer.reference_logps = watch.timed("reference", scorer.reference_logps)
         trainer.train()
-    return statistics.median(watch.seconds[1:]), statistics.median(watch.generation[1:]), before, peak_resident()
+    return watch.median(), peak_resident() - before
 
 
 class _Vocabulary:
@@ -151,27 +164,28 @@ class _Vocabulary:
         self.size = size
 
 
-def estimated(options: dict[str, Any]) -> tuple[int, float, float]:
-    """Bytes, seconds and seconds of generation."""
+def estimated(options: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """As `train`."""
     lora = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"} if options.get("lora") else {}
     model_args = ModelConfig(dtype=options.get("dtype", "float32"), **lora)
     with tempfile.TemporaryDirectory() as folder:
         args = config(folder, options)
         given = (model_config(options.get("size", "8k")), model_args, args, measure(), Strategy())
         found = estimate(*given, Lengths(PROMPT, 0, SEGMENT, RESPONSE - SEGMENT))
-    return found.memory.most, sum(found.seconds.values()), found.seconds["generation"]
+    seconds = {part: found.seconds.get(part, 0.0) for part in PARTS[:2]} | {"all": sum(found.seconds.values())}
+    seconds["policy"] = seconds["all"] - seconds["generation"] - seconds["reference"]
+    return seconds, found.memory.most
 
 
-def measured(options: dict[str, Any]) -> tuple[int, float, float]:
-    """Bytes, seconds and seconds of generation, of a fork."""
+def measured(options: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """Of two forks: seconds of one, bytes of the other."""
 
-    def both(number: int) -> tuple[float, float, int, int]:
+    def both(number: int) -> tuple[dict[str, float], int]:
         warm = {key: value for key, value in options.items() if key in ("objective", "lora", "reference")}
         train({**warm, "size": "warm"})
         return train(options)
 
-    seconds, generation, before, peak = in_forks(both)[0]
-    return peak - before, seconds, generation
+    return in_forks(both, give_back=False)[0][0], in_forks(both)[0][1]
 
 
 def main() -> None:
@@ -181,13 +195,14 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    titles = [f"{what} {kind}" for kind in ("MB", "s", "gen s") for what in ("estimate", "measured")]
-    print(f"{'':42}" + "".join(f"{title:>16}{'ratio' if n % 2 else '':>7}" for n, title in enumerate(titles)))
+    transformers.utils.logging.disable_progress_bar()
+    print("estimate / measured = ratio")
     for name in options.settings:
-        found, real = estimated(SETTINGS[name]), measured(SETTINGS[name])
-        line = f"{name:42}"
-        for ours, theirs, unit in zip(found, real, (1e6, 1, 1), strict=True):
-            line += f"{ours / unit:16.2f}{'':7}{theirs / unit:16.2f}{ours / theirs:7.2f}"
+        (seconds, size), (real_seconds, real_size) = estimated(SETTINGS[name]), measured(SETTINGS[name])
+        line = f"{name:42} {size / 1e6:7.0f} / {real_size / 1e6:7.0f} MB = {size / real_size:.2f}"
+        for part, real in real_seconds.items():
+            ratio = f" = {seconds[part] / real:.2f}" if real else ""
+            line += f" | {part} {seconds[part]:.2f} / {real:.2f} s{ratio}"
         print(line, flush=True)
 
 

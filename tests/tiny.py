@@ -11,6 +11,17 @@ from sapo.config import HAS_ACTIVATION_CHECKPOINTING
 WORDS = [f"w{i}" for i in range(60)]
 BYTE_SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
+QUANTIZED = {
+    name: {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_use_double_quant": nested,
+    }
+    for name, nested in (("4-bit", False), ("nested", True))
+}
+"""Options of `BitsAndBytesConfig`."""
+
 
 def tiny_tokenizer():
     """One token a word of `WORDS`."""

@@ -361,6 +361,11 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             raise ConfigurationError(f"ddp_backend={self.ddp_backend}: must be one of {', '.join(backends[1:])}.")
         if self.use_cpu:
             return
+        if self.bf16 and torch.accelerator.is_available() and not _accelerator_has_bf16():
+            raise ConfigurationError(
+                "bf16=true: the accelerator of this machine has no bfloat16 of its own (T4, V100 and older GPUs, MPS). "
+                "Set bf16 to false and dtype to float32; or, on a GPU, fp16 to true."
+            )
         if self.bf16 and not _accelerator_has_bf16():
             raise ConfigurationError(
                 "bf16=true: no accelerator with bfloat16 on this machine. Leave the option out, or add use_cpu."

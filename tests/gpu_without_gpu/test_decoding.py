@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from sapo.generation import decoding, sampling
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
+from sapo.generation.token_step import CudaGraph
 from tests.gpu_without_gpu.recorder import Recorder
 from tests.unit.test_generation import (
     ARCHITECTURES,
@@ -92,3 +94,60 @@ def test_at_most_one_wait_in_eight_tokens(name, options, ragged, accelerator, mo
         return len(waits)
 
     assert waits_for(40) - waits_for(8) == 4
+
+
+class Cuda:
+    """Stands for `torch.cuda`: what is captured, on which device, and what is replayed."""
+
+    def __init__(self, *, fails=False):
+        self.now, self.seen, self.fails = torch.device("cuda", 0), [], fails
+        self.capturing = False
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.now = self.now, device
+        yield
+        self.now = before
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.seen.append(("side stream", self.now.index))
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.capturing = True
+        try:
+            yield
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.seen.append(("captured", self.now.index))
+        finally:
+            self.capturing = False
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.seen.append(("replayed", self.now.index)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_captured_on_the_device_of_its_tensors(fails, monkeypatch):
+    cuda, ran = Cuda(fails=fails), []
+    for name in ("device", "stream", "graph", "Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    replay = CudaGraph(torch.device("cuda", 1))
+    with pytest.warns(UserWarning, match="without a CUDA graph") if fails else contextlib.nullcontext():
+        for _ in range(4):
+            replay(lambda: None if cuda.capturing else ran.append(0))
+    assert cuda.now.index == 0
+    if fails:
+        assert len(ran) == 4  # every token is computed
+        assert cuda.seen == [("side stream", 1)]
+    else:
+        assert len(ran) == 1
+        assert cuda.seen == [("side stream", 1), ("captured", 1), *[("replayed", 1)] * 3]

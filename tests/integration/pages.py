@@ -83,6 +83,7 @@ FOREIGN = {
     ".venv-vllm/bin/pip install": "likewise",
     "make ": "likewise; .ci/run runs the targets",
     "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
+    "trl dpo": "trl's command; tests/contract/test_trl.py compares its trainer",
     "vllm serve": "vLLM",
     "llama-": "llama.cpp",
     "ollama ": "Ollama",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sapo import SAPOConfig, SAPOTrainer
@@ -214,6 +215,38 @@ def test_wrong_recipe_names_file_and_option(model, data, tmp_path, capsys):
 def test_model_too_large_for_the_machine_is_refused_before_loading(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sapo.weights.footprint.psutil.virtual_memory", lambda: type("M", (), {"available": 1000})())
     assert "before activations" in refused(command(model, data, tmp_path / "run"), capsys)
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.20 GiB is "
+    "free. Process 7 has 77.9 GiB memory in use. See documentation for Memory Management (https://pytorch.org/docs)"
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "lower"),
+    [
+        ("sapo.preference.scoring.summed_logps", 1, "--tokens_per_forward or --pairs_per_forward"),
+        ("sapo.preference.scoring.summed_logps", 30, "--tokens_per_forward or --pairs_per_forward"),
+        ("sapo.generation.decoding.DecodingRows", 2, "--generation_batch_size"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_a_way_out(part, step, lower, model, data, tmp_path, capfd, monkeypatch):
+    module, name = part.rsplit(".", 1)
+    original, called = getattr(sys.modules[module], name), []
+
+    def short(*args, **kwargs):
+        called.append(0)
+        if len(called) >= step:
+            raise torch.OutOfMemoryError(CUDA_SAYS)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[module], name, short)
+    assert main([*command(model, data, tmp_path / "run", "--max_steps", "20"), "--quiet"]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+    assert f"1.20 GiB is free. Lower {lower}" in line
+    assert line.endswith("go on with --resume_from_checkpoint true.")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

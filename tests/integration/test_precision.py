@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sapo import SAPOConfig
 from sapo.config import HAS_FUSED_LM_HEAD
@@ -39,20 +38,6 @@ def check_first_margin(trainer):
 def test_the_first_margin_is_exactly_zero(dtype, bf16, lora, reference, layout, make_trainer):
     options = {"max_steps": 1, "bf16": bf16, "reference": reference, "layout": layout, "pairs_per_forward": 1}
     check_first_margin(make_trainer(model=tiny_llama(dtype=dtype), lora=lora, **options))
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("reference", ["initial", "opponent_copy", "opponent"])
-def test_the_first_margin_of_a_4_bit_model_is_exactly_zero(reference, make_trainer, monkeypatch, tmp_path):
-    modules = pytest.importorskip("bitsandbytes").nn.modules
-    # On a CPU it packs 4-bit weights in place for evaluation, in a form that has no backward pass.
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)
-    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "model")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
-    check_first_margin(make_trainer(model=model, lora=True, max_steps=1, bf16=True, reference=reference))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -261,17 +246,32 @@ def test_fused_and_gathered_heads_agree_under_an_adapter(adapter, fused, tied, m
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-4)
 
 
+@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 or newer")
+@pytest.mark.parametrize("asked", [True, None])
+def test_a_fused_head_that_scores_otherwise_is_not_used(asked, make_trainer, caplog):
+    """As of an architecture that scales its logits in a way that trl does not know."""
+    model = tiny_llama()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = scaled
+    trainer = make_trainer(model=model, max_steps=1, fused_lm_head=True)
+    trainer.args.fused_lm_head = asked  # unset it is on by default on CUDA
+    assert trainer._context.roles.fused_head
+    if asked:
+        with pytest.raises(ConfigurationError, match="gives other log-probabilities than its own"):
+            trainer.train()
+        return
+    trainer.train()
+    assert not trainer._context.roles.fused_head
+    assert any("gathered head" in record.getMessage() for record in caplog.records)
+
+
 # ---- Options ----
-
-
-def test_bfloat16_is_not_switched_on_by_emulation(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.append(options))
-    from sapo.config import _accelerator_has_bf16
-
-    assert not _accelerator_has_bf16()
-    assert asked == [{"including_emulation": False}]
 
 
 def test_float16_needs_an_accelerator(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from sapo.estimate.checkpointing import memory_without_recomputation
 from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import estimate, learning_memory, longest, trace_seconds, usual
 from sapo.estimate.passes import Lengths, pairs_of_a_pass, trace_passes
-from sapo.estimate.tracing import Account
+from sapo.estimate.tracing import Account, Trace
 from sapo.weights.footprint import Strategy, build_run_models
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
@@ -174,6 +175,28 @@ def test_this_machine_can_be_measured():
     assert 1e9 < device.float_rate < 1e15
     assert 1e8 < device.bandwidth < 1e14
     assert 1e-8 < device.launch < 1e-2
+    if not device.overlaps:
+        assert all(0 < share <= 1 for share in device.attention_shares)
+        assert 0 <= device.fault < 1e-8
+
+
+def test_attention_and_large_new_blocks_take_what_was_measured():
+    slow = dataclasses.replace(DEVICES["h100"], launch=0.0, attention_shares=(0.5, 0.25), fault=1e-9)
+    with FakeTensorMode(), Account([]) as account:
+        states = [torch.empty(1, 8, 512, 64) for _ in range(3)]
+        torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True)
+    (attention,) = (work for work in account.trace.work if work.attention)
+    assert trace_seconds(Trace(work=[attention]), slow) == pytest.approx(2 * attention.flops / slow.float_rate)
+    with FakeTensorMode():
+        small, large = torch.empty(1000), torch.empty(10_000_000)
+        with Account([small, large]) as account:
+            small + 1
+            large + 1
+            large.add_(1)
+            torch.logsumexp(large, 0)
+    assert [work.fresh for work in account.trace.work] == [0, large.nbytes, 0, large.nbytes]
+    new, same = (trace_seconds(Trace(work=[account.trace.work[place]]), slow) for place in (1, 2))
+    assert new - same == pytest.approx(large.nbytes * 1e-9)
 
 
 def small(tmp_path, **more):
@@ -274,7 +297,7 @@ def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
 
 @pytest.mark.parametrize(("free", "expected"), [(1e12, False), (0, True)])
 def test_auto_becomes_a_truth_value_before_the_model_is_made_ready(free, expected, make_trainer, monkeypatch):
-    monkeypatch.setattr("sapo.estimate.checkpointing._free", lambda args: free - 1e9)
+    monkeypatch.setattr("sapo.estimate.checkpointing.free_memory", lambda args: free - 1e9)
     trainer = make_trainer(gradient_checkpointing="auto", max_steps=1)
     assert trainer.args.gradient_checkpointing is expected
     trainer.train()
@@ -414,5 +437,5 @@ def test_memory_of_a_real_run_is_what_was_foreseen():
     # A process of its own: in a worker, a run would first take up what other tests have freed.
     command = [sys.executable, "benchmarks/estimate.py", "--settings", "DPO, one pair a pass"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    *_, estimated, measured, _, _, _, _, _, _, _ = done.stdout.splitlines()[-1].split()
+    estimated, measured = re.search(r"(\d+) / +(\d+) MB", done.stdout.splitlines()[-1]).groups()
     assert float(estimated) == pytest.approx(float(measured), rel=0.15)

@@ -263,18 +263,6 @@ def test_a_model_that_fails_with_a_shared_prefix_falls_back():
 
 
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
-def test_a_head_with_an_adapter_is_not_fused():
-    from trl.trainer.utils import add_fused_lm_head
-
-    for targets, saved, reads in ((["q_proj", "lm_head"], None, False), ("all-linear", None, True)):
-        lora = LoraConfig(r=4, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
-        model = get_peft_model(make("llama"), lora)
-        add_fused_lm_head(model.get_base_model())
-        reason = heads_disagree(model)
-        assert reason is None if reads else "adapter, which the fused head does not read" in reason
-
-
-@pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 brought the fused head")
 @pytest.mark.parametrize("how", ["float32", "autocast", "bfloat16"])
 def test_heads_are_compared_with_each_other(how):
     from trl.trainer.utils import add_fused_lm_head

@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     # DeepSpeed reports at every start on a machine without GPU that there is none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    # Where bitsandbytes is installed peft imports it in every run; on a processor it misses a kernel for inference.
+    told = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    told.addFilter(lambda record: "kernels-community" not in record.getMessage())
     given = [argument for argument in given if argument != "--debug"]
     try:
         return _dispatch(given)
@@ -45,9 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}. Free some space, then --resume_from_checkpoint true.\n")
         return 2
+    except RuntimeError as error:
+        # torch's, by name: torch is not imported for the commands that do without it.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"OutOfMemoryError: {_what_was_short(error)}. {_way_out_of_memory(error, given[0])}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+
+
+def _what_was_short(error: RuntimeError) -> str:
+    """The first sentences of CUDA's message: what was asked for, and what there is."""
+    return brief(". ".join(str(error).split(". ")[:3])).rstrip(".")
+
+
+def _way_out_of_memory(error: RuntimeError, command: str) -> str:
+    generating = any(frame.name == "generate" for frame in traceback.extract_tb(error.__traceback__))
+    match command:
+        case "train" | "generate":
+            lower = "--generation_batch_size" if generating else "--tokens_per_forward or --pairs_per_forward"
+            again = "sapo estimate shows what each option saves; go on with --resume_from_checkpoint true."
+            return f"Lower {lower}{'' if generating else ', or set --gradient_checkpointing true'}; {again}"
+        case "evaluate":
+            return "Lower --batch_size, or use --dtype bfloat16."
+        case _:
+            return "Free memory on the device, or choose another with --device."
 
 
 def _dispatch(given: list[str]) -> int:

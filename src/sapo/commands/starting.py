@@ -94,7 +94,7 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
     """
     try:
         yield
-    except SapoError:
+    except (SapoError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import psutil
-import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -16,7 +14,7 @@ from trl import ModelConfig
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
 from sapo.text import bytes_text
-from sapo.weights.footprint import Strategy, running_strategy
+from sapo.weights.footprint import Strategy, free_memory, running_strategy
 from sapo.weights.source import quantization_method
 
 logger = logging.get_logger(__name__)
@@ -89,7 +87,7 @@ def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool
     needed = memory_without_recomputation(
         config, _described(inner, adapter), args, running_strategy(args), on_gpu=on_gpu
     )
-    free = _free(args) + sum(weight.nbytes for weight in inner.parameters())
+    free = free_memory(args) + sum(weight.nbytes for weight in inner.parameters())
     logger.info(
         f"gradient_checkpointing=auto: {str(needed > free).lower()}; without recomputation a step needs "
         f"{bytes_text(needed)}, and there are {bytes_text(free)}."
@@ -115,15 +113,6 @@ def _described(model: Any, adapter: Any) -> ModelConfig:
             "lora_target_modules": targets if targets is None or isinstance(targets, str) else sorted(targets),
         }
     return ModelConfig(dtype=dtype, **options)
-
-
-def _free(args: SAPOConfig) -> float:
-    """Bytes that this process can have besides the loaded policy."""
-    if args.device.type == "cuda":
-        # What torch has reserved and not given out is free to it, too.
-        unused = torch.cuda.memory_reserved(args.device) - torch.cuda.memory_allocated(args.device)
-        return float(torch.cuda.mem_get_info(args.device)[0] + unused)
-    return float(psutil.virtual_memory().available / max(1, args.world_size))
 
 
 def _with_layers(config: Any, count: int) -> Any:

@@ -46,6 +46,8 @@ class Device:
         reached: shares of the promised matrix rate and bandwidth that the two rates and the bandwidth are.
         thin_rates: operations a second in float32 and bfloat16 of products one of whose dimensions is thin, by that
             dimension, ascending; empty where arithmetic and traffic alone decide.
+        attention_shares: shares of the two rates, of float32 and bfloat16, that fused attention reaches.
+        fault: seconds a byte of memory that the allocator takes from the system, above its traffic.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Device:
     source: str
     reached: tuple[float, float] = (1.0, 1.0)
     thin_rates: tuple[tuple[int, float, float], ...] = ()
+    attention_shares: tuple[float, float] = (1.0, 1.0)
+    fault: float = 0.0
 
     def limit(self, flops: float, moved: float, *, half: bool) -> float:
         """Seconds below which a computation cannot come on this device.
@@ -72,15 +76,18 @@ class Device:
         rate = (self.half_rate if half else self.float_rate) / matrix
         return max(flops / rate, moved * memory / self.bandwidth)
 
-    def rate(self, thin: int, width: int) -> float:
+    def rate(self, thin: int, width: int, *, attention: bool = False) -> float:
         """Operations a second of matrix products.
 
         Args:
             thin: the product's smallest dimension; 0 for other operations than products.
             width: bytes of an element of the result.
+            attention: whether they are those of fused attention.
         """
         column = 2 if width == 2 else 1
         most = self.half_rate if width == 2 else self.float_rate
+        if attention:
+            return most * self.attention_shares[column - 1]
         if not (thin and self.thin_rates):
             return most
         # On a log scale between the measured dimensions.
@@ -157,7 +164,8 @@ def measure() -> Device:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         rates[dtype] = 2 * size**3 / _best(lambda left=left, right=right: torch.mm(left, right), device)  # type: ignore[misc]
     large = torch.zeros(2**28 if on_gpu else 2**25, device=device)
-    bandwidth = 2 * large.numel() * large.element_size() / _best(lambda: large.add_(1.0), device)
+    in_place = _best(lambda: large.add_(1.0), device)
+    bandwidth = 2 * large.nbytes / in_place
     launch = _best(_small_block(device), device) / _SMALL_OPERATIONS
     if on_gpu:
         name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)
@@ -174,6 +182,8 @@ def measure() -> Device:
         overlaps=on_gpu,
         source="measured just now; links between devices are not",
         thin_rates=() if on_gpu else tuple(_thin_rates(dimension) for dimension in _THIN),
+        attention_shares=(1.0, 1.0) if on_gpu else _attention_shares(rates),
+        fault=0.0 if on_gpu else max(0.0, _best(lambda: large.add(1.0), device) - in_place) / large.nbytes,
     )
 
 
@@ -189,6 +199,23 @@ def _thin_rates(dimension: int) -> tuple[int, float, float]:
         weight, rows = torch.randn(8192, 2048).to(dtype), torch.randn(dimension, 2048).to(dtype)
         rates.append(2 * dimension * weight.numel() / _best(partial(F.linear, rows, weight), torch.device("cpu")))
     return (dimension, *rates)  # type: ignore[return-value]
+
+
+def _attention_shares(rates: dict[torch.dtype, float]) -> tuple[float, float]:
+    """Shares of `rates`, in float32 and bfloat16, that causal attention of 512 tokens reaches, both ways."""
+    heads, tokens, size = 8, 512, 64
+    # Two products forwards and five backwards, of which a causal kernel skips half.
+    flops = 2 * 7 * heads * tokens**2 * size / 2
+    shares = []
+    for dtype, rate in rates.items():
+        states = [torch.randn(1, heads, tokens, size).to(dtype).requires_grad_() for _ in range(3)]
+
+        def run(states: list[torch.Tensor] = states) -> None:
+            query, key, value = states
+            F.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+
+        shares.append(min(1.0, flops / _best(run, torch.device("cpu")) / rate))
+    return shares[0], shares[1]
 
 
 def _small_block(device: torch.device) -> Callable[[], None]:

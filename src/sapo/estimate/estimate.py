@@ -156,14 +156,14 @@ def estimate(
     memory = _memory(passes, roles, args, strategy, on_gpu=device.overlaps)
     common = usual(usual_lengths or lengths, args)
     timed = passes if common == lengths else traced(common)
-    seconds = _seconds(timed, roles, args, device, strategy, common, pairs_of(common), memory)
-    limits, flops = _limits(timed, roles, args, device, strategy, common, pairs_of(common), memory)
-    launches = None if timed.token is None else 1 if _graph(timed, device) else len(timed.token.work)
+    step = _Step(timed, roles, args, device, strategy, common, pairs_of(common), memory)
+    limits, flops = step.limits()
+    launches = None if timed.token is None else 1 if step.graph else len(timed.token.work)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
     needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
     return Estimate(
         memory=memory,
-        seconds=seconds,
+        seconds=step.seconds(),
         limits=limits,
         flops=flops,
         launches=launches,
@@ -235,92 +235,119 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
     return Memory(parts, passing, phases)
 
 
-def _seconds(
-    passes: Passes,
-    roles: RunModels,
-    args: SAPOConfig,
-    device: Device,
-    strategy: Strategy,
-    lengths: Lengths,
-    pairs: int,
-    memory: Memory,
-) -> dict[str, float]:
-    number = args.pairs_per_micro_batch * args.gradient_accumulation_steps / pairs
-    seconds = {}
-    if passes.prefill is not None and passes.token is not None:
-        rows = _rows(args)
-        calls = -(-rows // (args.generation_batch_size or rows))
-        steps = max(args.steps_per_generation, args.generation_interval)
-        token = trace_seconds(passes.token, device, launches=1 if _graph(passes, device) else None)
-        one = trace_seconds(passes.prefill, device) + lengths.segment * token
-        seconds["generation"] = calls * one / steps
-    if passes.reference is not None:
-        seconds["reference"] = number * trace_seconds(passes.reference, device)
-    seconds[POLICY] = number * trace_seconds(passes.learning, device)
-    seconds[OPTIMIZER] = _optimizer_bytes(roles, strategy, memory) / device.bandwidth
-    if strategy.processes > 1:
-        seconds["communication"] = _communication(passes, roles, args, device, strategy, number, seconds[POLICY])
-    return seconds
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the seconds of an optimizer step follow from; see `estimate`."""
+
+    passes: Passes
+    roles: RunModels
+    args: SAPOConfig
+    device: Device
+    strategy: Strategy
+    lengths: Lengths
+    pairs: int
+    memory: Memory
+
+    @property
+    def number(self) -> float:
+        """Passes in a step."""
+        return float(self.args.pairs_per_micro_batch * self.args.gradient_accumulation_steps / self.pairs)
+
+    @property
+    def calls(self) -> float:
+        """Times that a step has rows decoded; below 1 where one call writes for several steps."""
+        rows = _rows(self.args)
+        return -(-rows // (self.args.generation_batch_size or rows)) / _steps_of_a_call(self.args)
+
+    @property
+    def graph(self) -> bool:
+        """Whether a token is decoded by one launch of a CUDA graph."""
+        return self.passes.captured and self.device.overlaps
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Read and written after the backward pass."""
+        states = self.memory.lasting.get("optimizer", 0) + self.memory.lasting.get("float32 master", 0)
+        trained = sum(weight.numel() * weight.element_size() for weight in self.roles.trained)
+        trained //= self.strategy.processes if self.strategy.shards_gradients else 1
+        followed = sum(size for name, size in self.memory.lasting.items() if name.startswith("opponent"))
+        # Weights, gradients and states are read, the first and last written; the average reads itself and the policy.
+        return 3 * trained + 2 * states + 3 * followed
+
+    def seconds(self) -> dict[str, float]:
+        """By part."""
+        passes, device, seconds = self.passes, self.device, dict[str, float]()
+        if passes.prefill is not None and passes.token is not None:
+            token = trace_seconds(passes.token, device, launches=1 if self.graph else None)
+            one = trace_seconds(passes.prefill, device) + self.lengths.segment * token
+            seconds["generation"] = self.calls * one
+        if passes.reference is not None:
+            seconds["reference"] = self.number * trace_seconds(passes.reference, device)
+        seconds[POLICY] = self.number * trace_seconds(passes.learning, device)
+        seconds[OPTIMIZER] = self.optimizer_bytes / device.bandwidth
+        if self.strategy.processes > 1:
+            seconds["communication"] = self._communication(seconds[POLICY])
+        return seconds
+
+    def limits(self) -> tuple[dict[str, float], dict[str, float]]:
+        """`limits` and `flops` of an `Estimate`."""
+        passes, device, roles = self.passes, self.device, self.roles
+        weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
+        half = bool(self.args.bf16 or self.args.fp16) or all(weight.element_size() == 2 for weight in weights)
+        limits: dict[str, float] = {}
+        flops: dict[str, float] = {}
+        forward = 0.0
+        if passes.prefill is not None and passes.token is not None:
+            segment = self.lengths.segment
+            # Of the input embeddings a token reads a row, unless they are the head too.
+            embeddings, head = roles.policy.get_input_embeddings(), roles.policy.get_output_embeddings()  # type: ignore[operator]
+            aside = embeddings.weight.numel() if embeddings.weight is not head.weight else 0
+            read = (sum(weight.numel() for weight in weights) - aside) * (2 if half else 4) + passes.cache
+            token = device.limit(passes.token.flops, read, half=half)
+            limits["generation"] = self.calls * (device.limit(passes.prefill.flops, 0, half=half) + segment * token)
+            flops["generation"] = self.calls * (passes.prefill.flops + segment * passes.token.flops)
+        if passes.reference is not None:
+            forward = passes.reference.flops
+            flops["reference"] = self.number * forward
+            limits["reference"] = device.limit(flops["reference"], 0, half=half)
+        learning = passes.learning.flops
+        flops[POLICY] = self.number * learning
+        # A full model's backward pass is twice its forward pass, an adapter's once and a little.
+        share = 3 if isinstance(roles.policy, PeftModel) else 4
+        twice = (forward or learning / share) if recomputes(self.args) else 0.0
+        limits[POLICY] = device.limit(self.number * (learning - twice), 0, half=half)
+        limits[OPTIMIZER] = self.optimizer_bytes * device.reached[1] / device.bandwidth
+        flops[OPTIMIZER] = 0.0
+        return limits, flops
+
+    def _communication(self, computing: float) -> float:
+        """Seconds that are not hidden behind the policy's `computing`; the ring's share of each device."""
+        args, strategy = self.args, self.strategy
+        share = (strategy.processes - 1) / strategy.processes
+        width = 2 if args.bf16 or args.fp16 else 4
+        trained = sum(weight.numel() for weight in self.roles.trained)
+        everything = sum(weight.numel() for weight in self.roles.policy.parameters())
+        if strategy.shards_weights:
+            # Gathered forwards and backwards; gradients scattered once in each pass, with FSDP2 in the last.
+            scattered = self.number if strategy.name == "zero3" else 1
+            hidden = (2 * self.number * everything + scattered * trained) * width
+            calls = args.gradient_accumulation_steps if self.passes.reference is not None else 0
+            shown = (
+                (calls + (1 / _steps_of_a_call(args) if self.passes.prefill is not None else 0)) * everything * width
+            )
+        else:
+            hidden, shown = 2 * trained * (width if strategy.name == "zero2" else 4), 0.0
+        link = self.device.link
+        return share * shown / link + max(0.0, share * hidden / link - computing)
 
 
-def _graph(passes: Passes, device: Device) -> bool:
-    """Whether a token is decoded by one launch of a CUDA graph."""
-    return passes.captured and device.overlaps
-
-
-def _limits(
-    passes: Passes,
-    roles: RunModels,
-    args: SAPOConfig,
-    device: Device,
-    strategy: Strategy,
-    lengths: Lengths,
-    pairs: int,
-    memory: Memory,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """`limits` and `flops` of an `Estimate`."""
-    number = args.pairs_per_micro_batch * args.gradient_accumulation_steps / pairs
-    weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
-    half = bool(args.bf16 or args.fp16) or all(weight.element_size() == 2 for weight in weights)
-    limits: dict[str, float] = {}
-    flops: dict[str, float] = {}
-    forward = 0.0
-    if passes.prefill is not None and passes.token is not None:
-        calls = -(-_rows(args) // (args.generation_batch_size or _rows(args)))
-        calls /= max(args.steps_per_generation, args.generation_interval)  # type: ignore[assignment]
-        # Of the input embeddings a token reads a row, unless they are the head too.
-        embeddings, head = roles.policy.get_input_embeddings(), roles.policy.get_output_embeddings()  # type: ignore[operator]
-        aside = embeddings.weight.numel() if embeddings.weight is not head.weight else 0
-        read = (sum(weight.numel() for weight in weights) - aside) * (2 if half else 4) + passes.cache
-        token = device.limit(passes.token.flops, read, half=half)
-        limits["generation"] = calls * (device.limit(passes.prefill.flops, 0, half=half) + lengths.segment * token)
-        flops["generation"] = calls * (passes.prefill.flops + lengths.segment * passes.token.flops)
-    if passes.reference is not None:
-        forward = passes.reference.flops
-        flops["reference"] = number * forward
-        limits["reference"] = device.limit(flops["reference"], 0, half=half)
-    learning = passes.learning.flops
-    flops[POLICY] = number * learning
-    # A full model's backward pass is twice its forward pass, an adapter's once and a little.
-    twice = (forward or learning / (3 if isinstance(roles.policy, PeftModel) else 4)) if recomputes(args) else 0.0
-    limits[POLICY] = device.limit(number * (learning - twice), 0, half=half)
-    limits[OPTIMIZER] = _optimizer_bytes(roles, strategy, memory) * device.reached[1] / device.bandwidth
-    flops[OPTIMIZER] = 0.0
-    return limits, flops
+def _steps_of_a_call(args: SAPOConfig) -> int:
+    return max(args.steps_per_generation, args.generation_interval)
 
 
 def recomputes(args: SAPOConfig) -> bool:
     """Whether activations are computed again in the backward pass."""
     return args.gradient_checkpointing is True
-
-
-def _optimizer_bytes(roles: RunModels, strategy: Strategy, memory: Memory) -> float:
-    states = memory.lasting.get("optimizer", 0) + memory.lasting.get("float32 master", 0)
-    trained = sum(weight.numel() * weight.element_size() for weight in roles.trained)
-    trained //= strategy.processes if strategy.shards_gradients else 1
-    followed = sum(size for name, size in memory.lasting.items() if name.startswith("opponent"))
-    # Weights, gradients and states are read and the first and last written; the average reads itself and the policy.
-    return 3 * trained + 2 * states + 3 * followed
 
 
 def trace_seconds(trace: Trace, device: Device, *, launches: int | None = None) -> float:
@@ -332,34 +359,9 @@ def trace_seconds(trace: Trace, device: Device, *, launches: int | None = None) 
         launches: operations that are started, where several start as one.
     """
     computing = sum(
-        max(work.flops / device.rate(work.thin, work.width), work.moved / device.bandwidth) for work in trace.work
+        max(work.flops / device.rate(work.thin, work.width, attention=work.attention), work.moved / device.bandwidth)
+        + work.fresh * device.fault
+        for work in trace.work
     )
     starting = (len(trace.work) if launches is None else launches) * device.launch
     return max(computing, starting) if device.overlaps else computing + starting
-
-
-def _communication(
-    passes: Passes,
-    roles: RunModels,
-    args: SAPOConfig,
-    device: Device,
-    strategy: Strategy,
-    number: float,
-    computing: float,
-) -> float:
-    """Seconds that are not hidden behind the policy's computation; the ring's share of each device."""
-    share = (strategy.processes - 1) / strategy.processes
-    width = 2 if args.bf16 or args.fp16 else 4
-    trained = sum(weight.numel() for weight in roles.trained)
-    everything = sum(weight.numel() for weight in roles.policy.parameters())
-    if strategy.shards_weights:
-        # Gathered forwards and backwards; gradients scattered once in each pass, with FSDP2 in the last.
-        scattered = number if strategy.name == "zero3" else 1
-        hidden = (2 * number * everything + scattered * trained) * width
-        steps = max(args.steps_per_generation, args.generation_interval)
-        calls = args.gradient_accumulation_steps if passes.reference is not None else 0
-        calls += 1 / steps if passes.prefill is not None else 0
-        shown = calls * everything * width
-    else:
-        hidden, shown = 2 * trained * (width if strategy.name == "zero2" else 4), 0.0
-    return share * shown / device.link + max(0.0, share * hidden / device.link - computing)

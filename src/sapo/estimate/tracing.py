@@ -25,17 +25,24 @@ _PRODUCTS = ("aten.mm", "aten.addmm")
 """Matrix products; the factors are their last two tensors. Batched ones belong to attention, bound by its traffic."""
 
 
+_LARGE_BLOCK = 32 * 2**20
+"""Bytes from which glibc's allocator takes a block from the system each time, which clears it page by page."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one operation does: floating-point operations, bytes read and written, bytes of a result's element.
 
-    `thin` is the smallest dimension of a matrix product, 0 for everything else.
+    `thin` is the smallest dimension of a matrix product, 0 for everything else; `attention` is whether it is a fused
+    attention; `fresh` is the bytes of large new blocks.
     """
 
     flops: int
     moved: int
     width: int
     thin: int = 0
+    attention: bool = False
+    fresh: int = 0
 
 
 @dataclass(slots=True)
@@ -98,7 +105,9 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         new = [tensor for tensor in made if self._is_new(tensor)]
         if new or func._schema.is_mutable:
-            self.trace.work.append(_work(func, args, kwargs or {}, result, given, made))
+            sizes = [tensor.untyped_storage().nbytes() for tensor in new]
+            fresh = sum(size for size in sizes if size >= _LARGE_BLOCK)
+            self.trace.work.append(_work(func, args, kwargs or {}, result, given, made, fresh))
         for tensor in new:
             self._begin(tensor)
         if new and self._live.total() > self.trace.bytes:
@@ -132,13 +141,18 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return func(left, right, *args[2:], **kwargs).to(args[0].dtype)
 
 
-def _work(func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]) -> Work:
+def _work(func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor], fresh: int) -> Work:
     name = str(func)
+    if name.startswith("aten.logsumexp"):
+        # Four operations: the largest, the difference in a new tensor, its exponential in place, the sum.
+        size = _bytes(given[0])
+        return Work(0, 6 * size, given[0].element_size(), fresh=size if size >= _LARGE_BLOCK else 0)
     written = sum(map(_bytes, made))
     moved = 2 * written if name.startswith(_PICKING) else written + sum(map(_bytes, given))
     width = made[0].element_size() if made else 4
     thin = min(*given[-2].shape[-2:], *given[-1].shape[-2:]) if name.startswith(_PRODUCTS) else 0
-    return Work(_flops(func, name, args, kwargs, result), moved, width, thin)
+    flops = _flops(func, name, args, kwargs, result)
+    return Work(flops, moved, width, thin, name.startswith("aten._scaled_dot_product"), fresh)
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:

@@ -6,6 +6,7 @@ it can run many times before the host reads the tokens, and it can be captured a
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import warnings
@@ -172,9 +173,13 @@ class CudaGraph:
 
     The first step runs uncaptured on a side stream as a warm-up; the second is captured. A step that cannot be captured
     runs without a graph, with a warning that gives the reason.
+
+    Args:
+        device: of the step's tensors. A stream of another device would capture nothing, and replay nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph: Any = None
         self._warm = self._failed = False
 
@@ -183,34 +188,43 @@ class CudaGraph:
         if self._failed:
             step()
             return
-        if not self._warm:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._warm = True
-            return
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            cached = torch.is_autocast_cache_enabled()
-            # Casts cached outside the capture would be freed before a replay reads them.
-            torch.set_autocast_cache_enabled(False)
-            try:
-                with torch.cuda.graph(graph):
-                    step()
-            except RuntimeError as error:
-                self._failed = True
-                warnings.warn(
-                    f"Decoding without a CUDA graph, which is slower: capturing a step failed ({error}).",
-                    stacklevel=2,
-                )
-                step()
+        with torch.cuda.device(self._device):
+            if not self._warm:
+                self._warm_up(step)
                 return
-            finally:
-                torch.set_autocast_cache_enabled(cached)
-            self._graph = graph
-        self._graph.replay()
+            if self._graph is None:
+                self._graph = self._captured(step)
+            if self._graph is not None:
+                self._graph.replay()
+                return
+        step()
+
+    def _warm_up(self, step: Callable[[], None]) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._warm = True
+
+    def _captured(self, step: Callable[[], None]) -> Any:
+        """The graph of `step`, which has not run; None if it cannot be captured."""
+        graph, cached = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        # Casts cached outside the capture would be freed before a replay reads them.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            # What other threads do with the device meanwhile is not captured, and does not disturb.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            self._failed = True
+            warnings.warn(
+                f"Decoding without a CUDA graph, which is slower: capturing a step failed ({error}).", stacklevel=3
+            )
+            return None
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        return graph
 
 
 def replay_for(model: nn.Module, device: torch.device) -> Callable[[], Replay] | None:
@@ -222,7 +236,7 @@ def replay_for(model: nn.Module, device: torch.device) -> Callable[[], Replay] |
     if device.type != "cuda" or not model._can_compile_fullgraph:
         return None
     quantized = model.config.to_dict().get("quantization_config")  # type: ignore[union-attr, operator]
-    return None if quantized else CudaGraph
+    return None if quantized else functools.partial(CudaGraph, device)
 
 
 def _windows(model: nn.Module, cache: Cache) -> dict[str, int | None]:

@@ -16,7 +16,7 @@ from sapo.errors import ConfigurationError
 from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair, PairSource
-from sapo.preference.scoring import PairScores, frozen, prepare_shared_layout, score, summed_logps
+from sapo.preference.scoring import PairScores, frozen, heads_disagree, prepare_shared_layout, score, summed_logps
 from sapo.preference.token_distributions import Anchor, hidden_at, score_sft
 from sapo.training.context import RunContext
 from sapo.weights.sharding import zero_stage
@@ -43,6 +43,7 @@ class PairScorer:
         self._model = model
         self._accelerator = accelerator
         self._layout: Layout | None = None
+        self._compared = False
         # Processes that gather weights or spread gradients in each pass need equally many; the published likelihood
         # counts padding.
         together = context.roles.sharded or zero_stage(accelerator) > 0
@@ -73,7 +74,7 @@ class PairScorer:
         return self._layout
 
     def _unsupported_reason(self) -> str | None:
-        args, roles = self._context.args, self._context.roles
+        args, roles, fused = self._context.args, self._context.roles, self.fused_head
         if args.layout == "plain" or args.nll_scope == "all":
             return "it is not asked for"
         modules: list[AbstractContextManager[nn.Module]] = [nullcontext(self._model())]
@@ -81,7 +82,7 @@ class PairScorer:
             modules.append(roles.reference.using())
         for opened in modules:
             with opened as model, roles.autocast():
-                reason = prepare_shared_layout(model, fused_lm_head=roles.fused_head)
+                reason = prepare_shared_layout(model, fused_lm_head=fused)
             if reason is not None:
                 return reason
         return None
@@ -119,6 +120,27 @@ class PairScorer:
 
     # ---- Scores ----
 
+    @property
+    def fused_head(self) -> bool:
+        """Whether scores come from trl's fused head, which is compared with the model's own at its first use.
+
+        Raises:
+            ConfigurationError: fused_lm_head=true, and it gives other scores.
+        """
+        args, roles = self._context.args, self._context.roles
+        if self._compared or not roles.fused_head:
+            return roles.fused_head
+        self._compared = True
+        with roles.autocast():
+            reason = heads_disagree(self._model())
+        if reason is None:
+            return True
+        if args.fused_lm_head:
+            raise ConfigurationError(f"fused_lm_head=true: {reason}. Leave the option out.")
+        logger.warning(f"Log-probabilities come from the gathered head, which takes more memory: {reason}.")
+        roles.fused_head = False
+        return False
+
     def policy_scores(self, model: nn.Module, batch: PairBatch, reference: ReferenceScores) -> PairScores:
         """What the loss needs of the policy on a batch; with an anchor, its divergence from it too.
 
@@ -127,7 +149,7 @@ class PairScorer:
             batch: on the device.
             reference: result of `reference_logps` for this batch.
         """
-        args, fused = self._context.args, self._context.roles.fused_head
+        args, fused = self._context.args, self.fused_head
         by_probability = args.token_weighting == "probability"  # noqa: S105
         if args.objective == "sft" and (args.kl_weight or by_probability):
             anchor = reference if isinstance(reference, Anchor) else None
@@ -146,7 +168,7 @@ class PairScorer:
         roles = self._context.roles
         if roles.reference is None:
             return [None] * len(passes)
-        moving = roles.reference is roles.opponent
+        moving, fused = roles.reference is roles.opponent, self.fused_head
         using = roles.reference.using
         with roles.autocast(), using() as model, frozen(model):
             found: list[ReferenceScores] = []
@@ -157,7 +179,7 @@ class PairScorer:
 
                 def compute(missing: list[Pair], pairs: Sequence[Pair] = pairs, batch: PairBatch = batch) -> Any:
                     own = batch if len(missing) == len(pairs) else self.collate(missing)
-                    scores = score(model, own, fused_lm_head=roles.fused_head)
+                    scores = score(model, own, fused_lm_head=fused)
                     return ReferenceLogps(scores.chosen_logps, scores.rejected_logps)
 
                 if moving or source is None:
@@ -185,5 +207,5 @@ class PairScorer:
             )
             with context.roles.autocast(), frozen(self._model()) as model:
                 rows = batch.to(context.args.device)
-                logps += summed_logps(model, rows, fused_lm_head=context.roles.fused_head)[0].tolist()
+                logps += summed_logps(model, rows, fused_lm_head=self.fused_head)[0].tolist()
         return logps

@@ -176,19 +176,26 @@ def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None
     strategy = running_strategy(args)
     parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
     needed = sum(parts.values())
-    if torch.cuda.is_available() and not args.use_cpu:
-        available, where = torch.cuda.mem_get_info()[0], "on the GPU"
-    else:
-        # All processes of this machine share its memory.
-        available, where = psutil.virtual_memory().available // max(1, args.world_size), "in memory"
+    available = free_memory(args)
     if needed > available:
         listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         raise ConfigurationError(
             f"{model_args.model_name_or_path} needs about {bytes_text(needed)} ({listed}) before activations, and "
-            f"{bytes_text(available)} are free {where}. Use more GPUs with --accelerate_config zero3 or fsdp2, "
-            "--use_peft, --optim adamw_bnb_8bit, a smaller model, or --skip_memory_check; sapo estimate tells what "
-            "each saves."
+            f"{bytes_text(available)} are free on {args.device.type}. Use more GPUs with --accelerate_config zero3 or "
+            "fsdp2, --use_peft, --optim adamw_bnb_8bit, a smaller model, or --skip_memory_check; sapo estimate tells "
+            "what each saves."
         )
+
+
+def free_memory(args: SAPOConfig) -> float:
+    """Bytes that this process can still have on its device."""
+    on_device = torch.get_device_module(args.device)
+    if args.device.type == "cpu" or not hasattr(on_device, "mem_get_info"):
+        # All processes of this machine share its memory; an accelerator without memory of its own, such as MPS, too.
+        return float(psutil.virtual_memory().available / max(1, args.world_size))
+    # What torch has reserved and not given out is free to it, too.
+    unused = on_device.memory_reserved(args.device) - on_device.memory_allocated(args.device)
+    return float(on_device.mem_get_info(args.device)[0] + unused)
 
 
 def gradient_memory(trained: Iterable[Tensor], args: SAPOConfig, strategy: Strategy) -> float:

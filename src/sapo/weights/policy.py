@@ -79,10 +79,37 @@ def with_adapter(
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
     switch_off_router_logits(model.config)
+    _check_quantized(model, args)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()
     return model
+
+
+def _check_quantized(model: Any, args: SAPOConfig) -> None:
+    """Keep bitsandbytes from computing otherwise in training than in evaluation, as opponent and reference are.
+
+    On processors with AVX512-BF16 it packs 4-bit weights in place at the first pass in evaluation mode, in a form
+    without a backward pass: no gradient would get past the last layer. That is switched off.
+
+    Raises:
+        ConfigurationError: they are packed already; or 8-bit weights on a processor, which have no such switch.
+    """
+    quantized = model.config.to_dict().get("quantization_config") or {}
+    if quantized.get("load_in_8bit") and args.device.type in ("cpu", "xpu"):
+        raise ConfigurationError(
+            f"load_in_8bit on {args.device.type}: bitsandbytes computes with 8-bit weights in another way in training "
+            "than in evaluation there, so that policy and reference would differ from the start. Use load_in_4bit."
+        )
+    for name, module in model.named_modules():
+        if "support_avx512bf16_for_cpu" not in vars(module):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ConfigurationError(
+                f"the 4-bit weights of {name} were packed for inference on this processor when the model was used, "
+                "and cannot be trained any more. Load the model again, and pass it unused."
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def _check_target_modules(model: nn.Module, peft_config: Any) -> None:

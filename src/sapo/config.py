@@ -363,7 +363,8 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             return
         if self.bf16 and not _accelerator_has_bf16():
             raise ConfigurationError(
-                "bf16=true: no accelerator with bfloat16 on this machine. Leave the option out, or add use_cpu."
+                "bf16=true: no accelerator with bfloat16 on this machine. Add --bf16 false, or --use_cpu to "
+                "train in bfloat16 on the CPU (slow on older ones)."
             )
         if self.fp16 and not torch.accelerator.is_available():
             raise ConfigurationError("fp16=true: no accelerator on this machine. Leave the option out.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def _suite(
             return suite, retention.run, retention.settings
     file = Path(suite)
     if file.suffix not in (".yaml", ".yml"):
-        raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml).")
+        close = difflib.get_close_matches(suite, SUITES, n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml){nearest}.")
     if not file.is_file():
         raise ConfigurationError(f"--suite {suite}: no such file.")
     tasks = task_files.load_task_file(file, options.limit)

@@ -130,7 +130,7 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
     for action in own._actions:
         if not action.option_strings and action.nargs == "+":
             words.append(f"[{action.metavar} ...]")
-    if not takes_options:
+    if not takes_options and any(action.option_strings for action in own._actions):
         words.append("[--flag value ...]")
     return " ".join(words)
 

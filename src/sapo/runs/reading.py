@@ -139,6 +139,8 @@ def read_run(folder: Path) -> Run:
         ConfigurationError: the folder contains no run, or a file cannot be read.
     """
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        if not folder.is_dir():
+            raise ConfigurationError(f"{folder}: no such folder. Use the output folder of a run.")
         raise ConfigurationError(f"{folder}: contains no {METRICS_FILE}. Use the output folder of a run.")
     return Run(
         path=folder,

@@ -26,6 +26,7 @@ def logged(step, steps):
         "logps/chosen": -80.0 + 10 * share,
         "logps/rejected": -82.0 - 10 * share,
         "self_play/chosen_logp_change": 4.0 * share + wave,
+        "self_play/chosen_logp_change_per_token": 0.04 * share + wave / 100,
         "self_play/identical_fraction": 0.02,
         "self_play/eos_fraction": 0.1,
         "self_play/rejected_length": 210.0,

@@ -168,7 +168,10 @@ def test_a_calm_run_gives_no_warning(tmp_path):
 @pytest.mark.parametrize(
     ("title", "changed"),
     [
-        ("The chosen responses became less likely", {"self_play/chosen_logp_change": lambda step: -0.2 * step}),
+        (
+            "The chosen responses became less likely",
+            {"self_play/chosen_logp_change_per_token": lambda step: -0.002 * step},
+        ),
         ("More and more pairs are identical", {"self_play/identical_fraction": lambda step: step / 100}),
         ("The rejected responses become shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
         ("The rejected responses become longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
@@ -188,10 +191,10 @@ def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
 def test_the_summary_says_where_the_margin_came_from(tmp_path):
     both = {"rewards/chosen": lambda step: -0.01 * step, "rewards/rejected": lambda step: -0.02 * step}
     text = " ".join(sentences(read_run(write_run(tmp_path / "sank", **both))))
-    assert "both fell, the rejected responses more" in text
+    assert "of both it fell, of the rejected responses more" in text
     assert "some/model (7.24 B parameters) was trained for 100 steps" in text
     text = " ".join(sentences(read_run(write_run(tmp_path / "apart"))))
-    assert "the chosen responses rose and the rejected ones fell" in text
+    assert "of the chosen responses it rose and of the rejected ones it fell" in text
 
 
 @pytest.fixture

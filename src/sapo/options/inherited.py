@@ -117,7 +117,6 @@ INHERITED: tuple[Option, ...] = (
     # Logging and report
     _logging("logging_strategy", "steps", "When to log: never, every logging_steps, or after each epoch.", type="str",
              choices=STRATEGIES),
-    _logging("logging_first_step", False, "Log the first optimizer step too.", type="bool"),
     _logging("logging_nan_inf_filter", True, "Leave non-finite losses out of the logged average.", type="bool"),
     _logging("report_to", "none", "Trackers to log to, such as trackio, wandb, tensorboard or mlflow; none or all.",
              type="list", common=True),

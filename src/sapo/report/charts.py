@@ -69,7 +69,7 @@ CHARTS = [
     Chart("Log-probabilities", "nats", "Of the scored tokens; they vary with the lengths drawn.", "pair"),
     Chart(
         "Likelihood of the chosen responses",
-        "nats",
+        "nats per token",
         "Change on the same examples since the start. Below 0, the chosen responses became less likely.",
         on_card=True,
     ),

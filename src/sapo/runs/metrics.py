@@ -93,7 +93,7 @@ MARGIN = Metric(
 ACCURACY = Metric(
     "rewards/accuracies",
     "share",
-    "share of pairs with a positive margin",
+    "share of pairs with a positive margin; a margin of 0 counts half",
     "near 1: the pairs have become easy",
     better="higher",
     when="not with SFT",
@@ -126,6 +126,14 @@ CHOSEN_CHANGE = Metric(
     "nats per response",
     "change of the chosen log-probability since the start, on the same `chosen_probe_size` training examples",
     "below 0 the chosen responses become less likely; `chosen_drop_limit` stops the run",
+    better="higher",
+    compared=True,
+)
+CHOSEN_CHANGE_PER_TOKEN = Metric(
+    "self_play/chosen_logp_change_per_token",
+    "nats per token",
+    "the same, over the tokens of these responses",
+    "below -0.1 the run did harm (10% more perplexity)",
     better="higher",
     label="chosen change",
     chart="Likelihood of the chosen responses",
@@ -280,6 +288,7 @@ METRICS = (
     CHOSEN_LOGP,
     REJECTED_LOGP,
     CHOSEN_CHANGE,
+    CHOSEN_CHANGE_PER_TOKEN,
     IDENTICAL,
     ENDED,
     REJECTED_LENGTH,

@@ -91,6 +91,13 @@ class Run:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def pairs_per_step(self) -> int:
+        """Pairs (or examples) that an optimizer step trains on, over all processes; 1 if the options are unknown."""
+        sizes = [self.config.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+        counts = [size for size in [*sizes, self.facts.get("processes")] if isinstance(size, int)]
+        return math.prod(counts)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every option by name, including those of model and data; the names of a mixture's datasets are joined."""
         recipe = dict(self.recipe)

@@ -73,7 +73,7 @@ class ChosenProbe:
         if self._size and self.start is None:
             rng = random.Random(derive_seed(self._seed, "probe"))
             indices = sorted(rng.sample(range(len(self._dataset)), self._size))
-            self.start = {"indices": [float(i) for i in indices], "logps": self._now(indices)}
+            self.start = {"indices": [float(i) for i in indices], "logps": self._logps(self._examples(indices))}
 
     def restore(self, start: dict[str, list[float]] | None) -> None:
         """Continue from the `start` of a checkpoint.
@@ -88,15 +88,18 @@ class ChosenProbe:
                 raise ValueError("the examples to follow are not of this data set")
         self.start = start
 
-    def change(self) -> float | None:
-        """Mean change since the start in nats a response; None where nothing is followed."""
+    def change(self) -> tuple[float, float] | None:
+        """Mean change since the start in nats per response and in nats per token; None where nothing is followed."""
         if self.start is None:
             return None
-        now = self._now([int(index) for index in self.start["indices"]])
-        return float(np.mean(np.subtract(now, self.start["logps"])))
+        examples = self._examples(self.start["indices"])
+        changes = np.subtract(self._logps(examples), self.start["logps"])
+        tokens = sum(len(example.turns[-1].response_ids) for example in examples)
+        return float(np.mean(changes)), float(np.sum(changes)) / tokens
 
-    def _now(self, indices: Sequence[int]) -> list[float]:
-        return self._logps(collate_examples([self._dataset[index] for index in indices])["examples"])
+    def _examples(self, indices: Sequence[float]) -> list[Example]:
+        found: list[Example] = collate_examples([self._dataset[int(index)] for index in indices])["examples"]
+        return found
 
 
 def as_list_of_datasets(datasets: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from sapo.commands.catalog import SUITES
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
-from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, task_files
+from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, table, task_files
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
@@ -41,7 +41,7 @@ def run_evaluate(given: Parsed) -> None:
     found = run(session)
     whole = results.as_json(suite, settings(session), session.targets, session.fingerprints, found)
     file = results.write(session.folder, suite, whole)
-    results.show(console, suite, session.targets, found)
+    table.show(console, suite, session.targets, found)
     say(f"Results: {file}")
 
 

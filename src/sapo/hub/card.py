@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from sapo._version import __version__
-from sapo.errors import ConfigurationError
 from sapo.report.summary import sentences, warnings
 from sapo.report.svg import curves_svg
-from sapo.runs.files import read_object, write_atomically
-from sapo.runs.layout import CARD_FILE, CURVES_FILE, EVALUATION_FILES
+from sapo.runs.evaluations import read_evaluations
+from sapo.runs.files import write_atomically
+from sapo.runs.layout import CARD_FILE, CURVES_FILE
 from sapo.runs.metrics import EVAL, compared_metrics, find_metric
 from sapo.runs.reading import Run, read_run
-from sapo.text import number_text
+from sapo.text import error_text, number_text
 
 _PRIVATE = ("output_dir", "logging_dir", "hub_token")
 _CITATION = """@article{yin2024selfaugmented,
@@ -145,20 +145,10 @@ def _short_words(text: str, base: str) -> str:
 def _evaluation(run: Run) -> str:
     """Results of `sapo evaluate` in the run folder, and the last evaluation of the training."""
     rows: list[tuple[str, str, str]] = []
-    for file in (run.path / name for name in EVALUATION_FILES):
-        if not file.is_file():
-            continue
-        content = read_object(file)
-        try:
-            suites = content["suites"]
-            for suite, found in suites.items():
-                for model, result in found["models"].items():
-                    rows += [
-                        (f"{suite}: {name}", str(_short(model)), _value(one))
-                        for name, one in result["measures"].items()
-                    ]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigurationError(f"{file}: not results of an evaluation ({error!r}). Move it away.") from error
+    for one in read_evaluations(run.path):
+        rows += [
+            (f"{one.suite}: {name}", str(_short(one.model)), _value(found)) for name, found in one.measures.items()
+        ]
     compared = compared_metrics()
     for name in run.metrics():
         # Of the metrics that are declared not all are results; others are the local measures.
@@ -173,5 +163,4 @@ def _evaluation(run: Run) -> str:
 
 
 def _value(estimate: dict[str, Any]) -> str:
-    spread = estimate.get("stderr")
-    return number_text(estimate["value"], 4) + (f" ± {number_text(spread, 2)}" if spread is not None else "")
+    return error_text(estimate["value"], estimate.get("stderr"))

@@ -150,7 +150,8 @@ class TerminalProgress(TrainerCallback):
 
     def _pace(self, state: TrainerState) -> float:
         """Seconds of a step, of this start of the run."""
-        return (time.perf_counter() - self._began) / max(1, state.global_step - self._first_step)
+        steps: int = max(1, state.global_step - self._first_step)
+        return (time.perf_counter() - self._began) / steps
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

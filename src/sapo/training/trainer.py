@@ -336,7 +336,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 self._current_eval = self._eval_pairs.of(dataset)
             for signals in self._signals:
                 if signals.rows is dataset:
-                    signals.observe()
+                    signals.observe(last=self.state.global_step >= self.state.max_steps)
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 

@@ -421,8 +421,8 @@ class OwnOptions(KeepOptions):
     )
     eval_local_max_time_fraction: float = _evaluation(
         0.05,
-        "Maximum fraction of the run's time that eval_local may take. The first and the last evaluation are measured in "
-        "any case; others are left out until there is time.",
+        "Maximum fraction of the run's time that eval_local may take. The first and the last evaluation are measured "
+        "in any case; others are left out until there is time.",
         low=0,
         high=1,
         needs="eval_local",

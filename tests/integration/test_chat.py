@@ -237,7 +237,7 @@ def test_the_commands_of_a_talk(talk, tmp_path):
     saved = [json.loads(line) for line in file.read_text().splitlines()]
     assert saved == [{"model": name, "messages": turns} for name, turns in talk.turns.items()]
     talk.say(f"/save {file}")
-    assert "exists already" in shown(talk)
+    assert "exists already" in " ".join(shown(talk).split())
     talk.say("/temp hot")
     assert "The temperature is 5" in shown(talk)
     talk.say("/hlep")

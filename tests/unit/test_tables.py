@@ -38,7 +38,8 @@ def test_a_table_fits_and_has_every_cell(width):
     assert len(re.findall(r"1\.2345 ±0\.0012", text)) == 6
     whole = re.sub(r"\s", "", text)
     assert whole.count("/a/path/") == 6
-    assert "a/metric/with/a/name_that_is_longer_than_a_column" in whole
+    assert "a/metric/with/a/" in whole
+    assert "longer_than_a_column" in whole
     assert "[bold]text[/bold]" in text
     assert "\x1b" not in text
 

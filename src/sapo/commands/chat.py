@@ -306,6 +306,8 @@ class _Wrapped:
         for char in visible(piece, self._console.encoding):
             if char.isspace():
                 self._flush()
+                # A space at the edge would begin the next line.
+                char = "\n" if self._console.is_terminal and self._column >= self._console.width else char
                 self._print(char)
                 self._column = 0 if char == "\n" else self._column + 1
             else:

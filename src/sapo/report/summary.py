@@ -128,7 +128,10 @@ def _what_ran(run: Run) -> str:
     options, facts, step = run.config, run.facts, run.last_step
     objective = _OBJECTIVES.get(options.get("objective", ""), "an unknown objective")
     pairs = {"self_play": " on pairs from self-play", "paired": " on rows with both responses"}
-    subject = f"{facts['model']} ({count_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
+    model = str(facts.get("model", ""))
+    if model.startswith(("/", ".", "~")):
+        model = model.rstrip("/").rpartition("/")[2]
+    subject = f"{model} ({count_text(facts['parameters'])} parameters)" if model else "A model"
     part = ""
     if facts.get("adapter"):
         part = f" through an adapter of {count_text(facts['trained_parameters'])}"

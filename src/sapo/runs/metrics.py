@@ -69,6 +69,7 @@ CHOSEN_REWARD = Metric(
     when="not with SFT",
     chart="Rewards",
     legend="chosen",
+    eval_legend="chosen, evaluation",
 )
 REJECTED_REWARD = Metric(
     "rewards/rejected",
@@ -77,6 +78,7 @@ REJECTED_REWARD = Metric(
     when="not with SFT",
     chart="Rewards",
     legend="rejected",
+    eval_legend="rejected, evaluation",
 )
 MARGIN = Metric(
     "rewards/margins",
@@ -110,6 +112,7 @@ CHOSEN_LOGP = Metric(
     "varies with the lengths drawn",
     chart="Log-probabilities",
     legend="chosen",
+    eval_legend="chosen, evaluation",
     compared=True,
 )
 REJECTED_LOGP = Metric(
@@ -119,6 +122,7 @@ REJECTED_LOGP = Metric(
     when="not with SFT",
     chart="Log-probabilities",
     legend="rejected",
+    eval_legend="rejected, evaluation",
     compared=True,
 )
 CHOSEN_CHANGE = Metric(

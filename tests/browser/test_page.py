@@ -83,9 +83,8 @@ def test_every_chart_is_drawn_with_a_table_behind_it(opened, tmp_path):
 
 
 def test_the_summary_and_the_options_are_told_in_words(opened, tmp_path):
-    page = opened(
-        write_run(tmp_path / "run", **{"self_play/chosen_logp_change_per_token": lambda step: -step / 200})
-    ).page
+    fall = {"self_play/chosen_logp_change_per_token": lambda step: -step / 200}
+    page = opened(write_run(tmp_path / "run", **fall)).page
     summary = page.locator("#summary").inner_text()
     assert "some/model (7.24 B parameters) was trained for 100 steps" in summary
     assert "The chosen responses became less likely" in summary

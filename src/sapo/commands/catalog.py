@@ -287,7 +287,7 @@ COMMANDS = {
         Command(
             "data check",
             "Start",
-            "show what the trainer will see of a data set",
+            "show what the trainer will see of a dataset",
             "sapo data check train.jsonl --model_name_or_path my-sft-model",
             takes_options=True,
             shown=(*_MODEL_AND_DATA, "segment_length", "tail_margin", "max_length", "max_prompt_length",
@@ -317,7 +317,7 @@ COMMANDS = {
         Command(
             "generate",
             "Train",
-            "generate a model's pairs for a data set, as Parquet",
+            "generate a model's pairs for a dataset, as Parquet",
             "sapo generate --model_name_or_path my-sft-model --dataset_name train.jsonl --output_file pairs.parquet",
             _generate,
             takes_options=True,

@@ -174,7 +174,7 @@ class ChatSession:
         """One turn of the user, answered by all models; or a command.
 
         Raises:
-            ConversationFullError: no room for a reply; the conversation is as it was before.
+            ConversationFullError: no tokens left for a reply; the conversation is as it was before.
             ConfigurationError: a command with a value that is out of range.
         """
         command, _, rest = text.partition(" ")

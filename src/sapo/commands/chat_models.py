@@ -60,7 +60,7 @@ class ChatModels:
 
 
 class ConversationFullError(ConfigurationError):
-    """The conversation leaves no room for a reply."""
+    """The conversation leaves no tokens for a reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def load_chat_models(
     """Load a model, or the start, the opponent and the policy of a run.
 
     Args:
-        target: a model folder, an adapter folder, a hub id, or the output folder of a run that has ended.
-        revision: of a hub id.
+        target: a model folder, an adapter folder, a Hub id, or the output folder of a run that has ended.
+        revision: of a Hub id.
         device: where to; unset: the accelerator if there is one.
         chat_template_path: the template to use instead of the tokenizer's; see `use_chat_template`.
 
@@ -167,7 +167,7 @@ def reply(
     Every model that is given the same seed samples with the same random numbers.
 
     Raises:
-        ConversationFullError: the conversation leaves no room for a reply.
+        ConversationFullError: the conversation leaves no tokens for a reply.
     """
     pieces: list[str] = []
 

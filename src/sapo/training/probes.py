@@ -26,10 +26,10 @@ class EvaluationPairs:
         self._batch_size = batch_size
         self._digests: dict[int, tuple[Any, str]] = {}
         self.made: dict[str, list[Pair]] = {}
-        """By the digest of the prepared data set; kept in checkpoints."""
+        """By the digest of the prepared dataset; kept in checkpoints."""
 
     def of(self, dataset: Any) -> dict[tuple[int, int], Pair]:
-        """The pairs of a prepared data set by (row, turn), made if they are not yet."""
+        """The pairs of a prepared dataset by (row, turn), made if they are not yet."""
         digest = self.digest(dataset)
         if digest not in self.made:
             made: list[Pair] = []
@@ -41,9 +41,9 @@ class EvaluationPairs:
         return dict(zip(zip(dataset["row"], first_turns, strict=True), self.made[digest], strict=True))
 
     def digest(self, dataset: Any) -> str:
-        """The content of a prepared data set as a hash, computed once."""
+        """The content of a prepared dataset as a hash, computed once."""
         if id(dataset) not in self._digests:
-            # The data set itself is kept too: its identity must not pass to another.
+            # The dataset itself is kept too: its identity must not pass to another.
             self._digests[id(dataset)] = (dataset, dataset_digest(dataset))
         return self._digests[id(dataset)][1]
 
@@ -85,7 +85,7 @@ class ChosenProbe:
             indices, logps = list(start["indices"]), [float(value) for value in start["logps"]]
             known = range(len(self._dataset))
             if len(indices) != len(logps) or not indices or not all(index in known for index in indices):
-                raise ValueError("the examples to follow are not of this data set")
+                raise ValueError("the examples to follow are not of this dataset")
         self.start = start
 
     def change(self) -> tuple[float, float] | None:

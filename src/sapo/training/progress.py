@@ -167,7 +167,7 @@ class TerminalProgress(TrainerCallback):
 
 
 def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:
-    """A few pairs, the rewritten segment marked; model text is escaped."""
+    """A few pairs, the regenerated segment marked; model text is escaped."""
     table = Table(title=f"pairs drawn at step {step}", show_lines=True, expand=False)
     for name in ("prompt", "chosen", "rejected"):
         table.add_column(name, overflow="fold")

@@ -160,7 +160,7 @@ def recipe_error(tmp_path, text):
         ("- beta\n", "is a YAML list; a recipe consists of `option: value` lines, without dashes"),
         ("", "is empty; a recipe consists of `option: value` lines"),
         ("beta\n", "is text; a recipe consists of `option: value` lines"),
-        ("beta: 0.1\n  seed: 1\n", "line 2: not valid YAML (mapping values are not allowed here). Check the indent"),
+        ("beta: 0.1\n  seed: 1\n", "line 2: not valid YAML (mapping values are not allowed here). Check indentation"),
         ("label_smoothing_factor: 0.1\n", "line 1: label_smoothing_factor=0.1: the loss"),
         ("top_p: 3\n", "line 1: top_p=3.0: must be between 0 and 1"),
         ("datasets: rows.jsonl\n", "must be a list of mappings"),

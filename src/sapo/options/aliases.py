@@ -150,6 +150,9 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
     if key in RENAMED and (options or RENAMED[key] in known):
         return f"{dashes}{name} is called {dashes}{RENAMED[key]} now."
     names = [*known, *(one.name for one in accepted() if options)]
+    typo = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    if typo:
+        return f"unknown option {dashes}{name}; nearest: {dashes}{typo[0]}."
     if key in ALIASES and (example := _usable(ALIASES[key], names)):
         return f"unknown option {dashes}{name}; use {example if flag else _as_lines(example)}."
     if options and key in MISSING:

@@ -107,8 +107,8 @@ INHERITED: tuple[Option, ...] = (
                 choices=STRATEGIES, common=True),
     _evaluation("do_eval", False, "Set by eval_strategy.", type="bool", status="harmless", one_start=True),
     _evaluation("eval_steps", None, "Number of optimizer steps between evaluations; below 1, a fraction of all steps. "
-                "Unset: logging_steps.", type="float", optional=True, low=0, common=True,
-                needs="eval_strategy=steps"),
+                "Unset: logging_steps; with load_best_model_at_end, save_steps.", type="float", optional=True, low=0,
+                common=True, needs="eval_strategy=steps"),
     _evaluation("eval_delay", 0, "Number of epochs or steps, by eval_strategy, before the first evaluation.",
                 type="float", low=0),
     _evaluation("eval_on_start", False, "Evaluate before the first step.", type="bool"),

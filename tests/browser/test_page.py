@@ -179,7 +179,7 @@ def test_dragging_zooms_all_charts(opened, tmp_path):
 
 
 def ticks(chart):
-    return chart.locator("svg text").all_inner_texts()
+    return chart.locator("svg text").all_text_contents()
 
 
 def test_curves_can_be_drawn_over_epochs_hours_and_tokens(opened, tmp_path):

@@ -165,4 +165,4 @@ def test_hostile_names_stay_text(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": HOSTILE}))
     front, _ = card_of(folder)
-    assert front["tags"] == ["sapo"]
+    assert front["tags"] == ["sapo", "trl", "dpo"]

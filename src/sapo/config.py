@@ -43,6 +43,7 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        self.eval_steps: Any
         by_steps = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps"
         if self.load_best_model_at_end and by_steps and self.eval_steps is None:
             # A model can be the best only where it is both evaluated and saved.

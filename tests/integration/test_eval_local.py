@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def test_measurements_wait_until_their_share_allows_them(make_trainer, monkeypat
     shares = []
     for step in range(2, 62, 2):
         clock.now += 2.0
-        signals.observe(SimpleNamespace(global_step=step, max_steps=60))
+        signals.observe(last=step == 60)
         shares.append(trainer._averages["eval"].drain()["local/time_share"])
     # 4 rows take 2 s: at the first and the last evaluation, and as often as a tenth of the time allows.
     assert set(measured) == {4}

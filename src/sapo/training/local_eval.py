@@ -77,7 +77,7 @@ class LocalSignals:
         self._time.begin()
 
     def observe(self, *, last: bool = False) -> None:
-        """Measure at the first and the `last` evaluation and where there is time, for the averages of the evaluation."""
+        """Measure at the first and the `last` evaluation, and where there is time; for the evaluation's averages."""
         if last or self._time.cost is None or self._context.world.first_decides(self._time.fits()):
             with self._time.spending():
                 args = self._context.args

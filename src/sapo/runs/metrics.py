@@ -489,25 +489,3 @@ def compared_metrics() -> list[str]:
     """Names that `sapo compare` shows by default: training metrics, then evaluation metrics."""
     names = [metric.name for metric in METRICS if metric.compared]
     return [*names, *(EVAL + name for name in names)]
-
-
-def documentation() -> list[str]:
-    """The table of docs/metrics.md, line by line."""
-    rows = [(f"`{metric.name}`", metric.unit, _sentence(metric), metric.reading, metric.better) for metric in METRICS]
-    rows += [
-        (f"`{LOCAL}*`", "", "with `eval_local`: the [local measures](evaluation.md#local) of the policy on "
-         "`eval_local_size` evaluation rows", "`ended`, `loops`, `length_ratio` drifting from the data's: stop or "
-         "guard", ""),
-        (f"`{EVAL}*`", "", "with evaluation rows: the same on fixed pairs, made once from these rows by the initial "
-         "opponent", "comparable over the run", ""),
-    ]  # fmt: skip
-    head = ("name", "unit", "meaning", "how to read it", "better")
-    return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
-
-
-def _sentence(metric: Metric) -> str:
-    return f"{metric.when}: {metric.meaning}" if metric.when else metric.meaning
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")

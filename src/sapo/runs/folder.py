@@ -151,7 +151,7 @@ class RunFolder:
                 write_atomically(file, "".join(f"{line}\n" for line in (once.values() if once else kept)))
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
-        """Write recipe.yaml, which gives the same run again."""
+        """Write recipe.yaml, which reproduces the run."""
         if self._world.first:
             write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 

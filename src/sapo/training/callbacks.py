@@ -137,7 +137,7 @@ class KeepRecipe(TrainerCallback):
 
     Args:
         folder: of the run.
-        recipe: gives the same run again.
+        recipe: reproduces the run.
         rehearse: raises a `SapoError` if the end of the run could not be written.
     """
 

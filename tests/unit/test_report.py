@@ -192,10 +192,10 @@ def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
 def test_the_summary_says_where_the_margin_came_from(tmp_path):
     both = {"rewards/chosen": lambda step: -0.01 * step, "rewards/rejected": lambda step: -0.02 * step}
     text = " ".join(sentences(read_run(write_run(tmp_path / "sank", **both))))
-    assert "of both it fell, of the rejected responses more" in text
+    assert "both became less likely, the rejected responses more so" in text
     assert "some/model (7.24 B parameters) was trained for 100 steps" in text
     text = " ".join(sentences(read_run(write_run(tmp_path / "apart"))))
-    assert "of the chosen responses it rose and of the rejected ones it fell" in text
+    assert "the chosen responses became more likely and the rejected ones less likely" in text
 
 
 @pytest.fixture

@@ -191,18 +191,24 @@ def _where_from(run: Run) -> str:
     moves_too = run.config.get("reference") in ("opponent", "opponent_copy")
     if abs(margin.by) < _NO_CHANGE:
         return ""
-    since = " This reference follows the opponent: rewards reset at each update." if moves_too else ""
     if margin.by <= 0:
-        return f"The margin did not rise (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
-    moves = f"chosen {chosen.by:+.2g}, rejected {rejected.by:+.2g}"
+        return f"The margin did not rise (from {number_text(margin.first)} to {number_text(margin.last)})."
     if chosen.by >= 0 and rejected.by <= 0:
-        how = "of the chosen responses it rose and of the rejected ones it fell"
+        how = "the chosen responses became more likely and the rejected ones less likely"
     elif chosen.by >= 0:
-        how = "of both it rose, of the chosen responses more"
+        how = "both became more likely, the chosen responses more so"
     else:
-        how = "of both it fell, of the rejected responses more"
-    measure = "mean log-probability" if run.config.get("objective") == "orpo" else "reward, relative to the reference"
-    return f"The margin rose by {number_text(margin.by)}. It compares the {measure}: {how} ({moves}).{since}"
+        how = "both became less likely, the rejected responses more so"
+    if run.config.get("objective") == "orpo":
+        than = "By mean log-probability"
+    elif moves_too:
+        than = "Compared with the reference, which follows the opponent and so is not the start,"
+    else:
+        than = "Compared with the reference"
+    return (
+        f"The margin rose by {number_text(margin.by)}. {than} {how} (rewards: chosen {chosen.by:+.2g}, rejected "
+        f"{rejected.by:+.2g})."
+    )
 
 
 def figures(run: Run) -> list[Figure]:

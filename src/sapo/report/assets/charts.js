@@ -50,12 +50,13 @@ class ChartBoard {
     const names = Object.keys(spec.metrics);
     for (const index of this.shown) {
       const run = this.runs[index];
+      const before = found.length;
       names.forEach((name, place) => {
         const part = name.startsWith("eval_") ? run.eval : run.train;
         const series = part.series[name];
         if (!series) return;
         const several = this.runs.length > 1;
-        const tone = spec.tone === "pair" ? (name.endsWith("chosen") ? "chosen" : "rejected") : `c${place + 1}`;
+        const tone = spec.tone === "pair" ? (name.endsWith("chosen") ? "chosen" : "rejected") : `c${((found.length - before) % 8) + 1}`;
         const evaluation = spec.tone === "pair" && name.startsWith("eval_");
         found.push({
           ...series, steps: part.steps, name, run: index,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sapo.runs.metrics import documentation
+from sapo.runs.metrics import EVAL, LOCAL, METRICS, Metric
 
 PAGE = Path(__file__).with_name("metrics.md")
 
@@ -12,6 +12,28 @@ def with_table(page: str) -> str:
     lines = page.splitlines()
     rows = [number for number, line in enumerate(lines) if line.startswith("|")]
     return "\n".join([*lines[: rows[0]], *documentation(), *lines[rows[-1] + 1 :]]) + "\n"
+
+
+def documentation() -> list[str]:
+    """The table of docs/metrics.md, line by line."""
+    rows = [(f"`{metric.name}`", metric.unit, _sentence(metric), metric.reading, metric.better) for metric in METRICS]
+    rows += [
+        (f"`{LOCAL}*`", "", "with `eval_local`: the [local measures](evaluation.md#local) of the policy on "
+         "`eval_local_size` evaluation rows", "`ended`, `loops`, `length_ratio` drifting from the data's: stop or "
+         "guard", ""),
+        (f"`{EVAL}*`", "", "with evaluation rows: the same on fixed pairs, made once from these rows by the initial "
+         "opponent", "comparable over the run", ""),
+    ]  # fmt: skip
+    head = ("name", "unit", "meaning", "how to read it", "better")
+    return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
+
+
+def _sentence(metric: Metric) -> str:
+    return f"{metric.when}: {metric.meaning}" if metric.when else metric.meaning
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
 if __name__ == "__main__":

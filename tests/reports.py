@@ -16,6 +16,9 @@ def logged(step, steps):
     wave = math.sin(step / 7)
     return {
         "step": step,
+        "epoch": step / 50,
+        "tokens": 4000,
+        "time/step": 1.8,
         "loss": 0.7 - 0.4 * share + 0.02 * wave,
         "grad_norm": 1.0 + wave,
         "learning_rate": 1e-6 * (1 - share),
@@ -26,6 +29,7 @@ def logged(step, steps):
         "logps/chosen": -80.0 + 10 * share,
         "logps/rejected": -82.0 - 10 * share,
         "self_play/chosen_logp_change": 4.0 * share + wave,
+        "self_play/chosen_logp_change_per_token": 0.04 * share + wave / 100,
         "self_play/identical_fraction": 0.02,
         "self_play/eos_fraction": 0.1,
         "self_play/rejected_length": 210.0,
@@ -44,7 +48,7 @@ def logged(step, steps):
     }
 
 
-def kept_pair(step, row, rng, *, words=60, kind="learnt", text=None):
+def kept_pair(step, row, rng, *, words=60, kind="trained", text=None):
     def write(count):
         return " ".join(rng.choice(["lorem", "ipsum", "dolor", "sit", "amet", "elit"]) for _ in range(count)) + " "
 
@@ -75,7 +79,12 @@ def write_run(folder, *, steps=100, every=1, pairs=None, evaluations=(), **chang
     for step in range(every, steps + 1, every):
         row = logged(step, steps)
         rows.append(row | {name: function(step) for name, function in changed.items()})
-    rows += [{"step": step, "eval_loss": loss} for step, loss in evaluations]
+    local = {"nll": 2.0, "gap_to_own": -0.5, "ended": 0.9, "loops": 0.0, "prefers_data_to_own": 0.2, "length": 90.0,
+             "length_data": 100.0}  # fmt: skip
+    rows += [
+        {"step": step, "eval_loss": loss, **{f"eval_local/{name}": value for name, value in local.items()}}
+        for step, loss in evaluations
+    ]
     rows.append({"step": steps, "train_runtime": 3700.0, "train_loss": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if pairs is None:

@@ -43,6 +43,11 @@ class SAPOConfig(OwnOptions, TrainingArguments):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        self.eval_steps: Any
+        by_steps = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps"
+        if self.load_best_model_at_end and by_steps and self.eval_steps is None:
+            # A model can be the best only where it is both evaluated and saved.
+            self.eval_steps = self.save_steps
         # The older name stays the option, because trl's users type it; TrainingArguments lets it follow the newer one.
         self.activation_checkpointing: Any
         if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing is None:
@@ -368,7 +373,8 @@ class SAPOConfig(OwnOptions, TrainingArguments):
             )
         if self.bf16 and not _accelerator_has_bf16():
             raise ConfigurationError(
-                "bf16=true: no accelerator with bfloat16 on this machine. Leave the option out, or add use_cpu."
+                "bf16=true: no accelerator with bfloat16 on this machine. Add --bf16 false, or --use_cpu to "
+                "train in bfloat16 on the CPU (slow on older ones)."
             )
         if self.fp16 and not torch.accelerator.is_available():
             raise ConfigurationError("fp16=true: no accelerator on this machine. Leave the option out.")

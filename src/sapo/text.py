@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -30,6 +31,15 @@ def number_text(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
+
+
+def error_text(value: float, stderr: float | None, *, signed: bool = False) -> str:
+    """A value with its standard error, both to two digits of the error."""
+    sign = "+" if signed else ""
+    if not stderr:
+        return f"{value:{sign}.4g}" + ("" if stderr is None else " ±0")
+    digits = max(0, min(4, 1 - math.floor(math.log10(stderr))))
+    return f"{value:{sign}.{digits}f} ±{stderr:.{digits}f}"
 
 
 def share_text(value: float) -> str:

@@ -83,7 +83,8 @@ def test_every_chart_is_drawn_with_a_table_behind_it(opened, tmp_path):
 
 
 def test_the_summary_and_the_options_are_told_in_words(opened, tmp_path):
-    page = opened(write_run(tmp_path / "run", **{"self_play/chosen_logp_change": lambda step: -step / 2})).page
+    fall = {"self_play/chosen_logp_change_per_token": lambda step: -step / 200}
+    page = opened(write_run(tmp_path / "run", **fall)).page
     summary = page.locator("#summary").inner_text()
     assert "some/model (7.24 B parameters) was trained for 100 steps" in summary
     assert "The chosen responses became less likely" in summary
@@ -177,9 +178,111 @@ def test_dragging_zooms_all_charts(opened, tmp_path):
     playwright.expect(page.locator(".chart").nth(2).locator("tbody tr")).to_have_count(last - first + 1)
 
 
+def ticks(chart):
+    return chart.locator("svg text").all_text_contents()
+
+
+def test_curves_can_be_drawn_over_epochs_hours_and_tokens(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run")).page
+    loss = page.locator(".chart").first
+    # 100 steps of 1.8 s and 4,000 tokens, 50 of them an epoch.
+    for axis, unit, last in (
+        ("step", "step", 100),
+        ("epochs", "epoch", 2),
+        ("hours", "h", 0.05),
+        ("tokens", "M tok.", 0.4),
+    ):
+        page.get_by_label("Over").select_option(label="steps" if axis == "step" else axis)
+        *shown, name = ticks(loss)
+        assert name == unit
+        assert float(shown[-1]) == pytest.approx(last, rel=0.3)
+    loss.locator(".plot").hover(position={"x": 300, "y": 80})
+    assert loss.locator(".at").inner_text().startswith("step ")
+
+
+def test_a_short_run_has_more_than_one_tick(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run", steps=8)).page
+    numbers = [text for text in ticks(page.locator(".chart").first)[:-1] if text.isdigit()]
+    assert {"2", "4", "6", "8"} <= set(numbers)
+
+
+def test_a_log_scale_shows_what_falls_by_magnitudes(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run", loss=lambda step: 10.0 ** (-step / 20))).page
+    loss = page.locator(".chart").first
+    page.get_by_label("Log scale").check()
+    assert {"0.1", "0.01", "0.001"} <= set(ticks(loss))
+    # A margin below 0 has no logarithm: its chart stays as it is.
+    rates = page.locator(".chart", has=page.get_by_role("heading", name="Rewards"))
+    assert "log" not in rates.get_attribute("class").split()
+
+
+def test_one_chart_is_enlarged_and_saved_as_csv_and_png(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"), accept_downloads=True).page
+    loss = page.locator(".chart").first
+    small = loss.locator("svg").bounding_box()
+    page.get_by_role("button", name="Enlarge: Loss").click()
+    large = loss.locator("svg").bounding_box()
+    assert large["width"] > 2 * small["width"]
+    assert large["height"] > 2 * small["height"]
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as CSV: Loss").click()
+    lines = (saved.value.path()).read_text().splitlines()
+    assert saved.value.suggested_filename == "loss.csv"
+    assert lines[0] == 'step,"training"'
+    assert len(lines) == 101
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as PNG: Loss").click()
+    picture = saved.value.path().read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert int.from_bytes(picture[16:20], "big") == pytest.approx(2 * large["width"], abs=4)
+    assert len(picture) > 5000
+
+
+def test_a_pair_has_an_address(opened, tmp_path):
+    shown = opened(write_run(tmp_path / "run"))
+    page = shown.page
+    page.locator("[role=option]").nth(7).click()
+    page.get_by_role("link", name="Link to this pair").click()
+    address = page.url
+    assert "#pair=0." in address
+    title = page.locator(".pair-detail h3").inner_text()
+    page.goto("about:blank")
+    page.goto(address)
+    page.locator("html[data-ready=true]").wait_for(state="attached")
+    assert page.locator(".pair-detail h3").inner_text() == title
+
+
+def test_evaluation_rewards_and_local_measures_are_drawn(opened, tmp_path):
+    folder = write_run(tmp_path / "run", evaluations=[(50, 0.6), (100, 0.5)])
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 100, "eval_rewards/chosen": 0.5, "eval_rewards/rejected": -0.5, "eval_loss": 0.5}\n')
+    page = opened(folder).page
+    rewards = page.locator(".chart", has=page.get_by_role("heading", name="Rewards"))
+    assert "chosen, evaluation" in rewards.locator(".legend").inner_text()
+    shares = page.locator(".chart", has=page.get_by_role("heading", name="Samples at evaluations: shares"))
+    assert "ending in a loop" in shares.locator(".legend").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_printed_page_is_light_and_has_its_colours(scheme, opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"), color_scheme=scheme).page
+    page.get_by_label("Theme").select_option(scheme)
+    page.emulate_media(media="print", color_scheme=scheme)
+    style = page.evaluate(
+        """() => [getComputedStyle(document.body).backgroundColor,
+        getComputedStyle(document.querySelector(".card")).backgroundColor,
+        getComputedStyle(document.querySelector(".legend .key")).printColorAdjust,
+        getComputedStyle(document.querySelector(".legend .key")).color,
+        getComputedStyle(document.querySelector(".controls")).display]"""
+    )
+    assert style[:3] == ["rgb(255, 255, 255)", "rgb(255, 255, 255)", "exact"]
+    assert style[3] == "rgb(42, 95, 196)"
+    assert style[4] == "none"
+
+
 def test_smoothing_changes_the_curve_and_not_the_table(opened, tmp_path):
     page = opened(write_run(tmp_path / "run")).page
-    chart = page.locator(".chart").nth(11)
+    chart = page.locator(".chart", has=page.get_by_role("heading", name="Gradient norm"))
     chart.locator("summary").click()
     playwright.expect(chart.locator("tbody tr")).not_to_have_count(0)
     before = chart.locator("tbody").inner_text(), chart.locator("path.line:not(.raw)").get_attribute("d")
@@ -229,7 +332,8 @@ def test_a_narrow_page_does_not_scroll_sideways(width, opened, tmp_path):
 def test_text_can_be_read_in_light_and_dark(scheme, opened, tmp_path):
     """WCAG's contrast of 4.5 between every text and the ground that it stands on."""
     page = opened(
-        write_run(tmp_path / "run", **{"self_play/chosen_logp_change": lambda step: -step / 2}), color_scheme=scheme
+        write_run(tmp_path / "run", **{"self_play/chosen_logp_change_per_token": lambda step: -step / 200}),
+        color_scheme=scheme,
     ).page
     poor = page.evaluate(
         """() => {
@@ -278,6 +382,7 @@ def test_a_run_that_has_logged_nothing_yet_opens(opened, tmp_path):
     (folder / "metrics.jsonl").write_text("")
     page = opened(folder).page
     assert page.get_by_text("Nothing logged yet.").first.is_visible()
+    assert page.get_by_text("✓").count() == 0
     assert page.get_by_text("No pairs were kept").is_visible()
 
 
@@ -315,6 +420,7 @@ def test_a_live_page_shows_what_the_run_writes(browser, tmp_path):
             stream.write('{"step": 6, "loss": 0.125}\n')
         loss = page.locator(".chart").first
         playwright.expect(loss.locator(".value").first).to_have_text("0.125", timeout=8000)
+        playwright.expect(page.locator("#live")).to_have_text("ended")
         assert page.get_by_role("searchbox", name="Search prompts and responses").input_value() == "lorem"
         context.close()
         server.shutdown()

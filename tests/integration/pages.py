@@ -74,8 +74,6 @@ PARSED = {
 """Commands of this package that are parsed and not run, and why."""
 
 FOREIGN = {
-    "git clone": "the network",
-    "cd sapo": "the folder that git made",
     "python -m venv": "what the tests run in was made so",
     "python3 -m venv": "what the tests run in was made so",
     "source ": "likewise",

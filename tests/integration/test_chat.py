@@ -2,13 +2,22 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
-from sapo.commands.chat import ChatSession
-from sapo.commands.chat_models import ChatModel, ChatModels, load_chat_models, prompt_ids, reply
+from sapo.commands.chat import ChatSession, _say, _Wrapped
+from sapo.commands.chat_models import (
+    ChatModel,
+    ChatModels,
+    ConversationFullError,
+    Reply,
+    load_chat_models,
+    prompt_ids,
+    reply,
+)
 from sapo.commands.main import main
 from sapo.generation.sampling import Sampling
 from tests.integration.pages import TEMPLATE
@@ -39,7 +48,7 @@ def answers(cast, text="w1 w2"):
     for model in cast.models:
         found[model.name] = reply(
             model, cast.tokenizer, ids, GREEDY, max_new_tokens=12, seed=0, write=lambda piece: None
-        )
+        ).text
     return found
 
 
@@ -95,7 +104,7 @@ def test_what_is_streamed_is_the_reply_and_a_seed_gives_the_same_draws(tokenizer
             max_new_tokens=10,
             seed=3,
             write=pieces.append,
-        )
+        ).text
         for name in ("one", "two")
     ]
     assert heard[0] == heard[1] != ""
@@ -114,12 +123,15 @@ def test_the_command_speaks_with_the_models_template(make_run, tmp_path, capsys,
     assert [out.count(f"{name}> ") for name in ("start", "opponent", "policy")] == [2, 2, 2]
 
 
-def test_a_tokenizer_without_a_template_is_told_of_plain(tmp_path, tokenizer, capsys):
+def test_without_a_template_each_line_is_sent_as_it_is(tmp_path, tokenizer, capsys):
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert main(["chat", str(tmp_path / "model"), "--prompt", "w1"]) == 2
-    assert "Add --plain" in capsys.readouterr().err
-    assert main(["chat", str(tmp_path / "model"), "--prompt", "w1", "--plain", "--max_new_tokens", "3"]) == 0
+    command = ["chat", str(tmp_path / "model"), "--prompt", "w1", "--max_new_tokens", "3", "--temperature", "0"]
+    assert main(command) == 0
+    note, answer = capsys.readouterr().out.splitlines()
+    assert "no chat template" in note
+    assert main([*command, "--plain"]) == 0
+    assert capsys.readouterr().out.strip() == answer.strip()
 
 
 def test_a_run_without_a_policy_and_a_model_that_is_not_there_are_told(make_trainer, tmp_path, capsys):
@@ -139,7 +151,7 @@ def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal
 
     def answer(model, *args, write, **kwargs):
         write("[bold]\x1b[2Jhi")
-        return f"I am {model.name}"
+        return Reply(f"I am {model.name}", "complete")
 
     monkeypatch.setattr("sapo.commands.chat.reply", answer)
     talk.say("w1")
@@ -153,5 +165,98 @@ def test_each_voice_hears_its_own_replies_and_its_text_cannot_drive_the_terminal
 
 
 def test_a_conversation_that_fills_the_model_is_told(tokenizer):
-    with pytest.raises(Exception, match=r"has 64 tokens, one takes 64. Start anew with /new"):
+    with pytest.raises(ConversationFullError, match=r"has 64 tokens, and one takes 64. Start a new one."):
         reply(ChatModel("one", tiny_llama()), tokenizer, [5] * 64, GREEDY, max_new_tokens=4, seed=0, write=print)
+
+
+@pytest.fixture
+def talk(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    cast = ChatModels([ChatModel("one", tiny_llama().eval()), ChatModel("two", tiny_llama(seed=1).eval())], tokenizer)
+    yield ChatSession(cast, Console(file=io.StringIO(), width=80), GREEDY, 4, 0, None, plain=False)
+    tokenizer.chat_template = None
+
+
+def shown(talk):
+    return talk._console.file.getvalue()
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_talk(talk, monkeypatch):
+    generate = type(talk._cast.models[0].model).generate
+
+    def interrupted(self, inputs, *, streamer, **more):
+        streamer.put(inputs)
+        streamer.put(torch.tensor([5]))
+        streamer.put(torch.tensor([6]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(talk._cast.models[0].model), "generate", interrupted)
+    talk.say("w1")
+    assert "[stopped]" in shown(talk)
+    assert [turn["role"] for turn in talk.turns["one"]] == ["user", "assistant"]
+    # The other model had not begun.
+    assert talk.turns["two"] == []
+    monkeypatch.setattr(type(talk._cast.models[0].model), "generate", generate)
+    talk.say("w2")
+    assert [turn["role"] for turn in talk.turns["one"]] == ["user", "assistant"] * 2
+    assert [turn["role"] for turn in talk.turns["two"]] == ["user", "assistant"]
+
+
+def test_a_reply_that_is_cut_says_so(talk):
+    talk.say("w1")
+    assert "[cut after 4 tokens]" in shown(talk)
+
+
+def test_a_full_conversation_offers_a_new_one_without_leaving(talk, monkeypatch):
+    talk.say("w1")
+    for turns in talk.turns.values():
+        turns[-1]["content"] = " ".join(["w2"] * 60)
+    before = {name: list(turns) for name, turns in talk.turns.items()}
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    _say(talk, "w3", talk._console)
+    assert "Start a new one" in shown(talk)
+    assert talk.turns == before
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    _say(talk, "w3", talk._console)
+    assert [turn["role"] for turn in talk.turns["one"]] == ["user", "assistant"]
+    assert talk.turns["one"][0]["content"] == "w3"
+
+
+def test_the_commands_of_a_talk(talk, tmp_path):
+    talk.say("/regenerate")
+    assert "no reply yet" in shown(talk)
+    talk.say("w1")
+    first = list(talk.turns["one"])
+    talk.say("/temp 5")
+    talk.say("/regenerate")
+    assert talk.turns["one"][0] == first[0]
+    assert len(talk.turns["one"]) == 2
+    assert talk.turns["one"] != first
+    file = tmp_path / "talk.jsonl"
+    talk.say(f"/save {file}")
+    saved = [json.loads(line) for line in file.read_text().splitlines()]
+    assert saved == [{"model": name, "messages": turns} for name, turns in talk.turns.items()]
+    talk.say(f"/save {file}")
+    assert "exists already" in " ".join(shown(talk).split())
+    talk.say("/temp hot")
+    assert "The temperature is 5" in shown(talk)
+    talk.say("/hlep")
+    assert "nearest: /help" in shown(talk)
+    talk.say("/help")
+    assert "/regenerate " in shown(talk)
+    talk.say("/new")
+    assert talk.turns == {"one": [], "two": []}
+
+
+def test_no_word_is_broken_at_the_edge():
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=True, highlight=False, _environ={"NO_COLOR": "1"})
+    wrapped = _Wrapped(console, start=5)
+    text = "several words that are longer than one line of this terminal"
+    for piece in re.findall("...?", text):
+        wrapped.write(piece)
+    wrapped.close()
+    lines = out.getvalue().splitlines()
+    assert " ".join(" ".join(lines).split()) == text
+    assert len(lines[0]) <= 15
+    assert max(map(len, lines)) <= 20

@@ -75,7 +75,7 @@ def refused(arguments, capsys, *, status=2):
 def test_bad_input_is_one_line_that_names_the_way_out(model, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert "nearest: --learning_rate" in refused(command(model, data, out, "--lerning_rate", "1"), capsys)
-    assert "argument --beta" in refused(command(model, data, out, "--beta", "much"), capsys)
+    assert "--beta: much is not valid" in refused(command(model, data, out, "--beta", "much"), capsys)
     assert "raise max_length to 40" in refused(
         command(model, data, out, "--max_prompt_length", "30", "--segment_length", "10"), capsys
     )

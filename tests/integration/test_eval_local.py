@@ -72,15 +72,24 @@ def test_measurements_wait_until_their_share_allows_them(make_trainer, monkeypat
     monkeypatch.setattr(LocalSignals, "_measure", timed)
     signals.begin()
     shares = []
-    for _ in range(30):
+    for step in range(2, 62, 2):
         clock.now += 2.0
-        signals.observe()
+        signals.observe(last=step == 60)
         shares.append(trainer._averages["eval"].drain()["local/time_share"])
-    # A batch of 2 was tried (1 s), then 4 rows (2 s) as often as a tenth of the time allows: 30 x 2 s and a bit.
-    assert measured[0] == 2
-    assert set(measured[1:]) == {4}
-    assert 2 <= len(measured[1:]) <= 3
-    assert all(share <= 0.1 + 1e-9 for share in shares[12:])
+    # 4 rows take 2 s: at the first and the last evaluation, and as often as a tenth of the time allows.
+    assert set(measured) == {4}
+    assert 3 <= len(measured) <= 5
+    assert shares[0] == 0.5
+    assert all(share <= 0.1 + 1e-9 for share in shares[12:-1])
+    assert shares[-1] > shares[-2]
+
+
+def test_a_short_run_measures_at_its_first_and_last_evaluation(make_trainer):
+    trainer = make(make_trainer, "run", local=True, eval_local_max_time_fraction=0.0, max_steps=7)
+    trainer.train()
+    rows = logged(trainer)
+    assert [row["step"] for row in rows if "eval_local/nll" in row] == [2, 7]
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
 
 
 def test_local_measures_without_evaluations_are_refused(make_trainer):

@@ -91,16 +91,17 @@ def card_of(folder, name="me/mine"):
 
 
 def test_the_card_names_model_data_settings_curves_and_source(tmp_path):
-    folder = write_run(tmp_path / "run", **{"self_play/chosen_logp_change": lambda step: -step / 2})
+    folder = write_run(tmp_path / "run", **{"self_play/chosen_logp_change_per_token": lambda step: -step / 2})
     recipe = {"model_name_or_path": "some/model", "dataset_name": "some/data", "beta": 0.25, "output_dir": "/home/me/x"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     front, body = card_of(folder)
     assert front == {
         "base_model": "some/model",
+        "base_model_relation": "finetune",
         "datasets": ["some/data"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sapo"],
+        "tags": ["sapo", "trl", "dpo"],
     }
     assert "`some/data`: 7,000 rows" in body
     assert "beta: 0.25" in body
@@ -109,6 +110,15 @@ def test_the_card_names_model_data_settings_curves_and_source(tmp_path):
     assert "![Training curves](curves.svg)" in body
     assert "2405.20830" in body
     assert "## Evaluation" not in body
+
+
+def test_the_license_is_that_of_the_base_model(tmp_path):
+    folder, base = write_run(tmp_path / "run"), tmp_path / "base"
+    base.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base)}))
+    assert "license" not in card_of(folder)[0]
+    (base / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\nlicense: other\n")
+    assert card_of(folder)[0]["license"] == "mit"
 
 
 def test_a_local_path_does_not_leave_the_machine(tmp_path):
@@ -133,7 +143,7 @@ def test_evaluations_stand_in_the_card(tmp_path):
     _, body = card_of(folder)
     assert "| fixed pairs of the training: local/ended | policy | 0.875 |" in body
     assert "runtime" not in body
-    assert "| ifeval: accuracy | policy | 0.625 ± 0.02 |" in body
+    assert "| ifeval: accuracy | policy | 0.625 ±0.020 |" in body
     assert "| fixed pairs of the training: loss | policy | 0.4321 |" in body
     (folder / "evaluation/results.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="not results of an evaluation"):
@@ -155,4 +165,4 @@ def test_hostile_names_stay_text(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": HOSTILE}))
     front, _ = card_of(folder)
-    assert front["tags"] == ["sapo"]
+    assert front["tags"] == ["sapo", "trl", "dpo"]

@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 
 def test_the_first_screens_have_idea_install_and_a_run_in_that_order():
     text = README.read_text(encoding="utf-8")
-    places = [text.index(part) for part in ("docs/images/idea.svg", "git clone", "pip install", "sapo train")]
+    places = [text.index(part) for part in ("docs/images/idea.svg", "python3 -m venv", "pip install", "sapo train")]
     assert places == sorted(places)
     assert places[-1] < text.index("## Results")
 

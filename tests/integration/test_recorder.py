@@ -51,7 +51,7 @@ def test_a_pair_is_scored_as_the_training_scores_it(make_trainer):
         report_pairs=60, learning_rate=0.0, per_device_train_batch_size=1, max_steps=6, chosen_nll_weight=0.5
     )
     trainer.train()
-    learnt = {row["step"]: row for row in kept(trainer) if row["kind"] == "learnt"}
+    learnt = {row["step"]: row for row in kept(trainer) if row["kind"] == "trained"}
     for line in trainer.state.log_history[:-1]:
         row = learnt[line["step"]]
         assert row["loss"] == pytest.approx(line["loss"], abs=1e-3)
@@ -64,7 +64,7 @@ def test_a_pair_is_scored_as_the_training_scores_it(make_trainer):
 def test_pairs_of_the_data_are_kept_too(make_trainer):
     trainer = make_trainer(report_pairs=20, pair_source="paired", rows=tiny_rows(paired=True))
     trainer.train()
-    assert {row["kind"] for row in kept(trainer)} == {"followed", "learnt"}
+    assert {row["kind"] for row in kept(trainer)} == {"followed", "trained"}
 
 
 def test_a_run_without_pairs_has_a_report_all_the_same(make_trainer):

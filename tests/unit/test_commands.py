@@ -1,6 +1,7 @@
 """Laws of the command line: complete help, errors of one line that name the way out, and a quick start."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from sapo.commands.arguments import parse
 from sapo.commands.catalog import COMMANDS, GPUS
+from sapo.commands.completion import script
 from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.errors import ConfigurationError
@@ -56,12 +58,15 @@ def test_short_help_of_train_has_the_most_used_options_and_help_all_has_every_on
 def test_each_option_is_explained_by_name(one):
     shown = help_text(COMMANDS["train"], ["--help", f"--{one.name}"])
     assert one.default_text in shown
-    assert (one.reason if one.status == "refused" else one.help) in shown
+    assert (one.reason if one.status == "refused" else one.help) in " ".join(shown.split())
 
 
 def test_help_of_something_unknown_gives_the_nearest(capsys):
     assert "nearest: beta" in refused(capsys, "train", "--help", "betta")
-    assert "learning_rate" in refused(capsys, "train", "--help", "lr")
+    assert main(["train", "--help", "lr"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("lr is called learning_rate here.")
+    assert "Peak learning rate" in shown
 
 
 def test_examples_parse():
@@ -77,6 +82,10 @@ def test_examples_parse():
     [
         ("trian", "nearest: sapo train"),
         ("data chek", "nearest: sapo data check"),
+        ("finetune", "nearest: sapo train"),
+        ("infer", "nearest: sapo chat"),
+        ("eval runs/x", "nearest: sapo evaluate"),
+        ("zzz", "unknown command zzz. Run sapo --help."),
         ("data", None),
         ("train --lr 1", "use --learning_rate"),
         ("train --use_vllm", "use --generation_backend vllm_colocate"),
@@ -84,17 +93,31 @@ def test_examples_parse():
         ("train --batch_size 4", "use --per_device_train_batch_size 4"),
         ("train --lerning_rate 1", "nearest: --learning_rate"),
         ("train --beta", "--beta needs a value"),
-        ("train --beta much", "must be a number, 0 or more"),
+        ("train --beta much", "Error: --beta: much is not valid; must be a number, 0 or more"),
         ("train --max_length 1.5", "must be a whole number, 2 or more"),
         ("train --objective ppo", "must be one of dpo, orpo, sft"),
         ("train --datasets x", "give it in a recipe"),
         ("train --optim_args", "--optim_args needs a value"),
-        ("train 0.1", "unrecognized arguments"),
+        ("train 0.1", "unexpected argument 0.1. Example: sapo train --model"),
+        (
+            "train --quiet",
+            "--model_name_or_path, --dataset_name and --output_dir are missing. Example: sapo train --mod",
+        ),
+        ("train --config guarded-dpo --dataset_name a", "--model_name_or_path and --output_dir are missing."),
+        ("data check rows.jsonl", "--model_name_or_path is missing. Example: sapo data check"),
+        ("data check a.jsonl b.jsonl", "unexpected argument b.jsonl"),
+        ("export a b --which it", "--which it: must be one of policy, opponent, start."),
+        ("completion tcsh", "must be one of bash, zsh, fish"),
         ("report --prot 1 run", "nearest: --port"),
         ("report", "RUN is missing. Example: sapo report"),
+        ("evaluate", "MODEL and --suite are missing. Example"),
+        ("evaluate model --suite lokal", "nearest: local"),
+        ("estimate", "--model_name_or_path or --model_config is missing"),
+        ("report nowhere", "nowhere: no such folder"),
+        ("train --config nowhere.yaml", "nowhere.yaml: no such file, and no shipped recipe. Run"),
         ("evaluate model", "--suite is missing. Example: sapo evaluate"),
         ("generate --model x", "use --model_name_or_path"),
-        ("generate", "--output_file is missing"),
+        ("generate", "--model_name_or_path, --dataset_name and --output_file are missing"),
         ("chat", "MODEL|RUN is missing"),
         ("compare --lr 1 run", "unknown option --lr."),
         ("demo --max_steps none", "whole number"),
@@ -134,9 +157,10 @@ def recipe_error(tmp_path, text):
         ("seed: 1\nlr: 1\n", "line 2: unknown option lr; use `learning_rate: 1e-6`"),
         ("betta: 1\n", "nearest: beta"),
         ("? [a, b]\n: 1\n", "unknown option"),
-        ("- beta\n", "consists of `option: value` lines"),
-        ("", "consists of `option: value` lines"),
-        ("beta: 0.1\n  seed: 1\n", "not valid YAML"),
+        ("- beta\n", "is a YAML list; a recipe consists of `option: value` lines, without dashes"),
+        ("", "is empty; a recipe consists of `option: value` lines"),
+        ("beta\n", "is text; a recipe consists of `option: value` lines"),
+        ("beta: 0.1\n  seed: 1\n", "line 2: not valid YAML (mapping values are not allowed here). Check indentation"),
         ("label_smoothing_factor: 0.1\n", "line 1: label_smoothing_factor=0.1: the loss"),
         ("top_p: 3\n", "line 1: top_p=3.0: must be between 0 and 1"),
         ("datasets: rows.jsonl\n", "must be a list of mappings"),
@@ -187,6 +211,33 @@ def test_own_flags_are_taken_out_and_the_rest_is_a_command_line_for_train():
     given = parse_command(COMMANDS["serve"], line)
     assert (given.own.train, given.own.devices, list(given.extra)) == (True, ["1", "2,3"], ["--enforce-eager"])
     assert given.rest == ["--config", "r.yaml", "--beta", "0.2"]
+
+
+def completed(*words):
+    """What bash offers for the last word."""
+    typed = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _sapo; echo ${{COMPREPLY[@]}}"
+    program = f"{script('bash', COMMANDS)}\n{typed}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_flags_values_and_recipes():
+    assert completed("sapo", "") == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    assert completed("sapo", "data", "") == ["check"]
+    assert completed("sapo", "train", "--obj") == ["--objective"]
+    assert completed("sapo", "train", "--objective", "") == ["dpo", "orpo", "sft"]
+    assert completed("sapo", "train", "--config", "gua") == ["guarded-dpo"]
+    assert completed("sapo", "data", "check", "--segment") == ["--segment_length"]
+    assert completed("sapo", "train", "--help", "segment") == ["segment_length"]
+    assert completed("sapo", "export", "a", "b", "--gguf", "q4_k") == ["q4_k_m", "q4_k_s"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells_have_every_flag(shell):
+    made = script(shell, COMMANDS)
+    for one in accepted():
+        assert re.search(rf"(-l |--){one.name}\b", made), one.name
 
 
 def test_devices_in_the_help_are_those_of_the_estimate():

@@ -1,6 +1,7 @@
 """Laws of `sapo compare`: what it says is what the runs left."""
 
 import json
+import re
 
 import pytest
 
@@ -30,11 +31,11 @@ def test_settings_that_differ_are_named_and_no_others(runs):
     assert differing == {"objective": ["sft", "orpo"], "pair_source": ["none", "self_play"]}
 
 
-def test_the_steps_after_the_last_log_line_are_counted(runs):
+def test_every_step_is_counted_once(runs):
     for record in [read_run(runs / name) for name in ("one", "two")]:
         cost = cost_of(record)
-        counted = [row["tokens"] for row in record.rows]
-        assert len(counted) == 3
+        counted = [row["tokens"] for row in record.rows if "tokens" in row]
+        assert [row["step"] for row in record.train] == [1, 2, 4, 5]
         assert cost.tokens == sum(counted)
         assert cost.steps == 5
         runtime = next(row["train_runtime"] for row in record.rows if "train_runtime" in row)
@@ -55,8 +56,31 @@ def test_lines_of_an_earlier_start_are_not_counted_twice(runs, tmp_path):
     later = json.dumps(json.loads(lines[-2]) | {"step": 6})
     (again / "metrics.jsonl").write_text("".join(f"{line}\n" for line in [*lines, later]))
     first, second = read_run(runs / "one"), read_run(again)
-    last = json.loads(lines[-1])["tokens"]
-    assert cost_of(second).tokens == cost_of(first).tokens - last + json.loads(lines[-2])["tokens"]
+    assert cost_of(second).tokens == cost_of(first).tokens + json.loads(lines[-2])["tokens"]
+
+
+def test_evaluations_stand_in_the_comparison_and_settings_with_their_meaning(runs, capsys):
+    measures = {"nll": {"value": 2.5, "stderr": 0.1}, "ended_data": {"value": 1.0, "stderr": None}}
+    result = {"role": "policy", "measures": measures, "change_from_start": {"nll": {"value": -0.2, "stderr": 0.05}}}
+    start = {"role": "start", "measures": {"nll": {"value": 9.0, "stderr": 0.1}}}
+    content = {"suites": {"local": {"models": {"policy": result, "start": start}}}}
+    file = runs / "one" / "evaluation" / "results.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    assert main(["compare", str(runs / "one"), str(runs / "two")]) == 0
+    shown = capsys.readouterr().out
+    file.unlink()
+    assert re.search(r"local: nll +2\.50 ±0\.10 +-", shown)
+    assert re.search(r"change from its start +-0\.200 ±0\.050", shown)
+    assert "ended_data" not in shown
+    assert "9.00" not in shown
+    assert "objective: Loss on the pairs" in shown
+    assert "loss ↓" in shown
+
+
+def test_one_run_alone_has_no_settings_that_differ(runs, capsys):
+    assert main(["compare", str(runs / "one")]) == 0
+    assert "settings that differ" not in capsys.readouterr().out
 
 
 def test_the_command_writes_tables_and_json(runs, tmp_path, capsys):

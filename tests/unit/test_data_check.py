@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sapo.commands.data_check import check_data, percentile, rewritten_whole
+from sapo.commands.data_check import check_data, percentile, regenerated_in_full
 from sapo.data.examples import DataOptions
 from sapo.data.prepare import prepare_dataset
 from tests.tiny import byte_tokenizer
@@ -33,7 +33,7 @@ def test_check_reports_rows_lengths_and_example(tokenizer):
     text = shown(rows, tokenizer)
     assert "talks [bold].jsonl: format prompt/completion, 2 rows, 1 examples kept" in text
     assert "dropped 1: empty reply" in text
-    assert "0 of 1 responses (0%) are rewritten whole" in text
+    assert "a part of each is kept" in text
     assert "Example: row 1 of talks" in text
     assert "min          9        18" in text
 
@@ -83,16 +83,18 @@ def test_long_text_is_shortened(tokenizer):
 def test_pairs_are_shown_side_by_side(tokenizer):
     row = {"prompt": "Once", "chosen": " upon", "rejected": " never"}
     text = shown([row], tokenizer, paired=True)
-    assert "rewritten whole" not in text
+    assert "regenerated" not in text
     assert text.splitlines()[-4:] == ["chosen:", " upon</s>", "rejected:", " never</s>"]
 
 
 def test_many_whole_rewrites_get_a_hint():
-    lines = rewritten_whole([10, 300, 20, 400], 256)
-    assert lines[0] == "2 of 4 responses (50%) are rewritten whole: the segment covers them."
+    lines = regenerated_in_full([10, 300, 20, 400], 256)
+    assert lines[0] == (
+        "In 2 of 4 responses (50%) the segment is as long as the response, so all of it is regenerated."
+    )
     assert "--segment_length 0.3" in lines[1]
-    assert len(rewritten_whole([10, *[300] * 9], 256)) == 1
-    assert rewritten_whole([10, 20], None) == ["All 2 responses are rewritten whole (segment_length is not set)."]
+    assert len(regenerated_in_full([10, *[300] * 9], 256)) == 1
+    assert regenerated_in_full([10, 20], None) == ["All 2 responses are regenerated in full (segment_length=none)."]
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=50), st.integers(0, 100))

@@ -333,7 +333,7 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     assert (mine.lengths.prompt, mine.lengths.response, mine.lengths_from) == (5, 6, "as given")
     assert main(["estimate", *given]) == 0
     shown = capsys.readouterr().out
-    assert "LOWER BOUND" in shown
+    assert "lower bound: expect 2 to 3 times as much" in shown
     assert "hours" in shown
 
 

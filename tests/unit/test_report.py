@@ -13,12 +13,13 @@ from sapo.commands.main import main
 from sapo.errors import ConfigurationError
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
-from sapo.report.charts import CHARTS, POINTS, thin
+from sapo.report.charts import CHARTS, POINTS, axes, thin
 from sapo.report.page import report_data, script_json, write_report
 from sapo.report.pair_texts import pack, shorten
 from sapo.report.serve import make_server
 from sapo.report.summary import sentences, warnings
 from sapo.runs.metrics import METRICS
+from sapo.runs.origin import command_line, commit_of
 from sapo.runs.reading import read_run, short_names
 from sapo.training.recorder import snapshot_steps, texts_of
 from tests.reports import HOSTILE, kept_pair, write_run
@@ -158,7 +159,7 @@ def test_iterations_are_overlaid_in_their_order(tmp_path, capsys):
 
 def test_every_chart_has_metrics_and_every_metric_its_chart():
     assert all(chart.metrics for chart in CHARTS)
-    assert {metric.chart for metric in METRICS if metric.chart} == {chart.title for chart in CHARTS}
+    assert {metric.chart for metric in METRICS if metric.chart} == {chart.title for chart in CHARTS if not chart.local}
 
 
 def test_a_calm_run_gives_no_warning(tmp_path):
@@ -168,7 +169,10 @@ def test_a_calm_run_gives_no_warning(tmp_path):
 @pytest.mark.parametrize(
     ("title", "changed"),
     [
-        ("The chosen responses became less likely", {"self_play/chosen_logp_change": lambda step: -0.2 * step}),
+        (
+            "The chosen responses became less likely",
+            {"self_play/chosen_logp_change_per_token": lambda step: -0.002 * step},
+        ),
         ("More and more pairs are identical", {"self_play/identical_fraction": lambda step: step / 100}),
         ("The rejected responses become shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
         ("The rejected responses become longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
@@ -188,10 +192,10 @@ def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
 def test_the_summary_says_where_the_margin_came_from(tmp_path):
     both = {"rewards/chosen": lambda step: -0.01 * step, "rewards/rejected": lambda step: -0.02 * step}
     text = " ".join(sentences(read_run(write_run(tmp_path / "sank", **both))))
-    assert "both fell, the rejected responses more" in text
+    assert "both became less likely, the rejected responses more so" in text
     assert "some/model (7.24 B parameters) was trained for 100 steps" in text
     text = " ".join(sentences(read_run(write_run(tmp_path / "apart"))))
-    assert "the chosen responses rose and the rejected ones fell" in text
+    assert "the chosen responses became more likely and the rejected ones less likely" in text
 
 
 @pytest.fixture
@@ -249,3 +253,28 @@ def test_report_and_comparison_start_without_torch(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_command_line_is_kept_without_its_secrets():
+    typed = ["/opt/env/bin/sapo", "train", "--hub_token", "hf_abc", "--beta", "0.1", "--hub-token=hf_def", "a b"]
+    assert command_line(typed) == "sapo train --hub_token ... --beta 0.1 --hub-token=... 'a b'"
+
+
+def test_the_commit_is_read_without_git(tmp_path):
+    assert commit_of(tmp_path) is None
+    head = tmp_path / "repo/.git/HEAD"
+    head.parent.mkdir(parents=True)
+    head.write_text("ref: refs/heads/main\n")
+    (head.parent / "packed-refs").write_text("# pack-refs\n" + "a" * 40 + " refs/heads/main\n")
+    deep = tmp_path / "repo/a/b"
+    deep.mkdir(parents=True)
+    assert commit_of(deep) == "a" * 40
+    head.write_text("b" * 40 + "\n")
+    assert commit_of(deep) == "b" * 40
+
+
+def test_curves_have_epochs_hours_and_tokens(tmp_path):
+    found = axes(read_run(write_run(tmp_path / "run", steps=1000)), points=100)
+    assert {name: len(values) for name, values in found.items()} == {"epoch": 100, "hours": 100, "tokens": 100}
+    assert found["hours"][-1] == pytest.approx(0.5)
+    assert found["tokens"][-1] == pytest.approx(4.0)

@@ -19,7 +19,7 @@ from sapo.options.values import unmet
 
 @dataclasses.dataclass
 class DataArguments(ScriptArguments):
-    """trl's data options, and a data set for evaluation of its own."""
+    """trl's data options, and a dataset for evaluation of its own."""
 
     eval_dataset_name: str | None = None
 

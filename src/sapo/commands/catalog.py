@@ -64,7 +64,7 @@ def _serve(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
-    parser.add_argument("--output_file", metavar="FILE", type=Path, required=True, help="Parquet file to create")
+    parser.add_argument("--output_file", metavar="FILE", type=Path, help="Parquet file to create")
     parser.add_argument(
         "--self_replay",
         metavar="PROMPTS",
@@ -254,6 +254,16 @@ def _recipes(parser: ArgumentParser) -> None:
     )
 
 
+def _completion(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "shell",
+        choices=["bash", "zsh", "fish"],
+        metavar="SHELL",
+        help="bash, zsh or fish. To install, add to ~/.bashrc or ~/.zshrc: "
+        'eval "$(sapo completion bash)" (or zsh); to config.fish: sapo completion fish | source',
+    )
+
+
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--output_dir", metavar="FOLDER", default="runs/demo", help="folder of the runs; replaced")
@@ -277,20 +287,22 @@ COMMANDS = {
         Command(
             "data check",
             "Start",
-            "show what the trainer will see of a data set",
+            "show what the trainer will see of a dataset",
             "sapo data check train.jsonl --model_name_or_path my-sft-model",
             takes_options=True,
             shown=(*_MODEL_AND_DATA, "segment_length", "tail_margin", "max_length", "max_prompt_length",
                    "prompt_truncation", "max_length_policy", "assistant_turns", "pair_source", "seed"),
             leading="dataset_name",
+            needs=("dataset_name", "model_name_or_path"),
         ),
         Command(
             "estimate",
             "Start",
             "estimate memory and time of a step, without weights",
-            "sapo estimate --config guarded-dpo.yaml --gpu h100 --num_gpus 8 --accelerate_config zero3",
+            "sapo estimate --config guarded-dpo --model_name_or_path my-sft-model --gpu h100",
             _estimate,
             takes_options=True,
+            needs=("model_name_or_path|model_config",),
             shown=("model_name_or_path", "objective", "reference", "segment_length", "max_length", *_MEMORY),
         ),
         Command(
@@ -300,14 +312,16 @@ COMMANDS = {
             "sapo train --model_name_or_path my-sft-model --dataset_name train.jsonl --output_dir runs/mine",
             _train,
             takes_options=True,
+            needs=("model_name_or_path", "dataset_name", "output_dir"),
         ),
         Command(
             "generate",
             "Train",
-            "generate a model's pairs for a data set, as Parquet",
+            "generate a model's pairs for a dataset, as Parquet",
             "sapo generate --model_name_or_path my-sft-model --dataset_name train.jsonl --output_file pairs.parquet",
             _generate,
             takes_options=True,
+            needs=("model_name_or_path", "dataset_name|self_replay", "output_file"),
             shown=(*_MODEL_AND_DATA, *pair_options(), "dtype", "bf16", "generation_batch_size", "use_cpu"),
         ),
         Command(
@@ -355,6 +369,13 @@ COMMANDS = {
             "write the model as a plain folder, GGUF or for Ollama",
             "sapo export runs/mine my-model --gguf q8_0 --ollama",
             _export,
+        ),
+        Command(
+            "completion",
+            "Set up",
+            "complete commands, flags and values with the Tab key",
+            "sapo completion bash",
+            _completion,
         ),
     )
 }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import ConfigurationError, TokenizerError
+from sapo.errors import ConfigurationError
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
@@ -53,10 +53,27 @@ class ChatModel:
 
 @dataclass(frozen=True, slots=True)
 class ChatModels:
-    """Voices that share a tokenizer."""
+    """Models that share a tokenizer."""
 
     models: list[ChatModel]
     tokenizer: Any
+
+
+class ConversationFullError(ConfigurationError):
+    """The conversation leaves no tokens for a reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model has answered.
+
+    Attributes:
+        text: without what the tokenizer marks as special.
+        end: "complete" with an EOS token, "length" if the maximum was reached, "stopped" by Ctrl-C.
+    """
+
+    text: str
+    end: Literal["complete", "length", "stopped"]
 
 
 def load_chat_models(
@@ -65,8 +82,8 @@ def load_chat_models(
     """Load a model, or the start, the opponent and the policy of a run.
 
     Args:
-        target: a model folder, an adapter folder, a hub id, or the output folder of a run that has ended.
-        revision: of a hub id.
+        target: a model folder, an adapter folder, a Hub id, or the output folder of a run that has ended.
+        revision: of a Hub id.
         device: where to; unset: the accelerator if there is one.
         chat_template_path: the template to use instead of the tokenizer's; see `use_chat_template`.
 
@@ -126,18 +143,11 @@ def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[
     Args:
         tokenizer: of the model.
         messages: the last one the user's.
-        plain: without a template: the last message alone, as it is.
-
-    Raises:
-        TokenizerError: the tokenizer has no chat template.
+        plain: without a template: the last message alone, as it is. So it is where the tokenizer has none.
     """
-    if plain:
+    if plain or tokenizer.chat_template is None:
         ids: list[int] = tokenizer(messages[-1]["content"])["input_ids"]
         return ids
-    if tokenizer.chat_template is None:
-        raise TokenizerError(
-            "this model's tokenizer has no chat template. Add --plain to send what you type as it is, turn by turn."
-        )
     rendered: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return rendered
 
@@ -151,13 +161,13 @@ def reply(
     max_new_tokens: int,
     seed: int,
     write: Callable[[str], None],
-) -> str:
-    """Let a model answer; `write` receives the text as it comes.
+) -> Reply:
+    """Let a model answer; `write` receives the text as it comes, and Ctrl-C ends the reply.
 
-    Every model that is given the same seed draws with the same random numbers.
+    Every model that is given the same seed samples with the same random numbers.
 
     Raises:
-        ConfigurationError: the conversation leaves no room for a reply.
+        ConversationFullError: the conversation leaves no tokens for a reply.
     """
     pieces: list[str] = []
 
@@ -170,8 +180,8 @@ def reply(
         positions = model.config.get_text_config().max_position_embeddings
         room = min(max_new_tokens, positions - len(prompt))
         if room < 1:
-            raise ConfigurationError(
-                f"the conversation has {len(prompt)} tokens, {chat_model.name} takes {positions}. Start anew with /new."
+            raise ConversationFullError(
+                f"the conversation has {len(prompt)} tokens, and {chat_model.name} takes {positions}. Start a new one."
             )
         ends = sorted(eos_token_ids(tokenizer, model.generation_config.eos_token_id))
         inputs = torch.tensor([prompt], device=model.device)
@@ -184,10 +194,12 @@ def reply(
             **(drawn if sampling.temperature > 0 else {}),
         )
         torch.manual_seed(seed)
-        model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=config,
-            streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    return "".join(pieces).strip()
+        stream = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            made = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=stream
+            )
+        except KeyboardInterrupt:
+            stream.end()
+            return Reply("".join(pieces).strip(), "stopped")
+    return Reply("".join(pieces).strip(), "complete" if int(made[0, -1]) in ends else "length")

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
+from sapo.options import option
 from sapo.runs.cost import Cost, cost_of
+from sapo.runs.evaluations import read_evaluations
 from sapo.runs.files import write_atomically
 from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
-from sapo.runs.metrics import Metric, compared_metrics
+from sapo.runs.metrics import Metric, compared_metrics, find_metric
 from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
-from sapo.text import number_text
+from sapo.tables import print_table, terminal
+from sapo.text import error_text, number_text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
-_WIDTH_OF_FILES = 240
 _LONGEST = 48
 
 Rows = list[list[str]]
@@ -46,8 +47,10 @@ def run_compare(given: Parsed) -> None:
     if options.metrics and unknown:
         raise ConfigurationError(f"sapo compare: no run has {unknown[0]}; they have {', '.join(sorted(known))}.")
     metrics = [name for name in metrics if name in known]
+    settings = _settings(runs)
     tables = {
-        "settings that differ": _settings(runs),
+        "settings that differ": settings,
+        "evaluation of the policy (value ±standard error)": _evaluations(runs),
         "cost": _costs(runs),
         "at the last log line": _last(runs, metrics),
         "curves, first value to last, each metric on one scale": _curves(runs, metrics),
@@ -56,17 +59,22 @@ def run_compare(given: Parsed) -> None:
         rows = _at_equal_gain(runs, distance)
         if len(rows) > 1:
             tables[f"{distance.name}, nats per token, at equal gain"] = rows
-    console = Console()
-    if not console.is_terminal:
-        # Nobody's window: what is piped into a file should not be folded.
-        console.width = _WIDTH_OF_FILES
+    console = terminal()
     for title, rows in tables.items():
-        console.print(_table(title, rows))
+        if len(rows) == 1:
+            continue
+        print_table(console, title, rows)
+        if rows is settings:
+            for line in _meanings(settings):
+                console.print(Text(line, style="dim"))
+            console.print()
     if options.json:
         content = {name: _to_json(run) for name, run in runs.items()}
         write_atomically(options.json, json.dumps(content, indent=1, default=str) + "\n")
     if options.markdown:
-        write_atomically(options.markdown, "\n".join(_markdown(title, rows) for title, rows in tables.items()))
+        write_atomically(
+            options.markdown, "\n".join(_markdown(title, rows) for title, rows in tables.items() if len(rows) > 1)
+        )
 
 
 def _to_json(run: Run) -> dict[str, Any]:
@@ -85,6 +93,44 @@ def _to_json(run: Run) -> dict[str, Any]:
 def _settings(runs: Mapping[str, Run]) -> Rows:
     rows = [[name, *map(_plain, values)] for name, values in differing_settings(list(runs.values())).items()]
     return [["setting", *runs], *rows]
+
+
+def _meanings(settings: Rows) -> list[str]:
+    """What each of the settings does: the first sentence of its help."""
+    found = []
+    for name, *_ in settings[1:]:
+        declared = option(name)
+        if declared is not None and declared.help:
+            found.append(f"{name}: {re.split(r'(?<=[.:;]) ', declared.help)[0].rstrip(':;.')}.")
+    return found
+
+
+def _evaluations(runs: Mapping[str, Run]) -> Rows:
+    """Results of `sapo evaluate` of each run's policy, and their change from the model it started from."""
+    found = {
+        name: {
+            (one.suite, measure): one
+            for one in read_evaluations(run.path)
+            for measure in one.measures
+            if one.role in ("policy", "model")
+        }
+        for name, run in runs.items()
+    }
+    rows = []
+    for suite, measure in dict.fromkeys(key for one in found.values() for key in one):
+        if measure.endswith("_data"):
+            continue
+        cells, changes = [], []
+        for one in found.values():
+            result = one.get((suite, measure))
+            value = result.measures[measure] if result else None
+            change = result.changes.get(measure) if result else None
+            cells.append("-" if value is None else error_text(value["value"], value.get("stderr")))
+            changes.append("" if change is None else error_text(change["value"], change.get("stderr"), signed=True))
+        rows.append([f"{suite}: {measure}", *cells])
+        if any(changes):
+            rows.append(["  change from its start", *changes])
+    return [["measure", *runs], *rows]
 
 
 def _costs(runs: Mapping[str, Run]) -> Rows:
@@ -112,8 +158,15 @@ def _ratio(cost: Cost, first: Cost) -> str:
 def _last(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
     return [
         ["metric", *runs],
-        *([name, *(_number(run.last(name)) for run in runs.values())] for name in metrics),
+        *([_named(name), *(_number(run.last(name)) for run in runs.values())] for name in metrics),
     ]
+
+
+def _named(name: str) -> str:
+    """A metric's name with an arrow that shows which way is better."""
+    metric = find_metric(name)
+    arrow = {"higher": " ↑", "lower": " ↓"}.get(metric.better, "") if metric is not None else ""
+    return f"{name}{arrow}"
 
 
 def _curves(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
@@ -122,7 +175,7 @@ def _curves(runs: Mapping[str, Run], metrics: Sequence[str]) -> Rows:
         curves = [run.curve(name) for run in runs.values()]
         values = [value for curve in curves for _, value in curve if math.isfinite(value)]
         if values:
-            rows.append([name, *(_sparkline(curve, min(values), max(values)) for curve in curves)])
+            rows.append([_named(name), *(_sparkline(curve, min(values), max(values)) for curve in curves)])
     return [["metric", *runs], *rows]
 
 
@@ -155,15 +208,6 @@ def _sparkline(curve: list[tuple[int, float]], low: float, high: float) -> str:
 def _plain(value: Any) -> str:
     text = "-" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}"
-
-
-def _table(title: str, rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(rows[0]):
-        table.add_column(escape(name), overflow="fold", no_wrap=number == 0)
-    for row in rows[1:]:
-        table.add_row(*map(escape, row))
-    return table
 
 
 def _markdown(title: str, rows: Rows) -> str:

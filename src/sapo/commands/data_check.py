@@ -1,4 +1,4 @@
-"""Show, before a run, what became of the data and where the opponent will write.
+"""Show, before a run, what became of the data and which segments the opponent will regenerate.
 
 Text from data goes to the screen as `rich.text.Text`, never as markup, with its control characters spelled out:
 a row can neither colour the screen nor move the cursor.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WHOLE_SHARE_HINT = 0.2
-"""Share of responses rewritten whole above which a shorter segment is suggested."""
+"""Share of responses regenerated in full above which a shorter segment is suggested."""
 
 _SHOWN = 600
 """Characters shown of each part of the example."""
@@ -64,7 +64,7 @@ def check_data(
     seed: int,
     console: Console,
 ) -> None:
-    """Print the report, the lengths, how much would be rewritten, and one example with its parts marked.
+    """Print the report, the lengths, how much would be regenerated, and one example with its parts marked.
 
     Args:
         prepared: from `prepare_mixture`.
@@ -88,7 +88,7 @@ def check_data(
     paired = "rejected_ids" in prepared.column_names
     if not paired:
         console.print()
-        for line in rewritten_whole(responses, segment_length):
+        for line in regenerated_in_full(responses, segment_length):
             console.print(_safe(line, console))
     rng = random.Random(derive_seed(seed, "data check"))
     (example,) = collate_examples([prepared[rng.randrange(len(prepared))]])["examples"]
@@ -111,7 +111,7 @@ def check_data(
         )
 
 
-def rewritten_whole(response_lengths: list[int], segment_length: float | None) -> list[str]:
+def regenerated_in_full(response_lengths: list[int], segment_length: float | None) -> list[str]:
     """Say how many responses the segment covers entirely, and the way out when they are many.
 
     Args:
@@ -120,12 +120,17 @@ def rewritten_whole(response_lengths: list[int], segment_length: float | None) -
     """
     total = len(response_lengths)
     if segment_length is None:
-        return [f"All {total} responses are rewritten whole (segment_length is not set)."]
+        return [f"All {total} responses are regenerated in full (segment_length=none)."]
     whole = sum(segment_tokens(length, segment_length) >= length for length in response_lengths)
     share = whole / total if total else 0.0
-    lines = [f"{whole} of {total} responses ({share_text(share)}) are rewritten whole: the segment covers them."]
+    if not whole:
+        return ["Every response is longer than its segment, so a part of each is kept."]
+    lines = [
+        f"In {whole} of {total} responses ({share_text(share)}) the segment is as long as the response, so all of it "
+        "is regenerated."
+    ]
     if share > WHOLE_SHARE_HINT:
-        lines.append("To keep a part of each, give the segment as a share of it: --segment_length 0.3")
+        lines.append("To keep a part of each, give the segment as a fraction of the response: --segment_length 0.3")
     return lines
 
 
@@ -166,7 +171,7 @@ def _show_segment(turn: Turn, segment: Segment, tokenizer: PreTrainedTokenizerBa
     counts = f"A {len(head)}, B {len(segment)}, C {len(tail)} tokens"
     console.print(Text(f"prompt ({len(turn.prompt_ids)} tokens):", "bold"))
     console.print(_safe(_shorten(prompt, keep_end=True), console, "dim"))
-    console.print(Text(f"response ({counts}; the opponent writes {opening}B{closing} anew):", "bold"))
+    console.print(Text(f"response ({counts}; the opponent regenerates {opening}B{closing}):", "bold"))
     console.print(text)
 
 

@@ -24,7 +24,7 @@ from sapo.estimate.checkpointing import set_checkpointing
 from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
-from sapo.text import bytes_text
+from sapo.text import bytes_text, count_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
 from sapo.weights.source import find_source
@@ -173,8 +173,8 @@ def _lengths_from(data: Measured | None, prompt: int | None, response: int | Non
         taken = f"of the {data.rows} prepared rows: the 99 % row for memory, the 50 % row for seconds"
         return taken + ("; one length as given" if prompt or response else "")
     if prompt or response:
-        return "one as given, the other the MAXIMUM ALLOWED: no data were read"
-    return "the MAXIMUM ALLOWED by max_length and max_prompt_length: no data were read, and most rows are shorter"
+        return "one as given, the other the MAXIMUM ALLOWED: no data was read"
+    return "the MAXIMUM ALLOWED by max_length and max_prompt_length: no data was read, and most rows are shorter"
 
 
 def _steps(args: SAPOConfig, strategy: Strategy, data: Measured | None) -> int | None:
@@ -253,8 +253,9 @@ def _show(report: Report, console: Console) -> None:
     count = f"{strategy.processes} x " if strategy.processes > 1 else ""
     memory_pair, time_pair = report.lengths, report.usual
     lines = [
-        f"{count}{device.name} ({bytes_text(device.memory)}), {strategy.name}; {device.source}.",
-        f"{result.parameters / 1e9:.3g} billion weights, {result.trained / 1e9:.3g} billion trained; layout "
+        f"{count}{device.name} ({bytes_text(device.memory)}), "
+        f"{'one process' if strategy.name == 'none' else strategy.name}; figures: {device.source}.",
+        f"{count_text(result.parameters)} parameters, {count_text(result.trained)} trained; layout "
         f"{result.layout}" + (f" ({result.why_plain})." if result.why_plain else "."),
         f"Lengths are {report.lengths_from}.",
         f"Memory: pairs of {memory_pair.prompt} + {memory_pair.response} tokens. "
@@ -265,18 +266,19 @@ def _show(report: Report, console: Console) -> None:
         lines.append(f"gradient_checkpointing=auto: {chosen}.")
     for line in [*lines, ""]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    unit, factor = ("GB", 1e9) if result.needed >= 1e9 else ("MB", 1e6)
     memory = Table(title="memory of one device", title_justify="left")
     memory.add_column("part")
-    memory.add_column("bytes", justify="right")
+    memory.add_column(unit, justify="right")
     for name, size in result.memory.lasting.items():
-        memory.add_row(name, bytes_text(size))
+        memory.add_row(name, f"{size / factor:.2f}")
     memory.add_section()
     for name, size in result.memory.passing.items():
-        memory.add_row(name, bytes_text(size))
+        memory.add_row(name, f"{size / factor:.2f}")
     memory.add_section()
-    memory.add_row(f"most at one time ({result.memory.worst})", bytes_text(result.memory.most))
+    memory.add_row(f"peak ({result.memory.worst})", f"{result.memory.most / factor:.2f}")
     if result.needed > result.memory.most:
-        memory.add_row("with driver and allocator", bytes_text(result.needed))
+        memory.add_row("with driver and allocator", f"{result.needed / factor:.2f}")
     console.print(memory)
     console.print(_seconds_table(result))
     for line in _time(report):
@@ -286,7 +288,7 @@ def _show(report: Report, console: Console) -> None:
 
 
 def _seconds_table(result: Estimate) -> Table:
-    table = Table(title="seconds of an optimizer step", title_justify="left")
+    table = Table(title="seconds of an optimizer step (lower bound)", title_justify="left")
     table.add_column("part")
     for name in ("seconds", "limit", "of limit", "TFLOP"):
         table.add_column(name, justify="right")
@@ -303,7 +305,7 @@ def _seconds_table(result: Estimate) -> Table:
     total, least = sum(result.seconds.values()), sum(result.limits.values())
     table.add_section()
     products = sum(result.flops.values()) / 1e12
-    table.add_row("all", f"{total:.3g}", f"{least:.3g}", f"{least / total:.0%}", f"{products:.3g}")
+    table.add_row("total", f"{total:.3g}", f"{least:.3g}", f"{least / total:.0%}", f"{products:.3g}")
     return table
 
 
@@ -314,13 +316,17 @@ def _time(report: Report) -> list[str]:
         graph = " (as a CUDA graph)" if result.launches == 1 else ""
         waits = f", and a wait for the device every {1 / result.waits:.0f} tokens" if result.waits else ""
         lines.append(f"Decoding a token: {result.launches} launches{graph}{waits}.")
+    lines.append(
+        f"At least {total:.3g} s a step. This is a lower bound: expect 2 to 3 times as much, without evaluation, "
+        "checkpoints and reports."
+    )
     if report.steps is None:
         lines.append("Hours: unknown without data. Give --dataset_name and a model with its tokenizer, or --max_steps.")
     else:
-        lines.append(f"{report.steps} optimizer steps: {report.steps * total / 3600:.3g} hours.")
-    lines.append(
-        "Seconds are a LOWER BOUND: expect 2 to 3 times as many. Evaluation, checkpoints and reports are not in them."
-    )
+        hours = report.steps * total / 3600
+        lines.append(
+            f"{report.steps:,} optimizer steps: at least {hours:.3g} h, expect {2 * hours:.2g} to {3 * hours:.2g} h."
+        )
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from sapo.commands.catalog import SUITES
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
-from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, task_files
+from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, table, task_files
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
@@ -40,7 +41,7 @@ def run_evaluate(given: Parsed) -> None:
     found = run(session)
     whole = results.as_json(suite, settings(session), session.targets, session.fingerprints, found)
     file = results.write(session.folder, suite, whole)
-    results.show(console, suite, session.targets, found)
+    table.show(console, suite, session.targets, found)
     say(f"Results: {file}")
 
 
@@ -62,7 +63,9 @@ def _suite(
             return suite, retention.run, retention.settings
     file = Path(suite)
     if file.suffix not in (".yaml", ".yml"):
-        raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml).")
+        close = difflib.get_close_matches(suite, SUITES, n=1)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml){nearest}.")
     if not file.is_file():
         raise ConfigurationError(f"--suite {suite}: no such file.")
     tasks = task_files.load_task_file(file, options.limit)

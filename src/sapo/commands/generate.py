@@ -1,4 +1,4 @@
-"""`sapo generate`: the pairs of a model for a data set, as a preference data set for this or any other tool."""
+"""`sapo generate`: the pairs of a model for a dataset, as a preference dataset for this or any other tool."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from sapo.weights.source import find_source
 
 FLAG = "--output_file"
 DEFAULT_BATCH = 32
-"""Rows written together unless `generation_batch_size` says otherwise; a whole data set at once would not fit."""
+"""Rows written together unless `generation_batch_size` says otherwise; a whole dataset at once would not fit."""
 
 ROWS_A_PART = 256
 """Examples written between two points at which a killed run can go on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
+import textwrap
 from collections.abc import Sequence
 
 from sapo.options import Option, accepted, sections
@@ -77,10 +78,10 @@ def explained(option: Option) -> str:
     """All that is declared of one option, and the other options of its section."""
     lines = [f"--{option.name} {metavar(option)}    ({option.section})", ""]
     if option.status == "refused":
-        lines += [f"Not supported: {option.reason}", f"Only its default passes: {option.default_text}."]
+        lines += [_filled(f"Not supported: {option.reason}"), f"Only its default passes: {option.default_text}."]
         return "\n".join(lines) + "\n"
-    lines += [option.help, "", f"Default: {option.default_text}", f"Value: {wanted(option)}"]
-    lines += [f"Refused: {value}: {reason}" for value, reason in option.refuses.items()]
+    lines += [_filled(option.help), "", f"Default: {option.default_text}", f"Value: {wanted(option)}"]
+    lines += [_filled(f"Refused: {value}: {reason}") for value, reason in option.refuses.items()]
     if option.needs:
         lines.append(f"Needs: {option.needs}")
     if option.one_start:
@@ -103,7 +104,7 @@ def explained_flag(command: str, name: str, action: argparse.Action) -> str:
     text = (action.help or "").replace("%%", "%")
     default = "" if action.default in (None, False, argparse.SUPPRESS) else f"\nDefault: {action.default}"
     choices = f"\nValue: one of {', '.join(map(str, action.choices))}" if action.choices else ""
-    return f"{flag}    (sapo {command})\n\n{text[:1].upper()}{text[1:]}.{default}{choices}\n"
+    return f"{flag}    (sapo {command})\n\n{_filled(f'{text[:1].upper()}{text[1:]}.')}{default}{choices}\n"
 
 
 def _default(text: str) -> str:
@@ -116,7 +117,7 @@ def _listed(option: Option) -> str:
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 100) - 1)
+        super().__init__(prog, max_help_position=26, width=_width())
 
 
 def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
@@ -130,7 +131,7 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
     for action in own._actions:
         if not action.option_strings and action.nargs == "+":
             words.append(f"[{action.metavar} ...]")
-    if not takes_options:
+    if not takes_options and any(action.option_strings for action in own._actions):
         words.append("[--flag value ...]")
     return " ".join(words)
 
@@ -143,8 +144,16 @@ def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) ->
         group._add_action(shown)
 
 
+def _filled(text: str) -> str:
+    return textwrap.fill(text, _width(), break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 100) - 1
+
+
 def _wrapped(names: Sequence[str]) -> str:
-    width, lines, line = min(shutil.get_terminal_size().columns, 100) - 1, [], " "
+    width, lines, line = _width(), [], " "
     for name in names:
         if len(line) + len(name) + 3 > width:
             lines.append(line)

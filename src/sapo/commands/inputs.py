@@ -37,7 +37,7 @@ class Inputs:
         tokenizer: the model's, with the chat template that was asked for.
         train: prepared rows.
         eval: prepared rows, or None if the run does not evaluate.
-        train_reports: one for each data set that went into `train`.
+        train_reports: one for each dataset that went into `train`.
         eval_reports: one for each that went into `eval` alone.
         new_tokens: ids of tokens that the chat template has added.
     """
@@ -158,7 +158,7 @@ def _training_rows(run: RunArguments) -> list[Member]:
         return load_mixture(run.mixture)
     data = run.data
     if not data.dataset_name:
-        raise ConfigurationError("dataset_name is missing: name a file, a folder or a hub id.")
+        raise ConfigurationError("dataset_name is missing: name a file, a folder or a Hub id.")
     rows = load_rows(
         data.dataset_name,
         config=data.dataset_config,

@@ -19,6 +19,20 @@ sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
 
 usage: sapo COMMAND [--flag value ...]
 """
+_OTHER_NAMES = {
+    **dict.fromkeys(("finetune", "fine-tune", "tune", "align", "run", "fit", "dpo", "orpo", "sapo", "spin"), "train"),
+    **dict.fromkeys(("check", "chek", "validate", "inspect", "dataset"), "data check"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "talk", "ask", "play"), "chat"),
+    **dict.fromkeys(("merge", "convert", "gguf", "ollama", "save"), "export"),
+    **dict.fromkeys(("view", "show", "plot", "dashboard", "watch", "ui"), "report"),
+    **dict.fromkeys(("diff",), "compare"),
+    **dict.fromkeys(("memory", "plan"), "estimate"),
+    **dict.fromkeys(("recipe", "presets", "list", "init"), "recipes"),
+    **dict.fromkeys(("vllm", "vllm-serve"), "serve"),
+    **dict.fromkeys(("example", "quickstart", "tutorial"), "demo"),
+}
+"""What other tools call a command, and what it is called here."""
 _CLOSING = """
 sapo COMMAND --help shows the flags of a command, --help NAME explains one.
 sapo --version prints the version. An error is one line with exit status 2;
@@ -96,7 +110,11 @@ def _dispatch(given: list[str]) -> int:
     if text is not None:
         sys.stdout.write(text)
         return 0
-    return _run(command, parse_command(command, rest))
+    parsed = parse_command(command, rest)
+    if command.takes_options:
+        # What is wrong with the recipe, or missing, is said before a library is imported.
+        parsed.values()
+    return _run(command, parsed)
 
 
 def overview() -> str:
@@ -126,7 +144,8 @@ def _find(given: list[str]) -> tuple[Command | None, list[str]]:
             sys.stdout.write(f"  sapo {command.name:<12} {command.summary}\n")
         return None, []
     asked = " ".join(given[: 2 if members else 1])
-    close = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.5)
+    meant = _OTHER_NAMES.get(given[0].lstrip("-").lower())
+    close = [meant] if meant else difflib.get_close_matches(asked.lstrip("-"), COMMANDS, n=1, cutoff=0.6)
     if not close and members:
         close = [members[0].name]
     nearest = f"; nearest: sapo {close[0]}" if close else ""
@@ -183,6 +202,10 @@ def _run(command: Command, given: Parsed) -> int:
             from sapo.commands.export import run_export
 
             run_export(given)
+        case "completion":
+            from sapo.commands.completion import script
+
+            sys.stdout.write(script(given.own.shell, COMMANDS))
         case "demo":
             from sapo.demo.run import run_demo
 

@@ -6,6 +6,7 @@ Nothing here imports torch or transformers, so that help and a mistyped flag are
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,9 +14,9 @@ from typing import Any, NoReturn
 
 from sapo.commands.help import explained, explained_flag, formatted, metavar
 from sapo.commands.recipe_files import read_recipe
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, brief
 from sapo.options import Option, accepted, option, options
-from sapo.options.aliases import unknown
+from sapo.options.aliases import counterpart, unknown
 from sapo.options.values import check, convert
 
 HELP_FLAGS = ("--help", "-h", "--help_all")
@@ -34,12 +35,19 @@ class OneLineParser(argparse.ArgumentParser):
         """
         required = "the following arguments are required: "
         if message.startswith(required):
-            names = message.removeprefix(required)
-            verb = "are" if "," in names else "is"
-            raise ConfigurationError(f"{names} {verb} missing. Example: {self.example}")
+            raise ConfigurationError(_missing(message.removeprefix(required).split(", "), self.example))
+        message = message.removeprefix("argument ")
         for lacking in (": expected one argument", ": expected at least one argument"):
             if message.endswith(lacking):
-                raise ConfigurationError(f"{message.removesuffix(lacking).removeprefix('argument ')} needs a value.")
+                raise ConfigurationError(f"{message.removesuffix(lacking)} needs a value.")
+        left = "unrecognized arguments: "
+        if message.startswith(left):
+            words = message.removeprefix(left)
+            raise ConfigurationError(f"unexpected argument {brief(words, 80)}. Example: {self.example}")
+        choice = re.fullmatch(r"(\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+        if choice is not None:
+            listed = choice[3].replace("'", "")
+            raise ConfigurationError(f"{choice[1]} {brief(choice[2], 80)}: must be one of {listed}.")
         raise ConfigurationError(message[:1].lower() + message[1:].rstrip(".") + ".")
 
 
@@ -57,6 +65,7 @@ class Command:
         shown: options in its short help; None for the common ones.
         leading: option that a first argument without dashes stands for, or None.
         passes_on: whether what follows `--` is handed to another program.
+        needs: options and own flags that must be given, as a flag or in the recipe; `a|b`: one of the two.
     """
 
     name: str
@@ -68,6 +77,7 @@ class Command:
     shown: tuple[str, ...] | None = None
     leading: str | None = None
     passes_on: bool = False
+    needs: tuple[str, ...] = ()
 
     @cached_property
     def parser(self) -> OneLineParser:
@@ -99,21 +109,45 @@ class Parsed:
         given: options of the run that were typed, by name.
         rest: the arguments that stand for `given` and `--config`, as a command line for `sapo train`.
         extra: what followed `--`.
+        command: that was typed.
     """
 
     own: argparse.Namespace
     given: Mapping[str, Any] = field(default_factory=dict)
     rest: Sequence[str] = ()
     extra: Sequence[str] = ()
+    command: Command | None = None
 
     def values(self, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Options of the run: `defaults`, over them the recipe's, over these the typed ones.
 
         Raises:
-            ConfigurationError: the recipe cannot be read, or has an unknown option or a wrong value.
+            ConfigurationError: the recipe cannot be read, or has an unknown option or a wrong value; or something that
+                the command needs is missing.
         """
-        recipe = read_recipe(self.own.config) if self.own.config is not None else {}
-        return {**(defaults or {}), **recipe, **self.given}
+        values = {**(defaults or {}), **self._recipe, **self.given}
+        if self.command is not None:
+            self._check_needs(self.command, values)
+        return values
+
+    @cached_property
+    def _recipe(self) -> dict[str, Any]:
+        return read_recipe(self.own.config) if self.own.config is not None else {}
+
+    def _check_needs(self, command: Command, values: Mapping[str, Any]) -> None:
+        """Name everything that is missing at once.
+
+        Raises:
+            ConfigurationError: something is.
+        """
+        given = {**vars(self.own), **values}
+        if given.get("datasets"):
+            given["dataset_name"] = "datasets"
+        missing = [
+            f"--{need}" for need in command.needs if all(given.get(name) in (None, "") for name in need.split("|"))
+        ]
+        if missing:
+            raise ConfigurationError(_missing([need.replace("|", " or --") for need in missing], command.example))
 
 
 def parse_command(command: Command, arguments: Sequence[str]) -> Parsed:
@@ -127,18 +161,18 @@ def parse_command(command: Command, arguments: Sequence[str]) -> Parsed:
         typed = [f"--{command.leading}", *typed]
     known = {flag for action in command.parser._actions for flag in action.option_strings}
     if command.takes_options:
-        run_parser = _run_parser()
+        run_parser = _run_parser(command.example)
         known |= set(run_parser._option_string_actions)
     typed = _normalized(typed, known, command)
     if not command.takes_options:
-        return Parsed(command.parser.parse_args(typed), extra=extra)
+        return Parsed(command.parser.parse_args(typed), extra=extra, command=command)
     own, rest = command.parser.parse_known_args(typed)
     namespace = vars(run_parser.parse_args(rest))
     given = {name: _flattened(name, value) for name, value in namespace.items()}
     for name, value in given.items():
         check(_declared(name), value)
     config = [] if own.config is None else ["--config", own.config]
-    return Parsed(own, given, [*config, *rest], extra)
+    return Parsed(own, given, [*config, *rest], extra, command)
 
 
 def help_text(command: Command, arguments: Sequence[str]) -> str | None:
@@ -157,6 +191,8 @@ def help_text(command: Command, arguments: Sequence[str]) -> str | None:
         if name in command.flags:
             return explained_flag(command.name, name, command.flags[name])
         declared = option(name) if command.takes_options else None
+        if declared is None and command.takes_options and (here := counterpart(name)) is not None:
+            return f"{name} is called {here.name} here.\n\n{explained(here)}"
         if declared is None:
             raise ConfigurationError(unknown(name, command.flags, options=command.takes_options))
         return explained(declared)
@@ -165,6 +201,12 @@ def help_text(command: Command, arguments: Sequence[str]) -> str | None:
         names = command.shown
         shown = [one for one in accepted() if everything or (one.common if names is None else one.name in names)]
     return formatted(command.name, command.summary, command.example, command.parser, shown, command.takes_options)
+
+
+def _missing(names: Sequence[str], example: str) -> str:
+    *first, last = names
+    named = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+    return f"{named} missing. Example: {example}"
 
 
 def _split_extra(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -190,9 +232,10 @@ def _normalized(arguments: Sequence[str], known: set[str], command: Command) -> 
     return found
 
 
-def _run_parser() -> OneLineParser:
+def _run_parser(example: str) -> OneLineParser:
     """A parser of all options, refused ones included; it returns what was typed and no defaults."""
     parser = OneLineParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser.example = example
     for one in options():
         more: dict[str, Any] = {"type": partial(_typed, one)}
         if one.type in ("bool", "bool_or_auto"):

@@ -35,8 +35,20 @@ def read_recipe(name: str) -> dict[str, Any]:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigurationError(f"--config {file}: a recipe consists of `option: value` lines.")
+            found = (
+                "is empty" if node is None else "is a YAML list" if isinstance(node, yaml.SequenceNode) else "is text"
+            )
+            dashes = ", without dashes before them" if isinstance(node, yaml.SequenceNode) else ""
+            raise ConfigurationError(
+                f"--config {file}: {found}; a recipe consists of `option: value` lines{dashes}. Example: `beta: 0.1`."
+            )
         return _options(file, loader, node)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ConfigurationError(
+            f"--config {file}{line}: not valid YAML ({brief(error.problem)}). Check indentation, colons and quotes "
+            "there."
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"--config {file}: not valid YAML ({brief(error)}).") from error
 

@@ -54,8 +54,11 @@ def find_recipe(name: str) -> Path:
     if found is not None:
         return found
     folder = file.parent if os.path.isdir(file.parent) else Path()
-    known = [*shipped, *short, *_other_files(), *(str(path) for path in folder.glob("*.yaml"))]
-    nearest = dict.fromkeys(short.get(match, match) for match in difflib.get_close_matches(name, known, n=3))
+    # By their stems: all files here end in .yaml, which alone would make two names look alike.
+    stems = {str(path.with_suffix("")): str(path) for path in folder.glob("*.yaml")}
+    known = [*shipped, *short, *_other_files(), *stems]
+    matches = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=3, cutoff=0.7)
+    nearest = dict.fromkeys(stems.get(match) or short.get(match, match) for match in matches)
     close = f"; nearest: {', '.join(nearest)}" if nearest else ""
     raise ConfigurationError(
         f"{brief(name, 80)}: no such file, and no shipped recipe{close}. Run sapo recipes for the list."
@@ -73,6 +76,11 @@ def _shipped() -> dict[str, Path]:
     """Each shipped recipe by its name: its path in the folder, without the suffix."""
     files = [*sorted(FOLDER.glob("*.yaml")), *sorted((FOLDER / "presets").glob("*.yaml"))]
     return {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in files}
+
+
+def shipped_names() -> list[str]:
+    """Names that `--config` knows."""
+    return list(_shipped())
 
 
 def _listing() -> str:

@@ -1,6 +1,6 @@
 """Self-play in rounds, as SPIN does it (arXiv 2401.01335): one run a round, each from the last one's policy.
 
-Within a round nothing moves but the policy: the model that it starts from writes the pairs of the whole data set
+Within a round nothing moves but the policy: the model that it starts from writes the pairs of the whole dataset
 and is the reference. So a round is a run on paired data, with the same trainer, checkpoints and metrics.
 """
 

@@ -69,7 +69,8 @@ def run_serve(given: Parsed) -> int:
     run = build(given.values() | {"report_to": ["none"]})
     if run.config.generation_backend != "vllm_server":
         raise ConfigurationError(
-            f"generation_backend={run.config.generation_backend}: a server would write nothing. Set it to vllm_server."
+            f"generation_backend={run.config.generation_backend}: no server is used. "
+            "Add --generation_backend vllm_server."
         )
     # vLLM is not told to trust code either; here the reason is one line.
     load_config(run.model)

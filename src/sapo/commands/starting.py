@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, SapoError, brief
@@ -29,6 +31,12 @@ def check_libraries(config: SAPOConfig) -> None:
         ConfigurationError: a package is missing, or an option is not one of its own.
     """
     for name in config.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            nearest = f"; nearest: {close[0]}" if close else ""
+            raise ConfigurationError(
+                f"report_to={brief(name, 80)}: not a tracker{nearest}. There are {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
         with _of("report_to", name):
             callbacks = get_reporting_integration_callbacks([name])
         if name in _TRACKERS and name not in get_available_reporting_integrations():

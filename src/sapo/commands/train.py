@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
+from sapo.commands.closing import closing_lines, quoted
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
@@ -22,12 +22,10 @@ from sapo.errors import SapoError, TrainingError
 from sapo.hub.card import card, write_card
 from sapo.report.page import render, report_data
 from sapo.runs.folder import RunFolder, check_output_dir
-from sapo.runs.layout import CARD_FILE, OPPONENT_FOLDER, RECIPE_FILE, REPORT_FILE
-from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE, LOSS, MARGIN
+from sapo.runs.layout import CARD_FILE
 from sapo.runs.reading import read_run
 from sapo.training.callbacks import KeepRecipe, StopOnSignal
 from sapo.training.progress import TerminalProgress
-from sapo.training.recorder import loaded_step
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.embeddings import train_tokens
 from sapo.weights.loading import check_model, load_policy
@@ -136,6 +134,7 @@ def _train(
         )
         _only_own_progress(trainer, progress)
         trainer.add_callback(KeepRecipe(folder, as_recipe(run), lambda: _rehearse(folder.path)))
+        _say(console, f"Follow this run: sapo report {quoted(folder.path.absolute())} --serve")
         with folder.locked():
             try:
                 trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
@@ -143,7 +142,8 @@ def _train(
                 progress.close()
             _save(trainer)
     stopped = stop.received is not None
-    _closing_screen(console, run, trainer, progress, stopped=stopped, recipe=recipe)
+    for line in closing_lines(run, trainer, stopped=stopped, recipe=recipe):
+        _say(console, line)
     return not (stopped or trainer.stop_reason)
 
 
@@ -184,96 +184,13 @@ def _save(trainer: SAPOTrainer) -> None:
     if folder.failed:
         raise TrainingError(
             f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
-            f"`sapo report {_quoted(folder.path)}` writes the report again."
+            f"`sapo report {quoted(folder.path)}` writes the report again."
         )
 
 
 def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
-
-
-def _closing_screen(
-    console: Console,
-    run: RunArguments,
-    trainer: SAPOTrainer,
-    progress: TerminalProgress,
-    *,
-    stopped: bool,
-    recipe: Path | None,
-) -> None:
-    """What happened, where it lies, what to run next: commands that work from any folder."""
-    state, folder, last = trainer.state, trainer.run_folder.path.absolute(), progress.last
-    head = "Stopped" if stopped or trainer.stop_reason else "Done"
-    lines = ["", f"{head} after step {state.global_step} of {state.max_steps}."]
-    if trainer.stop_reason:
-        lines.append(trainer.stop_reason)
-    best = loaded_step(trainer.args, state)
-    if best is not None:
-        lines.append(
-            f"Saved are the models of step {best}, the best by {trainer.args.metric_for_best_model} "
-            f"({state.best_metric:.4g})."
-        )
-    if LOSS.name in last:
-        line = f"At the last log: loss {last[LOSS.name]:.4g}"
-        if ACCURACY.name in last:
-            line += (
-                f", the policy prefers the chosen response in {last[ACCURACY.name]:.0%} of pairs, margin "
-                f"{last[MARGIN.name]:.3g}"
-            )
-        lines.append(f"{line}.")
-    change = last.get(CHOSEN_CHANGE.name)
-    if change is not None:
-        fell = " The chosen responses became less likely: see chosen_nll_weight." if change < 0 else ""
-        lines.append(f"Log-probability of chosen training responses since the start: {change:+.3g} nats each.{fell}")
-    lines.append(f"Policy: {folder}")
-    if trainer.opponent is not None:
-        lines.append(f"Opponent (the moving average): {folder / OPPONENT_FOLDER}")
-    load = "AutoPeftModelForCausalLM" if trainer.is_adapter() else "AutoModelForCausalLM"
-    package = "peft" if trainer.is_adapter() else "transformers"
-    lines += ["", f"Use it:    from {package} import {load}; model = {load}.from_pretrained({str(folder)!r})"]
-    unfinished = stopped or bool(trainer.stop_reason) or state.global_step < state.max_steps
-    plain = not trainer.processing_class.chat_template
-    lines += next_commands(run, folder, recipe or folder / RECIPE_FILE, unfinished, 2 * state.max_steps, plain=plain)
-    for line in lines:
-        _say(console, line)
-
-
-def next_commands(
-    run: RunArguments, folder: Path, recipe: Path, unfinished: bool, longer: int, *, plain: bool
-) -> list[str]:
-    """What can be done with a run that has ended, each line a label and a command.
-
-    Args:
-        run: what was trained.
-        folder: of the run.
-        recipe: gives it again; of rounds, all of them.
-        unfinished: whether it can be continued as it is.
-        longer: steps of a longer run.
-        plain: whether the model has no chat template.
-    """
-    name = _quoted(folder)
-    again = f"sapo train --config {_quoted(recipe)} --resume_from_checkpoint true"
-    evaluation = run.data.eval_dataset_name or run.data.dataset_name
-    lines = []
-    if unfinished:
-        lines.append(f"Continue:  {again}")
-    elif recipe.parent == folder:
-        lines.append(f"Longer:    {again} --max_steps {longer}")
-    lines.append(f"Report:    sapo report {name} --serve    (or open {folder / REPORT_FILE})")
-    lines.append(f"Chat:      sapo chat {name}{' --plain' if plain else ''}")
-    if evaluation:
-        length = f" --max_length {run.config.max_length}"
-        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {_quoted(evaluation)}{length}")
-    lines.append(f"Compare:   sapo compare {name}")
-    lines.append(f"Export:    sapo export {name} OUT    (one model folder for vLLM, llama.cpp, Ollama, ...)")
-    return lines
-
-
-def _quoted(path: str | Path) -> str:
-    """For a shell in any folder; a name that is no file here, such as a Hub id, stays as it is."""
-    there = Path(path).exists()
-    return shlex.quote(str(Path(path).absolute() if there else path))
 
 
 def _say(console: Console, line: str) -> None:

@@ -109,9 +109,11 @@ def _not_found(name: str, path: Path) -> str:
         folder = folder.parent
     # Compare with the siblings of the first missing part: the typo may be in a folder's name.
     wanted = path.relative_to(folder).parts[0]
-    near = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1)
+    # By their stems: files of one folder often share an ending, which alone would make two names look alike.
+    stems = {entry.name.partition(".")[0]: entry.name for entry in sorted(folder.iterdir())}
+    near = difflib.get_close_matches(wanted.partition(".")[0], stems, n=1, cutoff=0.7)
     if near:
-        found = str(folder / near[0])
+        found = str(folder / stems[near[0]])
         return f"no file or folder {name!r}; did you mean {found!r}?"
     return f"no file or folder {name!r}; no similar name in {str(folder.absolute())!r}. Check the path."
 

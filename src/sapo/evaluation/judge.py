@@ -39,8 +39,8 @@ class JudgeOptions:
         timeout: seconds for an answer.
         retries: attempts after the first, for a request that may succeed when it is sent again.
         calls_per_minute: requests started per minute at most; None for no limit.
-        input_price: dollars a million tokens of prompt, for the estimate.
-        output_price: dollars a million tokens of answer.
+        input_price: USD per 1M tokens of prompt, for the estimate.
+        output_price: USD per 1M tokens of answer.
         first_wait: seconds before the first repetition; doubles with each.
     """
 

@@ -1,4 +1,4 @@
-"""Results as one JSON file and one table: models side by side, with standard errors."""
+"""Results of a suite, and results.json: models side by side, with standard errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sapo._version import __version__
 from sapo.errors import EvaluationError, brief
@@ -110,43 +106,5 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
     return file
 
 
-def show(console: Console, suite: str, targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> None:
-    """Print the table: value ± standard error, one column per model, plus the paired change from the start model."""
-    before = _start(targets, results)
-    names = list(dict.fromkeys(name for target in targets for name in results[target.name].measures))
-    table = Table(title=Text(f"{suite} (value ± standard error)"))
-    table.add_column("measure")
-    compared = [
-        t for t in targets if before is not None and t.name != before and changes(results[t.name], results[before])
-    ]
-    for target in targets:
-        table.add_column(Text(target.name), justify="right")
-        if target in compared:
-            table.add_column(Text("change from start"), justify="right")
-    for name in names:
-        row: list[str] = []
-        for target in targets:
-            row.append(_cell(results[target.name].measures.get(name)))
-            if target in compared and before is not None:
-                row.append(_cell(changes(results[target.name], results[before]).get(name), signed=True))
-        table.add_row(Text(name), *row)
-    console.print(table)
-    common = [note for note in results[targets[0].name].notes if all(note in one.notes for one in results.values())]
-    for note in common:
-        console.print(Text(note), soft_wrap=True)
-    for target in targets:
-        for note in results[target.name].notes:
-            if note not in common:
-                console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
-
-
 def _start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> str | None:
     return next((target.name for target in targets if target.role == "start" and target.name in results), None)
-
-
-def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
-    if estimate is None:
-        return ""
-    digits = 1 if abs(estimate.value) >= 100 else 2 if abs(estimate.value) >= 10 else 4
-    value = f"{estimate.value:{'+' if signed else ''}.{digits}f}"
-    return value if estimate.stderr is None else f"{value} ± {estimate.stderr:.{digits}f}"

@@ -42,7 +42,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigurationError(f"temperature={self.temperature}: must be finite, and 0 (greedy) or more")
+            raise ConfigurationError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number.")
         if self.top_k < 0:
             raise ConfigurationError(f"top_k={self.top_k}: must be 1 or more, or 0 to keep the full vocabulary")
         if not 0 < self.top_p <= 1:

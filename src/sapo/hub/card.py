@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from sapo._version import __version__
-from sapo.errors import ConfigurationError
 from sapo.report.summary import sentences, warnings
 from sapo.report.svg import curves_svg
+from sapo.runs.evaluations import read_evaluations
 from sapo.runs.files import read_object, write_atomically
-from sapo.runs.layout import CARD_FILE, CURVES_FILE, EVALUATION_FILES
+from sapo.runs.layout import CARD_FILE, CURVES_FILE
 from sapo.runs.metrics import EVAL, compared_metrics, find_metric
 from sapo.runs.reading import Run, read_run
-from sapo.text import number_text
+from sapo.text import error_text, number_text
 
 _PRIVATE = ("output_dir", "logging_dir", "hub_token")
 _CITATION = """@article{yin2024selfaugmented,
@@ -58,14 +60,15 @@ def card(run: Run, name: str, *, picture: bool) -> str:
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sapo"],
+        "tags": _tags(run, adapter=adapter),
     }
     if not _is_local(base):
-        front["base_model"] = base
+        front |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    if (license := _license(base)) is not None:
+        front["license"] = license
     hub_data = [one for one in data if not _is_local(one)]
     if hub_data:
         front["datasets"] = hub_data
-    load, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
     shown = {key: _short(value) for key, value in recipe.items() if key not in _PRIVATE}
     rows = run.facts.get("training_rows")
     sections = [
@@ -74,8 +77,7 @@ def card(run: Run, name: str, *, picture: bool) -> str:
         f"`{_short(base)}` aligned by Self-Augmented Preference Optimization "
         f"([arXiv 2405.20830](https://arxiv.org/abs/2405.20830)). {_source(run)}",
         "## Use",
-        f"```python\nfrom {package} import {load}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {load}.from_pretrained("{name}")\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n```',
+        f"```python\n{_example(run, name, adapter=adapter)}\n```",
         "## Data",
         f"{', '.join(f'`{_short(one)}`' for one in data) or 'Not recorded'}{f': {rows:,} rows' if rows else ''}.",
         "## How the training went",
@@ -100,6 +102,56 @@ def card(run: Run, name: str, *, picture: bool) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _tags(run: Run, *, adapter: bool) -> list[str]:
+    objective = run.config.get("objective")
+    return ["sapo", "trl", *([str(objective)] if objective else []), *(["lora"] if adapter else [])]
+
+
+def _license(base: str) -> str | None:
+    """The license in the card of the base model, if that lies on this machine."""
+    found = base if Path(base).is_dir() else None
+    if found is None and not _is_local(base):
+        cached = try_to_load_from_cache(base, CARD_FILE)
+        found = str(Path(cached).parent) if isinstance(cached, str) else None
+    file = Path(found) / CARD_FILE if found is not None else None
+    if file is None or not file.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    line = re.search(r"^license: *([\w.-]+) *$", front[1], re.MULTILINE) if front is not None else None
+    return line[1] if line is not None else None
+
+
+def _example(run: Run, name: str, *, adapter: bool) -> str:
+    """A program that answers a question, through the chat template if the model has one."""
+    load, package = ("AutoPeftModelForCausalLM", "peft") if adapter else ("AutoModelForCausalLM", "transformers")
+    config = run.path / "tokenizer_config.json"
+    chat = (run.path / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in read_object(config))
+    question = "Why is the sky blue?"
+    asked = (
+        f'messages = [{{"role": "user", "content": "{question}"}}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+        ")"
+        if chat
+        else f'inputs = tokenizer("{question}", return_tensors="pt")'
+    )
+    imports = sorted([f"from {package} import {load}", "from transformers import AutoTokenizer"])
+    if not adapter:
+        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = {load}.from_pretrained("{name}")',
+            asked,
+            "output = model.generate(**inputs, max_new_tokens=128)",
+            'prompt_length = inputs["input_ids"].shape[1]',
+            "print(tokenizer.decode(output[0][prompt_length:], skip_special_tokens=True))",
+        ]
+    )
+
+
 def _recipe(run: Run) -> dict[str, Any]:
     return run.recipe or {option.name: option.value for option in run.options() if option.differs}
 
@@ -111,8 +163,8 @@ def _data(recipe: dict[str, Any]) -> list[str]:
 
 def _source(run: Run) -> str:
     if run.config.get("pair_source") == "paired":
-        return "It learnt from a preference dataset."
-    return "The rejected responses were written by a moving average of the model itself; no preference data were used."
+        return "It was trained on a preference dataset."
+    return "A moving average of the model itself generated the rejected responses; no preference data was used."
 
 
 def _loaded(run: Run) -> list[str]:
@@ -145,20 +197,10 @@ def _short_words(text: str, base: str) -> str:
 def _evaluation(run: Run) -> str:
     """Results of `sapo evaluate` in the run folder, and the last evaluation of the training."""
     rows: list[tuple[str, str, str]] = []
-    for file in (run.path / name for name in EVALUATION_FILES):
-        if not file.is_file():
-            continue
-        content = read_object(file)
-        try:
-            suites = content["suites"]
-            for suite, found in suites.items():
-                for model, result in found["models"].items():
-                    rows += [
-                        (f"{suite}: {name}", str(_short(model)), _value(one))
-                        for name, one in result["measures"].items()
-                    ]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigurationError(f"{file}: not results of an evaluation ({error!r}). Move it away.") from error
+    for one in read_evaluations(run.path):
+        rows += [
+            (f"{one.suite}: {name}", str(_short(one.model)), _value(found)) for name, found in one.measures.items()
+        ]
     compared = compared_metrics()
     for name in run.metrics():
         # Of the metrics that are declared not all are results; others are the local measures.
@@ -173,5 +215,4 @@ def _evaluation(run: Run) -> str:
 
 
 def _value(estimate: dict[str, Any]) -> str:
-    spread = estimate.get("stderr")
-    return number_text(estimate["value"], 4) + (f" ± {number_text(spread, 2)}" if spread is not None else "")
+    return error_text(estimate["value"], estimate.get("stderr"))

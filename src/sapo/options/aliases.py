@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from sapo.options.declare import Option
 from sapo.options.table import accepted, option
 
 RENAMED = {
@@ -45,6 +46,7 @@ ALIASES = {
     "lr_scheduler": "--lr_scheduler_type cosine",
     "warmup": "--warmup_steps 0.1",
     "warmup_ratio": "--warmup_steps 0.1",
+    "bs": "--per_device_train_batch_size 4",
     "batch_size": "--per_device_train_batch_size 4",
     "train_batch_size": "--per_device_train_batch_size 4",
     "per_gpu_train_batch_size": "--per_device_train_batch_size 4",
@@ -60,6 +62,9 @@ ALIASES = {
     "resume_from": "--resume_from_checkpoint true",
     "overwrite": "--overwrite_output_dir",
     "cpu": "--use_cpu",
+    "device": "--use_cpu",
+    "name": "--run_name first",
+    "experiment_name": "--run_name first",
     "no_cuda": "--use_cpu",
     "wandb": "--report_to wandb",
     "tracker": "--report_to trackio",
@@ -74,11 +79,17 @@ ALIASES = {
     "max_completion_length": "--max_length 2048",
     "max_seq_length": "--max_length 2048",
     "max_seq_len": "--max_length 2048",
+    "seq_len": "--max_length 2048",
+    "seq_length": "--max_length 2048",
+    "context_length": "--max_length 2048",
     "max_tokens": "--max_new_tokens 256",
     "num_samples": "--num_generations 2",
     "lora": "--use_peft",
     "use_lora": "--use_peft",
     "lora_rank": "--lora_r 16",
+    "rank": "--lora_r 16",
+    "alpha": "--lora_alpha 32",
+    "dropout": "--lora_dropout 0.05",
     "target_modules": "--lora_target_modules all-linear",
     "quantize": "--use_peft --load_in_4bit",
     "use_vllm": "--generation_backend vllm_colocate",
@@ -91,6 +102,7 @@ ALIASES = {
     "zero3": "--accelerate_config zero3",
     "zero2": "--accelerate_config zero2",
     "accelerate": "--accelerate_config multi_gpu",
+    "gpus": "--accelerate_config multi_gpu --num_processes 8",
     "num_gpus": "--accelerate_config multi_gpu --num_processes 8",
     "multi_gpu": "--accelerate_config multi_gpu",
     "recipe": "--config guarded-dpo",
@@ -113,6 +125,13 @@ MISSING = {
 """Options of other tools without a counterpart, with advice."""
 
 
+def counterpart(name: str) -> Option | None:
+    """The option that does here what `name` does in other tools or did in earlier versions; None if there is none."""
+    key = name.replace("-", "_").lower()
+    first = RENAMED.get(key) or ALIASES.get(key, "").partition(" ")[0].removeprefix("--")
+    return option(first)
+
+
 def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options: bool = True) -> str:
     """Message for an unknown option: its new name, its counterpart, or the most similar option.
 
@@ -131,6 +150,9 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
     if key in RENAMED and (options or RENAMED[key] in known):
         return f"{dashes}{name} is called {dashes}{RENAMED[key]} now."
     names = [*known, *(one.name for one in accepted() if options)]
+    typo = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    if typo:
+        return f"unknown option {dashes}{name}; nearest: {dashes}{typo[0]}."
     if key in ALIASES and (example := _usable(ALIASES[key], names)):
         return f"unknown option {dashes}{name}; use {example if flag else _as_lines(example)}."
     if options and key in MISSING:

@@ -107,8 +107,8 @@ INHERITED: tuple[Option, ...] = (
                 choices=STRATEGIES, common=True),
     _evaluation("do_eval", False, "Set by eval_strategy.", type="bool", status="harmless", one_start=True),
     _evaluation("eval_steps", None, "Number of optimizer steps between evaluations; below 1, a fraction of all steps. "
-                "Unset: logging_steps.", type="float", optional=True, low=0, common=True,
-                needs="eval_strategy=steps"),
+                "Unset: logging_steps; with load_best_model_at_end, save_steps.", type="float", optional=True, low=0,
+                common=True, needs="eval_strategy=steps"),
     _evaluation("eval_delay", 0, "Number of epochs or steps, by eval_strategy, before the first evaluation.",
                 type="float", low=0),
     _evaluation("eval_on_start", False, "Evaluate before the first step.", type="bool"),
@@ -117,7 +117,6 @@ INHERITED: tuple[Option, ...] = (
     # Logging and report
     _logging("logging_strategy", "steps", "When to log: never, every logging_steps, or after each epoch.", type="str",
              choices=STRATEGIES),
-    _logging("logging_first_step", False, "Log the first optimizer step too.", type="bool"),
     _logging("logging_nan_inf_filter", True, "Leave non-finite losses out of the logged average.", type="bool"),
     _logging("report_to", "none", "Trackers to log to, such as trackio, wandb, tensorboard or mlflow; none or all.",
              type="list", common=True),

@@ -50,8 +50,13 @@ class OwnOptions(KeepOptions):
         common=True,
     )
     logging_steps: float = _logging(
-        10, "Log metrics every N optimizer steps; below 1, a fraction of all steps.", kind="inherited", common=True
+        0.05,
+        "Log metrics every N optimizer steps; below 1, a fraction of all steps. The first and the last step are logged "
+        "in any case.",
+        kind="inherited",
+        common=True,
     )
+    logging_first_step: bool = _logging(True, "Log the first optimizer step too.", kind="inherited")
     gradient_checkpointing: bool | str = _speed(
         "auto",
         "Recompute activations in the backward pass: much less memory for about 20% more time. auto: only where the "
@@ -416,7 +421,8 @@ class OwnOptions(KeepOptions):
     )
     eval_local_max_time_fraction: float = _evaluation(
         0.05,
-        "Maximum fraction of the run's time that eval_local may take; the rest waits for a later evaluation.",
+        "Maximum fraction of the run's time that eval_local may take. The first and the last evaluation are measured "
+        "in any case; others are left out until there is time.",
         low=0,
         high=1,
         needs="eval_local",

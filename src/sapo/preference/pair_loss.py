@@ -99,7 +99,8 @@ def pair_loss(
         "rewards/chosen": mean(pair.chosen_rewards),
         "rewards/rejected": mean(pair.rejected_rewards),
         "rewards/margins": mean(margins),
-        "rewards/accuracies": mean((margins > 0).float()),
+        # A tie counts half: at the first step, where policy and reference are equal, that is a half and not nothing.
+        "rewards/accuracies": mean((margins > 0).float() + 0.5 * (margins == 0).float()),
         "logps/chosen": mean(scores.chosen_logps),
         "logps/rejected": mean(scores.rejected_logps),
     }

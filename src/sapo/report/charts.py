@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from sapo.runs.metrics import EVAL, METRICS
+from sapo.runs.metrics import EVAL, LOCAL, METRICS, STEP_TIME, TOKENS
 from sapo.runs.reading import Run
 
 POINTS = 500
@@ -23,6 +24,7 @@ class Chart:
         reading: how to read it, in one sentence.
         tone: colours by meaning ("pair": chosen and rejected) or by order.
         on_card: whether the model card shows it.
+        local: names of local measures (`eval_local/...`) that it shows, with their names in the legend.
     """
 
     title: str
@@ -30,14 +32,17 @@ class Chart:
     reading: str
     tone: str = "order"
     on_card: bool = False
+    local: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, str]:
         """Names in metrics.jsonl and in the legend; evaluation metrics come last."""
         own = [metric for metric in METRICS if metric.chart == self.title]
-        return {metric.name: metric.legend for metric in own} | {
-            EVAL + metric.name: metric.eval_legend for metric in own if metric.eval_legend
-        }
+        return (
+            {metric.name: metric.legend for metric in own}
+            | {EVAL + metric.name: metric.eval_legend for metric in own if metric.eval_legend}
+            | {LOCAL + name: legend for name, legend in self.local.items()}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For the page's script."""
@@ -69,9 +74,27 @@ CHARTS = [
     Chart("Log-probabilities", "nats", "Of the scored tokens; they vary with the lengths drawn.", "pair"),
     Chart(
         "Likelihood of the chosen responses",
-        "nats",
+        "nats per token",
         "Change on the same examples since the start. Below 0, the chosen responses became less likely.",
         on_card=True,
+    ),
+    Chart(
+        "Samples at evaluations: likelihood",
+        "nats",
+        "With eval_local. Falling nll is good; the gap is that of the data's responses to the model's own samples.",
+        local={"nll": "nll per token", "gap_to_own": "gap to own samples"},
+    ),
+    Chart(
+        "Samples at evaluations: shares",
+        "share",
+        "With eval_local. Falling EOS or rising loops: the model is being harmed.",
+        local={"ended": "with an EOS token", "loops": "ending in a loop", "prefers_data_to_own": "prefers data to own"},
+    ),
+    Chart(
+        "Samples at evaluations: lengths",
+        "tokens",
+        "With eval_local. The model's samples against the data.",
+        local={"length": "samples", "length_data": "data"},
     ),
     Chart(
         "Identical pairs and EOS tokens",
@@ -105,10 +128,27 @@ CHARTS = [
 def curves(run: Run, charts: list[Chart], points: int = POINTS) -> dict[str, dict[str, Any]]:
     """The series of `charts`: "train" and "eval", each from `thin`."""
     names = [name for chart in charts for name in chart.metrics]
+    train = thin(run.train, [name for name in names if not name.startswith(EVAL)], points)
     return {
-        "train": thin(run.train, [name for name in names if not name.startswith(EVAL)], points),
+        "train": train | {"axes": axes(run, points)},
         "eval": thin(run.eval, [name for name in names if name.startswith(EVAL)], points),
     }
+
+
+def axes(run: Run, points: int = POINTS) -> dict[str, list[float]]:
+    """What else curves can be drawn over, at the steps of `thin`: epochs, hours and millions of tokens so far."""
+    rows = run.train
+    steps = [0, *(row["step"] for row in rows)]
+    sums: dict[str, list[float]] = {"epoch": [], "hours": [], "tokens": []}
+    hours = tokens = 0.0
+    for before, row in zip(steps, rows, strict=False):
+        hours += row.get(STEP_TIME.name, 0.0) * (row["step"] - before) / 3600
+        tokens += row.get(TOKENS.name, 0) / 1e6
+        for name, value in (("epoch", row.get("epoch", 0.0)), ("hours", hours), ("tokens", tokens)):
+            sums[name].append(value)
+    size = max(1, math.ceil(len(rows) / points))
+    ends = [min(first + size, len(rows)) - 1 for first in range(0, len(rows), size)]
+    return {name: [_rounded(values[end]) for end in ends] for name, values in sums.items() if values and values[-1] > 0}
 
 
 def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from sapo.runs.files import write_atomically
 from sapo.runs.gain_curves import DISTANCES, gain_curve
 from sapo.runs.reading import Run, read_run, short_names
 
+_KEY_OPTIONS = ("objective", "beta", "learning_rate", "segment_length", "ema_decay", "reference", "max_length",
+                "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed")  # fmt: skip
+"""Options that are shown at their defaults too."""
 _SCRIPTS = ["dom.js", "gain.js", "charts.js", "pairs.js", "tables.js", "main.js"]
 
 
@@ -58,7 +61,14 @@ def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
         "gain": {one.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},
         "pairs": pack(run.pairs, budget),
         "options": [
-            {"name": one.name, "value": one.value, "default": one.default, "help": one.help, "differs": one.differs}
+            {
+                "name": one.name,
+                "value": one.value,
+                "default": one.default,
+                "help": one.help,
+                "differs": one.differs,
+                "key": one.name in _KEY_OPTIONS,
+            }
             for one in run.options()
         ],
         "facts": run.facts,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
 from sapo.runs.metrics import (
     ACCURACY,
     BAD_STEPS,
-    CHOSEN_CHANGE,
+    CHOSEN_CHANGE_PER_TOKEN,
     CHOSEN_REWARD,
     ENDED,
     EVAL,
@@ -26,6 +28,12 @@ from sapo.runs.metrics import (
 from sapo.runs.reading import Run
 from sapo.text import count_text, duration_text, number_text, share_text
 
+ENOUGH_PAIRS = 64
+"""Number of pairs below which no share of them is spoken of."""
+_NO_CHANGE = 0.01
+"""Margin, and log-probability in nats per token, below which a change is not told from none."""
+_HARM = 0.1
+"""Fall of the chosen log-probability in nats per token that did harm: 10% more perplexity."""
 _IDENTICAL_HIGH, _IDENTICAL_RISE = 0.5, 0.15
 _LENGTH_DRIFT = 0.2
 _ALWAYS_RIGHT = 0.99
@@ -55,10 +63,22 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Means of a metric over the first and the last 10% of the log lines, at least one line."""
+    """Means of a metric over the start and the end of a run.
+
+    Attributes:
+        first: mean over the first log lines.
+        last: mean over the last ones.
+        pairs: number of pairs in the smaller of the two.
+    """
 
     first: float
     last: float
+    pairs: int
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether there are enough pairs to speak of a share of them."""
+        return self.pairs >= ENOUGH_PAIRS
 
     @property
     def by(self) -> float:
@@ -70,24 +90,48 @@ _OBJECTIVES = {"dpo": "DPO", "orpo": "ORPO", "sft": "SFT on the chosen responses
 
 
 def change_of(run: Run, metric: Metric) -> Change | None:
-    """Change of a metric over a run; None if it was logged less than twice."""
-    values = run.series(metric)
-    if len(values) < 2:
+    """Change of a metric over a run; None if it was logged less than twice.
+
+    Start and end are each a tenth of the run, and at least the log lines of `ENOUGH_PAIRS` pairs, unless they would
+    overlap.
+    """
+    curve = run.curve(metric)
+    if len(curve) < 2:
         return None
-    tenth = max(1, len(values) // 10)
-    return Change(fmean(values[:tenth]), fmean(values[-tenth:]))
+    steps = [0, *(step for step, _ in curve)]
+    pairs = [(step - before) * run.pairs_per_step for before, step in pairwise(steps)]
+    values = [value for _, value in curve]
+    wanted, half = max(sum(pairs) / 10, ENOUGH_PAIRS), len(values) // 2
+    (first, of_first), (last, of_last) = (
+        _mean_until(values[:half], pairs[:half], wanted),
+        _mean_until(values[: -half - 1 : -1], pairs[: -half - 1 : -1], wanted),
+    )
+    return Change(first, last, min(of_first, of_last))
+
+
+def _mean_until(values: Sequence[float], pairs: Sequence[int], wanted: float) -> tuple[float, int]:
+    """Mean over pairs of the first values that have `wanted` pairs, and how many these are."""
+    total, count = 0.0, 0
+    for value, number in zip(values, pairs, strict=True):
+        total, count = total + value * number, count + number
+        if count >= wanted:
+            break
+    return total / max(count, 1), count
 
 
 def sentences(run: Run) -> list[str]:
     """Settings of the run, changes of the metrics, and source of the margin."""
-    return [text for text in (_what_ran(run), _what_changed(run), _where_from(run)) if text]
+    return [text for text in (_what_ran(run), _what_changed(run), _likelihood(run), _where_from(run)) if text]
 
 
 def _what_ran(run: Run) -> str:
     options, facts, step = run.config, run.facts, run.last_step
     objective = _OBJECTIVES.get(options.get("objective", ""), "an unknown objective")
     pairs = {"self_play": " on pairs from self-play", "paired": " on rows with both responses"}
-    subject = f"{facts['model']} ({count_text(facts['parameters'])} parameters)" if "model" in facts else "A model"
+    model = str(facts.get("model", ""))
+    if model.startswith(("/", ".", "~")):
+        model = model.rstrip("/").rpartition("/")[2]
+    subject = f"{model} ({count_text(facts['parameters'])} parameters)" if model else "A model"
     part = ""
     if facts.get("adapter"):
         part = f" through an adapter of {count_text(facts['trained_parameters'])}"
@@ -105,16 +149,38 @@ def _what_ran(run: Run) -> str:
 
 
 def _what_changed(run: Run) -> str:
-    loss, right = change_of(run, LOSS), change_of(run, ACCURACY)
+    loss, right, margin = change_of(run, LOSS), change_of(run, ACCURACY), change_of(run, MARGIN)
     if loss is None:
-        return "Not enough log lines yet."
+        return "Nothing was logged." if run.end else "Not enough log lines yet."
     went = f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}"
-    if right is None:
+    if right is None or margin is None:
         return f"{went}."
+    if abs(margin.last) < _NO_CHANGE and abs(margin.by) < _NO_CHANGE:
+        return f"{went}; the margin is {number_text(margin.last)}: no preference between the responses yet."
+    if not right.is_certain:
+        return (
+            f"{went} and the margin from {number_text(margin.first)} to {number_text(margin.last)} "
+            f"({right.pairs} pairs at each end, too few to say how often the policy prefers the chosen response)."
+        )
     return (
-        f"{went}; the policy preferred the chosen "
-        f"response in {right.first:.0%} of pairs at the start and in {right.last:.0%} at the end."
+        f"{went}; the policy preferred the chosen response in {right.first:.0%} of the first {right.pairs:,} pairs and "
+        f"in {right.last:.0%} of the last."
     )
+
+
+def _likelihood(run: Run) -> str:
+    """What became of the good answers, which the rewards do not tell: their reference may have moved."""
+    change = run.last(CHOSEN_CHANGE_PER_TOKEN)
+    if change is None:
+        return ""
+    return f"Since the start of the run the chosen responses became {likelihood_text(change)}."
+
+
+def likelihood_text(change: float) -> str:
+    """A change of the log-probability in nats per token, in words."""
+    if abs(change) < _NO_CHANGE:
+        return f"neither more nor less likely ({change:+.2g} nats per token)"
+    return f"{'more' if change > 0 else 'less'} likely ({change:+.2g} nats per token)"
 
 
 def _where_from(run: Run) -> str:
@@ -123,31 +189,40 @@ def _where_from(run: Run) -> str:
     if chosen is None or rejected is None or margin is None:
         return ""
     moves_too = run.config.get("reference") in ("opponent", "opponent_copy")
-    since = " The reference follows the opponent, so rewards reset at each update." if moves_too else ""
+    if abs(margin.by) < _NO_CHANGE:
+        return ""
     if margin.by <= 0:
-        return f"The margin did not rise (from {number_text(margin.first)} to {number_text(margin.last)}).{since}"
-    moves = f"chosen {chosen.by:+.2g}, rejected {rejected.by:+.2g}"
+        return f"The margin did not rise (from {number_text(margin.first)} to {number_text(margin.last)})."
     if chosen.by >= 0 and rejected.by <= 0:
-        how = "the chosen responses rose and the rejected ones fell"
+        how = "the chosen responses became more likely and the rejected ones less likely"
     elif chosen.by >= 0:
-        how = "both rose, the chosen responses more"
+        how = "both became more likely, the chosen responses more so"
     else:
-        how = "both fell, the rejected responses more"
-    return f"The margin rose by {number_text(margin.by)}: {how} (rewards: {moves}).{since}"
+        how = "both became less likely, the rejected responses more so"
+    if run.config.get("objective") == "orpo":
+        than = "By mean log-probability"
+    elif moves_too:
+        than = "Compared with the reference, which follows the opponent and so is not the start,"
+    else:
+        than = "Compared with the reference"
+    return (
+        f"The margin rose by {number_text(margin.by)}. {than} {how} (rewards: chosen {chosen.by:+.2g}, rejected "
+        f"{rejected.by:+.2g})."
+    )
 
 
 def figures(run: Run) -> list[Figure]:
-    """Key figures: means over the last 10% of the log lines, with those over the first 10%."""
+    """Key figures: means over the end of the run, with those over its start; no share of a handful of pairs."""
     if not run.train:
         return []
     found = [Figure("step", f"{run.last_step:,}", _of(run.facts.get("max_steps")))]
     for metric in HEADLINES:
         change = change_of(run, metric)
-        if metric is CHOSEN_CHANGE:
+        if metric is CHOSEN_CHANGE_PER_TOKEN:
             last = run.last(metric)
             if last is not None:
-                found.append(Figure(metric.label, f"{last:+.3g} nats", "since the start"))
-        elif change is not None:
+                found.append(Figure(metric.label, f"{last:+.2g} nats", "per token, since the start"))
+        elif change is not None and (metric.unit != "share" or change.is_certain):
             spell = share_text if metric.unit == "share" else number_text
             found.append(Figure(metric.label, spell(change.last), f"from {spell(change.first)}"))
     return found
@@ -185,23 +260,23 @@ def _bad_steps(run: Run) -> Warn | None:
 
 
 def _fall(run: Run) -> Warn | None:
-    values = run.series(CHOSEN_CHANGE)
-    if not values or values[-1] >= 0:
+    values = run.series(CHOSEN_CHANGE_PER_TOKEN)
+    if not values or values[-1] > -_NO_CHANGE:
         return None
     worst = min(values)
     return Warn(
-        "bad" if values[-1] < -5 else "warning",
+        "bad" if values[-1] < -_HARM else "warning",
         "The chosen responses became less likely",
-        f"By {-values[-1]:.3g} nats per response on the examples tracked since the start (worst: {-worst:.3g}). The "
-        "margin rises only because the rejected responses fall faster. Set chosen_nll_weight or dpop_weight, lower the "
-        "learning rate, or set chosen_drop_limit to stop such a run.",
+        f"By {-values[-1]:.2g} nats per token on the examples tracked since the start (worst: {-worst:.2g}). Where the "
+        "margin rises, it does so only because the rejected responses fall faster. Set chosen_nll_weight or "
+        "dpop_weight, lower the learning rate, or set chosen_drop_limit to stop such a run.",
     )
 
 
 def _worse_eval(run: Run) -> Warn | None:
     curve = run.curve(EVAL + LOSS.name)
     values = [value for _, value in curve]
-    if len(values) < 3 or values[-1] <= min(values) * 1.05:
+    if len(values) < 3 or values[-1] - min(values) < max(0.05 * abs(min(values)), _NO_CHANGE):
         return None
     best = curve[values.index(min(values))][0]
     return Warn(
@@ -227,7 +302,7 @@ def _far(run: Run) -> Warn | None:
 
 def _caught_up(run: Run) -> Warn | None:
     change = change_of(run, IDENTICAL)
-    if change is None or (change.last < _IDENTICAL_HIGH and change.by < _IDENTICAL_RISE):
+    if change is None or not change.is_certain or (change.last < _IDENTICAL_HIGH and change.by < _IDENTICAL_RISE):
         return None
     return Warn(
         "warning",
@@ -239,7 +314,7 @@ def _caught_up(run: Run) -> Warn | None:
 
 def _drift(run: Run) -> Warn | None:
     change = change_of(run, REJECTED_LENGTH)
-    if change is None or change.first <= 0 or abs(change.by) / change.first < _LENGTH_DRIFT:
+    if change is None or not change.is_certain or change.first <= 0 or abs(change.by) / change.first < _LENGTH_DRIFT:
         return None
     ends = change_of(run, ENDED)
     why = f" Segments that end the response: {ends.first:.0%}, then {ends.last:.0%}." if ends is not None else ""
@@ -254,7 +329,8 @@ def _drift(run: Run) -> Warn | None:
 def _saturated(run: Run) -> Warn | None:
     values = run.series(ACCURACY)
     half = len(values) // 2
-    if len(values) < 10 or fmean(values[half:]) < _ALWAYS_RIGHT:
+    change = change_of(run, ACCURACY)
+    if change is None or not change.is_certain or len(values) < 10 or fmean(values[half:]) < _ALWAYS_RIGHT:
         return None
     return Warn(
         "warning",

@@ -12,7 +12,7 @@ from sapo.text import number_text, share_text
 
 _WIDTH, _HEIGHT, _GAP = 380, 210, 20
 _INK, _SOFT, _RULE = "#1d1f24", "#5d616b", "#e2e2dc"
-_TONES = {"order": ("#2a5fc4", "#14795a", "#a94117"), "pair": ("#14795a", "#a94117")}
+_TONES = {"order": ("#2a5fc4", "#14795a", "#a94117"), "pair": ("#14795a", "#a94117", "#14795a", "#a94117")}
 _POINTS = 200
 
 

@@ -151,7 +151,7 @@ class RunFolder:
                 write_atomically(file, "".join(f"{line}\n" for line in (once.values() if once else kept)))
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
-        """Write recipe.yaml, which gives the same run again."""
+        """Write recipe.yaml, which reproduces the run."""
         if self._world.first:
             write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
@@ -362,6 +362,16 @@ def _check_writable(path: Path) -> None:
         raise ConfigurationError(f"output_dir={path}: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigurationError(f"output_dir={path}: no permission to write in {there}. Name a folder of yours.")
+    if there == path:
+        return
+    probe = there / f".sapo-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir={path}: a folder cannot be made in {there} ({error.strerror}). Name another folder."
+        ) from error
 
 
 def _readable(*paths: Path) -> None:

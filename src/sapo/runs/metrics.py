@@ -69,6 +69,7 @@ CHOSEN_REWARD = Metric(
     when="not with SFT",
     chart="Rewards",
     legend="chosen",
+    eval_legend="chosen, evaluation",
 )
 REJECTED_REWARD = Metric(
     "rewards/rejected",
@@ -77,6 +78,7 @@ REJECTED_REWARD = Metric(
     when="not with SFT",
     chart="Rewards",
     legend="rejected",
+    eval_legend="rejected, evaluation",
 )
 MARGIN = Metric(
     "rewards/margins",
@@ -93,7 +95,7 @@ MARGIN = Metric(
 ACCURACY = Metric(
     "rewards/accuracies",
     "share",
-    "share of pairs with a positive margin",
+    "share of pairs with a positive margin; a margin of 0 counts half",
     "near 1: the pairs have become easy",
     better="higher",
     when="not with SFT",
@@ -110,6 +112,7 @@ CHOSEN_LOGP = Metric(
     "varies with the lengths drawn",
     chart="Log-probabilities",
     legend="chosen",
+    eval_legend="chosen, evaluation",
     compared=True,
 )
 REJECTED_LOGP = Metric(
@@ -119,6 +122,7 @@ REJECTED_LOGP = Metric(
     when="not with SFT",
     chart="Log-probabilities",
     legend="rejected",
+    eval_legend="rejected, evaluation",
     compared=True,
 )
 CHOSEN_CHANGE = Metric(
@@ -126,6 +130,14 @@ CHOSEN_CHANGE = Metric(
     "nats per response",
     "change of the chosen log-probability since the start, on the same `chosen_probe_size` training examples",
     "below 0 the chosen responses become less likely; `chosen_drop_limit` stops the run",
+    better="higher",
+    compared=True,
+)
+CHOSEN_CHANGE_PER_TOKEN = Metric(
+    "self_play/chosen_logp_change_per_token",
+    "nats per token",
+    "the same, over the tokens of these responses",
+    "below -0.1 the run did harm (10% more perplexity)",
     better="higher",
     label="chosen change",
     chart="Likelihood of the chosen responses",
@@ -280,6 +292,7 @@ METRICS = (
     CHOSEN_LOGP,
     REJECTED_LOGP,
     CHOSEN_CHANGE,
+    CHOSEN_CHANGE_PER_TOKEN,
     IDENTICAL,
     ENDED,
     REJECTED_LENGTH,
@@ -476,25 +489,3 @@ def compared_metrics() -> list[str]:
     """Names that `sapo compare` shows by default: training metrics, then evaluation metrics."""
     names = [metric.name for metric in METRICS if metric.compared]
     return [*names, *(EVAL + name for name in names)]
-
-
-def documentation() -> list[str]:
-    """The table of docs/metrics.md, line by line."""
-    rows = [(f"`{metric.name}`", metric.unit, _sentence(metric), metric.reading, metric.better) for metric in METRICS]
-    rows += [
-        (f"`{LOCAL}*`", "", "with `eval_local`: the [local measures](evaluation.md#local) of the policy on "
-         "`eval_local_size` evaluation rows", "`ended`, `loops`, `length_ratio` drifting from the data's: stop or "
-         "guard", ""),
-        (f"`{EVAL}*`", "", "with evaluation rows: the same on fixed pairs, made once from these rows by the initial "
-         "opponent", "comparable over the run", ""),
-    ]  # fmt: skip
-    head = ("name", "unit", "meaning", "how to read it", "better")
-    return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
-
-
-def _sentence(metric: Metric) -> str:
-    return f"{metric.when}: {metric.meaning}" if metric.when else metric.meaning
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")

@@ -25,6 +25,10 @@ from sapo.runs.metrics import EVAL, LOSS, RUNTIME, Metric
 _PAIR_FIELDS = {"step": int, "kind": str, "prompt": str, "chosen": list, "rejected": list}
 
 
+_DERIVED = ("do_eval", "debug", "max_prompt_length", "dataloader_pin_memory", "eval_steps")
+"""Options whose value follows from others where it is not set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One option of a run.
@@ -40,10 +44,19 @@ class Setting:
     value: Any
     default: Any
     help: str
+    was_set: bool | None = None
+    """Whether the recipe sets it; None if there is no recipe."""
 
     @property
     def differs(self) -> bool:
-        """Whether the value differs from the default; an unset option may have become no or none."""
+        """Whether the user set it or, of a run without recipe, its value differs from the default.
+
+        An unset option may have become no or none, or what follows from others.
+        """
+        if self.was_set is not None:
+            return self.was_set
+        if self.name in _DERIVED:
+            return False
         unset = self.default in (None, "none") and self.value in (None, False, "", [])
         return bool(self.value != self.default) and not unset
 
@@ -91,6 +104,13 @@ class Run:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def pairs_per_step(self) -> int:
+        """Pairs (or examples) that an optimizer step trains on, over all processes; 1 if the options are unknown."""
+        sizes = [self.config.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+        counts = [size for size in [*sizes, self.facts.get("processes")] if isinstance(size, int)]
+        return math.prod(counts)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every option by name, including those of model and data; the names of a mixture's datasets are joined."""
         recipe = dict(self.recipe)
@@ -104,7 +124,13 @@ class Run:
         known = [one for one in declared.options() if one.name in self.config and one.name not in hidden]
         known.sort(key=lambda one: (one.kind != "own", one.name))
         return [
-            Setting(one.name, self.config[one.name], one.default, one.help if one.kind == "own" else "")
+            Setting(
+                one.name,
+                self.config[one.name],
+                one.default,
+                one.help if one.kind == "own" else "",
+                one.name in self.recipe if self.recipe else None,
+            )
             for one in known
         ]
 
@@ -139,6 +165,8 @@ def read_run(folder: Path) -> Run:
         ConfigurationError: the folder contains no run, or a file cannot be read.
     """
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        if not folder.is_dir():
+            raise ConfigurationError(f"{folder}: no such folder. Use the output folder of a run.")
         raise ConfigurationError(f"{folder}: contains no {METRICS_FILE}. Use the output folder of a run.")
     return Run(
         path=folder,

@@ -74,6 +74,9 @@ class RunCallback(TrainerCallback):
         averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
         averages.add("time/step", self._step_began[0] - wall)
         averages.add("time/cpu", self._step_began[1] - cpu)
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if last and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
 
     def on_log(
         self,
@@ -115,6 +118,7 @@ class MovedFraction(TrainerCallback):
         every = args.logging_strategy != IntervalStrategy.STEPS or state.logging_steps < 1
         self._due = every or (state.global_step + 1) % state.logging_steps == 0
         self._due |= args.logging_first_step and state.global_step == 0
+        self._due |= state.global_step + 1 == state.max_steps
         if self._due:
             self._sample.take()
 
@@ -133,7 +137,7 @@ class KeepRecipe(TrainerCallback):
 
     Args:
         folder: of the run.
-        recipe: gives the same run again.
+        recipe: reproduces the run.
         rehearse: raises a `SapoError` if the end of the run could not be written.
     """
 

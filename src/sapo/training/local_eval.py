@@ -28,11 +28,11 @@ _HALVES = 4
 
 
 class LocalSignals:
-    """Measures the policy on the same rows at each evaluation for which there is time.
+    """Measures the policy on the same rows at the first and the last evaluation, and at others if there is time.
 
     The rows are spread evenly over the first evaluation set; each process takes its part of them. Samples are seeded by
     row, so nothing that the training draws is touched. `eval_local/time_share` is the time spent here over the time of
-    the run so far; a measurement that would exceed `eval_local_max_time_fraction` is put off to a later evaluation.
+    the run so far; a measurement in between that would exceed `eval_local_max_time_fraction` is left out.
 
     Args:
         context: of the run.
@@ -76,9 +76,9 @@ class LocalSignals:
         """Start the clock of the run, or of what follows `checkpoint`."""
         self._time.begin()
 
-    def observe(self) -> None:
-        """Measure, if there is time, and give the numbers to the averages of the evaluation."""
-        if self._context.world.first_decides(self._fits()):
+    def observe(self, *, last: bool = False) -> None:
+        """Measure at the first and the `last` evaluation, and where there is time; for the evaluation's averages."""
+        if last or self._time.cost is None or self._context.world.first_decides(self._time.fits()):
             with self._time.spending():
                 args = self._context.args
                 own = self._measure(range(args.process_index, len(self._examples), args.world_size))
@@ -88,19 +88,10 @@ class LocalSignals:
             self._told = True
             logger.warning(
                 f"Local measures on {len(self._examples)} rows would take more than eval_local_max_time_fraction="
-                f"{self._context.args.eval_local_max_time_fraction:g} of the run's time so far; they are postponed. "
-                "Lower eval_local_size, or raise the share, for more of them."
+                f"{self._context.args.eval_local_max_time_fraction:g} of the run's time so far; until there is time "
+                "they are left out, except at the last evaluation. Lower eval_local_size or raise the fraction."
             )
         self._averages.add("local/time_share", self._time.share)
-
-    def _fits(self) -> bool:
-        if self._time.cost is None:
-            # What a measurement takes is not known before the first: a batch of it is tried.
-            batch = range(min(self._options.batch_size, len(self._examples)))
-            with self._time.spending():
-                self._measure(batch)
-            self._time.cost *= max(1, len(self._examples)) / (len(batch) * self._context.args.world_size)
-        return self._time.fits()
 
     def _measure(self, places: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
         context = self._context

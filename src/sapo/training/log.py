@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from sapo.runs.metrics import CHOSEN_CHANGE, COSTS, EVAL, FINAL_LOSS, IDENTICAL, LOSS, MOVED
+from sapo.runs.metrics import CHOSEN_CHANGE, CHOSEN_CHANGE_PER_TOKEN, COSTS, EVAL, FINAL_LOSS, IDENTICAL, LOSS, MOVED
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages, memory_use
 from sapo.training.probes import ChosenProbe
@@ -118,13 +118,14 @@ class TrainingLog:
             )
 
     def _chosen_change(self, step: int) -> dict[str, float]:
-        change = self._probe.change() if self._probe is not None else None
-        if change is None:
+        changes = self._probe.change() if self._probe is not None else None
+        if changes is None:
             return {}
+        change, per_token = changes
         limit = self._context.args.chosen_drop_limit
         if limit is not None and change < -limit and self.stop_reason is None:
             self.stop_reason = (
                 f"Stopped at step {step}: the chosen log-probability has fallen by {-change:.2f} nats per response, "
                 f"chosen_drop_limit is {limit}. Lower the learning rate, or set chosen_nll_weight."
             )
-        return {CHOSEN_CHANGE.name: change}
+        return {CHOSEN_CHANGE.name: change, CHOSEN_CHANGE_PER_TOKEN.name: per_token}

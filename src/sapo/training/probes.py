@@ -26,10 +26,10 @@ class EvaluationPairs:
         self._batch_size = batch_size
         self._digests: dict[int, tuple[Any, str]] = {}
         self.made: dict[str, list[Pair]] = {}
-        """By the digest of the prepared data set; kept in checkpoints."""
+        """By the digest of the prepared dataset; kept in checkpoints."""
 
     def of(self, dataset: Any) -> dict[tuple[int, int], Pair]:
-        """The pairs of a prepared data set by (row, turn), made if they are not yet."""
+        """The pairs of a prepared dataset by (row, turn), made if they are not yet."""
         digest = self.digest(dataset)
         if digest not in self.made:
             made: list[Pair] = []
@@ -41,9 +41,9 @@ class EvaluationPairs:
         return dict(zip(zip(dataset["row"], first_turns, strict=True), self.made[digest], strict=True))
 
     def digest(self, dataset: Any) -> str:
-        """The content of a prepared data set as a hash, computed once."""
+        """The content of a prepared dataset as a hash, computed once."""
         if id(dataset) not in self._digests:
-            # The data set itself is kept too: its identity must not pass to another.
+            # The dataset itself is kept too: its identity must not pass to another.
             self._digests[id(dataset)] = (dataset, dataset_digest(dataset))
         return self._digests[id(dataset)][1]
 
@@ -73,7 +73,7 @@ class ChosenProbe:
         if self._size and self.start is None:
             rng = random.Random(derive_seed(self._seed, "probe"))
             indices = sorted(rng.sample(range(len(self._dataset)), self._size))
-            self.start = {"indices": [float(i) for i in indices], "logps": self._now(indices)}
+            self.start = {"indices": [float(i) for i in indices], "logps": self._logps(self._examples(indices))}
 
     def restore(self, start: dict[str, list[float]] | None) -> None:
         """Continue from the `start` of a checkpoint.
@@ -85,18 +85,21 @@ class ChosenProbe:
             indices, logps = list(start["indices"]), [float(value) for value in start["logps"]]
             known = range(len(self._dataset))
             if len(indices) != len(logps) or not indices or not all(index in known for index in indices):
-                raise ValueError("the examples to follow are not of this data set")
+                raise ValueError("the examples to follow are not of this dataset")
         self.start = start
 
-    def change(self) -> float | None:
-        """Mean change since the start in nats a response; None where nothing is followed."""
+    def change(self) -> tuple[float, float] | None:
+        """Mean change since the start in nats per response and in nats per token; None where nothing is followed."""
         if self.start is None:
             return None
-        now = self._now([int(index) for index in self.start["indices"]])
-        return float(np.mean(np.subtract(now, self.start["logps"])))
+        examples = self._examples(self.start["indices"])
+        changes = np.subtract(self._logps(examples), self.start["logps"])
+        tokens = sum(len(example.turns[-1].response_ids) for example in examples)
+        return float(np.mean(changes)), float(np.sum(changes)) / tokens
 
-    def _now(self, indices: Sequence[int]) -> list[float]:
-        return self._logps(collate_examples([self._dataset[index] for index in indices])["examples"])
+    def _examples(self, indices: Sequence[float]) -> list[Example]:
+        found: list[Example] = collate_examples([self._dataset[int(index)] for index in indices])["examples"]
+        return found
 
 
 def as_list_of_datasets(datasets: Any) -> list[Any]:

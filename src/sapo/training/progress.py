@@ -7,15 +7,9 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +17,60 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sapo.preference.pairs import Pair
 from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
 from sapo.text import number_text, visible
+
+_BAR, _SHORTEST_BAR = 30, 5
+
+
+class _Status:
+    """Two lines of a run that goes on: steps, bar and time; and the last logged numbers, as many as fit.
+
+    Attributes:
+        step: completed optimizer steps.
+        steps: of the whole run.
+        seconds: of a step on average, of this start of the run; 0 before the first.
+        numbers: texts such as "loss 0.5", the most important first.
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        self.step, self.steps = step, steps
+        self.seconds, self._since = 0.0, time.perf_counter()
+        self.numbers: list[str] = []
+
+    def advance(self, step: int, seconds: float) -> None:
+        """A step has ended."""
+        self.step, self.seconds, self._since = step, seconds, time.perf_counter()
+
+    @property
+    def left(self) -> timedelta:
+        """Time left; runs down within a step."""
+        rest = self.seconds * (self.steps - self.step) - (time.perf_counter() - self._since)
+        return timedelta(seconds=max(0, round(rest)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        head = f"step {self.step}/{self.steps} "
+        times = [f"{self.left} left", f"{self.seconds:.3g} s/step"] if self.seconds else ["first step ..."]
+        tail = f" {_fitting(times, width - len(head) - 1)}"
+        bar = min(_BAR, width - len(head) - len(tail))
+        line = Table.grid(padding=0)
+        cells: list[Any] = [Text(head)]
+        if bar >= _SHORTEST_BAR:
+            cells.append(ProgressBar(total=max(1, self.steps), completed=self.step, width=bar))
+        line.add_row(*cells, Text(tail))
+        yield line
+        if self.numbers:
+            yield Text(_fitting(self.numbers, width))
+
+
+def _fitting(parts: Sequence[str], width: int) -> str:
+    """The first parts that fit into a line; a part is never cut."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 class TerminalProgress(TrainerCallback):
@@ -52,36 +100,25 @@ class TerminalProgress(TrainerCallback):
         self._last_pairs = last_pairs
         self._log_pairs_steps = log_pairs_steps
         self._pairs = pairs
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._live: Live | None = None
+        self._status = _Status(0, 0)
         self._began, self._first_step = 0.0, 0
-        self.last: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Open the bar."""
         self._began, self._first_step = time.perf_counter(), state.global_step
+        self._status = _Status(state.global_step, state.max_steps)
         if self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.quiet:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self._bar.start()
+            self._live = Live(self._status, console=self._console, refresh_per_second=4)
+            self._live.start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Move the bar; now and then show pairs."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        self._status.advance(state.global_step, self._pace(state))
         every = self._log_pairs_steps
         if every and (state.global_step == 1 or state.global_step % every == 0):
             pairs = self._last_pairs()[: self._pairs]
@@ -98,24 +135,23 @@ class TerminalProgress(TrainerCallback):
         """Show the numbers that matter."""
         if logs is None or RUNTIME.name in logs:
             return
+        labels = {EVAL + LOSS.name: "evaluation loss", EVAL + ACCURACY.name: "evaluation accuracy"}
         if LOSS.name in logs:
-            self.last = dict(logs)
             labels = {metric.name: metric.label for metric in HEADLINES}
-        else:
-            labels = {name: name for name in (EVAL + LOSS.name, EVAL + ACCURACY.name)}
-        shown = "  ".join(f"{label} {number_text(logs[name])}" for name, label in labels.items() if name in logs)
-        if self._bar is not None and LOSS.name in logs:
-            self._bar.update(self._task, description=f"{self._pace(state)[0]}  {shown}")
+        shown = [f"{label} {number_text(logs[name])}" for name, label in labels.items() if name in logs]
+        if self._live is not None and LOSS.name in logs:
+            self._status.numbers = shown
         elif shown:
-            pace = "".join(f"  {part}" for part in self._pace(state)) if LOSS.name in logs else ""
-            line = f"step {state.global_step}/{state.max_steps}  {shown}{pace}"
+            if LOSS.name in logs:
+                self._status.advance(state.global_step, self._pace(state))
+                shown += [f"{self._status.seconds:.3g} s/step", f"left {self._status.left}"]
+            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _pace(self, state: TrainerState) -> tuple[str, str]:
-        """Time a step and time left, of this start of the run."""
-        each = (time.perf_counter() - self._began) / max(1, state.global_step - self._first_step)
-        left = timedelta(seconds=round(each * (state.max_steps - state.global_step)))
-        return f"{each:.3g} s/step", f"left {left}"
+    def _pace(self, state: TrainerState) -> float:
+        """Seconds of a step, of this start of the run."""
+        steps: int = max(1, state.global_step - self._first_step)
+        return (time.perf_counter() - self._began) / steps
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -125,13 +161,13 @@ class TerminalProgress(TrainerCallback):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:
-    """A few pairs, the rewritten segment marked; model text is escaped."""
+    """A few pairs, the regenerated segment marked; model text is escaped."""
     table = Table(title=f"pairs drawn at step {step}", show_lines=True, expand=False)
     for name in ("prompt", "chosen", "rejected"):
         table.add_column(name, overflow="fold")

@@ -1,8 +1,8 @@
 """What the report needs that nothing else keeps: a sample of pairs, and what the run runs on.
 
 Which pairs: with n = `report_pairs`, S = (n - 4) // 8 and T = the steps of the run, snapshots are taken at the steps
-ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step learned
-from, on the first process: at most n in all. The followed prompts are the same at each snapshot (a sample of the
+ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step trained
+on, on the first process: at most n in all. The followed prompts are the same at each snapshot (a sample of the
 training rows, seeded by (seed, "followed")); the opponent rewrites the same segment of each with the same random
 numbers (epoch -1), so that what changes from one snapshot to the next is the opponent and nothing else.
 """
@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
@@ -35,6 +36,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
+from sapo.runs.origin import origin
 from sapo.seeds import derive_seed
 from sapo.training.context import RunContext
 from sapo.training.scorer import PairScorer
@@ -42,17 +44,19 @@ from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel
 
 FOLLOWED = 4
-"""Prompts that are rewritten again at each snapshot."""
-LEARNT = 4
-"""Pairs learned from that are kept at each snapshot."""
+"""Prompts whose segments are regenerated at each snapshot."""
+TRAINED = 4
+"""Pairs trained on that are kept at each snapshot."""
 _SHARE_OF_TIME = 50
 """A report is refreshed only when this many times its own duration has passed since the last."""
+_ADAPTER = re.compile(r"\.(lora_|modules_to_save\.|token_adapter\.|trainable_tokens_)")
+"""In the names of weights that peft adds to a model."""
 _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed"]
 
 
 def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
     """The steps at which pairs are kept, 0 (before the first) included; none if `pairs` is 0."""
-    snapshots = (pairs - FOLLOWED) // (FOLLOWED + LEARNT)
+    snapshots = (pairs - FOLLOWED) // (FOLLOWED + TRAINED)
     if snapshots < 1:
         return set()
     return {math.ceil(j * max_steps / snapshots) for j in range(snapshots + 1)}
@@ -156,15 +160,15 @@ class RunRecorder(TrainerCallback):
         kinds = {"followed": self._regenerate_followed()}
         if step > 0:
             # As many on every process: with sharded weights all must go through the same passes.
-            kinds["learnt"] = [last[i % len(last)] for i in range(LEARNT)]
+            kinds["trained"] = [last[i % len(last)] for i in range(TRAINED)]
         rows = []
         for kind, pairs in kinds.items():
             scored = list(zip(pairs, self._scores(pairs), strict=True))
-            if kind == "learnt":
+            if kind == "trained":
                 scored = scored[: len(last)]
             for pair, scores in scored:
                 row = {"step": step, "kind": kind, **texts_of(pair, self._context.tokenizer), **scores}
-                rows.append(row | (self._source.history(pair, step) if kind == "learnt" else {}))
+                rows.append(row | (self._source.history(pair, step) if kind == "trained" else {}))
         if world.first:
             log_pairs(self._context.args.report_to, rows, step)
             with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
@@ -239,21 +243,25 @@ def _shared(one: str, other: str) -> int:
 def _describe(context: RunContext, rows: int, state: TrainerState) -> dict[str, Any]:
     """Model, data, machine and versions of a run that begins."""
     policy = context.roles.policy()
-    args, weights = context.args, list(policy.parameters())
+    args = context.args
+    # Without the adapters, of which a model may hold two: the policy's and the opponent's.
+    base = [weight for name, weight in policy.named_parameters() if not _ADAPTER.search(name)]
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
     named = getattr(torch.get_device_module(args.device), "get_device_name", None)
     gpu = named(args.device) if named is not None and args.device.type != "cpu" else None
     return {
         "model": str(policy.config._name_or_path) or type(policy).__name__,
-        "parameters": sum(map(global_numel, weights)),
-        "trained_parameters": sum(global_numel(weight) for weight in weights if weight.requires_grad),
+        "parameters": sum(map(global_numel, base)),
+        "trained_parameters": sum(map(global_numel, trained)),
         "adapter": context.roles.is_adapter,
-        "dtype": str(weights[0].dtype).removeprefix("torch."),
+        "dtype": str(base[0].dtype).removeprefix("torch."),
         "training_rows": rows,
         "max_steps": state.max_steps,
         "first_step": state.global_step,
         "processes": args.world_size,
         "device": gpu or str(args.device),
         "started": _now(),
+        **origin(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -157,10 +157,10 @@ class RetentionSignals:
 
     # ---- At an evaluation ----
 
-    def observe(self) -> None:
-        """Measure, if there is time, and give the numbers to the averages of the evaluation."""
+    def observe(self, *, last: bool = False) -> None:
+        """Measure at the `last` evaluation and where there is time, for the averages of the evaluation."""
         world = self._context.world
-        if world.first_decides(world.first and self._time.fits()):
+        if last or world.first_decides(world.first and self._time.fits()):
             if world.first:
                 with self._time.spending():
                     self._measure()

@@ -144,7 +144,7 @@ class RunState:
                 self.probe.restore(state["probe"])
             for digest in state["eval_pairs"]:
                 if not re.fullmatch("[0-9a-f]+", digest):
-                    raise ValueError(f"{digest!r} is not the digest of a data set")
+                    raise ValueError(f"{digest!r} is not the digest of a dataset")
                 tensors = parts.read_tensors(folder, f"eval_pairs_{digest}")
                 entries = checked_entries(tensors, self._vocabulary_size)
                 self.eval_pairs.made[digest] = [entry.item for entry in entries]

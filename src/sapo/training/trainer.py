@@ -66,7 +66,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         generator: generates rejected segments; by default what `args.generation_backend` says. One that has weights
             of its own (`sapo.generation.protocol.Engine`) is given the opponent's.
         source: where pairs come from; by default what `args.pair_source` says, with `generator`.
-        data_names: names of the two data sets in errors and reports.
+        data_names: names of the two datasets in errors and reports.
         callbacks: as for `Trainer`.
         optimizers: as for `Trainer`.
 
@@ -75,7 +75,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         reference: the reference of DPO; None without one.
         source: where pairs come from.
         run_folder: the output folder.
-        data_reports: what became of the rows, by name of the data set.
+        data_reports: what became of the rows, by name of the dataset.
 
     Raises:
         ConfigurationError, DatasetError, TokenizerError: what clashes, before training.
@@ -336,7 +336,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 self._current_eval = self._eval_pairs.of(dataset)
             for signals in self._signals:
                 if signals.rows is dataset:
-                    signals.observe()
+                    signals.observe(last=self.state.global_step >= self.state.max_steps)
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 

@@ -73,8 +73,8 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
     """The tokenizer of a model; of an adapter its own, else that of its base model.
 
     Args:
-        name: model folder, adapter folder or hub id.
-        revision: of a hub id.
+        name: model folder, adapter folder or Hub id.
+        revision: of a Hub id.
 
     Raises:
         ModelError: there is no such model.
@@ -109,8 +109,8 @@ def read_config(name: str, revision: str = "main") -> Any:
     """The configuration of a model, of an adapter that of its base model, without weights.
 
     Args:
-        name: model folder, adapter folder or hub id.
-        revision: of a hub id.
+        name: model folder, adapter folder or Hub id.
+        revision: of a Hub id.
 
     Raises:
         ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
@@ -151,7 +151,7 @@ def load_generation_config(name: str, revision: str = "main", config: Any = None
 
 def _source(model_args: ModelConfig) -> ModelSource:
     if not model_args.model_name_or_path:
-        raise ConfigurationError("model_name_or_path is missing: name a model folder or a hub id.")
+        raise ConfigurationError("model_name_or_path is missing: name a model folder or a Hub id.")
     return _find(model_args.model_name_or_path, model_args.model_revision)
 
 
@@ -240,7 +240,7 @@ def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
     """The model that the trainer is given by name, loaded with `args.model_init_kwargs`, in float32 by default.
 
     Args:
-        name: model folder, adapter folder (loaded with its base, to train on) or hub id.
+        name: model folder, adapter folder (loaded with its base, to train on) or Hub id.
         args: of the run.
         adapter: whether a new adapter will be trained on it.
 
@@ -274,8 +274,8 @@ def load_frozen(
     """A model that is not trained: in evaluation mode, on one device.
 
     Args:
-        name: model folder, adapter folder (loaded with its base) or hub id.
-        revision: of a hub id.
+        name: model folder, adapter folder (loaded with its base) or Hub id.
+        revision: of a Hub id.
         dtype: of the weights; "auto" as they are stored.
         device: unset, the accelerator if there is one.
         adapter_name: what the model calls the adapter, if it has one.

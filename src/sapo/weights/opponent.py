@@ -369,6 +369,9 @@ def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping
             state_dict=state_dict,
             save_embedding_layers=saves_embeddings(policy, name),
         )
+    if name != POLICY_ADAPTER:
+        # peft's card is a form with nothing filled in; the run's own describes the opponent too.
+        (folder / "README.md").unlink(missing_ok=True)
     nested = folder / name
     # PEFT puts every adapter but "default" into a folder of its own.
     if nested.is_dir():

@@ -175,7 +175,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
-    """What fills rows: the tokenizer's pad token, else an end token; it is never attended to.
+    """What fills rows: the tokenizer's pad token, else an EOS token; it is never attended to.
 
     Raises:
         TokenizerError: it has neither.
@@ -183,5 +183,5 @@ def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     if not eos_ids:
-        raise TokenizerError("the tokenizer has neither a pad nor an end token. Set tokenizer.eos_token.")
+        raise TokenizerError("the tokenizer has neither a pad nor an EOS token. Set tokenizer.eos_token.")
     return min(eos_ids)

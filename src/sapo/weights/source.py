@@ -260,7 +260,11 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             "converted from."
         )
     if isinstance(error, ImportError) or Path(source.base).is_dir():
-        advice = "" if isinstance(error, (ImportError, TypeError)) else " Check that the folder is complete."
+        advice = (
+            _install(str(error))
+            if isinstance(error, (ImportError, TypeError))
+            else " Check that the folder is complete."
+        )
         return ModelError(f"{name}: the {what} cannot be loaded ({reason}).{advice}")
     causes = tuple(_causes(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -280,6 +284,21 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
         return ModelError(f"{name}: the {what} is incomplete on the hub ({reason}).")
     return ModelError(f"{name}: the {what} cannot be loaded ({reason}).")
+
+
+_EXTRAS = {
+    "flash": "pip install flash-attn, or leave attn_implementation out",
+    "bitsandbytes": 'pip install "sapo-llm[quantization]"',
+    "gguf": 'pip install "sapo-llm[gguf]"',
+    "sentencepiece": "pip install sentencepiece",
+    "tiktoken": "pip install tiktoken",
+}
+
+
+def _install(said: str) -> str:
+    """How to install the package that a library misses."""
+    found = next((line for name, line in _EXTRAS.items() if name in said.lower()), "")
+    return f" {found[:1].upper()}{found[1:]}." if found else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,6 +6,8 @@ class ChartBoard {
     this.announce = announce;
     this.specs = specs;
     this.smoothing = 0;
+    this.axis = "step";
+    this.log = false;
     this.onzoom = () => {};
     this.cursor = null;
     this.setRuns(runs, runs.map((_, index) => index));
@@ -26,22 +28,41 @@ class ChartBoard {
     if (whole) this.zoom(from, to); else this.zoom(this.least, this.most);
   }
 
+  // Where a step lies on the chosen axis, and back; each run has its own epochs, hours and tokens.
+  column(run) {
+    const { steps, axes } = this.runs[run].train;
+    const values = axes && axes[this.axis];
+    return values ? [[0, ...steps], [0, ...values]] : null;
+  }
+
+  at(run, step) {
+    const column = this.column(run);
+    return column ? between(column[0], column[1], step) : step;
+  }
+
+  back(run, value) {
+    const column = this.column(run);
+    return column ? between(column[1], column[0], value) : value;
+  }
+
   lines(spec) {
     const found = [];
     const names = Object.keys(spec.metrics);
     for (const index of this.shown) {
       const run = this.runs[index];
+      const before = found.length;
       names.forEach((name, place) => {
         const part = name.startsWith("eval_") ? run.eval : run.train;
         const series = part.series[name];
         if (!series) return;
         const several = this.runs.length > 1;
-        const tone = spec.tone === "pair" ? (place === 0 ? "chosen" : "rejected") : `c${place + 1}`;
+        const tone = spec.tone === "pair" ? (name.endsWith("chosen") ? "chosen" : "rejected") : `c${((found.length - before) % 8) + 1}`;
+        const evaluation = spec.tone === "pair" && name.startsWith("eval_");
         found.push({
-          ...series, steps: part.steps, name,
+          ...series, steps: part.steps, name, run: index,
           label: several ? `${run.name} · ${spec.metrics[name]}` : spec.metrics[name],
           tone: several ? `r${(index % 8) + 1}` : tone,
-          dash: several ? place : 0,
+          dash: several ? place : evaluation ? 1 : 0,
           dots: part.steps.length < 60,
         });
       });
@@ -50,6 +71,7 @@ class ChartBoard {
   }
 
   build() {
+    const large = new Set((this.charts || []).filter((chart) => chart.isLarge).map((chart) => chart.spec.title));
     const open = new Set((this.charts || []).filter((chart) => chart.details.open).map((chart) => chart.spec.title));
     this.charts = [];
     const cards = [];
@@ -60,6 +82,7 @@ class ChartBoard {
       this.charts.push(chart);
       cards.push(chart.card);
       if (open.has(spec.title)) chart.details.open = true;
+      if (large.has(spec.title)) chart.enlarge();
     }
     const gain = gainCard(this.runs, this.shown);
     if (gain) cards.push(gain);
@@ -120,17 +143,80 @@ class Chart {
     this.words = h("p", { class: "unseen", id: `${id}-words` });
     this.details = h("details", { ontoggle: () => this.table() }, h("summary", {}, "Table"), h("div", { class: "scroll" }));
     const unit = spec.unit && spec.unit !== "share" ? h("span", { class: "unit" }, spec.unit) : null;
+    const tool = (text, label, act) => h("button", { type: "button", "aria-label": `${label}: ${spec.title}`, onclick: act }, text);
+    this.enlarger = tool("Enlarge", "Enlarge", () => this.enlarge());
+    this.tools = h("div", { class: "tools" }, this.enlarger,
+      tool("CSV", "Save as CSV", () => this.saveCsv()), tool("PNG", "Save as PNG", () => this.savePng()));
+    this.isLarge = false;
     this.card = h("section", { class: "card chart", "aria-labelledby": `${id}-title` },
       h("div", { class: "chart-head" }, h("h3", { id: `${id}-title` }, spec.title, " ", unit), this.at),
-      this.legend, this.plot, this.words, h("p", { class: "reading" }, spec.reading), this.details);
+      this.legend, this.plot, this.words, h("p", { class: "reading" }, spec.reading), this.tools, this.details);
     this.watch();
     new ResizeObserver(() => this.draw()).observe(this.plot);
+  }
+
+  enlarge() {
+    this.isLarge = !this.isLarge;
+    this.card.classList.toggle("large", this.isLarge);
+    this.enlarger.textContent = this.isLarge ? "Shrink" : "Enlarge";
+    this.draw();
+  }
+
+  get fileName() { return this.spec.title.toLowerCase().replace(/\W+/g, "-"); }
+
+  saveCsv() {
+    const quoted = (text) => `"${String(text).replaceAll('"', '""')}"`;
+    const at = this.series.map((line) => new Map(line.steps.map((step, index) => [step, line.mean[index]])));
+    const steps = [...new Set(this.series.flatMap((line) => line.steps))].sort((a, b) => a - b);
+    const rows = steps.map((step) => [step, ...at.map((values) => (values.has(step) && values.get(step) !== null ? values.get(step) : ""))].join(","));
+    const head = ["step", ...this.series.map((line) => quoted(line.label))].join(",");
+    save(`${this.fileName}.csv`, new Blob([[head, ...rows, ""].join("\n")], { type: "text/csv" }));
+  }
+
+  // The drawing with its styles written into it, on the card's ground, with title and legend, at twice its size.
+  savePng() {
+    const svg = this.plot.querySelector("svg");
+    const copy = svg.cloneNode(true);
+    const [from, to] = [svg, copy].map((root) => [root, ...root.querySelectorAll("*")]);
+    const names = ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linejoin", "stroke-linecap", "stroke-opacity", "opacity", "color", "font-size", "font-family"];
+    from.forEach((element, place) => {
+      const style = getComputedStyle(element);
+      for (const name of names) to[place].setAttribute(name, style.getPropertyValue(name));
+      to[place].removeAttribute("class");
+    });
+    const head = 44, [width, height] = [svg.clientWidth, svg.clientHeight + head];
+    copy.setAttribute("xmlns", SVG);
+    const image = new Image();
+    image.onload = () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [2 * width, 2 * height];
+      const context = canvas.getContext("2d");
+      context.scale(2, 2);
+      const style = getComputedStyle(this.card);
+      context.fillStyle = style.backgroundColor;
+      context.fillRect(0, 0, width, height);
+      context.fillStyle = style.color;
+      context.font = "600 14px system-ui, sans-serif";
+      context.fillText(this.spec.title, 8, 18);
+      context.font = "12px system-ui, sans-serif";
+      let x = 8;
+      this.series.forEach((line, index) => {
+        context.fillStyle = getComputedStyle(this.legend.children[index].firstChild).color;
+        context.fillRect(x, 32, 12, 3);
+        context.fillStyle = style.color;
+        context.fillText(line.label, x + 17, 38);
+        x += 33 + context.measureText(line.label).width;
+      });
+      context.drawImage(image, 0, head, width, height - head);
+      canvas.toBlob((blob) => save(`${this.fileName}.png`, blob));
+    };
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(copy))}`;
   }
 
   draw() {
     const width = this.plot.clientWidth;
     if (!width) return;
-    const height = 176, { from, to, smoothing } = this.board;
+    const height = this.isLarge ? 420 : 176, { board } = this, { from, to, smoothing } = board;
     this.smoothed = this.series.map((line) => smooth(line.mean, smoothing));
     let low = Infinity, high = -Infinity;
     this.series.forEach((line, index) => {
@@ -149,39 +235,49 @@ class Chart {
     if (this.spec.unit === "share" && high > 0.6) high = 1;
     // A smoothed constant stays constant except for rounding.
     if (high - low <= 1e-9 * Math.max(Math.abs(high), Math.abs(low))) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
-    if (this.spec.unit !== "share") { const pad = (high - low) * 0.06; low -= pad; high += pad; }
-    const ticksY = niceTicks(low, high, 4);
+    const log = board.log && this.spec.unit !== "share" && low > 0;
+    this.card.classList.toggle("log", log);
+    if (log) { const pad = (high / low) ** 0.06; low /= pad; high *= pad; }
+    else if (this.spec.unit !== "share") { const pad = (high - low) * 0.06; low -= pad; high += pad; }
+    const up = log ? Math.log10 : (value) => value;
+    const decades = log ? niceTicks(Math.ceil(up(low)), Math.floor(up(high)), 4, true).map((power) => 10 ** power).filter((tick) => tick >= low && tick <= high) : [];
+    const ticksY = decades.length > 1 ? decades : niceTicks(low, high, this.isLarge ? 8 : 4);
     const labels = ticksY.map((tick) => numberText(tick, this.spec.unit));
     const left = Math.max(38, 12 + 6.6 * Math.max(...labels.map((label) => label.length)));
     const box = { left, right: width - 10, top: 8, bottom: height - 22 };
-    this.x = (step) => box.left + ((step - from) / (to - from)) * (box.right - box.left);
-    this.y = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
+    const runs = [...new Set(this.series.map((line) => line.run))];
+    let [first, last] = [Math.min(...runs.map((run) => board.at(run, from))), Math.max(...runs.map((run) => board.at(run, to)))];
+    if (!(last > first)) last = first + 1;
+    const across = (value) => box.left + ((value - first) / (last - first)) * (box.right - box.left);
+    this.span = [first, last];
+    this.x = (step, run = runs[0]) => across(board.at(run, step));
+    this.y = (value) => box.bottom - ((up(value) - up(low)) / (up(high) - up(low))) * (box.bottom - box.top);
     this.box = box;
     const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" });
     svg.append(s("clipPath", { id: this.clip },
-      s("rect", { x: box.left, y: box.top - 4, width: Math.max(0, box.right - box.left), height: box.bottom - box.top + 8 })));
+      s("rect", { x: box.left - 4, y: box.top - 4, width: Math.max(0, box.right - box.left + 8), height: box.bottom - box.top + 8 })));
     ticksY.forEach((tick, index) => {
       const y = this.y(tick);
       svg.append(s("line", { class: tick === 0 && low < 0 ? "zero" : "grid", x1: box.left, x2: box.right, y1: y, y2: y }));
       svg.append(s("text", { class: "tick", x: box.left - 6, y: y + 4, "text-anchor": "end" }, labels[index]));
     });
-    const ticksX = niceTicks(from, to, Math.max(2, Math.floor((box.right - box.left) / 90)));
+    const bySteps = board.axis === "step";
+    const ticksX = niceTicks(first, last, Math.max(2, Math.floor((box.right - box.left) / 90)), bySteps);
     for (const tick of ticksX) {
-      if (tick !== Math.round(tick)) continue;
-      const x = this.x(tick);
+      const x = across(tick);
       const anchor = x > box.right - 16 ? "end" : x < box.left + 12 ? "start" : "middle";
-      svg.append(s("text", { class: "tick", x, y: height - 5, "text-anchor": anchor }, wholeText(tick)));
+      svg.append(s("text", { class: "tick", x, y: height - 5, "text-anchor": anchor }, bySteps ? wholeText(tick) : numberText(tick)));
     }
-    svg.append(s("text", { class: "tick", x: 2, y: height - 5 }, "step"));
+    svg.append(s("text", { class: "tick", x: 2, y: height - 5 }, { step: "step", epoch: "epoch", hours: "h", tokens: "M tok." }[board.axis]));
     const inside = s("g", { "clip-path": `url(#${this.clip})` });
     this.series.forEach((line, index) => {
       if (line.low) inside.append(s("path", { class: `band ${line.tone}`, d: this.area(line) }));
-      if (this.smoothed[index] !== line.mean) inside.append(s("path", { class: `line raw ${line.tone}`, d: this.path(line.steps, line.mean) }));
-      inside.append(s("path", { class: `line ${line.tone} dash${line.dash}`, d: this.path(line.steps, this.smoothed[index]) }));
+      if (this.smoothed[index] !== line.mean) inside.append(s("path", { class: `line raw ${line.tone}`, d: this.path(line, line.mean) }));
+      inside.append(s("path", { class: `line ${line.tone} dash${line.dash}`, d: this.path(line, this.smoothed[index]) }));
       if (line.dots && this.smoothed[index] === line.mean) {
         line.steps.forEach((step, place) => {
           if (line.mean[place] === null || step < from || step > to) return;
-          inside.append(s("circle", { class: `dot ${line.tone}`, cx: this.x(step), cy: this.y(line.mean[place]), r: 2.2 }));
+          inside.append(s("circle", { class: `dot ${line.tone}`, cx: this.x(step, line.run), cy: this.y(line.mean[place]), r: 2.2 }));
         });
       }
     });
@@ -194,11 +290,11 @@ class Chart {
     if (this.details.open) this.table();
   }
 
-  path(steps, values) {
+  path({ steps, run }, values) {
     let d = "", pen = "M";
     for (let place = 0; place < steps.length; place++) {
       if (values[place] === null) { pen = "M"; continue; }
-      d += `${pen}${this.x(steps[place]).toFixed(1)} ${this.y(values[place]).toFixed(1)}`;
+      d += `${pen}${this.x(steps[place], run).toFixed(1)} ${this.y(values[place]).toFixed(1)}`;
       pen = "L";
     }
     return d;
@@ -208,8 +304,8 @@ class Chart {
     const there = [], back = [];
     line.steps.forEach((step, place) => {
       if (line.low[place] === null) return;
-      there.push(`${this.x(step).toFixed(1)} ${this.y(line.high[place]).toFixed(1)}`);
-      back.unshift(`${this.x(step).toFixed(1)} ${this.y(line.low[place]).toFixed(1)}`);
+      there.push(`${this.x(step, line.run).toFixed(1)} ${this.y(line.high[place]).toFixed(1)}`);
+      back.unshift(`${this.x(step, line.run).toFixed(1)} ${this.y(line.low[place]).toFixed(1)}`);
     });
     return there.length ? `M${there.join("L")}L${back.join("L")}Z` : "";
   }
@@ -239,7 +335,7 @@ class Chart {
       const value = this.smoothed[index][place];
       this.values[index].textContent = numberText(value, this.spec.unit);
       if (cursor !== null && value !== null && value !== undefined) {
-        this.cross.append(s("circle", { class: line.tone, cx: this.x(line.steps[place]), cy: this.y(value), r: 3.5 }));
+        this.cross.append(s("circle", { class: line.tone, cx: this.x(line.steps[place], line.run), cy: this.y(value), r: 3.5 }));
       }
     });
     this.at.textContent = cursor === null ? "" : `step ${wholeText(cursor)}`;
@@ -249,7 +345,8 @@ class Chart {
     const rect = this.plot.getBoundingClientRect();
     const { from, to } = this.board;
     const share = (event.clientX - rect.left - this.box.left) / (this.box.right - this.box.left);
-    return from + Math.min(1, Math.max(0, share)) * (to - from);
+    const value = this.span[0] + Math.min(1, Math.max(0, share)) * (this.span[1] - this.span[0]);
+    return Math.min(to, Math.max(from, this.board.back(this.series[0].run, value)));
   }
 
   onStep(wanted) {

@@ -28,17 +28,35 @@ function numberText(value, unit = "") {
 
 const wholeText = (value) => Math.round(value).toLocaleString("en");
 
-function niceTicks(low, high, count) {
+function niceTicks(low, high, count, whole = false) {
   const span = high - low;
   if (!(span > 0)) return [low];
   const rough = span / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const sizes = (whole ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((factor) => factor * (whole ? Math.max(1, power) : power));
+  const step = sizes.find((size) => size >= rough) || sizes[sizes.length - 1];
   const ticks = [];
   for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) {
     ticks.push(Math.abs(tick) < step * 1e-9 ? 0 : tick);
   }
   return ticks;
+}
+
+// The value at `wanted` on the line through (from[i], to[i]), ascending; beyond its end the slope of the whole.
+function between(from, to, wanted) {
+  const end = from.length - 1;
+  if (end < 1) return wanted;
+  if (wanted >= from[end]) return to[end] + (wanted - from[end]) * ((to[end] - to[0]) / (from[end] - from[0] || 1));
+  let place = 1;
+  while (place < end && from[place] < wanted) place++;
+  const span = from[place] - from[place - 1];
+  return to[place - 1] + (span > 0 ? (wanted - from[place - 1]) / span : 0) * (to[place] - to[place - 1]);
+}
+
+function save(name, blob) {
+  const link = h("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 // Index of the value nearest to `wanted` in an ascending list.

@@ -26,6 +26,16 @@
   const slider = byId("smoothing");
   const setSmoothing = (value) => { slider.value = value; board.smoothing = Number(value); byId("smoothing-value").textContent = Number(value).toFixed(2); board.draw(); };
   slider.addEventListener("input", () => setSmoothing(slider.value));
+  const axis = byId("axis");
+  axis.addEventListener("change", () => { board.axis = axis.value; board.draw(); });
+  const possible = () => {
+    for (const option of axis.options) {
+      option.disabled = option.value !== "step" && !data.runs.every((run) => run.train.axes && run.train.axes[option.value]);
+    }
+  };
+  possible();
+  const log = byId("log");
+  log.addEventListener("change", () => { board.log = log.checked; board.draw(); });
   const [from, to, reset] = [byId("zoom-from"), byId("zoom-to"), byId("zoom-reset")];
   board.onzoom = () => { from.value = Math.round(board.from); to.value = Math.round(board.to); reset.disabled = !board.zoomed; };
   const typed = () => board.zoom(Number(from.value.replace(/\D/g, "")), Number(to.value.replace(/\D/g, "")) || board.most);
@@ -38,6 +48,15 @@
   const browser = new PairBrowser(byId("pairs-body"), announce);
   const options = new OptionTable(byId("options-body"), byId("options-controls"), data.runs);
   let pairRun = 0;
+  browser.link = (index) => `#pair=${pairRun}.${index}`;
+  const linked = () => {
+    const found = /^#pair=(\d+)\.(\d+)$/.exec(location.hash);
+    if (!found || !data.runs[found[1]]) return;
+    if (Number(found[1]) !== pairRun) { pairRun = Number(found[1]); draw(); }
+    if (!browser.pairs[found[2]]) return;
+    browser.show(Number(found[2]), true);
+    byId("pairs").scrollIntoView();
+  };
 
   function draw() {
     const names = data.runs.map((run) => run.name).join(", ");
@@ -81,9 +100,15 @@
   });
 
   draw();
+  linked();
+  addEventListener("hashchange", linked);
   document.documentElement.dataset.ready = "true";
 
   if (document.documentElement.dataset.live === "true") {
+    const live = byId("live");
+    const mark = (text, on) => { live.hidden = false; live.textContent = text; live.classList.toggle("on", on); };
+    const going = () => data.runs.some((run) => !run.ended);
+    mark(going() ? "live" : "ended", going());
     const look = async () => {
       try {
         const answer = await fetch("data.json", { cache: "no-store" });
@@ -93,12 +118,15 @@
           data = news;
           board.setRuns(data.runs, shown());
           options.setRuns(data.runs);
+          possible();
           draw();
         }
+        mark(going() ? "live" : "ended", going());
         byId("written").classList.remove("lost");
       } catch (error) {
         byId("written").textContent = "The server no longer responds; this page shows the last data received.";
         byId("written").classList.add("lost");
+        mark("no connection", false);
       }
     };
     setInterval(look, 3000);

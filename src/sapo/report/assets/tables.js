@@ -5,7 +5,9 @@ function summaryOf(run, index, several) {
     ? h("ul", { class: "warnings", "aria-label": "Warnings" }, run.warnings.map((warn) => h("li", { class: warn.level },
       h("span", { class: "sign", "aria-hidden": "true" }, warn.level === "bad" ? "!" : "?"),
       h("div", {}, h("strong", {}, warn.title), h("p", {}, warn.text)))))
-    : h("p", { class: "fine" }, h("span", { class: "sign", "aria-hidden": "true" }, "✓"), run.train.steps.length ? "No problems found." : "Nothing logged yet.");
+    : run.train.steps.length
+      ? h("p", { class: "fine" }, h("span", { class: "sign", "aria-hidden": "true" }, "✓"), "No problems found.")
+      : h("p", { class: "fine" }, run.ended ? "Nothing was logged." : "Nothing logged yet.");
   return h("article", { class: several ? "card run" : "card run alone" },
     h("div", {},
       several ? h("h3", {}, h("span", { class: `key r${(index % 8) + 1}` }), run.name) : null,
@@ -40,7 +42,8 @@ class OptionTable {
       const values = options.map((option) => (option ? optionText(option.value) : "–"));
       const differs = options.some((option) => option && option.differs);
       const apart = new Set(values).size > 1;
-      if (!this.all.checked && !differs && !words) return null;
+      const key = options.some((option) => option && option.key);
+      if (!this.all.checked && !differs && !key && !words) return null;
       if (words && !`${name} ${some.help}`.toLowerCase().includes(words)) return null;
       return h("tr", { class: apart ? "apart" : "" },
         h("th", { scope: "row" }, h("code", {}, name), some.help ? h("small", {}, some.help) : null),
@@ -58,7 +61,7 @@ class OptionTable {
 
 const FACTS = {
   model: "model", parameters: "parameters", trained_parameters: "trained parameters", dtype: "weights", training_rows: "training rows",
-  max_steps: "planned steps", started: "started", ended: "ended", device: "device", processes: "processes", cpus: "CPUs", threads: "threads",
+  max_steps: "planned steps", command: "command", commit: "git commit", host: "host", started: "started", ended: "ended", device: "device", processes: "processes", cpus: "CPUs", threads: "threads",
   platform: "platform", python: "Python",
 };
 

@@ -35,11 +35,11 @@ COMMON = {
     "retention_kl_limit": "none", "logging_steps": "5", "save_strategy": "steps", "save_steps": "10",
     "save_total_limit": "1", "resume_from_checkpoint": "auto", "report_to": "none", "log_pairs_steps": "0",
     "report_pairs": "0", "chosen_probe_size": "0", "use_cpu": "true", "dtype": "float32",
-    "gradient_checkpointing": "false", "replay_max_new_tokens": "64",
+    "gradient_checkpointing": "false",
 }  # fmt: skip
 SFT = {"objective": "sft"}
 SAPO = {"objective": "dpo", "beta": "0.1", "segment_length": "32", "skip_identical": "false"}
-REPLAY = {"replay_share": "0.1"}
+REPLAY = {"replay_share": "0.1", "replay_max_new_tokens": "64"}
 ANCHOR = {"kl_weight": "0.1"}
 
 

@@ -76,12 +76,14 @@ class Task:
         evaluated: general prompts, training prompts and evaluation rows that each evaluation measures on.
         longest: maximum characters of question and answer together.
         guard: `chosen_nll_weight` of self-play: about beta times the tokens of a response.
+        samples: general prompts that the model at the end replies to, for loops and endings; 0 for none.
     """
 
     model: str
     evaluated: int
     longest: int
     guard: str
+    samples: int
     options: dict[str, str]
     stages: tuple[Stage, ...]
 
@@ -89,7 +91,7 @@ class Task:
 LORA = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear"}
 TASKS = {
     "chat": Task(
-        "SmolLM2-135M-Instruct", 8, 260, "10", LORA | {"max_length": "192"},
+        "SmolLM2-135M-Instruct", 8, 260, "10", 0, LORA | {"max_length": "192"},
         (
             Stage("narrow", 80, 20, 2, NARROW),
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
@@ -97,7 +99,7 @@ TASKS = {
         ),
     ),
     "stories": Task(
-        "stories260k", 32, 700, "20", {"max_length": "384"},
+        "stories260k", 32, 700, "20", 100, {"max_length": "384"},
         (
             Stage("narrow", 300, 150, 5, NARROW),
             Stage("overtrained", 60, 150, 5, OVERTRAINED),
@@ -149,6 +151,7 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
         "step_seconds": sum(run.series("time/step")) / max(1, len(run.series("time/step"))),
         "curves": {one.name: gain_curve(run, one) for one in DISTANCES},
         "identical": run.last("self_play/identical_fraction"),
+        "samples": sampled(folder, model, what) if what.samples else {},
     }  # fmt: skip
     partial = folder / ".result.json.partial"
     partial.write_text(json.dumps(found, indent=1))
@@ -156,6 +159,22 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
     for checkpoint in (folder / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return found
+
+
+def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
+    """Loops, endings and lengths of the replies of start and policy to general prompts, at temperature 1."""
+    flags = {"start": model, "limit": what.samples, "max_length": what.options["max_length"], "max_new_tokens": 128}
+    flags |= {"suite": "retention", "output_dir": folder / "samples", "device": "cpu"}
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        status = sapo(["evaluate", str(folder / "run"), *(str(p) for n, v in flags.items() for p in (f"--{n}", v))])
+    if status != 0:
+        raise SystemExit(f"{folder}: sapo evaluate ended with status {status}; see log.txt")
+    models = json.loads((folder / "samples" / "results.json").read_text())["suites"]["retention"]["models"]
+    names = ("loops", "ended", "length", "kl_general", "kl_task")
+    return {
+        one["role"]: {name: one["measures"][name]["value"] for name in names if name in one["measures"]}
+        for one in models.values()
+    }
 
 
 def results(work: Path, stage: Stage) -> dict[str, dict[int, dict]]:

@@ -222,6 +222,16 @@ def tables(task: str, work: Path) -> str:
                 f"| {arm} | {len(cells)} | {spread_text([one[1] for one in last])} | "
                 f"{spread_text([one[2] for one in last])} | {spread_text(far)} | {step:.1f} | {cost:.0f} |"
             )
+        samples = {
+            arm: [cell["samples"] for cell in cells.values() if cell.get("samples")] for arm, cells in done.items()
+        }
+        if any(samples.values()):
+            parts += ["", "| arm | loops | ended | length |", "| --- " * 4 + "|"]
+            start = next(found for found in samples.values() if found)[0]["start"]
+            parts.append(f"| start | {start['loops']:.4f} | {start['ended']:.4f} | {start['length']:.1f} |")
+            for arm, found in samples.items():
+                row = [spread_text([one["policy"][name] for one in found]) for name in ("loops", "ended", "length")]
+                parts.append(f"| {arm} | {' | '.join(row)} |")
         parts += [
             "",
             "Distance at equal gain (the largest that all arms of a seed reach, and half of it), over SFT's:",

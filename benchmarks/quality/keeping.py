@@ -212,10 +212,10 @@ def tables(task: str, work: Path) -> str:
             done = {arm: beside[arm] for arm in ("SFT", "SAPO") if arm in beside} | done
         parts += [f"### {stage.name}: {stage.rows} rows, {stage.steps} steps", ""]
         parts += ["| arm | seeds | gain | kl_general | kl_task | seconds a step | CPU seconds |", "| --- " * 7 + "|"]
-        general, task = (one.name for one in DISTANCES)
+        general, trained = (one.name for one in DISTANCES)
         for arm, cells in done.items():
             last = [cell["curves"][general][-1] for cell in cells.values()]
-            far = [cell["curves"][task][-1][2] for cell in cells.values()]
+            far = [cell["curves"][trained][-1][2] for cell in cells.values()]
             cost = statistics.mean(cell["cpu_seconds"] for cell in cells.values())
             step = statistics.mean(cell["step_seconds"] for cell in cells.values())
             parts.append(
@@ -240,7 +240,7 @@ def tables(task: str, work: Path) -> str:
         parts += ["| arm | kl_general, half | kl_general, full | kl_task, half | kl_task, full |", "| --- " * 5 + "|"]
         for arm in done:
             row = []
-            for distance in (general, task):
+            for distance in (general, trained):
                 for level in (1, 3):
                     row.append(spread_text(ratios(done, arm, distance, level)) or "-")
             parts.append(f"| {arm} | {' | '.join(row)} |")

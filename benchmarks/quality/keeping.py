@@ -1,11 +1,11 @@
-"""What is kept and what is gained: arms times seeds on a real chat model; docs/study.md says what for.
+"""What is kept and what is gained: arms times seeds, on a chat model and a tiny one; docs/study.md says what for.
 
-    python benchmarks/quality/keeping.py --model FOLDER --data FOLDER --minutes 70    as far as the time reaches
-    python benchmarks/quality/keeping.py --table                                     the tables of what is done
+    python benchmarks/quality/keeping.py chat --model FOLDER --data FOLDER --minutes 70    as far as the time reaches
+    python benchmarks/quality/keeping.py chat --table                                     the tables of what is done
 
-Each cell is an ordinary run folder of `sapo train` with `eval_retention`, under WORK/STAGE/ARM/seed-N, and its curve is
-kept in result.json there. Stages and arms are run in the order of `STAGES`, seed by seed, so that what is done at any
-time has the same seeds in all arms of a stage, or all but the last.
+Each cell is an ordinary run folder of `sapo train` with `eval_retention`, under WORK/TASK/STAGE/ARM/seed-N, and its
+curve is kept in result.json there. Cells are run seed by seed, so that what is done at any time has the same seeds in
+all arms of a stage, or all but the last.
 """
 
 import argparse
@@ -28,24 +28,18 @@ from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_cur
 from sapo.runs.reading import read_run
 
 SEEDS = (1, 2, 3)
-LONGEST = 260
-"""Maximum characters of question and answer together: about 80 tokens."""
-EVALUATED = 8
-"""General prompts, training prompts and evaluation rows that each evaluation measures on."""
 COMMON = {
-    "use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear",
-    "learning_rate": "1e-3", "lr_scheduler_type": "linear", "warmup_steps": "0.1",
-    "per_device_train_batch_size": "4", "per_device_eval_batch_size": "8", "max_length": "192",
-    "eval_strategy": "steps", "eval_retention": "true", "eval_retention_size": str(EVALUATED),
-    "eval_retention_max_time_fraction": "1.0", "retention_kl_limit": "none", "logging_steps": "5",
-    "save_strategy": "steps", "save_steps": "10", "save_total_limit": "1", "resume_from_checkpoint": "auto",
-    "report_to": "none", "log_pairs_steps": "0", "report_pairs": "0", "chosen_probe_size": "0",
-    "use_cpu": "true", "dtype": "float32", "gradient_checkpointing": "false",
-    "replay_max_new_tokens": "64",
+    "lr_scheduler_type": "linear", "warmup_steps": "0.1", "learning_rate": "1e-3",
+    "per_device_train_batch_size": "4", "per_device_eval_batch_size": "8",
+    "eval_strategy": "steps", "eval_retention": "true", "eval_retention_max_time_fraction": "1.0",
+    "retention_kl_limit": "none", "logging_steps": "5", "save_strategy": "steps", "save_steps": "10",
+    "save_total_limit": "1", "resume_from_checkpoint": "auto", "report_to": "none", "log_pairs_steps": "0",
+    "report_pairs": "0", "chosen_probe_size": "0", "use_cpu": "true", "dtype": "float32",
+    "gradient_checkpointing": "false",
 }  # fmt: skip
 SFT = {"objective": "sft"}
-SAPO = {"objective": "dpo", "beta": "0.1", "segment_length": "32", "chosen_nll_weight": "10", "skip_identical": "false"}
-REPLAY = {"replay_share": "0.1"}
+SAPO = {"objective": "dpo", "beta": "0.1", "segment_length": "32", "skip_identical": "false"}
+REPLAY = {"replay_share": "0.1", "replay_max_new_tokens": "64"}
 ANCHOR = {"kl_weight": "0.1"}
 
 
@@ -60,46 +54,85 @@ class Stage:
     arms: dict[str, dict[str, str]]
 
 
-STAGES = (
-    Stage("narrow", 80, 20, 2, {
-        "SFT": SFT,
-        "SFT, replay": SFT | REPLAY,
-        "SFT, anchor": SFT | ANCHOR,
-        "SAPO": SAPO,
-        "SAPO, replay": SAPO | REPLAY,
-    }),
-    Stage("overtrained", 16, 40, 4, {"SFT": SFT, "SAPO": SAPO}),
-    Stage("more", 80, 20, 2, {
-        "ASFT": SFT | ANCHOR | {"token_weighting": "probability"},
-        "SFT, anchor 1": SFT | {"kl_weight": "1.0"},
-        "SAPO, frozen": SAPO | {"ema_decay": "1"},
-        "SAPO, on-policy": SAPO | {"ema_decay": "0"},
-        "NCE": SAPO | {"loss_type": "nce"},
-        "SFT, anchor, replay": SFT | ANCHOR | REPLAY,
-    }),
-)  # fmt: skip
+NARROW = {
+    "SFT": SFT, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR, "SAPO": SAPO, "SAPO, replay": SAPO | REPLAY,
+}  # fmt: skip
+MORE = {
+    "ASFT": SFT | ANCHOR | {"token_weighting": "probability"},
+    "SFT, anchor 1": SFT | {"kl_weight": "1.0"},
+    "SAPO, frozen": SAPO | {"ema_decay": "1"},
+    "SAPO, on-policy": SAPO | {"ema_decay": "0"},
+    "NCE": SAPO | {"loss_type": "nce"},
+    "SFT, anchor, replay": SFT | ANCHOR | REPLAY,
+}
+OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
 
-def rows_of(data: Path, work: Path, count: int) -> tuple[Path, Path]:
-    """The first `count` short rows of GSM8K's training file, and rows to evaluate on from behind all of them."""
+@dataclass(frozen=True)
+class Task:
+    """A model's data and budget.
+
+    Attributes:
+        evaluated: general prompts, training prompts and evaluation rows that each evaluation measures on.
+        longest: maximum characters of question and answer together.
+        guard: `chosen_nll_weight` of self-play: about beta times the tokens of a response.
+        samples: general prompts that the model at the end replies to, for loops and endings; 0 for none.
+    """
+
+    model: str
+    evaluated: int
+    longest: int
+    guard: str
+    samples: int
+    options: dict[str, str]
+    stages: tuple[Stage, ...]
+
+
+LORA = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear"}
+TASKS = {
+    "chat": Task(
+        "SmolLM2-135M-Instruct", 8, 260, "10", 0, LORA | {"max_length": "192"},
+        (
+            Stage("narrow", 80, 20, 2, NARROW),
+            Stage("overtrained", 16, 40, 4, OVERTRAINED),
+            Stage("more", 80, 20, 2, MORE),
+        ),
+    ),
+    "stories": Task(
+        "stories260k", 32, 700, "20", 100, {"max_length": "384"},
+        (
+            Stage("narrow", 300, 150, 5, NARROW),
+            Stage("overtrained", 60, 150, 5, OVERTRAINED),
+            Stage("more", 300, 150, 5, MORE),
+        ),
+    ),
+}  # fmt: skip
+
+
+def rows_of(task: str, data: Path, work: Path, count: int) -> tuple[Path, Path]:
+    """The first `count` short rows of the task's file, and rows to evaluate on from behind all of them."""
     train, test = work / f"train-{count}.jsonl", work / "evaluation.jsonl"
     if not (train.is_file() and test.is_file()):
-        lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        short = [row for row in map(json.loads, lines) if len(row["question"]) + len(row["answer"]) <= LONGEST]
+        if task == "chat":
+            lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [{"instruction": row["question"], "output": row["answer"]} for row in map(json.loads, lines)]
+        else:
+            rows = json.loads((data / "gpteacher_roleplay" / "roleplay.json").read_text(encoding="utf-8"))
+        short = [row for row in rows if sum(map(len, row.values())) <= TASKS[task].longest]
         work.mkdir(parents=True, exist_ok=True)
-        for file, part in ((train, short[:count]), (test, short[500 : 500 + EVALUATED])):
-            texts = [json.dumps({"instruction": row["question"], "output": row["answer"]}) for row in part]
-            file.write_text("".join(text + "\n" for text in texts))
+        for file, part in ((train, short[:count]), (test, short[-TASKS[task].evaluated :])):
+            file.write_text("".join(json.dumps(row) + "\n" for row in part))
     return train, test
 
 
-def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data: Path, work: Path) -> dict:
+def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Path, work: Path) -> dict:
     """Train one cell, unless it is done, and keep its curves."""
+    folder, what = cell_folder(work, stage, arm, seed), TASKS[task]
     file = folder / "result.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    train, test = rows_of(data, work, stage.rows)
-    options = COMMON | stage.arms[arm] | {
+    train, test = rows_of(task, data, work, stage.rows)
+    guard = {"chosen_nll_weight": what.guard} if stage.arms[arm]["objective"] == "dpo" else {}
+    options = COMMON | what.options | guard | stage.arms[arm] | {
+        "eval_retention_size": str(what.evaluated),
         "model_name_or_path": str(model), "dataset_name": str(train), "eval_dataset_name": str(test),
         "output_dir": str(folder / "run"), "seed": str(seed), "max_steps": str(stage.steps),
         "eval_steps": str(stage.steps // stage.evaluations),
@@ -118,6 +151,7 @@ def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data:
         "step_seconds": sum(run.series("time/step")) / max(1, len(run.series("time/step"))),
         "curves": {one.name: gain_curve(run, one) for one in DISTANCES},
         "identical": run.last("self_play/identical_fraction"),
+        "samples": sampled(folder, model, what) if what.samples else {},
     }  # fmt: skip
     partial = folder / ".result.json.partial"
     partial.write_text(json.dumps(found, indent=1))
@@ -125,6 +159,22 @@ def run_cell(folder: Path, stage: Stage, arm: str, seed: int, model: Path, data:
     for checkpoint in (folder / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return found
+
+
+def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
+    """Loops, endings and lengths of the replies of start and policy to general prompts, at temperature 1."""
+    flags = {"start": model, "limit": what.samples, "max_length": what.options["max_length"], "max_new_tokens": 128}
+    flags |= {"suite": "retention", "output_dir": folder / "samples", "device": "cpu"}
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        status = sapo(["evaluate", str(folder / "run"), *(str(p) for n, v in flags.items() for p in (f"--{n}", v))])
+    if status != 0:
+        raise SystemExit(f"{folder}: sapo evaluate ended with status {status}; see log.txt")
+    models = json.loads((folder / "samples" / "results.json").read_text())["suites"]["retention"]["models"]
+    names = ("loops", "ended", "length", "kl_general", "kl_task")
+    return {
+        one["role"]: {name: one["measures"][name]["value"] for name in names if name in one["measures"]}
+        for one in models.values()
+    }
 
 
 def results(work: Path, stage: Stage) -> dict[str, dict[int, dict]]:
@@ -149,25 +199,39 @@ def spread_text(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
-def tables(work: Path) -> str:
+def tables(task: str, work: Path) -> str:
     """Markdown: last evaluation of each arm, distance at equal gain, and its ratio to SFT, paired by seed."""
     parts = []
-    for stage in STAGES:
+    for stage in TASKS[task].stages:
         done = results(work, stage)
         if not done:
             continue
+        if stage.name == "more":
+            # The same rows and steps as in the first stage.
+            beside = results(work, TASKS[task].stages[0])
+            done = {arm: beside[arm] for arm in ("SFT", "SAPO") if arm in beside} | done
         parts += [f"### {stage.name}: {stage.rows} rows, {stage.steps} steps", ""]
         parts += ["| arm | seeds | gain | kl_general | kl_task | seconds a step | CPU seconds |", "| --- " * 7 + "|"]
-        general, task = (one.name for one in DISTANCES)
+        general, trained = (one.name for one in DISTANCES)
         for arm, cells in done.items():
             last = [cell["curves"][general][-1] for cell in cells.values()]
-            far = [cell["curves"][task][-1][2] for cell in cells.values()]
+            far = [cell["curves"][trained][-1][2] for cell in cells.values()]
             cost = statistics.mean(cell["cpu_seconds"] for cell in cells.values())
             step = statistics.mean(cell["step_seconds"] for cell in cells.values())
             parts.append(
                 f"| {arm} | {len(cells)} | {spread_text([one[1] for one in last])} | "
                 f"{spread_text([one[2] for one in last])} | {spread_text(far)} | {step:.1f} | {cost:.0f} |"
             )
+        samples = {
+            arm: [cell["samples"] for cell in cells.values() if cell.get("samples")] for arm, cells in done.items()
+        }
+        if any(samples.values()):
+            parts += ["", "| arm | loops | ended | length |", "| --- " * 4 + "|"]
+            start = next(found for found in samples.values() if found)[0]["start"]
+            parts.append(f"| start | {start['loops']:.4f} | {start['ended']:.4f} | {start['length']:.1f} |")
+            for arm, found in samples.items():
+                row = [spread_text([one["policy"][name] for one in found]) for name in ("loops", "ended", "length")]
+                parts.append(f"| {arm} | {' | '.join(row)} |")
         parts += [
             "",
             "Distance at equal gain (the largest that all arms of a seed reach, and half of it), over SFT's:",
@@ -176,7 +240,7 @@ def tables(work: Path) -> str:
         parts += ["| arm | kl_general, half | kl_general, full | kl_task, half | kl_task, full |", "| --- " * 5 + "|"]
         for arm in done:
             row = []
-            for distance in (general, task):
+            for distance in (general, trained):
                 for level in (1, 3):
                     row.append(spread_text(ratios(done, arm, distance, level)) or "-")
             parts.append(f"| {arm} | {' | '.join(row)} |")
@@ -207,37 +271,35 @@ def ratios(done: dict, arm: str, distance: str, level: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--work", type=Path, default=Path("runs/keeping"))
-    parser.add_argument("--model", type=Path, help="folder of the chat model")
-    parser.add_argument("--data", type=Path, help="folder that has gsm8k/train.jsonl")
+    parser.add_argument("--model", type=Path, help="folder of the model")
+    parser.add_argument(
+        "--data", type=Path, help="folder that has gsm8k/train.jsonl or gpteacher_roleplay/roleplay.json"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
-    parser.add_argument("--stages", nargs="+", default=[stage.name for stage in STAGES])
+    parser.add_argument("--stages", nargs="+", default=["narrow", "overtrained", "more"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    until = time.monotonic() + 60 * options.minutes
-    cells = [
-        (stage, arm, seed)
-        for stage in STAGES
-        if stage.name in options.stages
-        for seed in options.seeds
-        for arm in stage.arms
-    ]
+    until, work = time.monotonic() + 60 * options.minutes, options.work / options.task
+    stages = [stage for stage in TASKS[options.task].stages if stage.name in options.stages]
+    cells = [(stage, arm, seed) for stage in stages for seed in options.seeds for arm in stage.arms]
     for stage, arm, seed in [] if options.table else cells:
-        folder = cell_folder(options.work, stage, arm, seed)
-        if not (folder / "result.json").is_file():
-            if time.monotonic() > until:
-                sys.stdout.write("The time is over; the same command goes on.\n")
-                break
-            found = run_cell(folder, stage, arm, seed, options.model, options.data, options.work)
-            step, gain, kl = found["curves"][DISTANCES[0].name][-1]
-            place = f"{time.strftime('%H:%M:%S')} {stage.name} {arm} seed {seed} at step {step}"
-            sys.stdout.write(f"{place}: gain {gain:.4f} kl_general {kl:.4f} ({found['cpu_seconds']:.0f} s CPU)\n")
-            sys.stdout.flush()
-            (options.work / "tables.md").write_text(tables(options.work))
-    sys.stdout.write(tables(options.work))
+        if (cell_folder(work, stage, arm, seed) / "result.json").is_file():
+            continue
+        if time.monotonic() > until:
+            sys.stdout.write("The time is over; the same command goes on.\n")
+            break
+        found = run_cell(options.task, stage, arm, seed, options.model, options.data, work)
+        step, gain, kl = found["curves"][DISTANCES[0].name][-1]
+        place = f"{time.strftime('%H:%M:%S')} {stage.name} {arm} seed {seed} at step {step}"
+        sys.stdout.write(f"{place}: gain {gain:.4f} kl_general {kl:.4f} ({found['cpu_seconds']:.0f} s CPU)\n")
+        sys.stdout.flush()
+        (work / "tables.md").write_text(tables(options.task, work))
+    sys.stdout.write(tables(options.task, work))
 
 
 if __name__ == "__main__":

@@ -212,13 +212,15 @@ def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path
 def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
     options = FIXED_DRAWS | {"objective": "orpo", "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"eval_local": True, "eval_local_size": 3, "eval_local_max_time_fraction": 1.0}
+    options |= {"eval_retention": True, "eval_retention_size": 3, "eval_retention_max_time_fraction": 1.0}
     found = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         run(folder, processes, **options)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         first = next(row for row in rows if "eval_local/nll" in row)
-        found.append({name: value for name, value in first.items() if "local/" in name and "time" not in name})
+        kept = ("local/", "retention/")
+        found.append({key: one for key, one in first.items() if any(k in key for k in kept) and "time" not in key})
     assert found[0].keys() == found[1].keys()
     assert found[1] == pytest.approx(found[0], abs=1e-5)
 

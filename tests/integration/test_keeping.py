@@ -5,7 +5,7 @@ import torch
 
 from sapo.commands.main import main
 from sapo.data.loading import load_rows
-from sapo.errors import CheckpointError
+from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.opponent import BaseModel, ModelCopy
 from tests.integration.test_evaluate import save_model
 from tests.tiny import tiny_llama, tiny_rows
@@ -107,3 +107,16 @@ def test_shipped_prompts_can_be_replied_to(tmp_path, capsys):
     flags = ["--output_file", str(file), "--max_new_tokens", "4", "--max_length", "200", "--use_cpu"]
     assert main(["generate", "--self_replay", "shipped", "--model_name_or_path", str(model), *flags]) == 0
     assert 60 < len(load_rows(str(file))) <= 102
+
+
+def test_a_frozen_opponent_is_renewed_at_its_steps_only(make_trainer):
+    trainer = make_trainer(ema_decay=1.0, opponent_refresh_steps=2, max_steps=3, segment_length=None)
+    distances = [row["opponent/distance"] for row in (trainer.train(), logged(trainer))[1]]
+    assert distances[0] > 0
+    assert distances[1] == 0.0
+    assert 0 < distances[2] < distances[0] * 2
+
+
+def test_only_a_frozen_opponent_can_be_renewed(make_trainer):
+    with pytest.raises(ConfigurationError, match="opponent_refresh_steps=2"):
+        make_trainer(opponent_refresh_steps=2)

@@ -117,7 +117,7 @@ def test_examples_parse():
         ("train --config nowhere.yaml", "nowhere.yaml: no such file, and no shipped recipe. Run"),
         ("evaluate model", "--suite is missing. Example: sapo evaluate"),
         ("generate --model x", "use --model_name_or_path"),
-        ("generate", "--model_name_or_path, --dataset_name and --output_file are missing"),
+        ("generate", "--model_name_or_path, --dataset_name or --self_replay and --output_file are missing"),
         ("chat", "MODEL|RUN is missing"),
         ("compare --lr 1 run", "unknown option --lr."),
         ("demo --max_steps none", "whole number"),

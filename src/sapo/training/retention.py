@@ -158,9 +158,9 @@ class RetentionSignals:
     # ---- At an evaluation ----
 
     def observe(self, *, last: bool = False) -> None:
-        """Measure at the `last` evaluation and where there is time, for the averages of the evaluation."""
+        """Measure, if there is time, also at the `last` evaluation, and give the numbers to the evaluation's averages."""
         world = self._context.world
-        if last or world.first_decides(world.first and self._time.fits()):
+        if world.first_decides(world.first and self._time.fits()):
             if world.first:
                 with self._time.spending():
                     self._measure()

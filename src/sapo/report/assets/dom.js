@@ -34,7 +34,11 @@ function niceTicks(low, high, count, whole = false) {
   const rough = span / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   const sizes = (whole ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((factor) => factor * (whole ? Math.max(1, power) : power));
-  const step = sizes.find((size) => size >= rough) || sizes[sizes.length - 1];
+  let place = sizes.findIndex((size) => size >= rough);
+  if (place < 0) place = sizes.length - 1;
+  // Of whole numbers there are few sizes: rather a tick too many than one alone.
+  if (whole && place > 0 && span / sizes[place] < 2) place -= 1;
+  const step = sizes[place];
   const ticks = [];
   for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) {
     ticks.push(Math.abs(tick) < step * 1e-9 ? 0 : tick);

@@ -158,7 +158,7 @@ class RetentionSignals:
     # ---- At an evaluation ----
 
     def observe(self, *, last: bool = False) -> None:
-        """Measure, if there is time, also at the `last` evaluation, and give the numbers to the evaluation's averages."""
+        """Measure if there is time, at the `last` evaluation too, for the averages of the evaluation."""
         world = self._context.world
         if world.first_decides(world.first and self._time.fits()):
             if world.first:

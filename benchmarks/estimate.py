@@ -73,6 +73,7 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.within = False
 
     def timed(self, part: str, inner: Any) -> Any:
         """`inner`, whose seconds count as `part`."""
@@ -82,16 +83,18 @@ class Watch(TrainerCallback):
             try:
                 return inner(*args, **kwargs)
             finally:
-                if self.steps:
+                # The report generates and scores too, between steps.
+                if self.within:
                     self.steps[-1][part] += time.process_time() - began
 
         return run
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.steps.append(dict.fromkeys(PARTS, 0.0) | {"all": time.process_time()})
+        self.within = True
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        step = self.steps[-1]
+        step, self.within = self.steps[-1], False
         step["all"] = time.process_time() - step["all"]
         step["policy"] = step["all"] - step["generation"] - step["reference"]
 

@@ -266,7 +266,12 @@ def _completion(parser: ArgumentParser) -> None:
 
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output_dir", metavar="FOLDER", default="runs/demo", help="folder of the runs; replaced")
+    add(
+        "--output_dir",
+        metavar="FOLDER",
+        default="runs/demo",
+        help="folder of the runs; earlier runs of the demo in it are replaced",
+    )
     add("--max_steps", metavar="N", type=whole(), default=80, help="optimizer steps of each run")
     add("--seed", metavar="N", type=int, default=0, help="random seed")
 

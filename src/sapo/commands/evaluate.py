@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 from rich.console import Console
 from transformers.utils import logging
 
 from sapo.commands.catalog import SUITES
+from sapo.commands.inputs import quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
 from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, table, task_files
@@ -28,9 +28,8 @@ def run_evaluate(given: Parsed) -> None:
         SapoError: what is wrong, in one line; what was finished is kept.
     """
     options = options_of(given)
+    quiet_libraries()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     console = Console()
 
     def say(line: str) -> None:

@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError, brief
-from sapo.options import option
+from sapo.options import option, own_options
 from sapo.options.own import MIN_REPORT_PAIRS, VLLM_URL, OwnOptions, Reference
 from sapo.options.values import check
 
@@ -384,3 +384,13 @@ def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("xpu", "npu")  # type: ignore[union-attr]
+
+
+def _with_options(text: str) -> str:
+    """A docstring with SAPO's own options, for `help()` and editors; made from their declarations."""
+    lines = [f"    {one.name}: {one.help} Default: {one.default_text}." for one in own_options() if one.help]
+    before, raises, after = text.partition("    Raises:")
+    return before + "\n".join(["    Args:", *(f"    {line}" for line in lines), "", raises]) + after
+
+
+SAPOConfig.__doc__ = _with_options(SAPOConfig.__doc__ or "")

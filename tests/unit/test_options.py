@@ -134,6 +134,12 @@ def test_a_value_that_is_refused_is_refused_in_python_and_on_the_command_line(na
         assert str(typed.value) == str(python.value)
 
 
+def test_the_docstring_of_the_class_has_every_option_of_sapo():
+    text = SAPOConfig.__doc__
+    assert all(f"        {one.name}: {one.help} Default: {one.default_text}." in text for one in own_options())
+    assert text.rstrip().endswith("conflicts with another.")
+
+
 def test_a_config_can_be_copied(tmp_path):
     config = SAPOConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", load_best_model_at_end=True)
     assert dataclasses.replace(config, beta=0.2).beta == 0.2

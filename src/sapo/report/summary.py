@@ -141,7 +141,7 @@ def _what_ran(run: Run) -> str:
     elif planned and step < planned:
         state = f"was stopped after step {step:,} of {planned:,}"
     else:
-        state = f"was trained for {step:,} steps"
+        state = f"was trained for {step:,} step{'' if step == 1 else 's'}"
     rows = f" on {facts['training_rows']:,} training rows" if "training_rows" in facts else ""
     runtime = run.end.get(RUNTIME.name)
     took = f", in {duration_text(runtime)}" if runtime else ""

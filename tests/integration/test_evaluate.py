@@ -468,10 +468,10 @@ def test_finished_retention_is_not_measured_again_and_batches_change_nothing(eva
 
 
 def test_retention_without_a_start_or_with_another_vocabulary_is_refused(evaluate, model, tmp_path):
-    assert "Name it with --start" in evaluate(model, "--suite", "retention", expect=1)
+    assert "Name it with --start" in evaluate(model, "--suite", "retention", expect=2)
     other = save_model(tmp_path / "other", vocab_size=70)
     flags = ["--suite", "retention", "--start", model, "--limit", 2, "--max_new_tokens", 4, "--max_length", 60]
-    assert "vocabulary of 70 tokens" in evaluate(other, *flags, expect=1)
+    assert "vocabulary of 70 tokens" in evaluate(other, *flags, expect=2)
 
 
 def test_retention_takes_prompts_of_ones_own(evaluate, model, held_out, tmp_path):

@@ -39,10 +39,20 @@ from sapo import SAPOConfig, SAPOTrainer
 PAD, END = 0, 1
 BETA, DECAY, RATE = 0.1, 0.5, 1e-5
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "8k": {"vocab_size": 8192, "num_hidden_layers": 6},
     "32k": {"vocab_size": 32768, "num_hidden_layers": 4},
+    "135m": {
+        "vocab_size": 49152,
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 }
+"""Shapes of a Llama; "135m" is that of SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +69,13 @@ class Setting:
 
 def build_model(setting: Setting) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=688,
-        num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=4096,
         bos_token_id=None,
         eos_token_id=END,
         pad_token_id=PAD,
-        **SIZES[setting.size],
+        **(shape | SIZES[setting.size]),
     )
     return LlamaForCausalLM(config)
 
@@ -332,8 +339,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     if options.measure_memory_of:
-        _, loaded = variants[options.measure_memory_of](setting)
-        print((peak_resident() - loaded) / 1e6)
+        spent, loaded = variants[options.measure_memory_of](setting)
+        print(f"{spent:.2f} CPU s a step, MB at the peak above the models:", (peak_resident() - loaded) / 1e6)
         return
     chosen = {name: variants[name] for name in options.variants or variants}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}

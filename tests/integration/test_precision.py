@@ -277,3 +277,14 @@ def test_a_fused_head_that_scores_otherwise_is_not_used(asked, make_trainer, cap
 def test_float16_needs_an_accelerator(tmp_path):
     with pytest.raises(ConfigurationError, match="fp16=true"):
         SAPOConfig(str(tmp_path), fp16=True)
+
+
+@pytest.mark.parametrize(("matrix_units", "expected"), [(False, False), (True, True)])
+def test_bfloat16_is_the_default_on_processors_with_units_for_it(matrix_units, expected, make_trainer, monkeypatch):
+    """Capability alone decides: that such a processor is faster was not measured here, only that the run is right."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: matrix_units)
+    trainer = make_trainer(max_steps=1)
+    assert (trainer.args.bf16, trainer.args.use_cpu) == (expected, True)
+    assert make_trainer("off", bf16=False).args.bf16 is False
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0

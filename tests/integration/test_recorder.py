@@ -1,11 +1,13 @@
 """What a run keeps for its report: enough to look at, always the same, and of no influence on the run."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
 from sapo.errors import ConfigurationError
+from sapo.training.recorder import followed_steps, snapshot_steps
 from tests.tiny import tiny_rows
 
 
@@ -59,6 +61,31 @@ def test_a_pair_is_scored_as_the_training_scores_it(make_trainer):
         assert row["chosen_logp"] == pytest.approx(line["logps/chosen"], abs=1e-3)
         assert row["draws"] >= 1
         assert row["age"] >= 0
+
+
+def test_by_default_prompts_are_followed_only_as_often_as_pairs_are_trained_on():
+    assert followed_steps(10, None, 4) == set()
+    assert followed_steps(100, None, 4) == {0, 100}
+    assert followed_steps(100, 200, 4) == snapshot_steps(100, 200)
+    for steps, pairs in ((1000, 1), (1000, 8), (77, 64), (5, 100_000)):
+        found = sorted(followed_steps(steps, None, pairs))
+        assert set(found) <= snapshot_steps(steps, 200)
+        assert (found[0], found[-1]) == (0, steps)
+        assert min(b - a for a, b in pairwise(found)) * pairs >= 300 - pairs
+
+
+def test_a_short_run_computes_nothing_for_its_report_or_its_probe(make_trainer, monkeypatch):
+    """Beyond the look at the start, and that at the end: what is kept was computed by the steps."""
+    trainer = make_trainer(report_pairs=None, chosen_probe_size=None)
+    looks = []
+    logps = trainer._scorer.response_logps
+    trainer._probe._logps = lambda examples: looks.append(len(examples)) or logps(examples)
+    monkeypatch.setattr(trainer._scorer, "scores_of", lambda pairs: pytest.fail("scored for the report"))
+    trainer.train()
+    assert looks == [4, 4]
+    assert {row["kind"] for row in kept(trainer)} == {"trained"}
+    changes = [line["step"] for line in trainer.state.log_history if "self_play/chosen_logp_change" in line]
+    assert changes == [6]
 
 
 def test_pairs_of_the_data_are_kept_too(make_trainer):

@@ -99,6 +99,21 @@ def test_checkpoint_of_another_configuration_is_refused(checkpoint, make_trainer
         )
 
 
+def test_a_checkpoint_has_no_copy_of_the_start_model_and_asks_for_the_same(make_trainer):
+    options = {"reference": "initial", "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer("whole", **options)
+    whole.train()
+    checkpoint = whole.run_folder.path / "checkpoint-3"
+    assert not (checkpoint / "reference.safetensors").exists()
+    again = make_trainer("again", **options)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for one, other in zip(whole.policy().parameters(), again.policy().parameters(), strict=True):
+        assert torch.equal(one, other)
+    other_start = make_trainer("other", model=tiny_llama(seed=5), **options)
+    with pytest.raises(CheckpointError, match="start_model was"):
+        other_start.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_checkpoint_of_the_model_alone_is_refused(make_trainer):
     """Before it is made: it could not be resumed."""
     with pytest.raises(ConfigurationError, match="save_only_model=true: a checkpoint without optimizer state"):

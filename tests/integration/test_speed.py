@@ -1,5 +1,6 @@
 """Laws of what is done for speed and memory: it changes nothing that is learnt."""
 
+import json
 import logging
 
 import pytest
@@ -49,6 +50,26 @@ def test_both_layouts_train_to_the_same_weights(name, make_trainer):
     shared = trained(make_trainer, "shared", layout="shared", **options)
     plain = trained(make_trainer, "plain", layout="plain", **options)
     assert_same_run(shared, plain)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "guarded"])
+def test_a_pair_drawn_twice_is_computed_once_and_counts_twice(name, make_trainer):
+    """Four draws from a buffer of four pairs."""
+    options = OBJECTIVES[name] | {"per_device_train_batch_size": 4, "replay_buffer_size": 4, "pairs_per_forward": 2}
+    merged = make_trainer("merged", optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **options)
+    every = make_trainer("every", optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **options)
+    every._scorer._equal_passes = True
+    computed = {}
+    for trainer in (merged, every):
+        trainer.train()
+        computed[trainer] = sum(len(part.pairs) for part in trainer._step_guard.scored)
+    assert computed[every] == 4
+    assert_same_run(merged, every)
+    traces = [next(t.run_folder.path.glob("trace-*.jsonl")).read_text().splitlines() for t in (merged, every)]
+    drawn = [[sorted(pair[:3] for pair in json.loads(line)["pairs"]) for line in lines] for lines in traces]
+    assert drawn[0] == drawn[1]
+    assert any(len(set(map(tuple, pairs))) < 4 for pairs in drawn[0])
+    assert computed[merged] == len(set(map(tuple, drawn[0][-1])))
 
 
 @pytest.mark.parametrize("layout", ["shared", "plain"])

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sapo.commands.main import main
-from sapo.runs.cost import cost_of
+from sapo.runs.cost import cost_of, time_shares
 from sapo.runs.reading import differing_settings, read_run
 
 
@@ -41,6 +41,19 @@ def test_every_step_is_counted_once(runs):
         runtime = next(row["train_runtime"] for row in record.rows if "train_runtime" in row)
         assert 0 < cost.wall_seconds <= runtime
         assert cost.peak_mb > 0
+
+
+def test_the_parts_of_a_run_and_its_steps_add_up(runs):
+    for record in [read_run(runs / name) for name in ("one", "two")]:
+        for line in record.train:
+            parts = 2 * sum(line[f"time/{name}"] for name in ("generate", "reference", "policy"))
+            assert line["time/step"] == pytest.approx(parts + line["time/optimizer"] + line["time/overhead"], rel=1e-6)
+        shares = time_shares(record)
+        assert list(shares) == ["generation", "reference", "policy", "optimizer", "other"]
+        assert sum(shares.values()) == pytest.approx(1)
+        runtime = record.rows[-1]["train_runtime"]
+        spent = sum(row["time/policy"] * 2 * steps for row, steps in zip(record.train, (1, 1, 2, 1), strict=True))
+        assert shares["policy"] == pytest.approx(spent / runtime, rel=1e-3)
 
 
 def test_sft_learns_from_each_token_once_and_pairs_from_more(runs):

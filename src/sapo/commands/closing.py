@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sapo.commands.arguments import RunArguments
 from sapo.report.summary import ENOUGH_PAIRS, change_of, likelihood_text, warnings
+from sapo.runs.cost import time_shares
 from sapo.runs.layout import OPPONENT_FOLDER, RECIPE_FILE, REPORT_FILE
 from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE_PER_TOKEN, LOSS, MARGIN
 from sapo.runs.reading import Run, read_run
@@ -73,6 +74,9 @@ def results(run: Run) -> list[str]:
     likelihood = run.last(CHOSEN_CHANGE_PER_TOKEN)
     if likelihood is not None:
         lines.append(f"Since the start the chosen responses became {likelihood_text(likelihood)}.")
+    shares = [f"{name} {share:.0%}" for name, share in time_shares(run).items() if share >= 0.005]
+    if shares:
+        lines.append(f"Time: {', '.join(shares)}.")
     lines += [f"Warning: {warn.title}. {warn.text}" for warn in warnings(run) if warn.title != "Early stop"]
     return lines
 

@@ -66,7 +66,8 @@ class OwnOptions(KeepOptions):
     )
     bf16: bool | None = declared(
         None,
-        "Train in bfloat16 mixed precision. Unset: on if the accelerator supports it, off on a CPU.",
+        "Train in bfloat16 mixed precision. Unset: on if the accelerator supports it, and on a CPU with the matrix "
+        "units of AMX.",
         "Speed and memory",
         kind="inherited",
         common=True,
@@ -151,9 +152,10 @@ class OwnOptions(KeepOptions):
         low=1,
         resume="free",
     )
-    chosen_probe_size: int = _objective(
-        16,
-        "Number of training examples whose chosen log-probability is tracked from the start of the run; 0 for none.",
+    chosen_probe_size: int | None = _objective(
+        None,
+        "Number of training examples whose chosen log-probability is tracked from the start of the run, at every log "
+        "line; 0 for none. Unset: up to 16, at log lines so far apart that tracking takes about 1% of the run's time.",
         low=0,
     )
     nll_scope: Literal["response", "all"] = _objective(
@@ -444,10 +446,11 @@ class OwnOptions(KeepOptions):
         "only.",
         low=0,
     )
-    report_pairs: int = _logging(
-        200,
+    report_pairs: int | None = _logging(
+        None,
         "Maximum number of pairs kept in pairs.jsonl for the report: a few prompts tracked through the run, and pairs "
-        "trained on at evenly spaced steps; 0 for none.",
+        "trained on at evenly spaced steps; 0 for none. Unset: 200, with prompts tracked only as often as takes about "
+        "1% of the run's time.",
         low=0,
     )
     overwrite_output_dir: bool = _output(

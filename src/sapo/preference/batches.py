@@ -72,13 +72,21 @@ class PairBatch(ScoredRows):
 
     With `all_positions` there is one more sum, of all other positions of the chosen rows including padding, so that
     the published likelihood term of ORPO is a mean over `all_positions` predictions.
+
+    `draws` tells how often each pair was drawn for the micro-batch; None where each was drawn once.
     """
 
     pairs: int = 0
     all_positions: int = 0
+    draws: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.pairs
+
+    @property
+    def drawn(self) -> int:
+        """Number of draws that these pairs are."""
+        return self.pairs if self.draws is None else sum(self.draws)
 
 
 def collate_pairs(

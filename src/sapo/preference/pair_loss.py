@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ def pair_loss(
     reference: ReferenceLogps | None,
     args: SAPOConfig,
     replayed: Sequence[bool] = (),
+    draws: Sequence[int] | None = None,
 ) -> PairLoss:
     """Mean loss over the pairs, and the metrics of the batch.
 
@@ -38,23 +39,33 @@ def pair_loss(
         args: objective, its form and its guards.
         replayed: whether each pair is self-replay: a response alone, whose loss is its negative log-likelihood per
             token, times `chosen_nll_weight` where that is set. Empty: none is.
+        draws: the weight of each pair in all means, how often it is in the batch; None: once.
 
     Returns:
         The loss, and as metrics `loss`, `nll_loss` (with a likelihood term), `kl_loss` (with `kl_weight`), `rewards/*`
         and `logps/*`, these of the pairs that are not self-replay, and `self_replay/nll_loss`. If the loss excludes the
         shared tokens of both responses (see `SAPOConfig.scores_shared`), so do the metrics.
     """
+    weights = None if draws is None else scores.chosen_logps.new_tensor(draws) / sum(draws)
+
+    def mean(values: Tensor, among: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return (values if among is None else values[among]).mean()
+        if among is None:
+            return (values * weights).sum()
+        return (values * weights)[among].sum() / weights[among].sum()
+
     metrics: dict[str, Tensor] = {}
     nll = chosen_nll(scores.chosen_logps, scores.chosen_lengths)
     # None where no pair is self-replay: indexing would wait for the device.
     own = torch.tensor([not one for one in replayed], device=nll.device) if any(replayed) else None
     if own is not None:
-        metrics["self_replay/nll_loss"] = nll[~own].mean()
+        metrics["self_replay/nll_loss"] = mean(nll, ~own)
     if args.objective == "sft":
-        return _sft_loss(scores, nll, own, args, metrics)
+        return _sft_loss(scores, nll, own, args, metrics, mean)
     if own is not None and all(replayed):
         losses = (args.chosen_nll_weight or 1.0) * nll
-        return _with_values(losses.mean(), losses, metrics | {"loss": losses.mean()})
+        return _with_values(mean(losses), losses, metrics | {"loss": mean(losses)})
     if args.objective == "orpo":
         pair = orpo_loss(
             scores.chosen_logps / scores.chosen_lengths.clamp(min=1),
@@ -62,10 +73,10 @@ def pair_loss(
             beta=args.beta,
         )
         terms = _of_pairs(pair.losses, own)
-        likelihood = nll.mean() if scores.all_positions_nll is None else scores.all_positions_nll
-        loss = likelihood + terms.mean()
+        likelihood = mean(nll) if scores.all_positions_nll is None else scores.all_positions_nll
+        loss = likelihood + mean(terms)
         losses = nll + terms
-        metrics["nll_loss"] = likelihood if own is None else nll[own].mean()
+        metrics["nll_loss"] = likelihood if own is None else mean(nll, own)
     else:
         zero = torch.zeros_like(scores.chosen_logps)
         pair = dpo_loss(
@@ -85,24 +96,20 @@ def pair_loss(
         losses = _of_pairs(pair.losses, own)
         if args.chosen_nll_weight:
             losses = losses + args.chosen_nll_weight * nll
-            metrics["nll_loss"] = nll.mean() if own is None else nll[own].mean()
+            metrics["nll_loss"] = mean(nll, own)
         elif own is not None:
             losses = torch.where(own, losses, nll)
-        loss = losses.mean()
-
-    def mean(values: Tensor) -> Tensor:
-        return (values if own is None else values[own]).mean()
-
+        loss = mean(losses)
     margins = pair.chosen_rewards - pair.rejected_rewards
     metrics |= {
         "loss": loss,
-        "rewards/chosen": mean(pair.chosen_rewards),
-        "rewards/rejected": mean(pair.rejected_rewards),
-        "rewards/margins": mean(margins),
+        "rewards/chosen": mean(pair.chosen_rewards, own),
+        "rewards/rejected": mean(pair.rejected_rewards, own),
+        "rewards/margins": mean(margins, own),
         # A tie counts half: at the first step, where policy and reference are equal, that is a half and not nothing.
-        "rewards/accuracies": mean((margins > 0).float() + 0.5 * (margins == 0).float()),
-        "logps/chosen": mean(scores.chosen_logps),
-        "logps/rejected": mean(scores.rejected_logps),
+        "rewards/accuracies": mean((margins > 0).float() + 0.5 * (margins == 0).float(), own),
+        "logps/chosen": mean(scores.chosen_logps, own),
+        "logps/rejected": mean(scores.rejected_logps, own),
     }
     return _with_values(loss, losses, metrics)
 
@@ -113,7 +120,12 @@ def _of_pairs(losses: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _sft_loss(
-    scores: PairScores, nll: Tensor, own: Tensor | None, args: SAPOConfig, metrics: dict[str, Tensor]
+    scores: PairScores,
+    nll: Tensor,
+    own: Tensor | None,
+    args: SAPOConfig,
+    metrics: dict[str, Tensor],
+    mean: Callable[..., Tensor],
 ) -> PairLoss:
     """Mean over responses of the mean over a response's tokens: weighted log-likelihood, and divergence from the start.
 
@@ -125,12 +137,12 @@ def _sft_loss(
     if scores.divergences is not None:
         divergence = scores.divergences / scores.chosen_lengths.clamp(min=1)
         losses = losses + args.kl_weight * divergence
-        metrics["kl_loss"] = divergence.mean()
-    loss = losses.mean()
+        metrics["kl_loss"] = mean(divergence)
+    loss = mean(losses)
     metrics["loss"] = loss
     if own is None or bool(own.any()):
-        metrics["nll_loss"] = (nll if own is None else nll[own]).mean()
-        metrics["logps/chosen"] = (scores.chosen_logps if own is None else scores.chosen_logps[own]).mean()
+        metrics["nll_loss"] = mean(nll, own)
+        metrics["logps/chosen"] = mean(scores.chosen_logps, own)
     return _with_values(loss, losses, metrics)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sapo.runs.metrics import (
     CPU_TIME,
     DEVICE_PEAK_MEMORY,
     FINAL_LOSS,
     GENERATE_TIME,
+    OPTIMIZER_TIME,
+    OVERHEAD_TIME,
     PEAK_MEMORY,
+    RUNTIME,
     STEP_TIME,
     TOKENS,
+    WORK,
     Metric,
 )
 from sapo.runs.reading import Run
@@ -44,11 +49,7 @@ class Cost:
 
 def cost_of(run: Run) -> Cost:
     """Sum the log lines of a run."""
-    lines = run.train
-    if run.rows and FINAL_LOSS.name in run.rows[-1]:
-        # Steps after the last regular log line; those of an earlier start are in the lines that follow.
-        lines = [*lines, run.rows[-1]]
-    steps = [line["step"] - before for line, before in zip(lines, [0, *(r["step"] for r in lines)], strict=False)]
+    lines, steps = _lines_and_steps(run)
     accumulation = run.settings.get("gradient_accumulation_steps", 1)
 
     def total(metric: Metric, weights: Sequence[float]) -> float | None:
@@ -70,3 +71,35 @@ def cost_of(run: Run) -> Cost:
         peak_mb=max(run.series(PEAK_MEMORY), default=None),
         device_peak_mb=max(run.series(DEVICE_PEAK_MEMORY), default=None),
     )
+
+
+def time_shares(run: Run) -> dict[str, float]:
+    """Share of each part of a run's wall time, by its name in the charts, "other" last; empty if it logged no times.
+
+    Other: all that is no part of a step's work, before its first and after its last step too.
+    """
+    lines, steps = _lines_and_steps(run)
+    accumulation = run.settings.get("gradient_accumulation_steps", 1)
+    total = sum(line.get(STEP_TIME.name, 0.0) * count for line, count in zip(lines, steps, strict=True))
+    # Of the last start alone; a run that was resumed is longer.
+    total = max(total, run.rows[-1].get(RUNTIME.name, 0.0) if run.rows else 0.0)
+    if not total:
+        return {}
+    shares = {
+        metric.legend: sum(
+            line.get(metric.name, 0.0) * count * (1 if metric is OPTIMIZER_TIME else accumulation)
+            for line, count in zip(lines, steps, strict=True)
+        )
+        / total
+        for metric in WORK
+    }
+    return shares | {OVERHEAD_TIME.legend: max(0.0, 1 - sum(shares.values()))}
+
+
+def _lines_and_steps(run: Run) -> tuple[list[Any], list[float]]:
+    """The log lines of a run with the number of optimizer steps of each."""
+    lines = list(run.train)
+    if run.rows and FINAL_LOSS.name in run.rows[-1]:
+        # Steps after the last regular log line; those of an earlier start are in the lines that follow.
+        lines.append(run.rows[-1])
+    return lines, [line["step"] - before for line, before in zip(lines, [0, *(r["step"] for r in lines)], strict=False)]

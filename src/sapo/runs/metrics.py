@@ -7,6 +7,7 @@ and texts from here: terminal, report, comparison, model card, and the table of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 EVAL = "eval_"
@@ -33,6 +34,7 @@ class Metric:
         compared: whether `sapo compare` shows it by default.
         is_total: summed over the steps since the last log line and over all processes, not averaged.
         is_cost: logged for a run's last steps too, even where no log line is due, so that costs add up.
+        is_work: time of a part of every micro-batch or step without which there is no step.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Metric:
     compared: bool = False
     is_total: bool = False
     is_cost: bool = False
+    is_work: bool = False
 
 
 LOSS = Metric(
@@ -128,7 +131,8 @@ REJECTED_LOGP = Metric(
 CHOSEN_CHANGE = Metric(
     "self_play/chosen_logp_change",
     "nats per response",
-    "change of the chosen log-probability since the start, on the same `chosen_probe_size` training examples",
+    "change of the chosen log-probability since the start, on the same training examples (`chosen_probe_size`); unless "
+    "their number is set, not at every log line",
     "below 0 the chosen responses become less likely; `chosen_drop_limit` stops the run",
     better="higher",
     compared=True,
@@ -175,13 +179,28 @@ REJECTED_LENGTH = Metric(
     legend="rejected",
     compared=True,
 )
-GENERATE_TIME = Metric(
+_work = partial(Metric, chart="Time by part", is_cost=True, is_work=True)
+GENERATE_TIME = _work(
     "time/generate",
     "seconds per micro-batch",
     "segments, the opponent's text, replay buffer and layout",
     "with `steps_per_generation` it falls on the first step of a pool",
-    chart="Time by part",
     legend="generation",
+)
+REFERENCE_TIME = _work("time/reference", "seconds per micro-batch", "scoring by the reference", legend="reference")
+POLICY_TIME = _work(
+    "time/policy", "seconds per micro-batch", "forward and backward pass of the policy", legend="policy"
+)
+OPTIMIZER_TIME = _work("time/optimizer", "seconds per step", "optimizer and moving average", legend="optimizer")
+OVERHEAD_TIME = Metric(
+    "time/overhead",
+    "seconds per step",
+    "the rest of `time/step`: rows, log lines, tracked examples, report, evaluations, checkpoints",
+    "a large share of `time/step`: evaluate, save and log more rarely; see `chosen_probe_size` and `report_pairs`",
+    better="lower",
+    chart="Time by part",
+    legend="other",
+    is_cost=True,
 )
 STEP_TIME = Metric(
     "time/step",
@@ -349,27 +368,10 @@ METRICS = (
     ),
     Metric("learning_rate", "", "the schedule's value", chart="Learning rate", legend="learning rate"),
     GENERATE_TIME,
-    Metric(
-        "time/reference",
-        "seconds per micro-batch",
-        "scoring by the reference",
-        chart="Time by part",
-        legend="reference",
-    ),
-    Metric(
-        "time/policy",
-        "seconds per micro-batch",
-        "forward and backward pass of the policy",
-        chart="Time by part",
-        legend="policy",
-    ),
-    Metric(
-        "time/optimizer",
-        "seconds per step",
-        "optimizer and moving average",
-        chart="Time by part",
-        legend="optimizer",
-    ),
+    REFERENCE_TIME,
+    POLICY_TIME,
+    OPTIMIZER_TIME,
+    OVERHEAD_TIME,
     STEP_TIME,
     CPU_TIME,
     Metric(
@@ -473,6 +475,7 @@ METRICS = (
 _BY_NAME = {metric.name: metric for metric in METRICS}
 TOTALS = frozenset(metric.name for metric in METRICS if metric.is_total)
 COSTS = frozenset(metric.name for metric in METRICS if metric.is_cost)
+WORK = tuple(metric for metric in METRICS if metric.is_work)
 HEADLINES = tuple(metric for metric in METRICS if metric.label)
 """Key figures on the terminal and at the top of the report."""
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from sapo.runs.folder import RunFolder
-from sapo.runs.metrics import MOVED
+from sapo.runs.metrics import CPU_TIME, MOVED, OPTIMIZER_TIME, OVERHEAD_TIME, STEP_TIME
 from sapo.training.metrics import MetricAverages, clock
 from sapo.weights.master import MovedSample
 
@@ -47,7 +47,7 @@ class RunCallback(TrainerCallback):
         self._before_step = before_step
         self._after_step = after_step
         self._optimizer_started = 0.0
-        self._step_began = (0.0, 0.0)
+        self._step_began = (0.0, 0.0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -55,7 +55,7 @@ class RunCallback(TrainerCallback):
         """Fix what is measured against the start of the run."""
         self._begin()
         self._folder.begin(state.global_step, args.to_dict())
-        self._step_began = (clock(args.device), time.process_time())
+        self._step_began = self._now(args)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -69,14 +69,20 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """The moving average, before a checkpoint of this step is written."""
         self._after_step()
-        averages, (wall, cpu) = self._averages, self._step_began
-        self._step_began = (clock(args.device), time.process_time())
-        averages.add("time/optimizer", self._step_began[0] - self._optimizer_started)
-        averages.add("time/step", self._step_began[0] - wall)
-        averages.add("time/cpu", self._step_began[1] - cpu)
+        averages = self._averages
+        averages.add(OPTIMIZER_TIME.name, clock(args.device) - self._optimizer_started)
+        before, self._step_began = self._step_began, self._now(args)
+        wall, cpu, work = (now - then for now, then in zip(self._step_began, before, strict=True))
+        averages.add(STEP_TIME.name, wall)
+        averages.add(OVERHEAD_TIME.name, max(0.0, wall - work))
+        averages.add(CPU_TIME.name, cpu)
         last = state.global_step >= state.max_steps or control.should_training_stop
         if last and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
+
+    def _now(self, args: TrainingArguments) -> tuple[float, float, float]:
+        """Wall and CPU seconds, and seconds of work so far."""
+        return clock(args.device), time.process_time(), self._averages.worked
 
     def on_log(
         self,

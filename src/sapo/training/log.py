@@ -68,8 +68,14 @@ class TrainingLog:
             self.averages["train"].absorb(state["averages"])
             self._loss.absorb(state["loss"])
 
-    def add_to(self, logs: dict[str, float], step: int) -> None:
-        """Add this run's metrics to those of the log line of `step`; every process comes here at the same steps."""
+    def add_to(self, logs: dict[str, float], step: int, *, last: bool = False) -> None:
+        """Add this run's metrics to those of the log line of `step`; every process comes here at the same steps.
+
+        Args:
+            logs: of Trainer.
+            step: optimizer steps so far.
+            last: whether the run has no more steps.
+        """
         if any(name.startswith(EVAL) for name in logs):
             logs.update({f"{EVAL}{name}": value for name, value in self._drained(self.averages["eval"]).items()})
         elif FINAL_LOSS.name in logs:
@@ -82,7 +88,7 @@ class TrainingLog:
             distance = self._context.roles.opponent_distance()
             if distance is not None:
                 logs["opponent/distance"] = distance
-            logs.update(self._chosen_change(step))
+            logs.update(self._chosen_change(step, last=last))
             now = time.perf_counter()
             tokens = sum(self._context.world.gather(self._tokens))
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
@@ -117,12 +123,12 @@ class TrainingLog:
                 "the rounding of the weights. Raise the learning rate, or train float32 weights or their masters."
             )
 
-    def _chosen_change(self, step: int) -> dict[str, float]:
-        changes = self._probe.change() if self._probe is not None else None
+    def _chosen_change(self, step: int, *, last: bool) -> dict[str, float]:
+        limit = self._context.args.chosen_drop_limit
+        changes = self._probe.change(step, due=last or limit is not None) if self._probe is not None else None
         if changes is None:
             return {}
         change, per_token = changes
-        limit = self._context.args.chosen_drop_limit
         if limit is not None and change < -limit and self.stop_reason is None:
             self.stop_reason = (
                 f"Stopped at step {step}: the chosen log-probability has fallen by {-change:.2f} nats per response, "

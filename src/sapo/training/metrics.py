@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import psutil
 import torch
 
-from sapo.runs.metrics import DEVICE_PEAK_MEMORY, PEAK_MEMORY, TOTALS
+from sapo.runs.metrics import DEVICE_PEAK_MEMORY, PEAK_MEMORY, TOTALS, WORK
+
+_WORK = {metric.name for metric in WORK}
 
 
 class MetricAverages:
@@ -19,6 +21,8 @@ class MetricAverages:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self.worked = 0.0
+        """Seconds of `WORK` that were ever added."""
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Observe `value`, the mean of `count` observations; of none, nothing."""
@@ -26,6 +30,8 @@ class MetricAverages:
             return
         self._sums[name] = self._sums.get(name, 0.0) + value * count
         self._counts[name] = self._counts.get(name, 0.0) + count
+        if name in _WORK:
+            self.worked += value * count
 
     def drain(self) -> dict[str, float]:
         """The averages (of `TOTALS` the sums), and start again."""

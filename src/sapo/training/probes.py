@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,32 +49,53 @@ class EvaluationPairs:
         return self._digests[id(dataset)][1]
 
 
+DEFAULT_PROBE = 16
+"""Maximum number of examples that are followed where no number is asked for."""
+_LEAST_PROBE, _PROBED_SHARE, _PROBED_PER_PAIR = 4, 25, 12
+"""By default at least so many, at most one in so many of the pairs that the run trains on, and this many pairs trained
+on between two looks at one example: the forward pass of an example takes an eighth of the time of a pair's step."""
+
+
 class ChosenProbe:
     """A few training examples whose chosen log-probability is followed through the run.
 
     Args:
         dataset: prepared training rows.
-        size: examples to follow, at most.
+        size: examples to follow, at most, at every log line; None for as many and as often as takes about 1% of the
+            time. The rule counts pairs, not seconds, so that a run logs the same whatever the machine does.
+        pairs: that a step trains on, on this process.
         seed: of the run; decides which.
         logps: log-probability in nats of the last response of each example under the policy.
     """
 
     def __init__(
-        self, dataset: Any, size: int, *, seed: int, logps: Callable[[Sequence[Example]], list[float]]
+        self,
+        dataset: Any,
+        size: int | None,
+        *,
+        pairs: int,
+        seed: int,
+        logps: Callable[[Sequence[Example]], list[float]],
     ) -> None:
         self._dataset = dataset
-        self._size = min(size, len(dataset))
+        self._wanted, self._pairs = size, pairs
         self._seed = seed
         self._logps = logps
         self.start: dict[str, list[float]] | None = None
-        """`indices` and `logps` before the first step; kept in checkpoints. None before they are taken."""
+        """`indices` and `logps` before the first step, and the `step` of the last look; kept in checkpoints. None
+        before they are taken."""
 
-    def begin(self) -> None:
+    def begin(self, max_steps: int) -> None:
         """Note where the examples stand, unless a checkpoint has told."""
-        if self._size and self.start is None:
+        size = self._wanted
+        if size is None:
+            size = min(DEFAULT_PROBE, max(_LEAST_PROBE, max_steps * self._pairs // _PROBED_SHARE))
+        size = min(size, len(self._dataset))
+        if size and self.start is None:
             rng = random.Random(derive_seed(self._seed, "probe"))
-            indices = sorted(rng.sample(range(len(self._dataset)), self._size))
-            self.start = {"indices": [float(i) for i in indices], "logps": self._logps(self._examples(indices))}
+            indices = sorted(rng.sample(range(len(self._dataset)), size))
+            logps = self._logps(self._examples(indices))
+            self.start = {"indices": [float(i) for i in indices], "logps": logps, "step": [0.0]}
 
     def restore(self, start: dict[str, list[float]] | None) -> None:
         """Continue from the `start` of a checkpoint.
@@ -86,12 +108,25 @@ class ChosenProbe:
             known = range(len(self._dataset))
             if len(indices) != len(logps) or not indices or not all(index in known for index in indices):
                 raise ValueError("the examples to follow are not of this dataset")
+            start = {"indices": indices, "logps": logps, "step": [float(step) for step in start.get("step", [0.0])]}
         self.start = start
 
-    def change(self) -> tuple[float, float] | None:
-        """Mean change since the start in nats per response and in nats per token; None where nothing is followed."""
+    def change(self, step: int, *, due: bool) -> tuple[float, float] | None:
+        """Mean change since the start in nats per response and in nats per token.
+
+        Args:
+            step: of the log line.
+            due: look in any case: this is the last step, or the run may end because of what is seen.
+
+        Returns:
+            None where nothing is followed, or it is too soon to look again.
+        """
         if self.start is None:
             return None
+        apart = math.ceil(_PROBED_PER_PAIR * len(self.start["indices"]) / self._pairs)
+        if self._wanted is None and not due and step - self.start["step"][-1] < apart:
+            return None
+        self.start["step"] = [float(step)]
         examples = self._examples(self.start["indices"])
         changes = np.subtract(self._logps(examples), self.start["logps"])
         tokens = sum(len(example.turns[-1].response_ids) for example in examples)

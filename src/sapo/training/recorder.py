@@ -2,9 +2,12 @@
 
 Which pairs: with n = `report_pairs`, S = (n - 4) // 8 and T = the steps of the run, snapshots are taken at the steps
 ceil(j T / S) for j = 0 ... S. Each holds 4 followed prompts, and from j = 1 on the first 4 pairs that the step trained
-on, on the first process: at most n in all. The followed prompts are the same at each snapshot (a sample of the
-training rows, seeded by (seed, "followed")); the opponent rewrites the same segment of each with the same random
-numbers (epoch -1), so that what changes from one snapshot to the next is the opponent and nothing else.
+on, on the first process, with the scores that it computed for them: at most n in all. The followed prompts are the same
+at each snapshot (of 16 training rows, sampled by (seed, "followed"), four whose responses are rather short); the
+opponent regenerates the same segment of each with the same random numbers (epoch -1), so that what changes from one
+snapshot to the next is the opponent and nothing else. They cost time that nothing else needs: where `report_pairs` is
+unset, n is 200 and they are in F + 1 snapshots, evenly spaced, F the largest divisor of S that leaves 300 pairs or more
+to train on from one to the next, and in none of a shorter run.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sapo._version import __version__
-from sapo.data.examples import collate_examples
+from sapo.data.examples import Example, collate_examples
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pair_loss import pair_loss
 from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores
+from sapo.preference.self_replay import is_replayed
 from sapo.report.page import write_report
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import RunFolder
@@ -39,14 +43,19 @@ from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
 from sapo.runs.origin import origin
 from sapo.seeds import derive_seed
 from sapo.training.context import RunContext
-from sapo.training.scorer import PairScorer
+from sapo.training.scorer import PairScorer, ScoredPairs
 from sapo.training.tracking import log_pairs
 from sapo.weights.sharding import global_numel
 
 FOLLOWED = 4
-"""Prompts whose segments are regenerated at each snapshot."""
+"""Prompts that are regenerated at each snapshot."""
 TRAINED = 4
 """Pairs trained on that are kept at each snapshot."""
+DEFAULT_PAIRS = 200
+"""Pairs kept where no number is asked for."""
+_PAIRS_BETWEEN = 300
+"""By default this many pairs are trained on between two snapshots with followed prompts: of small batches each costs
+up to a step's time, and this is 1% of the steps' time at four pairs a step."""
 _SHARE_OF_TIME = 50
 """A report is refreshed only when this many times its own duration has passed since the last."""
 _ADAPTER = re.compile(r"\.(lora_|modules_to_save\.|token_adapter\.|trainable_tokens_)")
@@ -56,10 +65,24 @@ _PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
     """The steps at which pairs are kept, 0 (before the first) included; none if `pairs` is 0."""
-    snapshots = (pairs - FOLLOWED) // (FOLLOWED + TRAINED)
-    if snapshots < 1:
-        return set()
-    return {math.ceil(j * max_steps / snapshots) for j in range(snapshots + 1)}
+    return _spaced(max_steps, _snapshots(pairs))
+
+
+def followed_steps(max_steps: int, pairs: int | None, pairs_per_step: int) -> set[int]:
+    """Those of the steps with a snapshot at which prompts are regenerated; `pairs` is `report_pairs`."""
+    snapshots = _snapshots(DEFAULT_PAIRS if pairs is None else pairs)
+    if pairs is None:
+        most = max_steps * pairs_per_step // _PAIRS_BETWEEN
+        snapshots = max((n for n in range(1, snapshots + 1) if snapshots % n == 0 and n <= most), default=0)
+    return _spaced(max_steps, snapshots)
+
+
+def _snapshots(pairs: int) -> int:
+    return (pairs - FOLLOWED) // (FOLLOWED + TRAINED)
+
+
+def _spaced(max_steps: int, snapshots: int) -> set[int]:
+    return {math.ceil(j * max_steps / snapshots) for j in range(snapshots + 1)} if snapshots > 0 else set()
 
 
 def loaded_step(args: TrainingArguments, state: TrainerState) -> int | None:
@@ -78,7 +101,7 @@ class RunRecorder(TrainerCallback):
         source: regenerates the followed prompts, and knows the history of pairs.
         scorer: scores what is kept.
         dataset: prepared training rows.
-        last_pairs: returns the pairs of the last micro-batch.
+        trained: returns the pairs of the last step as they were scored, pass by pass.
         stop_reason: returns why the run ended early, or None.
     """
 
@@ -89,18 +112,19 @@ class RunRecorder(TrainerCallback):
         source: PairSource,
         scorer: PairScorer,
         dataset: Any,
-        last_pairs: Callable[[], Sequence[Pair]],
+        trained: Callable[[], Sequence[ScoredPairs]],
         stop_reason: Callable[[], str | None],
     ) -> None:
         self._context = context
         self._source = source
         self._scorer = scorer
         self._dataset = dataset
-        self._last_pairs = last_pairs
+        self._trained = trained
         self._stop_reason = stop_reason
         self._run_folder = run_folder
         self._folder = run_folder.path
         self._steps: set[int] = set()
+        self._followed_steps: set[int] = set()
         self._followed: list[int] = []
         self._refreshed, self._took = 0.0, 0.0
 
@@ -109,14 +133,15 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """Note what runs; drop pairs of steps that will be run again; keep the followed prompts as they start."""
         run = self._context.args
-        self._steps = snapshot_steps(state.max_steps, run.report_pairs if run.pair_source != "none" else 0)
-        count = len(self._dataset)
-        rng = random.Random(derive_seed(run.seed, "followed"))
-        self._followed = sorted(rng.sample(range(count), min(FOLLOWED, count)))
+        kept = 0 if run.pair_source == "none" else run.report_pairs
+        self._steps = snapshot_steps(state.max_steps, DEFAULT_PAIRS if kept is None else kept)
+        pairs_per_step = run.per_device_train_batch_size * run.gradient_accumulation_steps
+        self._followed_steps = followed_steps(state.max_steps, kept, pairs_per_step)
+        self._followed = self._choose_followed()
         if state.is_world_process_zero:
             self._write_run(_describe(self._context, len(self._dataset), state))
             _keep_until(self._folder / PAIRS_FILE, state.global_step)
-        if state.global_step == 0 and 0 in self._steps:
+        if state.global_step == 0 and 0 in self._followed_steps:
             self._take(0)
         self._refreshed = time.perf_counter()
 
@@ -155,53 +180,69 @@ class RunRecorder(TrainerCallback):
         write_atomically(self._folder / RUN_FILE, json.dumps(run, indent=1))
 
     def _take(self, step: int) -> None:
-        """Write and score the pairs of a snapshot: all processes take part, and the first keeps its own."""
-        last, world = self._last_pairs(), self._context.world
-        kinds = {"followed": self._regenerate_followed()}
-        if step > 0:
-            # As many on every process: with sharded weights all must go through the same passes.
-            kinds["trained"] = [last[i % len(last)] for i in range(TRAINED)]
-        rows = []
-        for kind, pairs in kinds.items():
-            scored = list(zip(pairs, self._scores(pairs), strict=True))
-            if kind == "trained":
-                scored = scored[: len(last)]
-            for pair, scores in scored:
-                row = {"step": step, "kind": kind, **texts_of(pair, self._context.tokenizer), **scores}
-                rows.append(row | (self._source.history(pair, step) if kind == "trained" else {}))
-        if world.first:
-            log_pairs(self._context.args.report_to, rows, step)
-            with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in rows)
+        """Write the pairs of a snapshot: all processes score the followed prompts, and the first keeps its own."""
+        followed = [(pair, values) for part in self._score_followed(step) for pair, values in self._values(part)]
+        if not self._context.world.first:
+            return
+        trained = [(pair, values) for part in self._trained() for pair, values in self._values(part)] if step else []
+        rows = [
+            {"step": step, "kind": kind, **texts_of(pair, self._context.tokenizer), **values}
+            | (self._source.history(pair, step) if kind == "trained" else {})
+            for kind, kept in (("followed", followed), ("trained", trained[:TRAINED]))
+            for pair, values in kept
+        ]
+        log_pairs(self._context.args.report_to, rows, step)
+        with (self._folder / PAIRS_FILE).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
 
-    def _regenerate_followed(self) -> list[Pair]:
-        examples = collate_examples([self._dataset[index] for index in self._followed])["examples"]
-        return self._source.evaluation_pairs(examples)
+    def _choose_followed(self) -> list[int]:
+        """The second quarter by length of a sample of rows: what they cost is bounded, and they say something."""
+        rows = self._dataset
+        rng = random.Random(derive_seed(self._context.args.seed, "followed"))
+        sample = rng.sample(range(len(rows)), min(4 * FOLLOWED, len(rows)))
+        responses = {place: len(self._example(place).turns[-1].response_ids) for place in sample}
+        by_length = sorted(sample, key=lambda place: (responses[place], place))
+        first = len(by_length) // 4
+        return sorted(by_length[first : first + FOLLOWED])
 
-    def _scores(self, pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
-        """Loss, rewards and log-probabilities of each pair, as the training would log them, and of the reference."""
-        args = self._context.args
+    def _example(self, place: int) -> Example:
+        example: Example = collate_examples([self._dataset[place]])["examples"][0]
+        return example
+
+    def _score_followed(self, step: int) -> Iterable[ScoredPairs]:
+        """The followed prompts with segments of the current opponent, where they are due."""
+        if step not in self._followed_steps:
+            return
+        pairs, args = self._regenerate_followed(), self._context.args
         size = args.pairs_per_forward or args.per_device_train_batch_size
         for first in range(0, len(pairs), size):
             part = pairs[first : first + size]
-            scores, reference = self._scorer.scores_of(part)
-            for place in range(len(part)):
-                one = slice(place, place + 1)
-                own = PairScores(*(tensor[one] for tensor in scores[:4]))
-                before = None
-                if isinstance(reference, ReferenceLogps):
-                    before = ReferenceLogps(reference.chosen_logps[one], reference.rejected_logps[one])
-                metrics = pair_loss(own, before, args).metrics
-                found = {
-                    "loss": metrics[LOSS.name],
-                    "margin": metrics[MARGIN.name],
-                    "chosen_logp": metrics[CHOSEN_LOGP.name],
-                    "rejected_logp": metrics[REJECTED_LOGP.name],
-                }
-                if before is not None:
-                    found["reference_chosen_logp"] = before.chosen_logps.item()
-                    found["reference_rejected_logp"] = before.rejected_logps.item()
-                yield {name: round(value, 5) if math.isfinite(value) else None for name, value in found.items()}
+            yield ScoredPairs(part, *self._scorer.scores_of(part))
+
+    def _regenerate_followed(self) -> list[Pair]:
+        return self._source.evaluation_pairs([self._example(place) for place in self._followed])
+
+    def _values(self, scored: ScoredPairs) -> Iterable[tuple[Pair, dict[str, Any]]]:
+        """Loss, rewards and log-probabilities of each pair, as the training logs them, and of the reference."""
+        for place, pair in enumerate(scored.pairs):
+            if is_replayed(pair):
+                continue
+            one = slice(place, place + 1)
+            own = PairScores(*(tensor[one] for tensor in scored.scores[:4]))
+            before = None
+            if isinstance(scored.reference, ReferenceLogps):
+                before = ReferenceLogps(scored.reference.chosen_logps[one], scored.reference.rejected_logps[one])
+            metrics = pair_loss(own, before, self._context.args).metrics
+            found = {
+                "loss": metrics[LOSS.name],
+                "margin": metrics[MARGIN.name],
+                "chosen_logp": metrics[CHOSEN_LOGP.name],
+                "rejected_logp": metrics[REJECTED_LOGP.name],
+            }
+            if before is not None:
+                found["reference_chosen_logp"] = before.chosen_logps.item()
+                found["reference_rejected_logp"] = before.rejected_logps.item()
+            yield pair, {name: round(value, 5) if math.isfinite(value) else None for name, value in found.items()}
 
 
 def texts_of(pair: Pair, tokenizer: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +29,14 @@ Pass = tuple[Sequence[Pair], PairBatch]
 """The pairs of one forward pass, and their rows on the device."""
 ReferenceScores = ReferenceLogps | Anchor | None
 """Of a pass: what the loss needs of the reference."""
+
+
+class ScoredPairs(NamedTuple):
+    """The pairs of a pass with their scores `[B]` under policy and reference; no gradients."""
+
+    pairs: Sequence[Pair]
+    scores: PairScores
+    reference: ReferenceScores
 
 
 class PairScorer:
@@ -101,11 +111,18 @@ class PairScorer:
         return batch.to(args.device)
 
     def passes(self, pairs: Sequence[Pair]) -> list[Pass]:
-        """`pairs` of a micro-batch divided into forward passes of `pairs_per_forward` and `tokens_per_forward`."""
+        """`pairs` of a micro-batch divided into forward passes of `pairs_per_forward` and `tokens_per_forward`.
+
+        A pair that was drawn several times is computed once, and `PairBatch.draws` tells how often it counts.
+        """
         args = self._context.args
+        draws = Counter(id(pair) for pair in pairs)
+        # Where passes must be equally many on all processes, their number follows from that of the pairs.
+        merged = not self._equal_passes and len(draws) < len(pairs)
+        distinct = list({id(pair): pair for pair in pairs}.values()) if merged else pairs
         split = partial(
             split_pairs,
-            pairs,
+            distinct,
             args.pairs_per_forward,
             layout=self.layout,
             tokens=args.tokens_per_forward,
@@ -116,7 +133,10 @@ class PairScorer:
             # Lengths differ from process to process; all take as many passes as the one that needs most.
             wanted = self._accelerator.gather(torch.tensor([len(parts)], device=args.device))
             parts = split(least=int(wanted.max()))
-        return [(part, self.collate(part)) for part in parts]
+        passes: list[Pass] = [(part, self.collate(part)) for part in parts]
+        if merged:
+            passes = [(part, replace(batch, draws=tuple(draws[id(pair)] for pair in part))) for part, batch in passes]
+        return passes
 
     # ---- Scores ----
 
@@ -197,15 +217,22 @@ class PairScorer:
 
     def response_logps(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability in nats of the last response of each example under the policy."""
-        context, logps = self._context, list[float]()
+        context, logps = self._context, dict[int, float]()
+        turns_of = [example.turns[-1] for example in examples]
+        # By length: little padding.
+        order = sorted(
+            range(len(examples)), key=lambda place: len(turns_of[place].prompt_ids) + len(turns_of[place].response_ids)
+        )
         size = 2 * context.args.per_device_train_batch_size
         for first in range(0, len(examples), size):
-            turns = [example.turns[-1] for example in examples[first : first + size]]
+            places = order[first : first + size]
+            turns = [turns_of[place] for place in places]
             batch = collate_responses(
                 [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
                 pad_token_id=context.pad_token_id,
             )
             with context.roles.autocast(), frozen(self._model()) as model:
                 rows = batch.to(context.args.device)
-                logps += summed_logps(model, rows, fused_lm_head=self.fused_head)[0].tolist()
-        return logps
+                sums = summed_logps(model, rows, fused_lm_head=self.fused_head)[0].tolist()
+            logps |= dict(zip(places, sums, strict=True))
+        return [logps[place] for place in range(len(examples))]

@@ -68,6 +68,9 @@ class RunState:
         if args.chat_template_path is not None:
             # By its content: the same template may lie elsewhere when the run resumes.
             facts["chat_template_path"] = template_digest(self.context.tokenizer)
+        digest = self.context.roles.start_digest()
+        if digest is not None:
+            facts["start_model"] = digest
         facts["parameters"] = sum(map(global_numel, self.context.roles.policy().parameters()))
         return facts
 

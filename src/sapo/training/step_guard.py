@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sapo.errors import TrainingError
-from sapo.preference.pairs import Pair, PairSource
+from sapo.preference.objectives import ReferenceLogps
+from sapo.preference.pairs import PairSource
+from sapo.preference.scoring import PairScores
 from sapo.runs.trace import TrainedPair
+from sapo.training.scorer import ScoredPairs
 
 
 class NonFiniteStepGuard:
@@ -28,6 +31,8 @@ class NonFiniteStepGuard:
         self._source = source
         self.trained: list[TrainedPair] = []
         """The pairs of the current step, in the order of its micro-batches."""
+        self.scored: list[ScoredPairs] = []
+        """The same with their scores, pass by pass."""
         self.nonfinite = False
         """Whether the loss or the gradient of the last step that ended was not finite."""
         self.in_a_row = 0
@@ -35,12 +40,17 @@ class NonFiniteStepGuard:
 
     def begin(self) -> None:
         """An optimizer step begins."""
-        self.trained = []
+        self.trained, self.scored = [], []
         self._source.begin_step()
 
-    def note(self, pairs: Iterable[Pair], losses: Iterable[float]) -> None:
-        """This step is trained on these pairs; `losses` in nats."""
-        self.trained += [TrainedPair(pair, loss) for pair, loss in zip(pairs, losses, strict=True)]
+    def note(self, scored: ScoredPairs, losses: Iterable[float], draws: Sequence[int] | None) -> None:
+        """This step is trained on these pairs; `losses` in nats, `draws` as in `PairBatch`."""
+        for pair, loss, count in zip(scored.pairs, losses, draws or [1] * len(scored.pairs), strict=True):
+            self.trained += [TrainedPair(pair, loss)] * count
+        # Without what is no pair's own, and without an anchor's hidden states.
+        scores = PairScores(*(tensor.detach() for tensor in scored.scores[:4]))
+        reference = scored.reference if isinstance(scored.reference, ReferenceLogps) else None
+        self.scored.append(scored._replace(scores=scores, reference=reference))
 
     def end(self, accelerator: Accelerator, model: nn.Module) -> bool:
         """Before the optimizer acts: whether the step is not finite on any process. If so the source is as before it.

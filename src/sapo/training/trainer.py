@@ -39,7 +39,7 @@ from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datase
 from sapo.training.recorder import RunRecorder
 from sapo.training.replay import with_self_replay
 from sapo.training.retention import RetentionSignals
-from sapo.training.scorer import PairScorer
+from sapo.training.scorer import PairScorer, ScoredPairs
 from sapo.training.start import prepare_start
 from sapo.training.state import RunState
 from sapo.training.step_guard import NonFiniteStepGuard
@@ -154,7 +154,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         )
         moved = MovedFraction(record, lambda: roles.stepped_tensors(self.optimizer), lambda: self._step_guard.nonfinite)
         self.add_callback(moved)
-        watched = (self.source, self._scorer, self.train_dataset, self.last_pairs)
+        watched = (self.source, self._scorer, self.train_dataset, lambda: self._step_guard.scored)
         self.add_callback(RunRecorder(self._context, self.run_folder, *watched, lambda: self.stop_reason))
 
     # ---- Construction ----
@@ -165,8 +165,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._eval_pairs = EvaluationPairs(self.source, batch_size=args.per_device_eval_batch_size)
         self._probe = None
         if dataset is not None:
+            pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
             self._probe = ChosenProbe(
-                dataset, args.chosen_probe_size, seed=args.seed, logps=self._scorer.response_logps
+                dataset, args.chosen_probe_size, pairs=pairs, seed=args.seed, logps=self._scorer.response_logps
             )
         evaluated = as_list_of_datasets(self.eval_dataset)
         self._signals: list[LocalSignals | RetentionSignals] = []
@@ -239,7 +240,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._log.note_tokens(sum(batch.tokens for _, batch in passes))
         loss = torch.zeros((), device=self.args.device)
         for number, ((part, batch), reference) in enumerate(zip(passes, references, strict=True), start=1):
-            given = {"batch": batch, "pairs": part, "share": len(part) / len(pairs), "reference": reference}
+            given = {"batch": batch, "pairs": part, "share": batch.drawn / len(pairs), "reference": reference}
             with nullcontext() if number == len(passes) else local_gradients(self.accelerator, model):
                 loss += super().training_step(model, given, num_items_in_batch)
         averages = self._averages["train"]
@@ -259,15 +260,15 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         batch: PairBatch = inputs["batch"]
         scores = self._scorer.policy_scores(model, batch, inputs["reference"])
         replayed = [is_replayed(pair) for pair in inputs["pairs"]]
-        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args, replayed)
+        loss, losses, metrics = pair_loss(scores, inputs["reference"], self.args, replayed, batch.draws)
         mode = "train" if model.training else "eval"
         finite = math.isfinite(metrics["loss"])
         for name, value in metrics.items():
             # One pair without a finite loss would leave none of these averages finite.
             if finite or mode == "eval":
-                self._averages[mode].add(name, value, len(batch))
+                self._averages[mode].add(name, value, batch.drawn)
         if mode == "train":
-            self._step_guard.note(inputs["pairs"], losses)
+            self._step_guard.note(ScoredPairs(inputs["pairs"], scores, inputs["reference"]), losses, batch.draws)
             if finite:
                 self._log.note_loss(metrics["loss"], inputs["share"])
         loss = loss * inputs["share"]
@@ -310,7 +311,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this trainer's metrics to what Trainer logs."""
-        self._log.add_to(logs, self.state.global_step)
+        self._log.add_to(logs, self.state.global_step, last=self.state.global_step >= self.state.max_steps)
         super().log(logs, start_time)
         if self.stop_reason is not None and not self.control.should_training_stop:
             logger.warning(self.stop_reason)
@@ -343,7 +344,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
     def _fix_measures(self) -> None:
         """Fix what the run is measured against, while opponent and policy are the initial model."""
         if self._probe is not None:
-            self._probe.begin()
+            self._probe.begin(self.state.max_steps)
         if self.args.eval_strategy != "no":
             with random_state_restored():
                 for dataset in as_list_of_datasets(self.eval_dataset):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.generation.weight_layout import weights_cast
+from sapo.weights.digest import weights_digest
 from sapo.weights.master import MasterWeights, needs_master, stepped_tensors, with_masters
 from sapo.weights.opponent import (
     POLICY_ADAPTER,
@@ -72,6 +73,7 @@ class Roles:
         self._accelerator = accelerator
         self._unwrapped = unwrapped
         self._created = False
+        self._start_digest: str | None = None
         self.opponent: MovingAverage | None = None
         self.reference: ShadowModel | None = None
         self.sharded = shards_weights(accelerator)
@@ -252,12 +254,25 @@ class Roles:
 
     # ---- Saving ----
 
+    def _start_as_reference(self) -> nn.Module | None:
+        """The reference if at any time it is what a resumed run copies before it loads its checkpoint."""
+        initial = self._args.reference == "initial"
+        return self.reference.model if initial and isinstance(self.reference, ModelCopy) else None
+
+    def start_digest(self) -> str | None:
+        """What the start model of a resumed run must agree with, where no checkpoint holds the reference; else None."""
+        start = self._start_as_reference()
+        if start is not None and self._start_digest is None:
+            self._start_digest = weights_digest(start)
+        return self._start_digest
+
     def kept(self) -> dict[str, ShadowModel]:
         """What a checkpoint keeps: opponent and reference, unless they are one or never change by themselves."""
         found: dict[str, ShadowModel] = {}
         if self.opponent is not None:
             found["opponent"] = self.opponent
-        if self.reference is not None and self.reference is not self.opponent:
+        changes = self.reference is not self.opponent and self._start_as_reference() is None
+        if self.reference is not None and changes:
             found["reference"] = self.reference
         return {role: shadow for role, shadow in found.items() if shadow.tensors()}
 

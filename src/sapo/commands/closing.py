@@ -37,7 +37,10 @@ def closing_lines(run: RunArguments, trainer: SAPOTrainer, *, stopped: bool, rec
             f"({state.best_metric:.4g})."
         )
     if trainer.is_world_process_zero():
-        lines += results(read_run(folder))
+        record = read_run(folder)
+        lines += results(record)
+        shares = [f"{name} {share:.0%}" for name, share in time_shares(record).items() if share >= 0.005]
+        lines += [f"Time: {', '.join(shares)}."] if shares else []
     lines += ["", f"Policy:    {folder}"]
     if trainer.opponent is not None:
         lines.append(f"Opponent:  {folder / OPPONENT_FOLDER} (the moving average)")
@@ -74,9 +77,6 @@ def results(run: Run) -> list[str]:
     likelihood = run.last(CHOSEN_CHANGE_PER_TOKEN)
     if likelihood is not None:
         lines.append(f"Since the start the chosen responses became {likelihood_text(likelihood)}.")
-    shares = [f"{name} {share:.0%}" for name, share in time_shares(run).items() if share >= 0.005]
-    if shares:
-        lines.append(f"Time: {', '.join(shares)}.")
     lines += [f"Warning: {warn.title}. {warn.text}" for warn in warnings(run) if warn.title != "Early stop"]
     return lines
 

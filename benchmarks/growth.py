@@ -1,16 +1,18 @@
-"""How processor time and peak memory of a step grow with batch, response, buffer and processes.
+"""How processor time and peak memory grow: of a step with batch, response, buffer and processes, of a start with rows.
 
     python benchmarks/growth.py [--svg docs/growth.svg]
 
 Each point is a run of the real trainer in a fork of its own (for several processes, one fork each, joined by gloo): the
 median processor time of five steps after a first one, one thread, and the peak of the resident set above what it was
 before the model was built. Hidden 128, 3 layers, vocabulary 8192; where nothing else is said prompt 64, response 128,
-segment 32, batch 4 a process, 1,000 pairs in the buffer.
+segment 32, batch 4 a process, 1,000 pairs in the buffer. A start reads rows of 40 + 120 words from JSON lines and
+renders and tokenizes them, in one process and without its cache. The exponent is that of the last two points.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -23,22 +25,32 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from measuring import forget_peak, in_forks, peak_resident, resident
 from step import SIZES, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
+from sapo.data.chat_template import FOLDER
+from sapo.data.examples import DataOptions
+from sapo.data.loading import load_rows
+from sapo.data.prepare import prepare_dataset
+from sapo.preference.pairs import shared_ids
 
 PROMPT, SEGMENT, STEPS, WORDS = 64, 32, 6, 4096
 USUAL = {"batch": 4, "response": 128, "buffer": 1000, "processes": 1}
 GROWTH = {
     "batch": [2, 4, 8, 16],
-    "response": [64, 128, 256, 512],
-    "buffer": [100, 1000, 10_000, 100_000],
-    "processes": [1, 2],
+    "response": [64, 128, 256, 512, 2048, 8192],
+    "buffer": [100, 1000, 10_000, 100_000, 1_000_000],
+    "processes": [1, 2, 4],
+    "rows": [10, 100, 1000, 10_000, 100_000],
 }
-LABELS = {"batch": "pairs a process", "response": "response, tokens", "buffer": "pairs held", "processes": "processes"}
+LABELS = {
+    "batch": "pairs a process", "response": "response, tokens", "buffer": "pairs held", "processes": "processes",
+    "rows": "rows at the start",
+}  # fmt: skip
 
 
 class Clock(TrainerCallback):
@@ -87,29 +99,65 @@ def run(point: dict[str, int], number: int, port: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = SAPOConfig(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=point["batch"], segment_length=SEGMENT,
-            max_length=1024, replay_buffer_size=point["buffer"], chosen_probe_size=0, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, disable_tqdm=True, report_to="none", save_strategy="no",
-            logging_strategy="no", ddp_backend="gloo" if point["processes"] > 1 else None,
+            max_length=max(1024, 2 * point["response"]), replay_buffer_size=point["buffer"], chosen_probe_size=0,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
+            save_strategy="no", logging_strategy="no", ddp_backend="gloo" if point["processes"] > 1 else None,
         )  # fmt: skip
         data = datasets.Dataset.from_list(rows)
         before = resident()
         forget_peak()
         config = LlamaConfig(
             vocab_size=int(SIZES["8k"]["vocab_size"]), hidden_size=128, intermediate_size=344, num_hidden_layers=3,
-            num_attention_heads=4, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            num_attention_heads=4, max_position_embeddings=32768, bos_token_id=None, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         torch.manual_seed(0)
         trainer = SAPOTrainer(
             LlamaForCausalLM(config), args, data, processing_class=tokenizer(_Vocabulary()), callbacks=[clock]
         )
         trainer.remove_callback(PrinterCallback)
-        buffer = trainer.source.buffer
-        for _ in range(point["buffer"]):
-            prompt, chosen = words(PROMPT), words(point["response"])
-            rejected = (*words(SEGMENT), *chosen[SEGMENT:])
-            buffer.add(Pair(0, 0, prompt, chosen, rejected, Segment(0, SEGMENT), Segment(0, SEGMENT)), 0)
+        fill(trainer.source.buffer, point["buffer"], point["response"])
         trainer.train()
     return statistics.median(clock.seconds[1:]), (peak_resident() - before) / 1e6
+
+
+def fill(buffer: Any, count: int, response: int) -> None:
+    """Store pairs of random tokens, no two alike, as the trainer does."""
+    rng = np.random.default_rng(0)
+    for start in range(0, count, 1000):
+        size = min(1000, count - start)
+        for prompt, chosen, new in zip(
+            rng.integers(3, WORDS, (size, PROMPT)).tolist(),
+            rng.integers(3, WORDS, (size, response)).tolist(),
+            rng.integers(3, WORDS, (size, SEGMENT)).tolist(),
+            strict=True,
+        ):
+            ids = [shared_ids(one) for one in (prompt, chosen, new + chosen[SEGMENT:])]
+            buffer.add(Pair(0, 0, *ids, Segment(0, SEGMENT), Segment(0, SEGMENT)), 0)
+
+
+def start(rows: int) -> tuple[float, float]:
+    """Processor seconds and megabytes until the rows of a file are prepared."""
+    rng = random.Random(0)
+    made = tokenizer(_Vocabulary())
+    made.chat_template = (FOLDER / "zephyr.jinja").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        with file.open("w", encoding="utf-8") as lines:
+            for _ in range(rows):
+                said = [" ".join(f"w{rng.randrange(3, WORDS)}" for _ in range(count)) for count in (40, 120)]
+                talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+                lines.write(json.dumps({"messages": talk}) + "\n")
+        before = resident()
+        forget_peak()
+        began = time.process_time()
+        prepare_dataset(load_rows(file), made, DataOptions(1024, 512), eos_ids=[made.eos_token_id])
+        return time.process_time() - began, (peak_resident() - before) / 1e6
+
+
+def exponent(points: list[tuple[int, float, float]], column: int) -> float:
+    """Of the power law through the last two points."""
+    (x, *first), (y, *last) = points[-2:]
+    return math.log(last[column - 1] / first[column - 1]) / math.log(y / x)
 
 
 def measure(point: dict[str, int]) -> tuple[float, float]:
@@ -131,7 +179,7 @@ def plot(found: dict[str, list[tuple[int, float, float]]]) -> str:
         "@media(prefers-color-scheme:dark){text{fill:#ccc}}</style>",
     ]
     for column, (name, points) in enumerate(found.items()):
-        for row, unit in enumerate(("CPU s a step", "MB at the peak")):
+        for row, unit in enumerate(("CPU s", "MB")):
             x0, y0 = column * (width + 50) + left, row * (height + 56) + top
             values = [point[row + 1] for point in points]
             largest = max(values) * 1.1
@@ -140,7 +188,8 @@ def plot(found: dict[str, list[tuple[int, float, float]]]) -> str:
                 for place, value in zip(_places([point[0] for point in points]), values, strict=True)
             ]
             parts.append(f'<path class="a" d="M{x0} {y0}V{y0 + height}H{x0 + width}"/>')
-            parts.append(f'<text x="{x0}" y="{y0 - 8}">{unit}</text>')
+            power = f"{unit}, exponent {exponent(points, row + 1):.2f}" if len(points) > 1 else unit
+            parts.append(f'<text x="{x0}" y="{y0 - 8}">{power}</text>')
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
             parts.append(f'<polyline class="s" points="{line}"/>')
             for (x, y), point, value in zip(spots, points, values, strict=True):
@@ -174,9 +223,15 @@ def main() -> None:
     for name in options.only:
         found[name] = []
         for value in GROWTH[name]:
-            seconds, memory = measure({**USUAL, name: value})
+            ((seconds, memory),) = (
+                [measure({**USUAL, name: value})]
+                if name != "rows"
+                else in_forks(lambda number, rows=value: start(rows), 1)
+            )
             found[name].append((value, seconds, memory))
-            print(f"{LABELS[name]:20}{value:10,}{seconds:10.3f} CPU s a step{memory:10.0f} MB", flush=True)
+            print(f"{LABELS[name]:20}{value:10,}{seconds:10.3f} CPU s{memory:10.0f} MB", flush=True)
+        both = [exponent(found[name], column) for column in (1, 2)]
+        print(f"{LABELS[name]:20}exponents: time {both[0]:.2f}, memory {both[1]:.2f}", flush=True)
     if options.svg is not None:
         options.svg.write_text(plot(found), encoding="utf-8")
 

@@ -19,9 +19,10 @@ from sapo.commands.chat_models import (
     reply,
 )
 from sapo.commands.main import main
+from sapo.errors import TokenizerError
 from sapo.generation.sampling import Sampling
 from tests.integration.pages import TEMPLATE
-from tests.tiny import tiny_llama, tiny_rows
+from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
 
 GREEDY = Sampling(0.0, 0, 1.0)
 
@@ -260,3 +261,9 @@ def test_no_word_is_broken_at_the_edge():
     assert " ".join(" ".join(lines).split()) == text
     assert len(lines[0]) <= 15
     assert max(map(len, lines)) <= 20
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line():
+    tokenizer = byte_tokenizer("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(TokenizerError, match=r"refuses this conversation \(System role not supported\)\. Leave out"):
+        prompt_ids(tokenizer, [{"role": "system", "content": "Be kind."}], plain=False)

@@ -181,6 +181,9 @@ def test_runs_of_no_steps_and_options_without_effect_are_refused(model, data, tm
     assert "max_steps=0" in said("--max_steps", "0")
     assert "num_train_epochs=0" in said("--max_steps", "-1", "--num_train_epochs", "0")
     assert "lora_r=4 has no effect without use_peft. Add --use_peft" in said("--lora_r", "4")
+    assert "hub_revision=x has no effect without push_to_hub" in said("--hub_revision", "x")
+    assert "eval_delay=2" in said("--eval_delay", "2")
+    assert "greater_is_better=false" in said("--greater_is_better", "false")
     assert "eval_local_size=4 has no effect without eval_local" in said("--eval_local_size", "4")
     assert "load_best_model_at_end=true needs evaluations" in said("--load_best_model_at_end")
     assert "mix_previous_round requires rounds" in said("--mix_previous_round")
@@ -318,7 +321,9 @@ def test_ctrl_c_says_at_once_what_will_happen_and_keeps_the_step(model, data, tm
     process.send_signal(signal.SIGINT)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "Stopping after this step, with a checkpoint; Ctrl-C again ends at once." in said
+    assert re.search(
+        r"Stopping (after this step|now), with a checkpoint( of step \d+)?; Ctrl-C again ends at once", said
+    )
     step = int(re.search(r"Stopped after step (\d+) of", shown)[1])
     assert (out / f"checkpoint-{step}" / "sapo_manifest.json").is_file()
     assert "Continue:  sapo train --config" in shown

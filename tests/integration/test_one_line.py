@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -98,6 +100,58 @@ def test_a_missing_package_is_named(package, model, data, tmp_path, capfd):  # n
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     assert one_line(command(model, data, tmp_path / "run", *MISSING[package]), capfd)
+
+
+WITHOUT = """
+import sys
+from importlib import machinery
+hidden, found = sys.argv[1], machinery.PathFinder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] == hidden else found(name, path, target)
+machinery.PathFinder.find_spec = classmethod(find_spec)
+from sapo.commands.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+"""Runs a command in a process that does not have a package."""
+
+EXTRAS = {
+    "bitsandbytes": ("--use_peft", "--load_in_4bit"),
+    "deepspeed": ("--accelerate_config", "zero2"),
+    "trackio": ("--report_to", "trackio"),
+    "vllm": ("--generation_backend", "vllm_server"),
+    "gguf": ("--model_name_or_path", "model.gguf"),
+    "lm_eval": ("evaluate", "model", "--suite", "leaderboard"),
+    "openai": ("evaluate", "model", "--suite", "alpaca_eval", "--judge_model", "judge"),
+}
+"""Packages of extras, and what asks for them."""
+
+
+def alone(package, arguments, folder):
+    """What the command prints on standard error, all of it, in a process of its own that lacks a package."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *arguments], capture_output=True, text=True, cwd=folder, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert re.match(r"[A-Z]\w+Error: .+", line)
+    return line
+
+
+def test_nothing_is_printed_before_the_error(model, data, tmp_path):  # noqa: F811
+    line = alone("no_such_package", command(model, data, tmp_path / "run", "--load_best_model_at_end"), tmp_path)
+    assert "load_best_model_at_end" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", EXTRAS)
+def test_a_process_without_a_package_names_it(package, model, data, tmp_path):  # noqa: F811
+    more = EXTRAS[package]
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    arguments = more if more[0] == "evaluate" else [*command(model, data, tmp_path / "run"), *more]
+    line = alone(package, arguments, tmp_path)
+    if package != "vllm":  # asked for in a server's own environment
+        assert package in line or {"lm_eval": "[evaluation]", "openai": "[judge]"}.get(package, package) in line
 
 
 @pytest.mark.parametrize("more", CLASHES, ids=" ".join)

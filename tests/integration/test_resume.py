@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.runs import folder as run_folder
+from sapo.training.callbacks import StopOnSignal
 from tests.tiny import tiny_llama, tiny_rows
 
 VARIANTS = {
@@ -58,6 +60,53 @@ def test_resume_reproduces_uninterrupted_run(variant, make_trainer):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert resumed.source.buffer.entries() == whole.source.buffer.entries()
         assert metrics(resumed, step) == metrics(whole, step)
+
+
+class StopsWithin(StopOnSignal):
+    """A signal comes in the step after `step`, before one of its parts."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def come(self, trainer, part):
+        own = getattr(trainer._scorer, part)
+
+        def then(*given):
+            if trainer.state.global_step == self.step:
+                self.received = signal.SIGINT
+            return own(*given)
+
+        setattr(trainer._scorer, part, then)
+        trainer.add_callback(self)
+
+
+@pytest.mark.parametrize("part", ["passes", "reference_logps"])
+@pytest.mark.parametrize("variant", ["pooled", "dpo-dense-3"])
+def test_a_step_that_a_signal_ends_is_as_if_it_had_not_begun(variant, part, make_trainer):
+    options = VARIANTS[variant] | {"logging_steps": 2}
+    whole = make_trainer("whole", model=tiny_llama(attention_dropout=0.2), **options)
+    whole.train()
+    stopped = make_trainer("stopped", model=tiny_llama(attention_dropout=0.2), **options)
+    StopsWithin(3).come(stopped, part)
+    stopped.train()
+    assert stopped.state.global_step == 3
+    assert (stopped.run_folder.path / "checkpoint-3" / "sapo_manifest.json").is_file()
+    resumed = make_trainer("stopped", model=tiny_llama(attention_dropout=0.2), **options)
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = weights(resumed), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert resumed.source.buffer.entries() == whole.source.buffer.entries()
+    # A run that ends adds a line for all of its steps.
+    ours, theirs = ([row for row in metrics(one, 0) if "loss" in row] for one in (resumed, whole))
+    assert ours == theirs
+
+
+def test_the_first_step_is_finished_for_a_signal(make_trainer):
+    trainer = make_trainer()
+    StopsWithin(0).come(trainer, "passes")
+    trainer.train()
+    assert [path.name for path in trainer.run_folder.path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ def test_the_end_marker_is_the_eos_token_and_again_changes_nothing(kind, templat
     assert tokenizer.eos_token == marker
     assert added == tuple(range(size, size + (2 if template == "chatml" else 0)))
     digest = template_digest(tokenizer)
-    assert use(tokenizer, template) == ()
+    # The same tokens: who trains asks after who read the data.
+    assert use(tokenizer, template) == added
     assert template_digest(tokenizer) == digest
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer_of(tmp_path)

@@ -43,6 +43,7 @@ EARLIER = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hel
         {"system_prompt": "Be kind.", "history": [user("Hi"), assistant("Hello")], "question": Q, "response": A},
         {"system": "Be kind.", "history": HISTORY, "question": Q, "chosen": A, "rejected": B},
         {"system": "Be kind.", "history": HISTORY, "prompt": Q, "completion": A},
+        {"sys_prompt": "Be kind.", "chat_history": HISTORY, "prompt": Q, "response": A},
         {"system": "Be kind.", "history": HISTORY, "prompt": Q, "chosen": A, "rejected": B},
         {"system": "Be kind.", "messages": [*EARLIER[1:], assistant(A)]},
         {"system": "Be kind.", "messages": [*EARLIER, assistant(A)]},
@@ -116,6 +117,10 @@ def test_text_pairs_are_cut_at_the_last_role_marker():
         ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yo<end_of_turn>\n"),
         ("<|user|>\nHi</s>\n<|assistant|>\n", "Yo</s>"),
         ("A chat. USER: Hi ASSISTANT:", " Yo"),
+        ("### Human: Hi### Assistant: Yo### Human: Key?### Assistant: ", "Here"),
+        ("Instruct: Hi\nOutput:", " Yo"),
+        ("Question: Key?\nAnswer:", " Here"),
+        ("user: Hi\nassistant:", " Yo"),
         ("### Instruction:\nAdd.\n\n### Response:\n", "3"),
         ("### Human: Hi### Assistant: Yo\n### Human: Key?\n### Assistant: ", "Here"),
     ],
@@ -141,6 +146,12 @@ def test_text_without_a_reply_is_not_trained_on():
         ({"chosen": f"{HH} yes", "rejected": f"{HH} no", "system": "Be kind."}, "system"),
         ({"instruction": "Be brief.", "question": Q, "answer": A}, "question"),
         ({"prompt": Q, "completion": A, "tools": [{"name": "f"}]}, "tools"),
+        ({"messages": [user(Q), assistant(A)], "System": "Be a pirate."}, "System"),
+        ({"messages": [user(Q), assistant(A)], "systemPrompt": "Be a pirate."}, "systemPrompt"),
+        ({"messages": [user(Q), assistant(A)], "chat-history": HISTORY}, "chat-history"),
+        ({"messages": [user(Q), assistant(A)], "image_path": "cat.png"}, "image_path"),
+        ({"messages": [user(Q), assistant(A)], "audio": {"bytes": "x", "path": None}}, "audio"),
+        ({"question": Q, "answer": A, "choices": ["Here", "There"]}, "choices"),
     ],
 )
 def test_a_column_of_the_prompt_is_refused_where_it_cannot_be_used(row, names):
@@ -185,6 +196,18 @@ def test_two_system_texts_are_refused():
         {"label": 0},
         {"mask": True},
         {"ignore": True},
+        {"train": 0},
+        {"trainable": 0.0},
+        {"training": "no"},
+        {"Train": False},
+        {"label": 0.0},
+        {"mask": 1},
+        {"loss_mask": 0},
+        {"loss_weight": 0.0},
+        {"train_on_turn": False},
+        {"calculate_loss": 0},
+        {"kto_tag": False},
+        {"desirable": "false"},
     ],
 )
 def test_marks_of_rows_and_messages_are_honoured(mark):
@@ -193,11 +216,25 @@ def test_marks_of_rows_and_messages_are_honoured(mark):
     assert set(found.untrained) == {1}
 
 
-@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"label": True}, {"loss": 0.0}, {"mask": False}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 1}, {"train": 1}, {"label": True}, {"label": 1.0}, {"mask": 0}, {"loss_scale": 1.0}]
+)
 def test_marks_that_allow_training_change_nothing(mark):
     use = ColumnUse()
     assert parse({"prompt": Q, "completion": A, **mark}, use=use) == PlainText(Q, A)
     assert not parse({"messages": [user(Q), assistant(A, **mark)]}).untrained
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), "low", [0], -1])
+def test_what_is_no_mark_is_listed_and_trained_on(value):
+    use = ColumnUse()
+    assert parse({"prompt": Q, "completion": A, "weight": value, "loss": 0.0}, use=use) == PlainText(Q, A)
+    assert use.unused == {"loss": 1} | ({} if value != value else {"weight": 1})
+
+
+def test_a_rejected_reply_that_is_marked_is_not_trained_on():
+    row = {"prompt": [user(Q)], "chosen": [assistant(A)], "rejected": [assistant(B, weight=0)]}
+    assert parse(row, paired=True) == Dropped("rejected reply marked weight: 0")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +254,31 @@ def test_messages_may_be_json_text():
     assert parse({"prompt": "List", "completion": '[{"name": "f"}]'}) == PlainText("List", '[{"name": "f"}]')
 
 
+def test_messages_and_parts_may_be_json_text_each():
+    assert said({"messages": ['{"role": "user", "content": "a"}', '{"from": "gpt", "value": "b"}']}) == [
+        ("u", "a"),
+        ("a", "b"),
+    ]
+    stored = user('[{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]')
+    schema = '{"type": "object", "text": "b"}'
+    assert said({"messages": [stored, assistant(schema)]}) == [("u", "a b"), ("a", schema)]
+    assert said({"messages": [user({"type": "text", "text": "a"}), assistant("b")]})[0] == ("u", "a")
+
+
+def test_nan_is_a_missing_text():
+    assert parse({"prompt": Q, "completion": A, "note": float("nan")}, use=(use := ColumnUse())) == PlainText(Q, A)
+    assert not use.unused
+    given = {"prompt": Q, "completion": float("nan")}
+    assert parse_row(given, "prompt/completion", paired=False, chat=True, where=WHERE) == Dropped("no completion")
+
+
+def test_a_prompt_that_a_template_has_rendered_is_not_rendered_again():
+    opening = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert parse({"prompt": opening, "response": "Yo"}) == PlainText(opening, "Yo")
+    assert parse({"question": "<s>[INST] Hi [/INST]", "answer": "Yo"}) == PlainText("<s>[INST] Hi [/INST]", "Yo")
+    assert said({"question": "What does [/INST] mean?", "answer": "Yo"})[0] == ("u", "What does [/INST] mean?")
+
+
 def test_parts_of_text_are_joined():
     parts = [{"type": "text", "text": "a ", "image": None}, {"type": "text", "text": "b"}]
     assert said({"messages": [user(parts), assistant([{"type": "text", "text": "c"}])]}) == [("u", "a b"), ("a", "c")]
@@ -233,6 +295,7 @@ CALL = {"name": "add", "arguments": {"a": 1}}
         {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
         {"role": "assistant", "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"role": "assistant", "tool_calls": [{"name": "add", "parameters": {"a": 1, "b": None}}]},
     ],
 )
 def test_tool_calls_in_every_spelling_have_arguments_as_objects(message):
@@ -253,6 +316,13 @@ def test_nulls_that_arrow_adds_to_tools_are_removed():
     assert found.tools == [{"name": "f", "parameters": {"a": {"type": "int"}}}]
 
 
+def test_two_lists_of_tools_that_differ_are_refused():
+    row = {"messages": [user("a"), assistant("b")], "tools": [{"name": "f"}]}
+    assert parse({**row, "functions": row["tools"]}).tools == row["tools"]
+    with pytest.raises(DatasetError, match='"tools" and "functions" differ'):
+        parse({**row, "functions": [{"name": "g"}]})
+
+
 def test_ratings_decide_and_ties_are_dropped():
     def row(*scores):
         return {"instruction": Q, "completions": [{"response": f"r{i}", "score": s} for i, s in enumerate(scores)]}
@@ -262,8 +332,11 @@ def test_ratings_decide_and_ties_are_dropped():
     assert use.unused == {"completions (all but the best)": 1}
     assert parse(row(3, 5, 1), paired=True).rejected["content"] == "r2"
     assert parse(row(3, 3), paired=True) == Dropped("chosen and rejected have the same score")
-    with pytest.raises(DatasetError, match=r'item 1 of "completions" has no numeric overall_score'):
-        parse(row(None))
+    for missing in (None, float("nan"), "N/A"):
+        with pytest.raises(DatasetError, match=r'item 1 of "completions" has no numeric overall_score'):
+            parse(row(missing))
+    empty = {"instruction": Q, "completions": [{"response": None, "score": 1}, {"response": A, "score": 2}]}
+    assert said(empty)[1] == ("a", A)
 
 
 def test_incomplete_rows_are_dropped_like_empty_ones():

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import LlamaConfig
@@ -145,6 +147,37 @@ def test_data_check_counts_every_bad_row(model, tmp_path, capsys):
     assert "dropped 1: empty reply (row 5)" in said
     assert "duplicates: 1 (row 3)" in said
     assert shown.err.startswith("DatasetError: 8 of 11 rows are refused, for the reasons above")
+
+
+def test_data_check_goes_on_after_lines_that_cannot_be_read(model, tmp_path, capsys):
+    good = json.dumps({"messages": talk("a", "b")})
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(["{", good, "[1]", *['{"a": }'] * 6, good]))
+    test = write(tmp_path / "b.jsonl", [{"messages": talk("a", "b")}, {"messages": talk("a")}])
+    more = ("--eval_strategy", "steps", "--eval_dataset_name", str(test))
+    assert check(model, file, *more) == 2
+    shown = capsys.readouterr()
+    said = " ".join(shown.out.split())
+    assert f"{file}: format messages, 10 rows, 2 examples kept" in said
+    assert "refused 6: not valid JSON (Expecting value). (rows 4, 5, 6, 7, 8, ...)" in said
+    assert "refused 1: is a list; each row must be an object with named fields. (row 3)" in said
+    assert f"{test}: format messages, 2 rows, 1 examples kept" in said
+    assert shown.err.startswith("DatasetError: 9 of 12 rows are refused")
+    file.write_text("{\n{")
+    assert check(model, file) == 2
+    assert "line 1: not valid JSON" in capsys.readouterr().err
+
+
+def test_data_check_imports_neither_peft_nor_a_trainer(model, tmp_path):
+    data = write(tmp_path / "a.jsonl", [{"messages": talk("a", "b")}])
+    code = (
+        "import sys; from sapo.commands.main import main; status = main(sys.argv[1:]);"
+        "heavy = {'peft', 'bitsandbytes', 'transformers.trainer', 'sapo.config'} & set(sys.modules);"
+        "print(status, sorted(heavy))"
+    )
+    arguments = ["data", "check", str(data), "--model_name_or_path", str(model)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_data_check_tells_lengths_turns_and_systems(model, tmp_path, capsys):

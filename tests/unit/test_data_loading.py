@@ -300,7 +300,14 @@ def test_tables_of_text_are_read():
         ("train-3.jsonl", "train"),
         ("train_part2.jsonl", "train"),
         ("train_sft_shard-01.jsonl", "train_sft"),
+        ("train2.jsonl", "train"),
+        ("Test.jsonl", "test"),
+        ("alpaca_train.jsonl", "train"),
+        ("alpaca-test-00000-of-00001.parquet", "test"),
+        ("my.data_train_sft.jsonl", "train_sft"),
+        ("train-00000-of-00001-b42a775f407cee45.parquet", "train"),
         ("trainer.jsonl", ""),
+        ("developers.jsonl", ""),
         ("part-0.jsonl", ""),
     ],
 )
@@ -314,6 +321,34 @@ def test_splits_with_underscores_are_kept_apart():
     assert load_rows("ultra", split="train_sft[:2]") == ROWS[:2]
     assert load_rows("ultra", split="test_sft") == ROWS[5:]
     assert refused("ultra") == 'ultra: has no split "train"; it has test_sft, train_gen, train_sft. Use one of these.'
+
+
+def test_the_hubs_own_layouts_are_read():
+    write_lines("a/default/train/0000.jsonl", ROWS[:3])
+    write_lines("b/data/train/0.jsonl", ROWS[:2])
+    write_lines("b/data/test/0.jsonl", ROWS[2:])
+    assert load_rows("a") == ROWS[:3]
+    assert load_rows("b", split="test") == ROWS[2:]
+    for name, pattern in (("c", "a/**"), ("d", "a"), ("e", "a/*/*")):
+        write_lines(f"{name}/a/q/x.jsonl", ROWS)
+        Path(name, "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {pattern}\n---\n")
+        assert load_rows(name) == ROWS, name
+
+
+def test_lines_that_cannot_be_read_take_their_places_among_the_rows():
+    Path("a.jsonl").write_bytes(b'{"a": 1}\n{"a": \n[2]\n\xff\n{"a": 3}\n')
+    Path("b.json").write_text('[{"a": 1}, 2]')
+    Path("c.csv").write_text("a,b\n1,2\n1\n")
+    rows = load_rows("a.jsonl", tolerant=True)
+    assert [row.get("a") for row in rows] == [1, None, None, None, 3]
+    assert [row.reason for row in rows[1:4]] == [
+        "not valid JSON (Expecting value).",
+        "is a list; each row must be an object with named fields.",
+        "not UTF-8 (byte 1 of the line is 0xff). Save the file as UTF-8.",
+    ]
+    assert [len(load_rows(name, tolerant=True)) for name in ("b.json", "c.csv")] == [2, 2]
+    for name in ("a.jsonl", "b.json", "c.csv"):
+        refused(name)
 
 
 def test_a_split_has_several_names():

@@ -76,6 +76,33 @@ def test_a_prompt_that_is_printed_in_part_is_not_trained_on():
         only([{"messages": talk("a", "b"), "documents": [{"title": "t", "text": "x y"}]}], CHATML)
 
 
+def test_an_earlier_reply_or_call_that_is_not_printed_is_part_of_the_prompt_too():
+    remembered = "{% if loop.last or m['role'] == 'user' %}"
+    forgetful = CHATML.replace("messages %}", "messages %}" + remembered).replace("{% endfor", "{% endif %}{% endfor")
+    _, report = only([{"messages": talk("a", "b", "c", "d")}, {"messages": talk("a", "b")}], forgetful)
+    assert report.dropped == {"the chat template does not print an earlier reply": 1}
+    row = {"messages": [*talk("a"), call("{}"), {"role": "tool", "content": "7"}, *talk("x", "y")[1:]]}
+    _, report = only([row, {"messages": talk("a", "b")}], CHATML)
+    assert report.dropped == {"the chat template does not print the tool calls of an earlier reply": 1}
+
+
+def test_a_short_text_that_another_holds_is_still_looked_for():
+    deaf = "{% for m in messages if m['role'] != 'system' %}" + CHATML.split("%}", 1)[1]
+    _, report = only([{"messages": talk("a b", "c", system="a")}, {"messages": talk("a", "b")}], deaf)
+    assert report.dropped == {"the chat template does not print its system message": 1}
+
+
+def test_content_that_the_template_changes_is_listed():
+    for change in ("[:3]", " | replace('d', '')"):
+        changed = CHATML.replace("m['content']", f"(m['content']{change})")
+        _, report = only([{"messages": talk("abcdef", "abcdef")}], changed)
+        assert report.columns.unused == {"messages.content (changed by the chat template)": 1}
+        assert report.columns.texts
+    thought = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    _, report = only([{"messages": talk("a", "<think>why</think>because of this")}], thought)
+    assert report.columns.unused == {"messages.content (its reasoning)": 1}
+
+
 def test_documents_and_options_reach_the_template():
     template = "{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ mood | default('') }}" + CHATML
     row = {"messages": talk("a", "b"), "documents": [{"text": "x y"}], "chat_template_kwargs": {"mood": "!", "z": 1}}
@@ -91,6 +118,20 @@ def test_fields_of_messages_that_are_not_printed_are_listed():
         "columns not used: messages.reasoning_content",
         "warning: messages.reasoning_content looks like text of the conversation and is not trained on",
     ]
+
+
+def test_every_field_of_a_message_is_accounted_for():
+    row = {"messages": [{**talk("a")[0], "id": 7, "weight": 0.5}, *talk("a", "b", "c", "d")[1:]]}
+    row["messages"][-1] |= {"train_detail": [{"begin": 0, "train": False}], "none": None, "empty": [], "train": True}
+    _, report = only([row], CHATML, DataOptions(4096, 2048, assistant_turns="all"))
+    # Once for the row, whatever the number of its replies.
+    assert report.columns.unused == {"messages.id": 1, "messages.weight": 1, "messages.train_detail": 1}
+    for name in ("tools", "images"):
+        held = {"messages": [{**talk("a")[0], name: ["a tool or an image"]}, *talk("a", "b")[1:]]}
+        with pytest.raises(
+            DatasetError, match=f'row 1 of train.jsonl: a message has "{name}", which the chat template'
+        ):
+            only([held], CHATML)
 
 
 def test_the_next_header_is_not_trained_on():
@@ -126,9 +167,9 @@ def test_an_opened_thought_stays_the_models_own():
 
 def test_text_that_is_rendered_already_gets_no_second_start_token():
     tokenizer = byte_tokenizer(bos=True)
-    rows = [{"prompt": text, "completion": "yes"} for text in ("<s>Q: ", "Q: ")]
+    rows = [{"prompt": text, "completion": "yes"} for text in ("<s>Q: ", "Q: ", "\n <s>Q: ")]
     examples, _ = prepare(rows, tokenizer)
-    assert [texts_of(example.turns[0], tokenizer)[0] for example in examples] == ["<s>Q: ", "<s>Q: "]
+    assert [texts_of(example.turns[0], tokenizer)[0] for example in examples] == ["<s>Q: "] * 3
 
 
 MARKED = [{"messages": talk("a", "b", "c", "d", "e", "f")}]

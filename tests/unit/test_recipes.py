@@ -270,3 +270,27 @@ def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
     assert recipe["steps_per_generation"] > 1
     assert recipe["tokens_per_forward"] > 0
     assert recipe["save_total_limit"] > 0
+
+
+def test_a_recipe_names_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("talk.jinja", "a.jsonl", "b1.jsonl", "folder/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    mixture = [
+        {"path": "json", "data_files": {"train": ["a.jsonl", "b*.jsonl"]}},
+        {"path": "folder", "data_files": ["c.jsonl"]},
+        {"path": "owner/hub-set", "data_files": "https://host/d.jsonl"},
+    ]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"datasets": mixture}))
+    options = ["--config", "mix.yaml", "--chat_template_path", "talk.jinja", "--model_name_or_path", "owner/model"]
+    recipe = as_recipe(parse([*options, "--output_dir", "out", "--use_cpu"], "sapo train"))
+    assert recipe["chat_template_path"] == str(tmp_path / "talk.jinja")
+    assert recipe["model_name_or_path"] == "owner/model"
+    assert recipe["output_dir"] == str(tmp_path / "out")
+    files = [[one["path"], one["data_files"]] for one in recipe["datasets"]]
+    assert files == [
+        ["json", {"train": [str(tmp_path / "a.jsonl"), str(tmp_path / "b*.jsonl")]}],
+        [str(tmp_path / "folder"), ["c.jsonl"]],
+        ["owner/hub-set", "https://host/d.jsonl"],
+    ]

@@ -253,10 +253,13 @@ def test_nor_does_rounding_hide_a_fault(lost, how, monkeypatch):
     assert "other log-probabilities" in prepare_shared_layout(IMPRECISE[how](monkeypatch, model))
 
 
-def test_a_model_that_fails_with_a_shared_prefix_falls_back():
+def test_a_model_that_fails_with_a_shared_prefix_falls_back(monkeypatch):
     config = FalconConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=False
     )
+    reason = prepare_shared_layout(AutoModelForCausalLM.from_config(config))
+    assert reason == "falcon builds ALiBi's biases from a mask of one row per text"
+    monkeypatch.setattr("sapo.preference.scoring.shared_layout_unsupported_reason", lambda model: None)
     reason = prepare_shared_layout(AutoModelForCausalLM.from_config(config))
     assert "Falcon" in reason
     assert "does not support a shared prefix (ValueError: too many values to unpack" in reason

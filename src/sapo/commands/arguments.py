@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig
 
+from sapo.commands.data_arguments import DataArguments, check_needs, part_of
 from sapo.commands.parser import Command, parse_command
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, brief
+from sapo.errors import ConfigurationError
 from sapo.options import one_start, option
-from sapo.options.values import unmet
-
-
-@dataclasses.dataclass
-class DataArguments(ScriptArguments):
-    """trl's data options, and a dataset for evaluation of its own."""
-
-    eval_dataset_name: str | None = None
 
 
 @dataclasses.dataclass
@@ -43,41 +37,16 @@ def build(values: Mapping[str, Any]) -> RunArguments:
     Raises:
         ConfigurationError: options that clash, or that the installed transformers or trl does not have.
     """
-    parts: list[Any] = []
-    left = dict(values)
-    for kind in (DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig):
-        names = [field.name for field in dataclasses.fields(kind) if field.init and field.name in left]
-        own = {name: left.pop(name) for name in names}
-        try:
-            parts.append(kind(**own))
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(brief(error)) from error
-    for name in left:
+    kinds = (DataArguments, DatasetMixtureConfig, SAPOConfig, ModelConfig)
+    parts = [part_of(kind, values) for kind in kinds]
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+    for name in sorted(values.keys() - known):
         declared = option(name)
         since = f" It came with transformers {declared.since}." if declared is not None and declared.since else ""
         raise ConfigurationError(f"{name}: the installed transformers and trl do not have this option.{since}")
     run = RunArguments(*parts)
-    _check_needs(values, run)
+    check_needs(values, run)
     return run
-
-
-def _check_needs(given: Mapping[str, Any], run: RunArguments) -> None:
-    """Refuse options that have no effect without others.
-
-    Raises:
-        ConfigurationError: names both.
-    """
-    values = {name: value for part in vars(run).values() for name, value in vars(part).items()}
-    for name, value in given.items():
-        declared = option(name)
-        need = unmet(declared, value, values) if declared is not None else None
-        if need is not None:
-            shown = str(value).lower() if isinstance(value, bool) else brief(value, 80)
-            raise ConfigurationError(
-                f"{name}={shown} has no effect without {need}. Add --{need.replace('=', ' ')}, or leave {name} out."
-            )
 
 
 def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:
@@ -117,8 +86,8 @@ def as_recipe(arguments: RunArguments) -> dict[str, Any]:
 _PATHS = ("output_dir", "vllm_weights_dir")
 """Options that name a place whether or not something is there yet."""
 _PERHAPS_PATHS = (
-    "model_name_or_path", "dataset_name", "eval_dataset_name", "replay_dataset_name", "deepspeed", "fsdp_config",
-    "path", "data_files", "data_dir",
+    "model_name_or_path", "dataset_name", "eval_dataset_name", "replay_dataset_name", "chat_template_path", "deepspeed",
+    "fsdp_config", "path", "data_files", "data_dir",
 )  # fmt: skip
 """Options, and fields of the members of `datasets`, that name a file or folder here, or something elsewhere."""
 
@@ -128,7 +97,11 @@ def _from_anywhere(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_from_anywhere(name, one) for one in value]
     if name == "datasets" and isinstance(value, dict):
-        return {key: _from_anywhere(key, one) for key, one in value.items()}
+        # In a folder, the files are named from there.
+        inside = ("data_files", "data_dir") if _is_here(Path(str(value.get("path")))) else ()
+        return {key: one if key in inside else _from_anywhere(key, one) for key, one in value.items()}
+    if name == "data_files" and isinstance(value, dict):
+        return {split: _from_anywhere(name, files) for split, files in value.items()}
     if not isinstance(value, str) or not value:
         return value
     path = Path(value).expanduser()
@@ -138,7 +111,7 @@ def _from_anywhere(name: str, value: Any) -> Any:
 def _is_here(path: Path) -> bool:
     """Whether there is such a file or folder."""
     try:
-        return path.exists()
+        return path.exists() or bool(glob.glob(str(path)))
     except (OSError, ValueError):
         # Longer than a path can be, or with a character that no path has.
         return False

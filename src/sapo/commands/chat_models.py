@@ -14,7 +14,8 @@ from transformers import GenerationConfig, TextStreamer
 
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
-from sapo.errors import ConfigurationError
+from sapo.data.rendering import TEMPLATE_FAULTS
+from sapo.errors import ConfigurationError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
@@ -144,11 +145,21 @@ def prompt_ids(tokenizer: Any, messages: list[Message], *, plain: bool) -> list[
         tokenizer: of the model.
         messages: the last one the user's.
         plain: without a template: the last message alone, as it is. So it is where the tokenizer has none.
+
+    Raises:
+        TokenizerError: the chat template refuses the conversation.
     """
     if plain or tokenizer.chat_template is None:
         ids: list[int] = tokenizer(messages[-1]["content"])["input_ids"]
         return ids
-    rendered: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    try:
+        rendered: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except TEMPLATE_FAULTS as error:
+        reason = brief(error).rstrip(".")
+        raise TokenizerError(
+            f"the chat template refuses this conversation ({reason}). Leave out --system if it takes no "
+            "system message, or name another template with --chat_template_path."
+        ) from error
     return rendered
 
 

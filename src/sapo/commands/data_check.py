@@ -37,16 +37,17 @@ def run_data_check(given: Parsed) -> None:
     """`sapo data check FILE`."""
     from rich.console import Console
 
-    from sapo.commands.arguments import build
+    from sapo.commands.data_arguments import describe
     from sapo.commands.inputs import load_inputs, quiet_libraries
 
     quiet_libraries()
-    run = build(given.values() | {"use_cpu": True, "report_to": ["none"]})
+    run = describe(given.values())
     inputs = load_inputs(run, count_faults=True)
     check_data(
         inputs.train,
         inputs.train_reports,
         inputs.tokenizer,
+        evaluation=inputs.eval_reports,
         segment_length=run.config.segment_length,
         tail_margin=run.config.tail_margin,
         seed=run.config.seed,
@@ -63,6 +64,7 @@ def check_data(
     tail_margin: int,
     seed: int,
     console: Console,
+    evaluation: Sequence[DataReport] = (),
 ) -> None:
     """Print the report, the lengths, how much would be regenerated, and one example with its parts marked.
 
@@ -74,11 +76,13 @@ def check_data(
         tail_margin: see `segments.choose_segment`.
         seed: which example, and which segment of it, is shown.
         console: where to print; colours and width follow it.
+        evaluation: reports of the rows to evaluate on.
 
     Raises:
         DatasetError: training would be refused; raised after all of that.
     """
-    for report in reports:
+    checked = [*reports, *evaluation]
+    for report in checked:
         for line in [*report.lines(), *report.details()]:
             console.print(_safe(line, console))
     prompts = [length for report in reports for length in report.prompt_lengths]
@@ -100,13 +104,13 @@ def check_data(
     else:
         segment = choose_segment(len(turn.response_ids), segment_length, rng, tail_margin=tail_margin)
         _show_segment(turn, segment, tokenizer, console)
-    for report in reports:
+    for report in checked:
         if report.faults is not None and report.faults.of_all:
             raise DatasetError(report.faults.of_all[0])
-    refused = sum(report.faults.counts.total() for report in reports if report.faults is not None)
+    refused = sum(report.faults.counts.total() for report in checked if report.faults is not None)
     if refused:
         raise DatasetError(
-            f"{refused} of {sum(report.rows for report in reports)} rows are refused, for the reasons above: training "
+            f"{refused} of {sum(report.rows for report in checked)} rows are refused, for the reasons above: training "
             "would stop at the first. Fix or remove them."
         )
 

@@ -6,7 +6,10 @@ A large model takes minutes to load, so everything that can be wrong with the da
 from __future__ import annotations
 
 import datetime
+import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,23 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from sapo.commands.arguments import RunArguments
-from sapo.config import SAPOConfig
+from sapo.commands.data_arguments import Described
+from sapo.data import cache
 from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, largest_token
 from sapo.data.loading import evaluation_split, load_rows
 from sapo.data.mixture import Member, load_mixture, prepare_mixture, split_rows
+from sapo.data.parallel import ROWS_THAT_PAY
 from sapo.data.report import DataReport, row_name
 from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError, TokenizerError
+from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
-from sapo.weights.loading import generation_eos_ids, load_config, load_template_tokenizer, load_tokenizer
+from sapo.weights.description import generation_eos_ids, load_config, load_template_tokenizer, load_tokenizer
+
+_ROWS_WITH_BAR = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,6 @@ class Inputs:
         eval: prepared rows, or None if the run does not evaluate.
         train_reports: one for each dataset that went into `train`.
         eval_reports: one for each that went into `eval` alone.
-        new_tokens: ids of tokens that the chat template has added.
     """
 
     tokenizer: Any
@@ -47,10 +53,9 @@ class Inputs:
     eval: datasets.Dataset | None
     train_reports: list[DataReport]
     eval_reports: list[DataReport]
-    new_tokens: tuple[int, ...] = ()
 
 
-def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
+def load_inputs(run: Described, *, count_faults: bool = False) -> Inputs:
     """Load the tokenizer, read the rows and prepare them, for training and for `sapo data check` alike.
 
     Where the chat template prints the date, `run.config.template_date` is set to the one that is printed.
@@ -78,23 +83,62 @@ def load_inputs(run: RunArguments, *, count_faults: bool = False) -> Inputs:
     eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
 
     def prepare(members: list[Member]) -> tuple[datasets.Dataset, list[DataReport]]:
-        prepared, reports = prepare_mixture(members, tokenizer, options, eos_ids=eos_ids, count_faults=count_faults)
+        with _bar(members) as progress:
+            prepared, reports = prepare_mixture(
+                members,
+                tokenizer,
+                options,
+                eos_ids=eos_ids,
+                count_faults=count_faults,
+                num_proc=config.dataset_num_proc,
+                cache_folder=cache.default_folder() if _rows(members) >= ROWS_THAT_PAY else None,
+                progress=progress,
+            )
         check_tokens(prepared, reports, tokenizer, model_config)
         return prepared, reports
 
-    train, train_reports = prepare(_training_rows(run))
+    train, train_reports = prepare(_training_rows(run, tolerant=count_faults))
     aside: datasets.Dataset | None = None
     if run.mixture.datasets and run.mixture.test_split_size is not None:
         train, aside = split_rows(train, run.mixture.test_split_size, config.seed)
     if config.eval_strategy == "no":
-        return Inputs(tokenizer, train, None, train_reports, [], new_tokens)
+        return Inputs(tokenizer, train, None, train_reports, [])
     if aside is not None and not run.data.eval_dataset_name:
-        return Inputs(tokenizer, train, aside, train_reports, [], new_tokens)
-    evaluation, eval_reports = prepare([_evaluation_rows(run)])
-    return Inputs(tokenizer, train, evaluation, train_reports, eval_reports, new_tokens)
+        return Inputs(tokenizer, train, aside, train_reports, [])
+    evaluation, eval_reports = prepare([_evaluation_rows(run, tolerant=count_faults)])
+    return Inputs(tokenizer, train, evaluation, train_reports, eval_reports)
 
 
-def template_date(config: SAPOConfig) -> str:
+def _rows(members: list[Member]) -> int:
+    """How many rows there are, of streams none."""
+    return sum(0 if isinstance(member.rows, datasets.IterableDataset) else len(member.rows) for member in members)
+
+
+@contextmanager
+def _bar(members: list[Member]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal while many rows are prepared; yields what is called with the number that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, total, before = Console(stderr=True), _rows(members), 0
+    if total < _ROWS_WITH_BAR or not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield lambda rows: None
+        return
+    columns = (TextColumn("preparing rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task, last = progress.add_task("", total=total), 0
+
+        def show(rows: int) -> None:
+            nonlocal before, last
+            # Each member counts from 0.
+            before += last if rows < last else 0
+            last = rows
+            progress.update(task, completed=before + rows)
+
+        yield show
+
+
+def template_date(config: OptionRules) -> str:
     """The date that chat templates print: the one asked for; of a run that resumes, the one it began with; today's.
 
     Raises:
@@ -105,7 +149,7 @@ def template_date(config: SAPOConfig) -> str:
     return _date_of_checkpoint(config) or datetime.date.today().isoformat()
 
 
-def _date_of_checkpoint(config: SAPOConfig) -> str | None:
+def _date_of_checkpoint(config: OptionRules) -> str | None:
     wanted = config.resume_from_checkpoint
     if wanted in (None, "false", "False"):
         return None
@@ -143,7 +187,7 @@ def check_tokens(prepared: datasets.Dataset, reports: list[DataReport], tokenize
         )
 
 
-def load_texts(run: RunArguments, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
+def load_texts(run: Described, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
     """Read the prompts of the training and, if there are any, the evaluation rows of `inputs` as text."""
     chat = bool(inputs.tokenizer.chat_template)
     train = prompt_texts(_training_rows(run), chat=chat)
@@ -153,9 +197,9 @@ def load_texts(run: RunArguments, inputs: Inputs) -> tuple[PromptTexts, PromptTe
     return train, prompt_texts([_evaluation_rows(run)], chat=chat) if inputs.eval_reports else train
 
 
-def _training_rows(run: RunArguments) -> list[Member]:
+def _training_rows(run: Described, *, tolerant: bool = False) -> list[Member]:
     if run.mixture.datasets:
-        return load_mixture(run.mixture)
+        return load_mixture(run.mixture, tolerant=tolerant)
     data = run.data
     if not data.dataset_name:
         raise ConfigurationError("dataset_name is missing: name a file, a folder or a Hub id.")
@@ -164,26 +208,29 @@ def _training_rows(run: RunArguments) -> list[Member]:
         config=data.dataset_config,
         split=data.dataset_train_split,
         streaming=data.dataset_streaming,
+        tolerant=tolerant,
     )
     return [Member(data.dataset_name, rows)]
 
 
-def _evaluation_rows(run: RunArguments) -> Member:
-    data, wanted = run.data, f"eval_strategy={run.config.eval_strategy.value} needs rows to evaluate on"
+def _evaluation_rows(run: Described, *, tolerant: bool = False) -> Member:
+    data, strategy = run.data, run.config.eval_strategy
+    wanted = f"eval_strategy={getattr(strategy, 'value', strategy)} needs rows to evaluate on"
     if data.eval_dataset_name:
         name = data.eval_dataset_name
         # Its configuration is its own: that of the training data need not be there.
         config = data.dataset_config if name == data.dataset_name else None
         split = evaluation_split(name, config, data.dataset_test_split)
         label = name if split.startswith("train") else f"{name} ({split})"
-        return Member(label, load_rows(name, config=config, split=split))
+        return Member(label, load_rows(name, config=config, split=split, tolerant=tolerant))
     if run.mixture.datasets:
         raise DatasetError(f"{wanted}: name them with eval_dataset_name, or set test_split_size.")
     name, split = str(data.dataset_name), data.dataset_test_split
     try:
-        return Member(f"{name} ({split})", load_rows(name, config=data.dataset_config, split=split))
+        rows = load_rows(name, config=data.dataset_config, split=split, tolerant=tolerant)
     except DatasetError as error:
         raise DatasetError(f"{wanted}: name them with eval_dataset_name ({error})") from error
+    return Member(f"{name} ({split})", rows)
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ import errno
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sapo._version import __version__
 from sapo.commands.catalog import COMMANDS
@@ -40,15 +40,23 @@ sapo --version prints the version. An error is one line with exit status 2;
 """
 
 
+_NOTICES = (
+    ("DeepSpeed", "Setting accelerator to CPU"),
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+)
+"""Loggers and what they report at every start on a machine without a GPU, used or not."""
+
+
+def _without(notice: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: notice not in record.getMessage()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    # DeepSpeed reports at every start on a machine without GPU that there is none.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    # Where bitsandbytes is installed peft imports it in every run; on a processor it misses a kernel for inference.
-    told = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    told.addFilter(lambda record: "kernels-community" not in record.getMessage())
+    for name, notice in _NOTICES:
+        logging.getLogger(name).addFilter(_without(notice))
     given = [argument for argument in given if argument != "--debug"]
     try:
         return _dispatch(given)

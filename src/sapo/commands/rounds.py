@@ -182,7 +182,7 @@ def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, ada
     own = RunArguments(data=data, mixture=mixture, config=config, model=run.model)
     return Round(
         own,
-        Inputs(inputs.tokenizer, train, evaluation, [], [], inputs.new_tokens),
+        Inputs(inputs.tokenizer, train, evaluation, [], []),
         adapter,
         folder.parent / RECIPE_FILE,
     )

@@ -27,7 +27,6 @@ from sapo.runs.reading import read_run
 from sapo.training.callbacks import KeepRecipe, StopOnSignal
 from sapo.training.progress import TerminalProgress
 from sapo.training.trainer import SAPOTrainer
-from sapo.weights.embeddings import train_tokens
 from sapo.weights.loading import check_model, load_policy
 from sapo.weights.sharding import shutdown_process_group
 
@@ -112,8 +111,6 @@ def _train(
     """
     config = run.config
     config.disable_tqdm = True
-    if inputs.new_tokens:
-        peft_config = train_tokens(peft_config, model, inputs.new_tokens)
     with StopOnSignal(begin) as stop:
         trainer = SAPOTrainer(
             model,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sapo.data.encoding import template_tail
 from sapo.data.rendering import TEMPLATE_FAULTS
@@ -27,6 +28,8 @@ FOLDER = Path(__file__).parents[1] / "recipes" / "templates"
 
 TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_added: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+"""Ids of the tokens that templates have added to each tokenizer; who trains asks after who read the data."""
 _ADDED = re.compile(r"\{#-?\s*added_tokens:(?P<tokens>[^#}]*?)-?#\}")
 
 
@@ -48,7 +51,9 @@ class ChatTemplate:
 def use_chat_template(
     tokenizer: PreTrainedTokenizerBase, path: str | None, load: Callable[[str], Any]
 ) -> tuple[int, ...]:
-    """Give `tokenizer` the chat template at `path`, with its tokens and its EOS token; again changes nothing.
+    """Give `tokenizer` the chat template at `path`, with its tokens and its EOS token.
+
+    Again changes nothing, and returns the same.
 
     Args:
         tokenizer: changed in place.
@@ -56,7 +61,7 @@ def use_chat_template(
         load: loads the tokenizer of a folder or of a Hub id.
 
     Returns:
-        Ids of the tokens that were added.
+        Ids of the tokens that the tokenizer has from templates.
 
     Raises:
         ConfigurationError: there is no such template.
@@ -75,8 +80,9 @@ def use_chat_template(
         if eos not in tokenizer.get_vocab():
             raise TokenizerError(f"chat_template_path={path}: its EOS token {eos!r} is no token of the tokenizer.")
         tokenizer.eos_token = eos
-    ids = tokenizer.convert_tokens_to_ids([str(token) for token in missing])
-    return tuple(sorted(ids))
+    added = _added.setdefault(tokenizer, set())
+    added.update(tokenizer.convert_tokens_to_ids([str(token) for token in missing]))
+    return tuple(sorted(added))
 
 
 def read_chat_template(path: str, load: Callable[[str], Any]) -> ChatTemplate:

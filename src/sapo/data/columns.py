@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,23 +10,32 @@ from typing import Any
 from sapo.data.messages import Conversation, PlainText, from_json_text, names
 from sapo.errors import DatasetError
 
-SYSTEM = ("system", "system_prompt", "system_message")
-PROMPT_COLUMNS = frozenset(
+SYSTEM = ("system", "system_prompt", "system_message", "sys_prompt", "system_instruction")
+HISTORY = ("history", "chat_history", "conversation_history")
+_PROMPT_COLUMNS = frozenset(
     {
         *SYSTEM,
-        *("prompt", "prompts", "question", "query", "instruction", "input", "inputs", "context", "contexts"),
-        *("passage", "background", "history", "document", "documents", "tools", "functions", "chat_template_kwargs"),
+        *HISTORY,
+        *("system_instructions", "developer", "developer_prompt", "dialogue_history", "dialog_history"),
+        *("prompt", "prompts", "question", "query", "instruction", "instructions", "input", "inputs"),
+        *("context", "contexts", "passage", "passages", "background", "article", "document", "documents"),
+        *("choices", "options", "tools", "functions", "chat_template_kwargs"),
         *("messages", "conversation", "conversations", "dialog", "dialogue"),
-        *("image", "images", "video", "videos", "audio", "audios"),
     }
 )
-"""Columns that are part of a prompt wherever they occur, in lower case."""
+_MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_(?:path|url|uri|file|bytes|base64|data)s?)?")
 
 _WORDS = 5
 """From this many words on, text in an unused column looks like part of the conversation."""
 
 _CHANCE = 16
 """From this many characters on, a text is not contained in another one by chance."""
+
+
+def belongs_to_prompt(name: str) -> bool:
+    """Whether a column of this name, in any spelling, is part of a prompt wherever it occurs."""
+    plain = re.sub(r"[-_ .]+|(?<=[a-z0-9])(?=[A-Z])", "_", name.strip()).lower()
+    return plain in _PROMPT_COLUMNS or _MEDIA.fullmatch(plain) is not None
 
 
 @dataclass
@@ -39,12 +49,22 @@ class ColumnUse:
 
     unused: dict[str, int] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)
+    _last: dict[str, str] = field(default_factory=dict)
 
-    def note(self, name: str, *, text: bool = False) -> None:
-        """Count a row in which a column, or part of one, is not used."""
+    def note(self, name: str, *, text: bool = False, where: str = "") -> None:
+        """Count a row in which a column, or part of one, is not used; once the row that `where` names."""
+        if where and self._last.get(name) == where:
+            return
+        self._last[name] = where
         self.unused[name] = self.unused.get(name, 0) + 1
         if text:
             self.texts.add(name)
+
+    def add(self, other: ColumnUse) -> None:
+        """Count the rows of another part of the dataset."""
+        for name, count in other.unused.items():
+            self.unused[name] = self.unused.get(name, 0) + count
+        self.texts |= other.texts
 
     def lines(self) -> list[str]:
         """Summary of the unused columns, one line each."""
@@ -87,13 +107,13 @@ class Fields:
         Raises:
             DatasetError: an unused column belongs to the prompt and its text is missing from the prompt.
         """
-        left = {name: value for name, value in self.row.items() if name not in self.used and _holds(value)}
+        left = {name: value for name, value in self.row.items() if name not in self.used and holds(value)}
         if not left:
             return
         said: list[str] | None = None
         lost = []
         for name, value in left.items():
-            belongs = name.lower() in PROMPT_COLUMNS
+            belongs = belongs_to_prompt(name)
             text = False
             if belongs or (use is not None and name not in known and name not in use.texts):
                 said = _said(parsed) if said is None else said
@@ -101,21 +121,22 @@ class Fields:
                 if text and belongs:
                     lost.append(name)
             if use is not None:
-                use.note(name, text=text and name not in known and _talks(value))
+                use.note(name, text=text and name not in known and talks(value))
         if lost:
             raise DatasetError(
                 f"{self.where}: the columns {names(lost)} belong to the prompt, but the format {row_format} does "
-                "not use them.  Put their text into the prompt, or remove these columns."
+                "not use them. Put their text into the prompt, or remove these columns."
             )
 
 
-def _holds(value: object) -> bool:
+def holds(value: object) -> bool:
+    """Whether a value contains more than nulls, blanks and empty lists."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
+        return any(map(holds, value.values()))
     if isinstance(value, (list, tuple)):
-        return any(map(_holds, value))
+        return any(map(holds, value))
     return value is not None
 
 
@@ -127,24 +148,25 @@ def _said(parsed: Conversation | PlainText) -> list[str]:
 
 def _repeats(value: object, said: list[str]) -> bool:
     """Whether the example already contains all texts of a column; short texts must match completely."""
-    found = [text.strip() for text in _texts(from_json_text(value))]
+    found = [text.strip() for text in texts_in(from_json_text(value))]
     return bool(found) and all(
         text in said or (len(text) >= _CHANCE and any(text in other for other in said)) for text in found
     )
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
     """All texts inside a value; of messages, only the contents."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         keys = next((keys for keys in (("content",), ("value",)) if keys[0] in value), tuple(value))
         for key in keys:
-            yield from _texts(value[key])
+            yield from texts_in(value[key])
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
 
 
-def _talks(value: object) -> bool:
-    return any(len(text.split()) >= _WORDS for text in _texts(from_json_text(value)))
+def talks(value: object) -> bool:
+    """Whether a value contains text that looks like part of a conversation."""
+    return any(len(text.split()) >= _WORDS for text in texts_in(from_json_text(value)))

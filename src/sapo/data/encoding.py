@@ -117,8 +117,11 @@ class Encoder:
             DatasetError: the text contains an unpaired surrogate.
         """
         replies = [text.completion, *([] if text.rejected is None else [text.rejected])]
-        full_texts = tuple(valid_unicode(text.prompt + reply, where) for reply in replies)
-        return Draft(row, 0, text.prompt, full_texts, plain=True)
+        prompt, bos = text.prompt, self._tokenizer.bos_token
+        if bos and prompt.lstrip().startswith(bos):
+            prompt = prompt.lstrip()  # a BOS token after white space is still the first
+        full_texts = tuple(valid_unicode(prompt + reply, where) for reply in replies)
+        return Draft(row, 0, prompt, full_texts, plain=True)
 
     def render(
         self, talk: Conversation, row: int, chosen_turns: Literal["last", "random", "all"], where: str

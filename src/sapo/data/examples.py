@@ -20,7 +20,7 @@ from sapo.errors import ConfigurationError, DatasetError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-    from sapo.config import SAPOConfig
+    from sapo.options.rules import OptionRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class DataOptions:
             )
 
     @classmethod
-    def of(cls, config: SAPOConfig) -> DataOptions:
+    def of(cls, config: OptionRules) -> DataOptions:
         """The data options of a run's configuration."""
         return cls(
             max_length=config.max_length,

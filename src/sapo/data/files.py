@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,21 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
 
 
+class Unreadable(dict[str, Any]):
+    """An empty row in place of a line that cannot be read.
+
+    Attributes:
+        error: names the line.
+        reason: the same without the line.
+    """
+
+    def __init__(self, place: str, error: DatasetError) -> None:
+        super().__init__()
+        self.error = error
+        # The column says where in this line, which is not what another line has in common with it.
+        self.reason = re.sub(r", column \d+\)", ")", str(error).removeprefix(f"{place}: "))
+
+
 def plain_name(file: Path) -> Path:
     """The name of a file without its compression suffix."""
     return file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
@@ -42,25 +58,26 @@ def is_data(file: Path) -> bool:
     return plain_name(file).suffix.lower() in SUFFIXES
 
 
-def read_file(file: Path, split: str | None = None) -> Rows:
+def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -> Rows:
     """All rows of a file.
 
     Args:
         file: its suffix determines the file type.
         split: split to read from a JSON document with several; None for "train".
+        tolerant: return `Unreadable` for a line that is not valid instead of raising.
 
     Raises:
         DatasetError: the file cannot be read; the message names the line if there is one.
     """
     suffix = plain_name(file).suffix.lower()
     if suffix == ".json":
-        return _json_document(_bytes(file), file, split or "train")
+        return _json_document(_bytes(file), file, split or "train", tolerant=tolerant)
     if split not in (None, "train"):
         raise _one_split(file, str(split))
     if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(_bytes(file), file)
+        return _json_lines(_bytes(file), file, tolerant=tolerant)
     if suffix in CSV_SUFFIXES:
-        return _csv(_bytes(file), file, "\t" if suffix == ".tsv" else ",")
+        return _csv(_bytes(file), file, "\t" if suffix == ".tsv" else ",", tolerant=tolerant)
     try:
         if suffix in TABLE_SUFFIXES:
             packed = io.BytesIO(_bytes(file)) if plain_name(file) != file else file
@@ -132,7 +149,7 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
         ) from error
 
 
-def _csv(raw: bytes, file: Path, delimiter: str) -> list[dict[str, Any]]:
+def _csv(raw: bytes, file: Path, delimiter: str, *, tolerant: bool) -> list[dict[str, Any]]:
     """Rows of text, with the first line as column names; missing values are empty text."""
     text = _decode(raw, file, 1)
     limit = csv.field_size_limit(len(raw) + 1)
@@ -141,15 +158,20 @@ def _csv(raw: bytes, file: Path, delimiter: str) -> list[dict[str, Any]]:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise DatasetError(f"{file}, line 1: duplicate column name. Rename one of the columns.")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise DatasetError(
-                    f"{file}, line {reader.line_num}: has {len(cells)} cells, but the first line names {len(header)} "
-                    "columns. Quote cells that contain the separator or a line break."
+                place = f"{file}, line {reader.line_num}"
+                error = DatasetError(
+                    f"{place}: has {len(cells)} cells, but the first line names {len(header)} columns. Quote cells "
+                    "that contain the separator or a line break."
                 )
+                if not tolerant:
+                    raise error
+                rows.append(Unreadable(place, error))
+                continue
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DatasetError(
@@ -171,12 +193,17 @@ def _parse(text: str, file: Path, line: int) -> object:
         raise DatasetError(f"{file}, line {line}: JSON nested too deeply to be a conversation.") from error
 
 
-def _json_lines(raw: bytes, file: Path) -> list[dict[str, Any]]:
-    rows = []
+def _json_lines(raw: bytes, file: Path, *, tolerant: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(raw.split(b"\n"), 1):
-        text = _decode(line, file, number)
-        if text.strip():
-            rows.append(_object(_parse(text, file, number), f"{file}, line {number}"))
+        try:
+            text = _decode(line, file, number)
+            if text.strip():
+                rows.append(_object(_parse(text, file, number), f"{file}, line {number}"))
+        except DatasetError as error:
+            if not tolerant:
+                raise
+            rows.append(Unreadable(f"{file}, line {number}", error))
     return rows
 
 
@@ -187,7 +214,7 @@ def _one_split(file: Path, split: str) -> DatasetError:
     )
 
 
-def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
+def _json_document(raw: bytes, file: Path, split: str, *, tolerant: bool) -> list[dict[str, Any]]:
     """A list of objects, an object that holds one (as `data`, or by split), or JSON lines despite its name."""
     text = _decode(raw, file, 1)
     if not text.strip():
@@ -195,7 +222,7 @@ def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith("{") and _is_json_lines(text):
         if split != "train":
             raise _one_split(file, split)
-        return _json_lines(raw, file)
+        return _json_lines(raw, file, tolerant=tolerant)
     document = _parse(text, file, 1)
     listed = [name for name, value in document.items() if isinstance(value, list)] if isinstance(document, dict) else []
     if split != "train" and split not in listed:
@@ -209,7 +236,15 @@ def _json_document(raw: bytes, file: Path, split: str) -> list[dict[str, Any]]:
         document = document[split if split in listed else "data"]
     if not isinstance(document, list):
         raise DatasetError(f"{file}: is {_kind(document)}; expected a list of objects.")
-    return [_object(row, f"{file}, row {number}") for number, row in enumerate(document, 1)]
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(document, 1):
+        try:
+            rows.append(_object(row, f"{file}, row {number}"))
+        except DatasetError as error:
+            if not tolerant:
+                raise
+            rows.append(Unreadable(f"{file}, row {number}", error))
+    return rows
 
 
 def _is_json_lines(text: str) -> bool:

@@ -15,16 +15,18 @@ from sapo.errors import DatasetError
 
 _ALIASES = (("train", "training"), ("test", "testing", "eval", "evaluation"), ("validation", "valid", "val", "dev"))
 _WORDS = tuple(word for words in _ALIASES for word in words)
+_SPLIT = re.compile(rf"(?:^|(?<=[-_. ]))({'|'.join(_WORDS)})(\d*)(?=[-_. ]|$)", re.IGNORECASE)
 _METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 
 
-def read_folder(folder: Path, config: str | None, split: str) -> Rows:
+def read_folder(folder: Path, config: str | None, split: str, *, tolerant: bool = False) -> Rows:
     """Read the rows of a split.
 
     Args:
         folder: saved by `datasets`, a snapshot of a Hub dataset, or files named by split.
         config: configuration of a snapshot.
         split: name of the split, such as `train` or `test_prefs`.
+        tolerant: as for `read_file`.
 
     Raises:
         DatasetError: there is no such configuration or split, or its files cannot be combined.
@@ -38,18 +40,20 @@ def read_folder(folder: Path, config: str | None, split: str) -> Rows:
             _no_configuration(folder, config)
         folder = folder / config
     by_split = _by_name(folder, split) if stated is None else stated
+    if not by_split and config is None and (folder / "default").is_dir():
+        by_split = _by_name(folder / "default", split)  # the Hub's own conversion to Parquet
     if not by_split:
         raise DatasetError(
             f"{folder}: contains no data. Put train.jsonl (or .json, .csv, .parquet, .arrow) there, or use a file."
         )
     if split == "train" and set(by_split) == {""}:
-        return join(by_split[""], folder)  # shards without a split name
+        return join(by_split[""], folder, tolerant=tolerant)  # shards without a split name
     exact = [file for file in by_split.get("", ()) if plain_name(file).stem == split]
     found = by_split.get(split) or exact or _alias(by_split, split)
     if not found:
         known = sorted({*by_split, *(plain_name(file).stem for file in by_split.get("", ()))} - {""})
         raise DatasetError(f'{folder}: has no split "{split}"; it has {", ".join(known)}. Use one of these.')
-    return join(found, folder)
+    return join(found, folder, tolerant=tolerant)
 
 
 def splits_of(folder: Path, config: str | None = None) -> list[str]:
@@ -78,7 +82,9 @@ def _by_name(folder: Path, split: str) -> dict[str, list[Path]]:
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             if file.is_file() and is_data(file) and file.name not in _METADATA:
                 by_split.setdefault(split_name(file), []).append(file)
-    for sub in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+    data = folder / "data"
+    subs = [entry for place in (folder, data) if place.is_dir() for entry in place.iterdir() if entry.is_dir()]
+    for sub in sorted(subs):
         if sub.name.split("_")[0] in _WORDS or sub.name == split:
             shards = [file for file in sorted(sub.iterdir()) if is_data(file)]
             if shards:
@@ -90,13 +96,18 @@ def split_name(file: Path) -> str:
     """The split in a file's name, or empty text.
 
     `test_prefs-00000-of-00002.parquet` is `test_prefs`, as written by `datasets`; `train_1M.jsonl` is `train_1M`;
-    `train-3.jsonl` and `train_part2.jsonl` are parts of `train`.
+    `train-3.jsonl`, `train2.jsonl`, `train_part2.jsonl` and `alpaca_train.jsonl` are parts of `train`.
     """
     stem = plain_name(file).stem
-    sharded = re.fullmatch(r"(\w[\w.-]*?)-\d+-of-\d+", stem)
+    # Older versions of `datasets` added a fingerprint.
+    sharded = re.fullmatch(r"(\w[\w.-]*?)-\d+-of-\d+(?:-[0-9a-f]{8,})?", stem)
     name = sharded[1] if sharded else re.sub(r"(?:[-_.](?:part|shard|chunk)?[-_.]?\d+)+$", "", stem)
-    first = re.split(r"[-_.]", name, maxsplit=1)[0].lower()
-    return name if first in _WORDS else ""
+    found = _SPLIT.search(name)
+    if found is None:
+        return ""
+    # What precedes it is the name of the dataset; digits at once after it are the number of a part.
+    name = name[found.start() :] if found.end() < len(name) and not found[2] else found[1]
+    return name.lower() if name.lower() in _WORDS else name
 
 
 def _alias(by_split: dict[str, list[Path]], split: str) -> list[Path]:
@@ -154,18 +165,24 @@ def _files_of(folder: Path, entry: dict[str, Any], config: str) -> dict[str, lis
             if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
                 raise DatasetError(f"{folder}: README.md, configs, {config}: {pattern!r} is outside the folder.")
             try:
-                files = [file for file in sorted(base.glob(pattern)) if file.is_file()]
+                found = sorted(base.glob(f"{pattern}/*" if pattern.endswith("**") else pattern))
             except (ValueError, NotImplementedError) as error:
                 raise DatasetError(
                     f"{folder}: README.md, configs, {config}: {pattern!r}: {one_line(error)}."
                 ) from error
+            files = [file for one in found for file in (_data_under(one) if one.is_dir() else [one])]
+            files = list(dict.fromkeys(files))
             if files:  # snapshots often contain only some splits
                 by_split.setdefault(str(item.get("split", "train")), []).extend(files)
     return by_split
 
 
-def join(files: list[Path], where: Path | str) -> Any:
-    """Combine several files into one split.
+def _data_under(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and is_data(file)]
+
+
+def join(files: list[Path], where: Path | str, *, tolerant: bool = False) -> Any:
+    """Combine several files into one split; `tolerant` as for `read_file`.
 
     Raises:
         DatasetError: the files have different types or incompatible columns, or one occurs twice.
@@ -176,7 +193,7 @@ def join(files: list[Path], where: Path | str) -> Any:
     ):
         listing = ", ".join(file.name for file in files[:4])
         raise DatasetError(f"{where}: {listing} would be read as one split. Keep one of them, or use its path.")
-    parts: list[Any] = [read_file(file) for file in files]
+    parts: list[Any] = [read_file(file, tolerant=tolerant) for file in files]
     if len(parts) == 1:
         return parts[0]
     if all(isinstance(part, list) for part in parts):

@@ -11,15 +11,14 @@ from typing import Any, TypeAlias
 
 from sapo.data import preferences
 from sapo.data.columns import ColumnUse, Fields
+from sapo.data.marks import honoured, untrained_mark
 from sapo.data.messages import (
-    MARKS,
     Conversation,
     Dropped,
     PlainText,
     from_stored,
     names,
     parse_messages,
-    untrained_mark,
 )
 from sapo.data.prompts import BASES, REPLIES, conversation, flat, with_system
 from sapo.data.transcripts import last_reply
@@ -50,7 +49,7 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
     Raises:
         DatasetError: no format fits, or `paired` and the row lacks chosen or rejected.
     """
-    columns = {name for name, value in row.items() if value is not None}
+    columns = {name for name, value in without_nan(row).items() if value is not None}
     base = next((name for name in BASES if name in columns), None)
     if paired:
         for name, sides in _PAIRS.items():
@@ -103,6 +102,7 @@ def parse_row(
         DatasetError: the row has another format, its messages are malformed, or a column that belongs to the prompt
             would be ignored.
     """
+    row = without_nan(row)
     needed = _needed(row_format, paired=paired)
     missing = [name for name in needed if row.get(name) is None]
     if missing:
@@ -111,14 +111,19 @@ def parse_row(
     if mark is not None:
         return Dropped(mark)
     fields = Fields(row, where)
-    for name in MARKS:
-        if row.get(name) in (0, 1, "0", "1", "true", "false", "True", "False"):
-            fields.used.add(name)
+    fields.used |= honoured(row)
     parsed = _parse(fields, row_format, paired=paired, chat=chat, use=use)
     if not isinstance(parsed, Dropped):
         known = {"rejected", "generated", "non_preferred_output"}
         fields.account(row_format, parsed, use, known)
     return parsed
+
+
+def without_nan(row: Row) -> Row:
+    """The row with None for NaN, which pandas writes for missing text."""
+    if any(value != value for value in row.values() if isinstance(value, float)):
+        return {name: None if isinstance(value, float) and value != value else value for name, value in row.items()}
+    return row
 
 
 def _needed(row_format: Format, *, paired: bool) -> tuple[str, ...]:

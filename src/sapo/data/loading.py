@@ -21,7 +21,12 @@ _FOREIGN_SUFFIXES = (*COMPRESSED, ".txt", ".zip", ".tar", ".yaml", ".yml", ".pkl
 
 
 def load_rows(
-    name_or_path: str | Path, *, config: str | None = None, split: str = "train", streaming: bool = False
+    name_or_path: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    tolerant: bool = False,
 ) -> Rows:
     """Read the rows of one dataset.
 
@@ -32,6 +37,7 @@ def load_rows(
         split: split name, optionally with a slice, as in `train_sft[:1000]` or `test[10%:20%]`. A single file or
             a saved `Dataset` is the split "train".
         streaming: stream a Hub dataset instead of downloading it; local data is always read into memory.
+        tolerant: return `Unreadable` for a line of JSON or CSV that is not valid instead of raising.
 
     Returns:
         A list of rows for JSON and CSV, whose rows may have different fields; otherwise a `datasets.Dataset`.
@@ -42,7 +48,7 @@ def load_rows(
     name = str(name_or_path)
     path = Path(name).expanduser()
     if path.exists():
-        return _load_local(path, config, split)
+        return _load_local(path, config, split, tolerant=tolerant)
     if _looks_like_path(name):
         raise DatasetError(_not_found(name, path))
     return load_hub(name, config, split, streaming)
@@ -59,8 +65,8 @@ def evaluation_split(name_or_path: str | Path, config: str | None, wanted: str) 
     return f"train{part}" if whole else wanted
 
 
-def load_files(files: list[Path], *, split: str = "train") -> Rows:
-    """Read several files as one split; only the slice in `split` is used.
+def load_files(files: list[Path], *, split: str = "train", tolerant: bool = False) -> Rows:
+    """Read several files as one split; only the slice in `split` is used. `tolerant` is as for `load_rows`.
 
     Raises:
         DatasetError: as `load_rows`.
@@ -72,7 +78,7 @@ def load_files(files: list[Path], *, split: str = "train") -> Rows:
             raise DatasetError(_not_found(str(file), file.expanduser()))
         found += matches
     where = ", ".join(map(str, files))
-    return _part(join(found, where), split, where)
+    return _part(join(found, where, tolerant=tolerant), split, where)
 
 
 def load_hub(name: str, config: str | None, split: str, streaming: bool, **files: Any) -> Rows:
@@ -118,16 +124,16 @@ def _not_found(name: str, path: Path) -> str:
     return f"no file or folder {name!r}; no similar name in {str(folder.absolute())!r}. Check the path."
 
 
-def _load_local(path: Path, config: str | None, split: str) -> Rows:
+def _load_local(path: Path, config: str | None, split: str, *, tolerant: bool) -> Rows:
     base, _ = _split_parts(split)
     if path.is_dir():
-        return _part(read_folder(path, config, base), split, path)
+        return _part(read_folder(path, config, base, tolerant=tolerant), split, path)
     if config is not None:
         raise DatasetError(
             f"{path}: is local, so it has no configuration {config!r}. Remove dataset_config, "
             "or use the path of the file itself."
         )
-    return _part(read_file(path, base), split, path)
+    return _part(read_file(path, base, tolerant=tolerant), split, path)
 
 
 def _part(rows: datasets.Dataset | list[dict[str, Any]], split: str, where: Path | str) -> Rows:

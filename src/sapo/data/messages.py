@@ -38,10 +38,6 @@ _KEYS = {"role", "from"}
 _CALL_KEYS = {"name", "function"}
 _CALLS = ("function_call", "tool_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_SWITCHES = ("train", "training", "trainable", "loss", "label")
-_MASKS = ("mask", "masked", "ignore")
-MARKS = ("weight", *_SWITCHES, *_MASKS)
-"""Fields that may exclude a row or a message from training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +79,6 @@ class Dropped:
     reason: str
 
 
-def untrained_mark(fields: Mapping[str, Any]) -> str | None:
-    """The field that excludes a row or a message from training, such as `weight: 0`; None if there is none.
-
-    Recognized are `weight` 0, `train`, `training`, `trainable`, `loss` and `label` false, `mask`, `masked` and `ignore`
-    true; also as text, from CSV.
-    """
-    for name in MARKS:
-        value = fields.get(name)
-        if value is None:
-            continue
-        if isinstance(value, str):
-            value = {"true": True, "false": False, "0": 0, "0.0": 0, "1": 1}.get(value.strip().lower(), value)
-        if name == "weight":
-            found = isinstance(value, (bool, int, float)) and value == 0
-        elif name == "label":
-            # A number such as a loss of 0.0 is not a flag, but many tools write KTO's label as 0 and 1.
-            found = isinstance(value, (bool, int)) and value == 0
-        else:
-            found = value is (name in _MASKS)
-        if found:
-            return f"marked {name}: {str(fields[name]).lower()}"
-    return None
-
-
 def parse_messages(value: object, column: str, where: str) -> list[Message]:
     """Check a list of messages, one message, or JSON text of either; other spellings of keys and roles are translated.
 
@@ -120,7 +92,9 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
         raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list of messages.')
     if not value:
         raise DatasetError(f'{where}: "{column}" is an empty list; it must contain at least one message.')
-    return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)]
+    return [
+        _message(from_json_text(item), f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)
+    ]
 
 
 def from_json_text(value: object) -> object:
@@ -185,9 +159,16 @@ def _message(item: object, name: str, where: str) -> Message:
 
 
 def _content(content: object, name: str, where: str) -> str:
-    """Text, or a list of text parts, as one text; null is empty text."""
-    if content is None or isinstance(content, str):
-        return content or ""
+    """Text, or text parts, as one text; null is empty text."""
+    if isinstance(content, str):
+        stored = from_json_text(content)
+        if not isinstance(stored, list) or not stored or not all(map(_is_text_part, stored)):
+            return content  # other JSON text is what was said
+        content = stored
+    elif isinstance(content, Mapping) and _is_text_part(content):
+        content = [content]
+    if content is None:
+        return ""
     if not isinstance(content, Sequence):
         raise DatasetError(f"{where}: {name} has {kind(content)} as content; it must be text.")
     texts = []
@@ -200,6 +181,10 @@ def _content(content: object, name: str, where: str) -> str:
             raise DatasetError(f"{where}: {name} has {found} in its content; only text can be trained on.")
         texts.append(text)
     return "".join(texts)
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _tool_calls(calls: object, name: str, where: str) -> list[Any]:
@@ -219,6 +204,8 @@ def _tool_call(call: object) -> Any:
     function = call.get("function")
     if not isinstance(function, Mapping):
         return without_nulls(call)
+    if "arguments" not in function and "parameters" in function:
+        function = {("arguments" if key == "parameters" else key): value for key, value in function.items()}
     made = without_nulls({key: value for key, value in function.items() if key != "arguments"})
     if "arguments" in function:
         given = function["arguments"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from sapo.data.examples import DataOptions, DataReport
-from sapo.data.files import Rows
+from sapo.data.files import Rows, Unreadable
 from sapo.data.loading import load_files, load_hub, load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError
@@ -35,16 +35,16 @@ class Member:
     rows: Rows
 
 
-def load_mixture(mixture: DatasetMixtureConfig) -> list[Member]:
+def load_mixture(mixture: DatasetMixtureConfig, *, tolerant: bool = False) -> list[Member]:
     """Read the members of trl's `datasets` list, with its `path`, `split`, `columns`, `fraction` and the rest.
 
     As trl's `get_dataset`, but `path` may also be a local file or folder, and the members are not concatenated: their
-    columns may differ, and errors name the file.
+    columns may differ, and errors name the file. `tolerant` is as for `load_rows`.
 
     Raises:
         DatasetError: no member, one that cannot be loaded or lacks a column, or invalid fractions.
     """
-    members = [_load_member(part, mixture.streaming) for part in mixture.datasets]
+    members = [_load_member(part, mixture.streaming, tolerant=tolerant) for part in mixture.datasets]
     if not members:
         raise DatasetError("datasets: the list is empty. Add at least one, such as `- path: my.jsonl`.")
     fractions = [part.fraction for part in mixture.datasets if part.fraction is not None]
@@ -57,9 +57,12 @@ def prepare_mixture(
     options: DataOptions,
     *,
     eos_ids: Collection[int],
-    count_faults: bool = False,
+    **more: Any,
 ) -> tuple[datasets.Dataset, list[DataReport]]:
-    """`prepare_dataset` on each member; row numbers continue from one member to the next, so each is unique."""
+    """`prepare_dataset` on each member; row numbers continue from one member to the next, so each is unique.
+
+    `more` is passed on to `prepare_dataset`.
+    """
     parts: list[datasets.Dataset] = []
     reports: list[DataReport] = []
     for member in members:
@@ -70,7 +73,7 @@ def prepare_mixture(
             eos_ids=eos_ids,
             source=member.name,
             first_row=sum(report.rows for report in reports),
-            count_faults=count_faults,
+            **more,
         )
         parts.append(part)
         reports.append(report)
@@ -102,21 +105,23 @@ def split_rows(prepared: datasets.Dataset, test_size: float, seed: int) -> tuple
     return train, test
 
 
-def _load_member(part: DatasetConfig, streaming: bool) -> Member:
+def _load_member(part: DatasetConfig, streaming: bool, *, tolerant: bool) -> Member:
     folder = Path(part.path).expanduser()
     files = _files(part.data_files)
     rows: Rows
     if files is None and part.data_dir is None:
-        rows, name = load_rows(part.path, config=part.name, split=part.split, streaming=streaming), part.path
+        name = part.path
+        rows = load_rows(name, config=part.name, split=part.split, streaming=streaming, tolerant=tolerant)
     elif (folder.is_dir() or part.path in _READERS) and not any(
         "://" in name for name in chain(*(files or {}).values())
     ):
         base = (folder if folder.is_dir() else Path()) / (part.data_dir or "")
         if files is None:
-            rows, name = load_rows(base, split=part.split), str(base)
+            rows, name = load_rows(base, split=part.split, tolerant=tolerant), str(base)
         else:
             names = _of_split(files, part)
-            rows, name = load_files([base / file for file in names], split=part.split), ", ".join(names)
+            name = ", ".join(names)
+            rows = load_files([base / file for file in names], split=part.split, tolerant=tolerant)
     else:
         rows = load_hub(part.path, part.name, part.split, streaming, data_dir=part.data_dir, data_files=part.data_files)
         name = part.path
@@ -149,7 +154,10 @@ def _select(rows: Rows, columns: list[str], name: str) -> Rows:
             f"{name}: has no column {', '.join(missing)} to select; it has {', '.join(sorted(present))}."
         )
     if isinstance(rows, list):
-        return [{column: row[column] for column in columns if column in row} for row in rows]
+        return [
+            row if isinstance(row, Unreadable) else {column: row[column] for column in columns if column in row}
+            for row in rows
+        ]
     return rows.select_columns(columns)
 
 

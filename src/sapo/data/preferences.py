@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sapo.data.columns import ColumnUse, Fields
+from sapo.data.marks import untrained_mark
 from sapo.data.messages import (
     Conversation,
     Dropped,
@@ -176,6 +178,9 @@ def _paired(
         return Dropped("chosen and rejected differ before the last reply")
     if is_empty(other[-1]):
         return Dropped("empty rejected reply")
+    mark = untrained_mark(other[-1])
+    if mark is not None:
+        return Dropped(f"rejected reply {mark}")
     return Conversation(
         made.messages, first, other[-1], made.tools, made.documents, made.template_options, made.untrained
     )
@@ -213,16 +218,18 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
 
 
 def _rated(reply: object, number: int, where: str) -> tuple[float, str]:
-    text = next((reply[key] for key in _REPLY_KEYS if key in reply), None) if isinstance(reply, Mapping) else None
+    text = next((reply[key] or "" for key in _REPLY_KEYS if key in reply), None) if isinstance(reply, Mapping) else None
     if not isinstance(text, str) or not isinstance(reply, Mapping):
         raise DatasetError(
             f'{where}: item {number} of "completions" has no response. Use objects with a response field.'
         )
     for key in _SCORES:
         try:
-            return float(reply[key]), text
+            score = float(reply[key])
         except (KeyError, TypeError, ValueError):
             continue
+        if not math.isnan(score):
+            return score, text
     raise DatasetError(
         f'{where}: item {number} of "completions" has no numeric {" or ".join(_SCORES[:3])}, so the best reply is '
         "unknown. Add the scores, or use prompt, chosen and rejected."

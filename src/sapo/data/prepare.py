@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 
+from sapo.data import cache
 from sapo.data.encoding import Draft, Encoder
 from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, is_prepared
+from sapo.data.files import Unreadable
 from sapo.data.formats import detect_format, parse_row
 from sapo.data.messages import Dropped, PlainText
+from sapo.data.parallel import in_order, processes_for
 from sapo.data.report import SHOWN_ROWS, Faults
 from sapo.errors import DatasetError
 
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 
 _CHUNK = 256
 """Rows tokenized per call: enough for the tokenizer's threads, small in memory."""
+
+_BLOCK = 8 * _CHUNK
+"""Rows that a process prepares at a time."""
 
 
 def prepare_dataset(
@@ -31,6 +39,9 @@ def prepare_dataset(
     source: str = "dataset",
     first_row: int = 0,
     count_faults: bool = False,
+    num_proc: int | None = 1,
+    cache_folder: Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenize all rows, in memory.
 
@@ -43,6 +54,10 @@ def prepare_dataset(
         first_row: number of the first row in the result; messages always count from 1.
         count_faults: count malformed rows in the report instead of raising at the first, and accept a `max_length`
             that truncates most rows.
+        num_proc: number of processes; None for as many as pay. A script that asks for several needs the usual
+            `if __name__ == "__main__"`. The result does not depend on it.
+        cache_folder: where prepared rows are kept for the next start, and taken from if nothing has changed.
+        progress: called with the number of rows that are done.
 
     Returns:
         A dataset with one record per `Example` (`row` int64; `turn` list of int64; `prompt_ids`,
@@ -53,33 +68,38 @@ def prepare_dataset(
             if "auto"; or no row left.
         TokenizerError: no chat template, no EOS token, or a template that changes the history.
     """
+    kept_as = ""
+    if cache_folder is not None and isinstance(rows, (list, datasets.Dataset)):
+        kept_as = cache.key(rows, tokenizer, options, eos_ids, source, first_row)
+        found = cache.load(cache_folder, kept_as)
+        if found is not None:
+            prepared, report = found
+            report.faults = Faults() if count_faults else None
+            _check_lengths(options, report)
+            return prepared, report
     numbered = enumerate(rows)
-    head = next(numbered, None)
-    if head is None:
+    head = []
+    for item in numbered:
+        head.append(item)
+        if not isinstance(item[1], Unreadable):
+            break
+    if not head:
         raise DatasetError(f"{source}: has no rows. Use another dataset or split.")
-    row_format = detect_format(head[1], paired=options.paired, source=source)
-    report = DataReport(source, row_format, max_length=options.max_length, faults=Faults() if count_faults else None)
-    encoder = Encoder(tokenizer, eos_ids, report, options.date)
+    if isinstance(head[-1][1], Unreadable):
+        raise head[0][1].error
+    row_format = detect_format(head[-1][1], paired=options.paired, source=source)
+    preparation = _Preparation(tokenizer, options, tuple(sorted(eos_ids)), source, row_format, count_faults)
+    report = preparation.report()
     table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
-    stream = chain([head], numbered)
+    if num_proc is None:
+        num_proc = processes_for(len(rows)) if isinstance(rows, (list, datasets.Dataset)) else 1
     seen: set[int] = set()
-    while chunk := list(islice(stream, _CHUNK)):
-        drafts: list[Draft] = []
-        for number, row in chunk:
-            report.rows += 1
-            try:
-                drafts += _drafts(row, number, row_format, options, encoder, report)
-            except DatasetError as error:
-                report.refuse(error, number)
-        for number, turn in encoder.turns(drafts):
-            try:
-                fitted = _fit(turn, number, options, report)
-            except DatasetError as error:
-                report.refuse(error, number)
-                continue
-            if fitted is not None:
-                table.add(first_row + number, fitted)
-                _note_duplicate(fitted, number, seen, report)
+    for turns, part in in_order(preparation, _blocks(chain(head, numbered)), num_proc):
+        report.add(part)
+        for number, turn in turns:
+            table.add(first_row + number, turn)
+            _note_duplicate(turn, number, seen, report)
+        progress(report.rows)
     report.kept = len(table)
     _check_lengths(options, report)
     if not report.kept:
@@ -89,13 +109,63 @@ def prepare_dataset(
             f"{source}: none of its {report.rows} rows can be used (dropped {', '.join(reasons) or 'none'}"
             f"{''.join(f'; {line}' for line in refused)}). Fix the rows, or raise max_length if they are too long."
         )
-    return table.dataset(), report
+    prepared = table.dataset()
+    if kept_as and cache_folder is not None and not (report.faults and (report.faults.counts or report.faults.of_all)):
+        cache.store(cache_folder, kept_as, prepared, report)
+    return prepared, report
+
+
+def _blocks(numbered: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    stream = iter(numbered)
+    while block := list(islice(stream, _BLOCK)):
+        yield block
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """What rows are prepared with; calling it prepares a block of numbered rows."""
+
+    tokenizer: Any
+    options: DataOptions
+    eos_ids: tuple[int, ...]
+    source: str
+    row_format: str
+    count_faults: bool
+
+    def report(self) -> DataReport:
+        """A report without rows."""
+        faults = Faults() if self.count_faults else None
+        return DataReport(self.source, self.row_format, max_length=self.options.max_length, faults=faults)
+
+    def __call__(self, block: list[tuple[int, Any]]) -> tuple[list[tuple[int, Turn]], DataReport]:
+        report = self.report()
+        encoder = Encoder(self.tokenizer, self.eos_ids, report, self.options.date)
+        turns: list[tuple[int, Turn]] = []
+        for start in range(0, len(block), _CHUNK):
+            drafts: list[Draft] = []
+            for number, row in block[start : start + _CHUNK]:
+                report.rows += 1
+                try:
+                    drafts += _drafts(row, number, self.row_format, self.options, encoder, report)
+                except DatasetError as error:
+                    report.refuse(error, number)
+            for number, turn in encoder.turns(drafts):
+                try:
+                    fitted = _fit(turn, number, self.options, report)
+                except DatasetError as error:
+                    report.refuse(error, number)
+                    continue
+                if fitted is not None:
+                    turns.append((number, fitted))
+        return turns, report
 
 
 def _drafts(
     row: dict[str, Any], number: int, row_format: str, options: DataOptions, encoder: Encoder, report: DataReport
 ) -> list[Draft]:
     where = f"row {number + 1} of {report.source}"
+    if isinstance(row, Unreadable):
+        raise DatasetError(f"{where}: {row.reason}") from row.error
     parsed = parse_row(row, row_format, paired=options.paired, chat=encoder.chat, where=where, use=report.columns)
     if isinstance(parsed, Dropped):
         report.drop(parsed.reason, number)

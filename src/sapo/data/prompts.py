@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sapo.data.columns import SYSTEM, Fields
+from sapo.data.columns import HISTORY, SYSTEM, Fields
+from sapo.data.marks import untrained_mark
 from sapo.data.messages import (
     Conversation,
     Dropped,
@@ -16,9 +17,9 @@ from sapo.data.messages import (
     kind,
     parse_messages,
     parse_tools,
-    untrained_mark,
     without_nulls,
 )
+from sapo.data.transcripts import is_rendered
 from sapo.errors import DatasetError
 
 BASES = ("prompt", "instruction", "question", "query", "input")
@@ -62,7 +63,8 @@ def flat(
     text = "\n\n".join(parts)
     before = _earlier(fields)
     system = system_text(fields)
-    bare = plain and len(parts) == 1 and not before and not system
+    # A chat template would print the markers of a rendered prompt a second time.
+    bare = (plain or is_rendered(question)) and len(parts) == 1 and not before and not system
     if not question.strip() and not bare:
         return Dropped("empty prompt")
     if not reply.strip():
@@ -149,7 +151,10 @@ def conversation(messages: list[Message], fields: Fields, column: str, *, first:
         value = fields.peek(name)
         if value is not None:
             fields.used.add(name)
-            tools = tools or parse_tools(value, name, fields.where)
+            found = parse_tools(value, name, fields.where)
+            if found and tools and found != tools:
+                raise DatasetError(f'{fields.where}: "tools" and "functions" differ. Keep one of them.')
+            tools = tools or found
     if tools is not None:
         tools = [_tool(tool, fields.where) for tool in tools]
     documents = None
@@ -193,16 +198,17 @@ def _options(fields: Fields) -> Mapping[str, Any]:
 
 def _earlier(fields: Fields) -> list[Message]:
     """The turns of a `history` column: pairs of question and answer, or messages."""
-    value = from_json_text(fields.get("history"))
+    name = next((name for name in HISTORY if fields.peek(name)), None)
+    value = from_json_text(fields.get(name)) if name is not None else None
     if not value:
         return []
     if not isinstance(value, (list, tuple)):
-        raise DatasetError(f'{fields.where}: "history" is {kind(value)}; it must be a list of earlier turns.')
+        raise DatasetError(f'{fields.where}: "{name}" is {kind(value)}; it must be a list of earlier turns.')
     if isinstance(value[0], Mapping):
-        return parse_messages(value, "history", fields.where)
+        return parse_messages(value, str(name), fields.where)
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise DatasetError(f'{fields.where}: turn {number} of "history" must be a pair of question and answer.')
+            raise DatasetError(f'{fields.where}: turn {number} of "{name}" must be a pair of question and answer.')
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return messages

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from sapo.data.clock import dated_template
-from sapo.data.columns import ColumnUse
-from sapo.data.messages import MARKS, Conversation, Message
+from sapo.data.columns import ColumnUse, belongs_to_prompt, holds, talks, texts_in
+from sapo.data.marks import honoured
+from sapo.data.messages import Conversation, Message
 from sapo.errors import DatasetError, brief
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, 
 
 _MARKER = "zebra quartz"
 _ROLE = re.compile(r"assistant|model|\bbot\b|chatbot|\bgpt\b|\bai\b", re.IGNORECASE)
-_KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "id", *MARKS})
+_KNOWN = frozenset({"role", "content", "tool_calls"})
+_CHANGED = "messages.content (changed by the chat template)"
+_REASONING = "messages.content (its reasoning)"
+_CHANCE = 16
+"""A text with fewer characters may be contained in another by chance."""
 
 
 class Unprinted(Exception):  # noqa: N818
@@ -100,13 +105,17 @@ class Renderer:
     def _check_prompt(self, before: Sequence[Message], prompt: str, talk: Conversation, where: str) -> None:
         for number, message in enumerate(before):
             role, content = message["role"], message["content"].strip()
-            if role == "assistant" or not content or content in prompt:
-                continue
-            blank = [*before[:number], {**message, "content": ""}, *before[number + 1 :]]
-            if self._same(blank, talk, prompt, opening=True):
-                raise Unprinted(f"the chat template does not print its {role} message")
+            name = "an earlier reply" if role == "assistant" else f"its {role} message"
+            if content and (len(content) < _CHANCE or not _prints(content, prompt)):
+                blank = [*before[:number], {**message, "content": ""}, *before[number + 1 :]]
+                if self._same(blank, talk, prompt, opening=True) and _answer(content):
+                    raise Unprinted(f"the chat template does not print {name}")
+            if message.get("tool_calls") and not _tells(message["tool_calls"], prompt):
+                silent = {key: value for key, value in message.items() if key != "tool_calls"}
+                if self._same([*before[:number], silent, *before[number + 1 :]], talk, prompt, opening=True):
+                    raise Unprinted("the chat template does not print the tool calls of an earlier reply")
         for column, items in (("tools", talk.tools), ("documents", talk.documents)):
-            if items and not any(text in prompt for text in _telling(items)):
+            if items and not _tells(items, prompt):
                 bare = Conversation(
                     talk.messages,
                     tools=None if column == "tools" else talk.tools,
@@ -120,27 +129,40 @@ class Renderer:
                     )
         for name in talk.template_options:
             if name not in self._template(tools=bool(talk.tools)):
-                self._columns.note(f"chat_template_kwargs.{name}")
+                self._columns.note(f"chat_template_kwargs.{name}", where=where)
 
     def _check_reply(
         self, before: Sequence[Message], reply: Message, prompt: str, whole: str, talk: Conversation, where: str
     ) -> None:
         body = whole[len(prompt) :] if whole.startswith(prompt) else whole
         content, calls = reply["content"].strip(), reply.get("tool_calls")
-        said = content in body or ((rest := content.rpartition("</think>")[2].strip()) and rest in body)
-        if content and not said and self._same((*before, {**reply, "content": ""}), talk, whole):
-            raise Unprinted("the chat template does not print the reply")
-        if calls and not any(text in body for text in _telling(calls)):
+        if content and (len(content) < _CHANCE or not _prints(content, body)):
+            if self._same((*before, {**reply, "content": ""}), talk, whole):
+                raise Unprinted("the chat template does not print the reply")
+        elif content not in body and "</think>" in content:
+            self._columns.note(_REASONING, text=True, where=where)
+        if calls and not _tells(calls, body):
             silent = {key: value for key, value in reply.items() if key != "tool_calls"}
             if self._same((*before, silent), talk, whole):
                 raise Unprinted("the chat template does not print its tool calls")
         for message in (*before, reply):
-            for key in message.keys() - _KNOWN:
-                value = message[key]
-                if isinstance(value, str) and value.strip() and value.strip() not in whole:
-                    # Templates omit the reasoning of earlier replies on purpose.
-                    earlier = message["role"] == "assistant" and message is not reply
-                    self._columns.note(f"messages.{key}", text=not earlier and len(value.split()) > 4)
+            self._check_fields(message, whole, where, earlier=message["role"] == "assistant" and message is not reply)
+
+    def _check_fields(self, message: Message, whole: str, where: str, *, earlier: bool) -> None:
+        """List the fields of a message that are not printed."""
+        if not _prints(message["content"].strip(), whole) and _answer(message["content"]):
+            self._columns.note(_CHANGED, text=True, where=where)
+        for key in message.keys() - _KNOWN - honoured(message):
+            value = message[key]
+            if not holds(value) or ((texts := list(texts_in(value))) and all(text.strip() in whole for text in texts)):
+                continue
+            if belongs_to_prompt(key):
+                raise DatasetError(
+                    f'{where}: a message has "{key}", which the chat template does not print. Put it into the content, '
+                    "or remove it."
+                )
+            # Templates omit the reasoning of earlier replies on purpose.
+            self._columns.note(f"messages.{key}", text=not earlier and talks(value), where=where)
 
     def _without_tail(
         self, before: Sequence[Message], reply: Message, whole: str, talk: Conversation, where: str
@@ -205,14 +227,25 @@ class Renderer:
         return self._templates[tools]
 
 
-def _telling(items: Sequence[Any]) -> list[str]:
-    """Texts that show whether tools, calls or documents are printed."""
+def _answer(content: str) -> str:
+    """A reply without its reasoning, which templates may leave out."""
+    return content.rpartition("</think>")[2].strip()
+
+
+def _prints(content: str, text: str) -> bool:
+    """Whether a rendered text contains a message, but for white space and its reasoning."""
+    answer = _answer(content) or content
+    return content in text or answer in text or " ".join(answer.split()) in " ".join(text.split())
+
+
+def _tells(items: Sequence[Any], text: str) -> bool:
+    """Whether a text shows, and not by chance, that tools, calls or documents are printed."""
     found = []
     for item in items:
         inner = item.get("function", item) if isinstance(item, dict) else {}
         inner = inner if isinstance(inner, dict) else {}
         found += [inner[key].strip() for key in ("name", "text", "content") if isinstance(inner.get(key), str)]
-    return [text for text in found if text]
+    return any(len(one) >= _CHANCE and one in text for one in found)
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -100,6 +100,29 @@ class DataReport:
         if self.dropped[reason] <= SHOWN_ROWS:
             self.dropped_rows.setdefault(reason, []).append(row + 1)
 
+    def add(self, part: DataReport) -> None:
+        """Add the counts of further rows."""
+        self.rows += part.rows
+        self.truncated_prompts += part.truncated_prompts
+        self.truncated_responses += part.truncated_responses
+        self.boundary_merges += part.boundary_merges
+        self.system_messages += part.system_messages
+        self.replies += part.replies
+        for reason, count in part.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            _extend(self.dropped_rows, reason, part.dropped_rows[reason])
+        for mine, theirs in (
+            (self.prompt_lengths, part.prompt_lengths),
+            (self.response_lengths, part.response_lengths),
+            (self.total_lengths, part.total_lengths),
+        ):
+            mine += theirs
+        self.columns.add(part.columns)
+        if self.faults is not None and part.faults is not None:
+            self.faults.counts += part.faults.counts
+            for message, rows in part.faults.rows.items():
+                _extend(self.faults.rows, message, rows)
+
     def refuse(self, error: SapoError, row: int) -> None:
         """Count the error of a row (from 0), or raise it."""
         if self.faults is None:
@@ -165,6 +188,11 @@ class DataReport:
     def _share(self) -> str:
         total = len(self.total_lengths)
         return f"{self.too_long} of {total} ({self.too_long / total:.0%})"
+
+
+def _extend(shown: dict[str, list[int]], reason: str, rows: list[int]) -> None:
+    listed = shown.setdefault(reason, [])
+    listed += rows[: SHOWN_ROWS - len(listed)]
 
 
 def row_name(row: int, reports: Sequence[DataReport]) -> str:

@@ -18,13 +18,28 @@ _FAMILIES = tuple(
         (r"<[|\uff5c]Assistant[|\uff5c]>", r"<[|\uff5c]User[|\uff5c]>"),
         (r"<\|CHATBOT_TOKEN\|>", r"<\|(?:USER|SYSTEM)_TOKEN\|>"),
         (
-            r"(?:^|\n)###? ?(?:Response|Assistant|Output|Answer):?[ \t]*(?:\n|(?=\S)|$)",
-            r"(?:^|\n)###? ?(?:Instruction|Input|Human|User|System|Question):?",
+            # In Guanaco a turn may begin on the line of another.
+            r"(?:^|\n)###? ?(?:Response|Assistant|Output|Answer):?[ \t]*(?:\n|(?=\S)|$)"
+            r"|### (?:Assistant|Response):[ \t]*",
+            r"(?:^|\n)###? ?(?:Instruction|Input|Human|User|System|Question):?|### (?:Human|User|Instruction):",
         ),
         (r"\bASSISTANT:", r"\b(?:USER|HUMAN|SYSTEM):"),
-        (r"(?:^|\n)(?:Assistant|GPT|AI|Bot):", r"(?:^|\n)(?:Human|User|System):"),
+        (r"(?:^|\n)(?:[Aa]ssistant|GPT|gpt|AI|Bot|bot):", r"(?:^|\n)(?:[Hh]uman|[Uu]ser|[Ss]ystem):"),
+        (r"(?:^|\n)Output:", r"(?:^|\n)(?:Instruct|Input):"),
+        (r"(?:^|\n)(?:Answer|A):", r"(?:^|\n)(?:Question|Q):"),
     )
 )
+
+
+_SPECIAL = 7
+"""Families whose markers are tokens of a chat template, which nobody types; they come first."""
+
+
+def is_rendered(prompt: str) -> bool:
+    """Whether a prompt ends with the header that a chat template opens a reply with."""
+    text = prompt.rstrip()
+    ends = (match.end() for family in _FAMILIES[:_SPECIAL] for match in family[0].finditer(prompt))
+    return any(end >= len(text) for end in ends)
 
 
 def last_reply(text: str) -> int | None:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
+from sapo.errors import brief
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
 from sapo.text import bytes_text
 from sapo.weights.footprint import Strategy, free_memory, running_strategy
@@ -84,9 +85,13 @@ def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool
         return True
     adapter = peft_config or (model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None)
     on_gpu = args.device.type != "cpu"
-    needed = memory_without_recomputation(
-        config, _described(inner, adapter), args, running_strategy(args), on_gpu=on_gpu
-    )
+    try:
+        needed = memory_without_recomputation(
+            config, _described(inner, adapter), args, running_strategy(args), on_gpu=on_gpu
+        )
+    except Exception as error:  # noqa: BLE001  whatever the architecture raises: its memory cannot be estimated
+        logger.info(f"gradient_checkpointing=auto: true, since the memory cannot be estimated ({brief(error, 200)}).")
+        return True
     free = free_memory(args) + sum(weight.nbytes for weight in inner.parameters())
     logger.info(
         f"gradient_checkpointing=auto: {str(needed > free).lower()}; without recomputation a step needs "

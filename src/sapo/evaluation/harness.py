@@ -28,9 +28,8 @@ from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.text import visible
-from sapo.weights.embeddings import trained_rows
 from sapo.weights.loading import load_tokenizer, read_config
-from sapo.weights.source import read_adapter_config
+from sapo.weights.source import read_adapter_config, trained_rows
 
 TASKS_FOLDER = "lm_eval_tasks"
 _NOT_AN_ERROR = "fatal: not a git repository (or any of the parent directories): .git\n"

@@ -114,7 +114,6 @@ MISSING = {
     "padding_free": "layout=shared, the default where the model supports it, has no padding; leave it out",
     "packing": "layout=shared, the default where the model supports it, has no padding; leave it out",
     "trust_remote_code": "code from a model folder is never run; use an architecture that transformers has",
-    "dataset_num_proc": "rows are prepared in one process; leave it out",
     "dataloader_shuffle": "use train_sampling_strategy=sequential for the order of the file",
     "f_divergence_type": "only the reverse KL divergence is supported; leave it out",
     "loss_weights": "chosen_nll_weight=1 adds the likelihood of the chosen response",

@@ -382,6 +382,13 @@ class OwnOptions(KeepOptions):
         "What to do with rows longer than max_length. They are counted and reported in any case. auto truncates them, "
         "and stops before training if they are more than half.",
     )
+    dataset_num_proc: int | None = _data(
+        None,
+        "Number of processes that tokenize the data. Unset: one a core from 20000 rows on, whose result is kept in the "
+        "cache folder of datasets and used again while rows, tokenizer and options stay the same.",
+        low=1,
+        resume="free",
+    )
     template_date: str | None = _data(
         None,
         "Date (YYYY-MM-DD) for chat templates that print it. Unset: the day the run began; a resumed run keeps it.",

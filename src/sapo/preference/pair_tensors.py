@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sapo.preference.pairs import GeneratedPairs, Pair
+from sapo.preference.pairs import GeneratedPairs, Pair, shared_ids
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
 
@@ -38,7 +38,7 @@ def entries_to_tensors(entries: Sequence[BufferEntry[Pair]]) -> dict[str, Tensor
 def entries_from_tensors(tensors: Mapping[str, Tensor]) -> list[BufferEntry[Pair]]:
     """The inverse of `entries_to_tensors`."""
     columns = [
-        [tuple(part.tolist()) for part in torch.split(tensors[field], tensors[f"{field}_lengths"].tolist())]
+        [shared_ids(part.tolist()) for part in torch.split(tensors[field], tensors[f"{field}_lengths"].tolist())]
         for field in _TOKEN_FIELDS
     ]
     entries = []

@@ -25,7 +25,15 @@ from sapo.preference.pair_tensors import (
     pool_to_tensors,
     redistribute,
 )
-from sapo.preference.pairs import GeneratedPairs, Pair, PairSource, PendingBatch, SourceState, turn_of_epoch
+from sapo.preference.pairs import (
+    GeneratedPairs,
+    Pair,
+    PairSource,
+    PendingBatch,
+    SourceState,
+    shared_ids,
+    turn_of_epoch,
+)
 from sapo.preference.reference_scores import ReferenceScores
 from sapo.preference.replay_buffer import BufferEntry, ReplayBuffer, Snapshot
 from sapo.preference.segments import PUBLISHED_TAIL_MARGIN, Segment, Suffix, choose_segment, splice, truncate_at_eos
@@ -109,7 +117,7 @@ class SelfPlay(PairSource):
         self._any_process = any_process
         self._opponent_step = opponent_step
         self._scores = ReferenceScores(2 * buffer.capacity)
-        self._before: Snapshot[Pair] | None = None
+        self._before: tuple[Snapshot[Pair], dict[tuple[int, int], GeneratedPairs]] | None = None
 
     def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
         """Regenerate segments of `examples`, store the new pairs, and draw a batch from the buffer."""
@@ -138,6 +146,8 @@ class SelfPlay(PairSource):
         Existing pairs are kept; micro-batches of steps that skip generation get none, unless `due`. Each row has its
         own seed, so pooling changes only when its text is generated.
         """
+        for key in [key for key in self.pool if key[0] < step]:
+            del self.pool[key]  # of a step that was undone
         new = self.missing(pending, due=due)
         if new:
             self.pool.update(self.generate_pairs(self._generator, new, self._opponent_step(step)))
@@ -175,13 +185,16 @@ class SelfPlay(PairSource):
     # ---- From step to step ----
 
     def begin_step(self) -> None:
-        """Take a snapshot of the buffer."""
-        self._before = self.buffer.snapshot()
+        """Take a snapshot of the buffer and of the pairs generated ahead."""
+        self._before = self.buffer.snapshot(), dict(self.pool)
 
     def undo(self) -> None:
-        """Revert the step's additions to and draws from the buffer."""
+        """Revert the step's additions to and draws from the buffer, and what it took of the pairs generated ahead."""
         if self._before is not None:
-            self.buffer.undo(self._before)
+            buffer, pool = self._before
+            self.buffer.undo(buffer)
+            self.pool.clear()
+            self.pool.update(pool)
             self._before = None
 
     def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
@@ -280,9 +293,9 @@ class SelfPlay(PairSource):
         return Pair(
             row=draft.row,
             turn=draft.turn.index,
-            prompt_ids=draft.turn.prompt_ids,
-            chosen_ids=draft.turn.response_ids,
-            rejected_ids=tuple(rejected),
+            prompt_ids=shared_ids(draft.turn.prompt_ids),
+            chosen_ids=shared_ids(draft.turn.response_ids),
+            rejected_ids=shared_ids(rejected),
             segment=draft.segment,
             rewritten=Segment(draft.segment.start, draft.segment.start + len(replacement)),
         )

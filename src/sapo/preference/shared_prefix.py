@@ -202,12 +202,17 @@ def _block_mask(prefixes: SharedPrefixes, window: int | None, device: torch.devi
     return create_block_mask(may_attend(prefixes, window, device), None, None, tokens, tokens, device=str(device))
 
 
+_ALIBI = ("bloom", "mpt")
+
+
 def shared_layout_unsupported_reason(model: nn.Module) -> str | None:
     """The reason in the configuration why `model` cannot share prefixes; None without one."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     attention = config._attn_implementation
     if attention not in ("sdpa", SHARED_ATTENTION, "flex_attention"):
         return f"attn_implementation is {attention}; sdpa and flex_attention support shared prefixes"
+    if config.model_type in _ALIBI or getattr(config, "alibi", False):
+        return f"{config.model_type} builds ALiBi's biases from a mask of one row per text"
     other = set(config.to_dict().get("layer_types") or ()) - _LAYER_TYPES
     if other:
         return f"{config.model_type} has layers of type {', '.join(sorted(other))}"

@@ -92,7 +92,7 @@ def check_unlocked(folder: Path) -> None:
     file = folder / LOCK_FILE
     if folder.absolute() in _held or not file.is_file():
         return
-    with file.open("r+", encoding="utf-8") as stream:
+    with _opened(file, "r+") as stream:
         if not _lock(stream):
             raise _in_use(folder, stream)
         if _other_host_alive(stream):
@@ -103,7 +103,7 @@ def _take(folder: Path) -> IO[str]:
     """Open and lock the lock file, over that of a dead owner if there is one."""
     file = folder / LOCK_FILE
     while True:
-        stream = file.open("a+", encoding="utf-8")
+        stream = _opened(file, "a+")
         if not _lock(stream):
             error = _in_use(folder, stream)
             stream.close()
@@ -121,6 +121,21 @@ def _take(folder: Path) -> IO[str]:
     if owner:
         logger.warning(f"{folder}: broke the lock of {_described(owner)}, which has ended without removing it.")
     return stream
+
+
+def _opened(file: Path, mode: str) -> IO[str]:
+    """Open the lock file.
+
+    Raises:
+        ConfigurationError: it belongs to another user.
+    """
+    try:
+        return file.open(mode, encoding="utf-8")
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"{file.parent} holds the lock of another user, whose run may be alive ({file}). Choose another "
+            "--output_dir."
+        ) from error
 
 
 def _lock(stream: IO[str]) -> bool:

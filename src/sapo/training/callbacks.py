@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sapo.runs.folder import RunFolder
 from sapo.runs.metrics import CPU_TIME, MOVED, OPTIMIZER_TIME, OVERHEAD_TIME, STEP_TIME
+from sapo.training.interruption import stops_within
 from sapo.training.metrics import MetricAverages, clock
 from sapo.weights.master import MovedSample
 
@@ -166,10 +167,11 @@ class EvaluationStopped(Exception):  # noqa: N818 - never leaves the trainer
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once.
+    """Ctrl-C and SIGTERM end the run with a checkpoint; a second one ends it at once.
 
-    What follows the step (snapshot, evaluation, table of pairs) is left out, an evaluation under way is abandoned, and
-    no further step begins. Before the first step there is nothing to keep: the run ends at once.
+    A step under way is abandoned before its next part where `stops_within` says so, else finished. What follows a step
+    (snapshot, evaluation, table of pairs) is left out, an evaluation under way is abandoned, and no further step
+    begins. Before the first step there is nothing to keep: the run ends at once.
 
     Args:
         begin: called before each step.
@@ -179,6 +181,7 @@ class StopOnSignal(TrainerCallback):
         self._begin = begin
         self.received: signal.Signals | None = None
         self._begun, self._ended = False, False
+        self._kept = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -194,7 +197,11 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None or not self._begun:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        said = "Saving the models" if self._ended else "Stopping after this step, with a checkpoint"
+        said = "Stopping after this step, with a checkpoint"
+        if self._ended:
+            said = "Saving the models"
+        elif self._kept:
+            said = f"Stopping now, with a checkpoint of step {self._kept}"
         if os.environ.get("RANK", "0") == "0":
             # Not through the stream: the signal may have come in the middle of another write to it.
             os.write(2, f"\n{said}; Ctrl-C again ends at once.\n".encode())
@@ -213,6 +220,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """From here on a stop keeps something."""
         self._begun = True
+        self._kept = state.global_step if stops_within(args) else 0
         self._begin()
 
     def on_prediction_step(
@@ -230,6 +238,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
+        self._kept = 0
         if self.is_told(args):
             control.should_save = True
             control.should_training_stop = True

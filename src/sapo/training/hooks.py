@@ -20,6 +20,7 @@ from sapo.runs.checkpoint import rotate
 from sapo.runs.folder import RunFolder
 from sapo.training.callbacks import EvaluationStopped, StopOnSignal
 from sapo.training.context import RunContext
+from sapo.training.interruption import Interruption, StepAbandoned
 from sapo.training.rehearsal import check_best_metric, check_length, rehearse_saving
 from sapo.training.state import RunState, best_checkpoint_beside, other_weights
 
@@ -31,6 +32,7 @@ class CheckpointHooks(Trainer):
     optimizer: Any
     run_folder: RunFolder
     _context: RunContext
+    _interruption: Interruption
     _run_state: RunState
 
     def _start(self, checkpoint: Path | None) -> None:
@@ -48,14 +50,35 @@ class CheckpointHooks(Trainer):
 
     # ---- Stopping ----
 
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has come to this process."""
+        return any(one.received is not None for one in self._stops)
+
+    @property
+    def _stops(self) -> list[StopOnSignal]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, StopOnSignal)]
+
     def _ends_before(self, step: int) -> bool:
         """Whether a signal asks for the end before optimizer step `step` + 1 begins; a checkpoint is asked for then."""
-        stops = [one for one in self.callback_handler.callbacks if isinstance(one, StopOnSignal)]
-        if not any(one.is_told(self.args) for one in stops):
+        if not any(one.is_told(self.args) for one in self._stops):
             return False
+        self._save_after(step)
+        return True
+
+    def _save_after(self, step: int) -> None:
         saved = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         self.control.should_save = step > 0 and not saved.is_dir()
-        return True
+
+    def _run_epoch(self, **given: Any) -> None:
+        try:
+            super()._run_epoch(**given)
+        except StepAbandoned:
+            self._interruption.undo()
+            given["model"].zero_grad()
+            self._save_after(self.state.global_step)
+            self.control.should_training_stop = True
+            names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+            self._maybe_log_save_evaluate(self._tr_loss, None, *(given[name] for name in names))
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:

@@ -31,6 +31,7 @@ from sapo.training.callbacks import MovedFraction, RunCallback
 from sapo.training.context import RunContext
 from sapo.training.generators import make_source
 from sapo.training.hooks import CheckpointHooks
+from sapo.training.interruption import Interruption
 from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
 from sapo.training.look_ahead import LookAhead
@@ -104,8 +105,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         policy, processing_class, eos_ids, use_cache = prepare_start(model, args, processing_class, peft_config)
         self.data_reports: dict[str, DataReport] = {}
         self._prepare = partial(
-            prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids
-        )
+            prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids,
+            num_proc=args.dataset_num_proc or 1,
+        )  # fmt: skip
         super().__init__(
             model=policy,
             args=args,
@@ -119,11 +121,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         roles = Roles(
-            self.model,
-            args,
-            self.accelerator,
-            lambda: self.accelerator.unwrap_model(self.model),
-            use_cache=use_cache,
+            self.model, args, self.accelerator, lambda: self.accelerator.unwrap_model(self.model), use_cache=use_cache
         )
         pad_token_id = padding_token_id(processing_class, eos_ids)
         self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles)
@@ -140,6 +138,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self._look_ahead = LookAhead(args)
         self._step_guard = NonFiniteStepGuard(self.source)
+        self._interruption = Interruption(self._context, self.source, self._log, self._asked_to_stop)
         self._run_state = RunState(
             self._context, self.accelerator, self.source, self._log, self._eval_pairs, self._probe, self.train_dataset
         )
@@ -228,10 +227,12 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._micro_batch_of = step
         if self._micro_batch == 0:
             self._step_guard.begin()
+        look = self._interruption.begin(step, first=self._micro_batch == 0)
         started = clock(self.args.device)
         self.source.prefetch(self._look_ahead.pending(), step)
         pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
         self._drawn = [pair for pair in pairs if not is_replayed(pair)]
+        look()
         passes = self._scorer.passes(pairs)
         generated = clock(self.args.device)
         # The reference first: it needs its memory while the policy keeps no activations yet.
@@ -240,6 +241,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._log.note_tokens(sum(batch.tokens for _, batch in passes))
         loss = torch.zeros((), device=self.args.device)
         for number, ((part, batch), reference) in enumerate(zip(passes, references, strict=True), start=1):
+            look()
             given = {"batch": batch, "pairs": part, "share": batch.drawn / len(pairs), "reference": reference}
             with nullcontext() if number == len(passes) else local_gradients(self.accelerator, model):
                 loss += super().training_step(model, given, num_items_in_batch)

@@ -126,17 +126,6 @@ def train_tokens(peft_config: Any, model: Any, tokens: Collection[int]) -> Any:
     return adapted
 
 
-def trained_rows(stored: Mapping[str, Any]) -> int:
-    """Number of embeddings that a stored adapter needs: one more than the largest token that it trains; 0 for none.
-
-    Args:
-        stored: its adapter_config.json.
-    """
-    indices = stored.get("trainable_token_indices") or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    return max((int(token) + 1 for tokens in lists for token in tokens), default=0)
-
-
 def _name_of(model: nn.Module, module: nn.Module) -> str:
     found: str = next(name for name, one in model.named_modules() if one is module)
     return found.rpartition(".")[2]

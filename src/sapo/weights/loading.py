@@ -1,8 +1,9 @@
-"""The only place that loads models, adapters, tokenizers and their configurations.
+"""The only place, with `description`, that loads models, adapters, tokenizers and their configurations.
 
 Code from a model folder is never run: `trust_remote_code=False` is passed to every call, so that nobody is asked. What
 cannot be loaded in full is refused in one line. Every process holds its weights on its own device, unless they are
-sharded, in which case DeepSpeed or FSDP places them.
+sharded, in which case DeepSpeed or FSDP places them. `description` has what needs neither weights nor peft; its
+functions are found here too.
 """
 
 from __future__ import annotations
@@ -12,184 +13,65 @@ import logging as standard_logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-)
+from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, ModelError, TokenizerError
-from sapo.weights.embeddings import grow, trained_rows
+from sapo.errors import ConfigurationError, ModelError
+from sapo.weights.description import (
+    LOADING_ERRORS,
+    config_of,
+    find,
+    generation_eos_ids,
+    load_config,
+    load_generation_config,
+    load_template_tokenizer,
+    load_tokenizer,
+    read_config,
+    source_of,
+)
+from sapo.weights.embeddings import grow
 from sapo.weights.footprint import check_memory
-from sapo.weights.policy import model_keyword_arguments, switch_off_router_logits
+from sapo.weights.policy import model_keyword_arguments
 from sapo.weights.source import (
-    TOKENIZER_FILES,
     ModelSource,
     check_weights,
-    download_adapter,
-    find_source,
     loading_error,
-    not_in_repository,
     quantization_method,
     read_adapter_config,
+    switch_off_router_logits,
+    trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
 
+__all__ = [
+    "check_model",
+    "default_device",
+    "device_map",
+    "generation_eos_ids",
+    "load_adapter",
+    "load_config",
+    "load_frozen",
+    "load_generating",
+    "load_generation_config",
+    "load_named_policy",
+    "load_policy",
+    "load_template_tokenizer",
+    "load_tokenizer",
+    "read_config",
+    "use_one_device",
+    "with_stored_adapter",
+]
+
 logger = logging.get_logger(__name__)
-
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    UnpicklingError,
-)
-"""What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
-
-
-# ---- Tokenizers and configurations ----
-
-
-def load_tokenizer(name: str, revision: str = "main") -> Any:
-    """The tokenizer of a model; of an adapter its own, else that of its base model.
-
-    Args:
-        name: model folder, adapter folder or Hub id.
-        revision: of a Hub id.
-
-    Raises:
-        ModelError: there is no such model.
-        TokenizerError: its tokenizer cannot be read, or needs code of its own.
-    """
-    source = _find(name, revision)
-    path, options = source.tokenizer_folder, {"revision": source.revision}
-    if path is None:
-        path, options = source.base_path, source.base_options
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    except _LOADING_ERRORS as error:
-        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
-
-
-def load_template_tokenizer(name: str) -> Any:
-    """The tokenizer whose chat template is taken; a folder needs no model beside it.
-
-    Raises:
-        ModelError, TokenizerError: there is none, or it cannot be read.
-    """
-    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
-        return load_tokenizer(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except _LOADING_ERRORS as error:
-        source = ModelSource(name, name, None, "main")
-        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
-
-
-def read_config(name: str, revision: str = "main") -> Any:
-    """The configuration of a model, of an adapter that of its base model, without weights.
-
-    Args:
-        name: model folder, adapter folder or Hub id.
-        revision: of a Hub id.
-
-    Raises:
-        ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
-    """
-    return _config(_find(name, revision))
-
-
-def load_config(model_args: ModelConfig) -> Any:
-    """The configuration of the model of a run, without its weights.
-
-    Raises:
-        ConfigurationError: no model is named, or it is asked to run its own code.
-        ModelError: as for `read_config`.
-    """
-    # An option of some versions of trl.
-    if getattr(model_args, "trust_remote_code", False):
-        raise ConfigurationError(
-            "trust_remote_code: code from a model is never run. Leave it out; a model whose code you trust can be "
-            "loaded in Python and passed to the trainer as an object."
-        )
-    return _config(_source(model_args))
-
-
-def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
-    """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
-    eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id
-    return eos_ids
-
-
-def load_generation_config(name: str, revision: str = "main", config: Any = None) -> GenerationConfig:
-    """The generation configuration of a model; without one of its own, that which follows from `config`."""
-    source = _find(name, revision)
-    if not source.is_gguf:
-        with suppress(OSError):
-            return GenerationConfig.from_pretrained(source.base, revision=source.revision)
-    return GenerationConfig.from_model_config(_config(source) if config is None else config)
-
-
-def _source(model_args: ModelConfig) -> ModelSource:
-    if not model_args.model_name_or_path:
-        raise ConfigurationError("model_name_or_path is missing: name a model folder or a Hub id.")
-    return _find(model_args.model_name_or_path, model_args.model_revision)
-
-
-def _find(name: str, revision: str) -> ModelSource:
-    """`find_source`; the hub is asked whether a name that is not in its cache is an adapter.
-
-    Raises:
-        ModelError: as for `find_source`, or what the hub answers.
-    """
-    source = find_source(name, revision)
-    if source.adapter is not None or source.is_gguf or Path(source.base).is_dir():
-        return source
-    try:
-        AutoConfig.from_pretrained(source.base, revision=revision, trust_remote_code=False)
-    except _LOADING_ERRORS as error:
-        if not_in_repository(error) and download_adapter(name, revision):
-            return find_source(name, revision)
-        raise loading_error("model", source, error) from error
-    return source
-
-
-def _config(source: ModelSource) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(source.base_path, trust_remote_code=False, **source.base_options)
-    except _LOADING_ERRORS as error:
-        raise loading_error("model", source, error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{source.base}: model_type {config.model_type} is not a causal language model in transformers. Use a "
-            "model that generates text from left to right."
-        )
-    switch_off_router_logits(config)
-    if source.adapter is not None:
-        # The base's embeddings grow for tokens that the adapter was trained with.
-        text, rows = config.get_text_config(), trained_rows(read_adapter_config(Path(source.adapter)))
-        text.vocab_size = max(text.vocab_size, rows)
-    return config
-
 
 # ---- Models ----
 
@@ -206,7 +88,7 @@ def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
         raise ConfigurationError("load_in_4bit and load_in_8bit train an adapter only. Add --use_peft.")
     config = load_config(model_args)
     described = with_stored_adapter(model_args, merge=args.adapter == "merge")
-    source = _source(model_args)
+    source = source_of(model_args)
     _check_trainable(source, config, adapter=described.use_peft)
     check_start(source, model_args, args)
     if not args.skip_memory_check:
@@ -228,10 +110,10 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None 
         ModelError: the folder is missing or incomplete, or its weights cannot be trained.
     """
     merge = args.adapter == "merge"
-    source = with_run_adapter(_source(model_args), adapter, merge=merge)
+    source = with_run_adapter(source_of(model_args), adapter, merge=merge)
     described = with_stored_adapter(model_args, merge=merge)
     options = _options(model_args, args)
-    _check_trainable(source, _config(source), adapter=described.use_peft or source.adapter is not None)
+    _check_trainable(source, config_of(source), adapter=described.use_peft or source.adapter is not None)
     model = _load_model(source, options, trainable=True)
     return model, get_peft_config(model_args) if source.adapter is None else None
 
@@ -248,8 +130,8 @@ def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
         ModelError: the folder is missing or incomplete, or its weights cannot be trained.
     """
     options = {"dtype": "float32", **model_keyword_arguments(args), "device_map": device_map(args)}
-    source = with_run_adapter(_find(name, options.pop("revision", "main")), merge=args.adapter == "merge")
-    _check_trainable(source, _config(source), adapter=adapter or source.adapter is not None)
+    source = with_run_adapter(find(name, options.pop("revision", "main")), merge=args.adapter == "merge")
+    _check_trainable(source, config_of(source), adapter=adapter or source.adapter is not None)
     return _load_model(source, options, trainable=True)
 
 
@@ -264,7 +146,7 @@ def load_generating(model_args: ModelConfig, args: SAPOConfig, adapter: Path | N
     Raises:
         ModelError: a folder is missing or incomplete.
     """
-    source = with_run_adapter(_source(model_args), adapter, merge=args.adapter == "merge")
+    source = with_run_adapter(source_of(model_args), adapter, merge=args.adapter == "merge")
     return _frozen(_load_model(source, _options(model_args, args)), args.device)
 
 
@@ -285,7 +167,7 @@ def load_frozen(
     """
     where = torch.device(device or default_device())
     options = {"dtype": dtype, "device_map": None if where.type in ("cpu", "mps") else {"": where}}
-    return _frozen(_load_model(_find(name, revision), options, adapter_name=adapter_name), where)
+    return _frozen(_load_model(find(name, revision), options, adapter_name=adapter_name), where)
 
 
 def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: bool = False) -> PeftModel:
@@ -313,7 +195,7 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
                 return model
             loaded: PeftModel = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
             return loaded
-    except (*_LOADING_ERRORS, UserWarning) as error:
+    except (*LOADING_ERRORS, UserWarning) as error:
         raise loading_error("adapter", ModelSource(folder, folder, None, "main"), error) from error
 
 
@@ -327,7 +209,7 @@ def with_stored_adapter(model_args: ModelConfig, *, merge: bool) -> ModelConfig:
     Raises:
         ConfigurationError: a new adapter is asked for on top of the stored one.
     """
-    source = _source(model_args)
+    source = source_of(model_args)
     if source.adapter is None:
         return model_args
     if model_args.use_peft and not merge:
@@ -375,7 +257,7 @@ def _load_model(
     source: ModelSource, options: Mapping[str, Any], *, trainable: bool = False, adapter_name: str = "default"
 ) -> Any:
     """Weights and, if the source has one, the adapter."""
-    _config(source)
+    config_of(source)
     check_weights(source)
     given = {**source.base_options, **options}
     if source.is_gguf:
@@ -385,7 +267,7 @@ def _load_model(
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.base_path, trust_remote_code=False, output_loading_info=True, **given
             )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise loading_error("model", source, error) from error
     _check_complete(source, model, report)
     switch_off_router_logits(model.config)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, TokenizerError, brief
 from sapo.weights.generation_settings import repair_generation_config
+from sapo.weights.source import switch_off_router_logits
 
 logger = logging.get_logger(__name__)
 
@@ -133,16 +134,6 @@ def _check_target_modules(model: nn.Module, peft_config: Any) -> None:
 def _linear_names(model: nn.Module) -> str:
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     return ", ".join(sorted(names))
-
-
-def switch_off_router_logits(config: Any) -> None:
-    """Score a mixture of experts without its router loss, whose masks do not fit packed rows and cached decoding."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False
-            logger.warning_once(
-                "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
-            )
 
 
 def disable_dropout(model: nn.Module) -> None:

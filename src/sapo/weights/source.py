@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import logging
 
 from sapo.errors import ModelError, brief
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -326,3 +329,24 @@ def _refuse_missing_folder(name: str) -> None:
     )
     if is_path:
         raise ModelError(f"{name}: no such model folder. Check the path.")
+
+
+def trained_rows(stored: Mapping[str, Any]) -> int:
+    """Number of embeddings that a stored adapter needs: one more than the largest token that it trains; 0 for none.
+
+    Args:
+        stored: its adapter_config.json.
+    """
+    indices = stored.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((int(token) + 1 for tokens in lists for token in tokens), default=0)
+
+
+def switch_off_router_logits(config: Any) -> None:
+    """Score a mixture of experts without its router loss, whose masks do not fit packed rows and cached decoding."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+            logger.warning_once(
+                "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
+            )

@@ -1,0 +1,187 @@
+"""Load a model's tokenizer and configuration, without its weights and without peft.
+
+As in `loading`, code from a model folder is never run.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+
+from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.weights.source import (
+    TOKENIZER_FILES,
+    ModelSource,
+    download_adapter,
+    find_source,
+    loading_error,
+    not_in_repository,
+    read_adapter_config,
+    switch_off_router_logits,
+    trained_rows,
+)
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
+
+
+def load_tokenizer(name: str, revision: str = "main") -> Any:
+    """The tokenizer of a model; of an adapter its own, else that of its base model.
+
+    Args:
+        name: model folder, adapter folder or Hub id.
+        revision: of a Hub id.
+
+    Raises:
+        ModelError: there is no such model.
+        TokenizerError: its tokenizer cannot be read, or needs code of its own.
+    """
+    source = find(name, revision)
+    path, options = source.tokenizer_folder, {"revision": source.revision}
+    if path is None:
+        path, options = source.base_path, source.base_options
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    except LOADING_ERRORS as error:
+        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
+
+
+def load_template_tokenizer(name: str) -> Any:
+    """The tokenizer whose chat template is taken; a folder needs no model beside it.
+
+    Raises:
+        ModelError, TokenizerError: there is none, or it cannot be read.
+    """
+    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        return load_tokenizer(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        source = ModelSource(name, name, None, "main")
+        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
+
+
+def read_config(name: str, revision: str = "main") -> Any:
+    """The configuration of a model, of an adapter that of its base model, without weights.
+
+    Args:
+        name: model folder, adapter folder or Hub id.
+        revision: of a Hub id.
+
+    Raises:
+        ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
+    """
+    return config_of(find_source(name, revision))
+
+
+def load_config(model_args: ModelConfig) -> Any:
+    """The configuration of the model of a run, without its weights.
+
+    Raises:
+        ConfigurationError: no model is named, or it is asked to run its own code.
+        ModelError: as for `read_config`.
+    """
+    # An option of some versions of trl.
+    if getattr(model_args, "trust_remote_code", False):
+        raise ConfigurationError(
+            "trust_remote_code: code from a model is never run. Leave it out; a model whose code you trust can be "
+            "loaded in Python and passed to the trainer as an object."
+        )
+    return config_of(find_source(_name(model_args), model_args.model_revision))
+
+
+def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
+    """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
+    eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id
+    return eos_ids
+
+
+def load_generation_config(name: str, revision: str = "main", config: Any = None) -> GenerationConfig:
+    """The generation configuration of a model; without one of its own, that which follows from `config`."""
+    source = find(name, revision)
+    if not source.is_gguf:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(source.base, revision=source.revision)
+    return GenerationConfig.from_model_config(config_of(source) if config is None else config)
+
+
+def source_of(model_args: ModelConfig) -> ModelSource:
+    """Where the model of a run comes from.
+
+    Raises:
+        ConfigurationError: no model is named.
+        ModelError: as for `find`.
+    """
+    return find(_name(model_args), model_args.model_revision)
+
+
+def find(name: str, revision: str) -> ModelSource:
+    """`find_source`; the Hub is asked whether a name that is not in its cache is an adapter.
+
+    Raises:
+        ModelError: as for `find_source`, or what the Hub answers.
+    """
+    source = find_source(name, revision)
+    return _resolved(source)[0] if _may_be_adapter(source) else source
+
+
+def config_of(source: ModelSource) -> Any:
+    """The configuration of a model; under an adapter, with as many embeddings as it needs.
+
+    Raises:
+        ModelError: as for `read_config`.
+    """
+    source, config = _resolved(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{source.base}: model_type {config.model_type} is not a causal language model in transformers. Use a "
+            "model that generates text from left to right."
+        )
+    switch_off_router_logits(config)
+    if source.adapter is not None:
+        # The base's embeddings grow for tokens that the adapter was trained with.
+        text, rows = config.get_text_config(), trained_rows(read_adapter_config(Path(source.adapter)))
+        text.vocab_size = max(text.vocab_size, rows)
+    return config
+
+
+def _name(model_args: ModelConfig) -> str:
+    if not model_args.model_name_or_path:
+        raise ConfigurationError("model_name_or_path is missing: name a model folder or a Hub id.")
+    return str(model_args.model_name_or_path)
+
+
+def _may_be_adapter(source: ModelSource) -> bool:
+    return source.adapter is None and not source.is_gguf and not Path(source.base).is_dir()
+
+
+def _resolved(source: ModelSource) -> tuple[ModelSource, Any]:
+    """A source, on the Hub perhaps an adapter that is downloaded, and the configuration of its base."""
+    try:
+        config = AutoConfig.from_pretrained(source.base_path, trust_remote_code=False, **source.base_options)
+    except LOADING_ERRORS as error:
+        adapter = (
+            _may_be_adapter(source) and not_in_repository(error) and download_adapter(source.name, source.revision)
+        )
+        if not adapter:
+            raise loading_error("model", source, error) from error
+        return _resolved(find_source(source.name, source.revision))
+    return source, config

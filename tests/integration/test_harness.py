@@ -12,7 +12,9 @@ import pytest
 
 from sapo.commands.main import main
 from sapo.errors import EvaluationError
-from sapo.evaluation.harness_data import require_packages
+from sapo.evaluation.harness import LEADERBOARD
+from sapo.evaluation.harness_data import builtin_tasks, mmlu_subjects, require_packages
+from tests import leaderboard
 
 DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 MODEL = DATA / "stories260k_llama" / "hf"
@@ -76,6 +78,32 @@ def test_harness_gives_the_numbers_of_its_own_command_line(suite, task, shots, m
         digest.update(json.dumps(json.loads(line)["resps"]).encode())
     (parts,) = (tmp_path / "lm_eval").glob("*.jsonl")
     assert json.loads(parts.read_text().splitlines()[0])["responses"] == digest.hexdigest()
+
+
+def test_all_six_tasks_of_the_leaderboard_give_the_numbers_of_its_own_command_line(tmp_path, monkeypatch):
+    """From local files in the shapes of the datasets, with rows of our own; every subject of MMLU."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data, out = tmp_path / "data", tmp_path / "out"
+    leaderboard.write(data, mmlu_subjects(builtin_tasks()))
+    model = os.environ.get("SAPO_TEST_REAL_MODEL") or str(MODEL)
+    flags = ["--task_data", str(data), "--output_dir", str(out), "--device", "cpu", "--batch_size", "8"]
+    assert main(["evaluate", model, "--suite", "leaderboard", "--max_new_tokens", "48", *flags]) == 0
+    suite = json.loads((out / "results.json").read_text())["suites"]["leaderboard"]["models"]
+    ((_, ours),) = suite.items()
+    for one in LEADERBOARD:
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"]
+        command += [f"pretrained={model},dtype=auto", "--tasks", one.name, "--num_fewshot", str(one.shots)]
+        command += ["--batch_size", "8", "--device", "cpu", "--include_path", str(out / "lm_eval_tasks")]
+        command += ["--output_path", str(tmp_path / "theirs" / one.name)]
+        if one.name == "gsm8k":
+            command += ["--gen_kwargs", "max_gen_toks=48"]
+        subprocess.run(command, check=True, capture_output=True)
+        (file,) = (tmp_path / "theirs" / one.name).rglob("results_*.json")
+        theirs = json.loads(file.read_text())["results"][one.name]
+        for key, name in one.metrics.items():
+            # The mean of the subjects of MMLU is summed in another order.
+            assert ours["measures"][name]["value"] == pytest.approx(theirs[key], abs=1e-12), one.name
+    print({name: one["value"] for name, one in ours["measures"].items()})
 
 
 def test_finished_task_is_not_run_again(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from sapo.errors import EvaluationError
+from sapo.evaluation.harness_data import require_packages
 
 MODEL = os.environ.get("SAPO_TEST_REAL_MODEL", "")
 RESULTS = os.environ.get("SAPO_TEST_REAL_RESULTS")
@@ -100,6 +104,13 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+def trained(form, data, runs):
+    """The run of `form`: of an earlier test, or made now."""
+    if not (runs / form / "metrics.jsonl").is_file():
+        train(form, data, runs / form, "--max_steps", "3", "--save_steps", "1")
+    return runs / form
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_trains(form, data, runs):
     figures = train(form, data, runs / form, "--max_steps", "3", "--save_steps", "1")
@@ -116,9 +127,7 @@ def test_trains(form, data, runs):
 
 @pytest.mark.parametrize("form", ["lora-dpo-float32", "full-orpo-float32"])
 def test_resumes_bit_for_bit_after_a_kill(form, data, runs):
-    whole, killed = runs / form, runs / f"{form}-killed"
-    if not (whole / "metrics.jsonl").is_file():
-        train(form, data, whole, "--max_steps", "3", "--save_steps", "1")
+    whole, killed = trained(form, data, runs), runs / f"{form}-killed"
     given = ("--model_name_or_path", MODEL, "--dataset_name", data / "train.jsonl", "--output_dir", killed)
     command = ("train", *given, *SMALL, *FORMS[form], "--max_steps", "3", "--save_steps", "1")
     child = subprocess.Popen([sys.executable, "-m", "sapo", *map(str, command)], stdout=subprocess.DEVNULL)
@@ -147,9 +156,7 @@ def test_generates_pairs(data, runs):
 
 
 def test_chats_with_every_model_of_a_run(data, runs):
-    run = runs / "lora-dpo-float32"
-    if not (run / "metrics.jsonl").is_file():
-        train("lora-dpo-float32", data, run, "--max_steps", "3", "--save_steps", "1")
+    run = trained("lora-dpo-float32", data, runs)
     asked = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max_new_tokens", "24")
     said, figures = sapo("chat", run, *asked)
     for name in ("start>", "opponent>", "policy>"):
@@ -159,14 +166,70 @@ def test_chats_with_every_model_of_a_run(data, runs):
 
 
 def test_evaluates_on_local_measures(data, runs):
-    run = runs / "lora-dpo-float32"
-    if not (run / "metrics.jsonl").is_file():
-        train("lora-dpo-float32", data, run, "--max_steps", "3", "--save_steps", "1")
+    run = trained("lora-dpo-float32", data, runs)
     rows = ("--suite", "local", "--dataset_name", data / "test.jsonl", "--dataset_split", "test", "--limit", "6")
     _, figures = sapo("evaluate", run, *rows, "--max_new_tokens", "24", "--output_dir", runs / "evaluation")
     results = json.loads((runs / "evaluation" / "results.json").read_text())
     figures["local"] = results["suites"]["local"]["models"]
     note("evaluate-local", figures)
+
+
+@pytest.mark.parametrize("form", ["lora-dpo-float32", "full-orpo-float32"])
+def test_exported_model_answers_in_plain_transformers(form, data, runs):
+    """The command compares replies and log-probabilities itself; here a fresh process loads the folder without sapo."""
+    run, out = trained(form, data, runs), runs / f"exported-{form}"
+    said, figures = sapo("export", run, out, "--dtype", "bfloat16", "--ollama")
+    assert "Check:" in said
+    asked = (
+        "import sys; from transformers import pipeline; "
+        "pipe = pipeline('text-generation', model=sys.argv[1], device='cpu'); "
+        "talk = [{'role': 'user', 'content': 'What is the capital of France?'}]; "
+        "print(pipe(talk, max_new_tokens=24, do_sample=False)[0]['generated_text'][-1]['content'])"
+    )
+    done = subprocess.run([sys.executable, "-c", asked, str(out)], capture_output=True, text=True, check=True)
+    assert "Paris" in done.stdout
+    assert (out / "Modelfile").is_file()
+    note(f"export-{form}", figures)
+
+
+def test_ifeval_on_forty_prompts(data, runs):
+    task_data = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
+    if not (task_data / "ifeval").is_dir():
+        pytest.skip("SAPO_TEST_DATA has no ifeval")
+    try:
+        require_packages(["ifeval"])
+    except EvaluationError as error:
+        pytest.skip(str(error))
+    run, out = trained("lora-dpo-float32", data, runs), runs / "ifeval"
+    given = ("--suite", "ifeval", "--task_data", task_data, "--limit", "40", "--max_new_tokens", "128")
+    _, figures = sapo("evaluate", run, *given, "--device", "cpu", "--batch_size", "8", "--output_dir", out)
+    (measured,) = json.loads((out / "results.json").read_text())["suites"]["ifeval"]["models"].values()
+    figures["ifeval"] = {name: one["value"] for name, one in measured["measures"].items()}
+    assert all(0 <= share <= 1 for share in figures["ifeval"].values())
+    note("evaluate-ifeval", figures)
+
+
+def test_report_opens_in_a_browser(data, runs):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    run = runs / "reported"
+    figures = train("lora-dpo-float32", data, run, "--max_steps", "2", "--report_pairs", "12", "--save_steps", "2")
+    complaints, requests = [], []
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        page = browser.new_context(offline=True).new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((run / "report.html").as_uri())
+        page.locator("html[data-ready=true]").wait_for(state="attached")
+        assert page.locator("[role=option]").count() > 0
+        browser.close()
+    assert complaints == []
+    assert all(url.startswith(("file:", "data:")) for url in requests)
+    note("report", figures)
 
 
 def test_a_new_template_grows_it(data, runs):

@@ -215,9 +215,9 @@ def _run(command: Command, given: Parsed) -> int:
 
             sys.stdout.write(script(given.own.shell, COMMANDS))
         case "demo":
-            from sapo.demo.run import run_demo
+            from sapo.commands.demo import run_demo_command
 
-            run_demo(**vars(given.own))
+            run_demo_command(given)
         case _:
             raise AssertionError(command.name)
     return 0

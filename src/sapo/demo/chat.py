@@ -1,0 +1,303 @@
+"""`sapo demo --chat`: the full method on a real chat model, which learns the house style of a made-up shop."""
+
+from __future__ import annotations
+
+import json
+import logging as standard_logging
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import datasets
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from sapo.config import SAPOConfig
+from sapo.data.encoding import eos_token_ids
+from sapo.demo.chat_model import default_folder, make_chat_model
+from sapo.demo.house_style import RULES, HelpDeskRow, heldout_rows, training_rows
+from sapo.demo.style_score import Replies, StyleScorer
+from sapo.generation.sampling import Sampling
+from sapo.measures.intervals import Estimate
+from sapo.runs.files import write_atomically
+from sapo.text import duration_text, visible
+from sapo.training.progress import TerminalProgress
+from sapo.training.trainer import SAPOTrainer
+from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.policy import padding_token_id
+
+STEPS: Final = 24
+HELDOUT: Final = 60
+RESULTS_FILE: Final = "results.json"
+START: Final = "start"
+
+ARMS: Final[dict[str, dict[str, Any]]] = {
+    "SAPO": {
+        "objective": "orpo",
+        "beta": 0.1,
+        "segment_length": 0.5,
+        "steps_per_generation": 4,
+        "skip_identical": False,
+    },
+    "continued SFT": {"objective": "sft"},
+}
+"""What differs between the runs; rows, steps, batch and learning rate are the same."""
+
+SHOWN: Final = 2
+"""Held-out questions whose replies are shown side by side, besides one general prompt."""
+_GENERAL: Final = "What is the capital of France?"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of one model.
+
+    Attributes:
+        greedy: replies to the held-out questions, greedy.
+        sampled: the same, sampled with the temperature of training.
+        forgotten: change of the log-probability of the start's replies to general prompts, nats per token; None for
+            the start.
+        seconds: wall time of its training; 0 for the start.
+    """
+
+    greedy: Replies
+    sampled: Replies
+    forgotten: Estimate | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One question and a reply of each model by name."""
+
+    question: str
+    replies: dict[str, str]
+
+
+def run_chat_demo(
+    *, output_dir: str = "runs/demo-chat", max_steps: int = STEPS, seed: int = 0, model_name_or_path: str | None = None
+) -> None:
+    """Train SAPO and continued SFT on the shop's conversations, measure both, and print what was measured.
+
+    Args:
+        output_dir: folder of the runs, which are replaced.
+        max_steps: optimizer steps of each run.
+        seed: seed of each run.
+        model_name_or_path: chat model to start from; by default SmolLM2-135M-Instruct, made on the first call.
+
+    Raises:
+        ModelError, TokenizerError: the model cannot be made or read.
+    """
+    _quiet()
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    if model_name_or_path is None:
+        folder = default_folder()
+        make_chat_model(folder, console)
+        model_name_or_path = str(folder)
+    tokenizer = load_tokenizer(model_name_or_path)
+    rows = training_rows()
+    start = load_frozen(model_name_or_path, dtype="float32", device="cpu")
+    eos_ids = eos_token_ids(tokenizer, start.generation_config.eos_token_id)
+    scorer = StyleScorer(
+        tokenizer, eos_ids=eos_ids, pad_token_id=padding_token_id(tokenizer, eos_ids), rows=heldout_rows(HELDOUT)
+    )
+    console.print(
+        f"{model_name_or_path}: {start.num_parameters() / 1e6:.0f} million parameters. {len(rows)} conversations of a "
+        f"help desk, {len(scorer.rows)} held-out questions.",
+        soft_wrap=True,
+    )
+    questions = [*(row.question for row in scorer.rows[:SHOWN]), _GENERAL]
+    with console.status("Measuring the start"):
+        scorer.remember(partial(_fixed, start))
+        results = {START: _measured(scorer, start)}
+        said = {START: scorer.answers(partial(_fixed, start), questions)}
+    del start
+    for name, settings in ARMS.items():
+        console.rule(name)
+        args = _arguments(Path(output_dir) / _folder_name(name), max_steps, seed, settings)
+        trainer = _trained(model_name_or_path, args, rows, tokenizer, console)
+        with console.status(f"Measuring {name}"):
+            seconds = sum(line.get("train_runtime", 0.0) for line in trainer.state.log_history)
+            results[name] = _measured(scorer, trainer.policy(), seconds=seconds)
+            if trainer.opponent is not None:
+                said["opponent"] = scorer.answers(trainer.opponent.using, questions)
+                said["policy"] = scorer.answers(partial(_fixed, trainer.policy()), questions)
+        del trainer
+    shown = [
+        Shown(question, {who: texts[place] for who, texts in said.items()}) for place, question in enumerate(questions)
+    ]
+    _write_results(Path(output_dir), results, shown)
+    console.print(_table(results), _rules_table(results))
+    for one in shown:
+        console.print(_side_by_side(one), soft_wrap=True)
+    console.print(reading(results), soft_wrap=True)
+    console.print(f"{duration_text(time.perf_counter() - started)} in all. Runs: {output_dir}", soft_wrap=True)
+    run = shlex.quote(str(Path(output_dir) / _folder_name("SAPO")))
+    console.print(
+        f"Next: sapo report {run} --serve --port 0\n      sapo chat {run}\n      sapo export {run} OUT",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _quiet() -> None:
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    standard_logging.getLogger("peft").setLevel(standard_logging.ERROR)
+
+
+def _folder_name(arm: str) -> str:
+    return arm.lower().replace(" ", "-")
+
+
+@contextmanager
+def _fixed(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+
+
+def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]) -> SAPOConfig:
+    return SAPOConfig(
+        output_dir=str(folder),
+        overwrite_output_dir=True,
+        max_steps=max_steps,
+        seed=seed,
+        per_device_train_batch_size=4,
+        learning_rate=5e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        max_length=256,
+        logging_steps=4,
+        logging_first_step=True,
+        save_strategy="no",
+        report_pairs=12,
+        chosen_probe_size=0,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        **settings,
+    )
+
+
+def _trained(model: str, args: SAPOConfig, rows: list[HelpDeskRow], tokenizer: Any, console: Console) -> SAPOTrainer:
+    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SAPOTrainer(model, args, [row.as_row() for row in rows], processing_class=tokenizer, peft_config=adapter)
+    progress = TerminalProgress(console, tokenizer, trainer.last_pairs, log_pairs_steps=0, pairs=0)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress)
+    try:
+        trainer.train()
+    finally:
+        progress.close()
+    trainer.save_model()
+    return trainer
+
+
+def _measured(scorer: StyleScorer, model: nn.Module, *, seconds: float | None = None) -> Measured:
+    """Measure a model; without `seconds` it is the start, which has forgotten nothing."""
+    context = partial(_fixed, model)
+    greedy, sampled = (
+        scorer.replies(context, temperature=temperature) for temperature in (0.0, Sampling().temperature)
+    )
+    if seconds is None:
+        return Measured(greedy, sampled, None, 0.0)
+    return Measured(greedy, sampled, scorer.forgotten(context), seconds)
+
+
+def reading(results: dict[str, Measured]) -> str:
+    """What the figures say, in words; differences count when their intervals do not overlap."""
+    start, sapo, sft = results[START], results["SAPO"], results["continued SFT"]
+    parts = [
+        f"SAPO moved the share of sampled replies in style from {_share(start.sampled)} to {_share(sapo.sampled)}, "
+        f"continued SFT to {_share(sft.sampled)}"
+    ]
+    (low, high), (sft_low, sft_high) = sapo.sampled.interval, sft.sampled.interval
+    if low > sft_high or sft_low > high:
+        parts.append(f": SAPO is {'above' if low > sft_high else 'below'} continued SFT.")
+    else:
+        parts.append(": the two are not distinguishable (their intervals overlap).")
+    if sft.seconds:
+        parts.append(f" SAPO took {sapo.seconds / sft.seconds:.1f} times as long.")
+    for name in ("SAPO", "continued SFT"):
+        forgotten = results[name].forgotten
+        if forgotten is not None and forgotten.high is not None and forgotten.high < 0:
+            parts.append(
+                f" {name} made the start's own replies to general prompts less likely ({forgotten.value:+.2f} nats a "
+                "token): it forgot some of what it could do."
+            )
+    parts.append(" One seed, one small model, one style.")
+    return "".join(parts)
+
+
+def _share(replies: Replies) -> str:
+    return f"{replies.in_style / len(replies.texts):.2f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+
+
+def _table(results: dict[str, Measured]) -> Table:
+    count = len(results[START].greedy.texts)
+    table = Table(title=f"replies in house style to {count} held-out questions; 95% intervals")
+    for column in ("model", "greedy", "", "sampled", "", "general replies, nats/token", "", "trained in"):
+        table.add_column(column)
+    for name, one in results.items():
+        lost = one.forgotten
+        table.add_row(
+            name,
+            _share(one.greedy),
+            _interval(*one.greedy.interval),
+            _share(one.sampled),
+            _interval(*one.sampled.interval),
+            "" if lost is None else f"{lost.value:+.3f}",
+            "" if lost is None else _interval(lost.low, lost.high),
+            duration_text(one.seconds) if one.seconds else "",
+        )
+    return table
+
+
+def _rules_table(results: dict[str, Measured]) -> Table:
+    table = Table(title="share of greedy replies that keep each rule")
+    for column in ("model", *RULES):
+        table.add_column(column)
+    for name, one in results.items():
+        table.add_row(name, *(f"{share:.2f}" for share in one.greedy.kept().values()))
+    return table
+
+
+def _side_by_side(shown: Shown) -> Text:
+    text = Text("\n")
+    for who, said in (("question", shown.question), *shown.replies.items()):
+        text.append(f"{who}> ", style="bold")
+        # A reply ends where the next begins: its own line breaks stay visible, what could move a cursor does not.
+        text.append("\n".join(visible(line) for line in said.splitlines()) + "\n")
+    return text
+
+
+def _write_results(folder: Path, results: dict[str, Measured], shown: list[Shown]) -> None:
+    stored = {
+        name: {
+            "greedy": {"in_style": one.greedy.in_style, "of": len(one.greedy.texts), "kept": one.greedy.kept()},
+            "sampled": {"in_style": one.sampled.in_style, "of": len(one.sampled.texts), "kept": one.sampled.kept()},
+            "forgotten": None if one.forgotten is None else one.forgotten.as_dict(),
+            "seconds": one.seconds,
+            "replies": one.greedy.texts,
+        }
+        for name, one in results.items()
+    }
+    text = json.dumps({"models": stored, "shown": [asdict(one) for one in shown]}, indent=1, ensure_ascii=False)
+    write_atomically(folder / RESULTS_FILE, text + "\n")

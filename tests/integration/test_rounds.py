@@ -211,6 +211,13 @@ def test_written_pairs_are_a_preference_data_set(model, data, tmp_path, tokenize
         assert row["chosen"] != row["rejected"]
         ids = tokenizer(row["rejected"])["input_ids"]
         assert ids == [token for token in row["rejected_ids"] if token not in tokenizer.all_special_ids]
+    lines = tmp_path / "pairs.jsonl"
+    assert main(["generate", *pairs_flags(model, data), "--output_file", str(lines), "--temperature", "1"]) == 0
+    tokens = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == [
+        {name: value for name, value in row.items() if name not in tokens} for row in rows
+    ]
+    assert not list(tmp_path.glob(".pairs*"))
     out = ["--output_dir", str(tmp_path / "dpo"), "--pair_source", "paired", "--max_steps", "1", "--report_to", "none"]
     assert main(["train", *pairs_flags(model, file), *out]) == 0
 

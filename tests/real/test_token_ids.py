@@ -68,9 +68,13 @@ def test_tokens_are_those_of_the_template(model, turns):
             whole = tokenizer.apply_chat_template(talk[: place + 1], return_dict=False)
             prompt, reply = list(turn.prompt_ids), list(turn.response_ids)
             assert prompt == before
-            assert whole[: len(prompt + reply)] == prompt + reply
-            # What the template writes after the EOS token is not trained on, and is white space.
-            assert tokenizer.decode(whole[len(prompt + reply) :]).strip() == ""
+            if talk[place]["content"][0].isspace():
+                # Its first white space would merge with the end of the prompt, which generation has as it is.
+                assert tokenizer.decode(whole).startswith(tokenizer.decode(prompt + reply))
+            else:
+                assert whole[: len(prompt + reply)] == prompt + reply
+                # What the template writes after the EOS token is not trained on, and is white space.
+                assert tokenizer.decode(whole[len(prompt + reply) :]).strip() == ""
             assert [token in eos_ids for token in reply] == [False] * (len(reply) - 1) + [True]
             assert prompt[:2] != [tokenizer.bos_token_id] * 2
             assert tokenizer.decode(reply[:-1]).strip() == talk[place]["content"].strip()

@@ -184,6 +184,18 @@ def test_what_goes_wrong_is_warned_of(title, changed, tmp_path):
     assert titles(write_run(tmp_path / "run", **changed)) == [title]
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, "Set chosen_nll_weight"), ({"chosen_nll_weight": 10.0}, "Raise chosen_nll_weight above 10")],
+)
+def test_advice_that_was_taken_is_not_given_again(changed, said, tmp_path):
+    folder = write_run(tmp_path / "run", **{"self_play/chosen_logp_change_per_token": lambda step: -0.02 * step})
+    file = folder / "sapo_config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changed))
+    (text,) = [one.text for one in warnings(read_run(folder)) if one.title.startswith("The chosen")]
+    assert said in text
+
+
 def test_an_evaluation_loss_past_its_best_is_warned_of(tmp_path):
     run = write_run(tmp_path / "run", evaluations=[(20, 0.6), (40, 0.5), (60, 0.7)])
     assert titles(run) == ["The evaluation loss is past its minimum"]

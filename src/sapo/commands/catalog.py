@@ -64,7 +64,7 @@ def _serve(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
-    parser.add_argument("--output_file", metavar="FILE", type=Path, help="Parquet file to create")
+    parser.add_argument("--output_file", metavar="FILE", type=Path, help="file to create, .parquet or .jsonl")
     parser.add_argument(
         "--self_replay",
         metavar="PROMPTS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sapo.generation.vllm.servers import VLLMServers
 from sapo.options import pair_options
 from sapo.preference.self_play import self_play
 from sapo.runs.files import folder_digest, replacing
-from sapo.runs.pair_files import PairsReport, PairWriter
+from sapo.runs.pair_files import PairsReport, PairWriter, move_to_json_lines
 from sapo.seeds import derive_seed
 from sapo.training.generators import checked_servers
 from sapo.weights.embeddings import fit_model, refuse_new_rows
@@ -79,13 +79,13 @@ def run_generate(given: Parsed) -> None:
     if prompts is not None:
         given_options = given.values()
         run = build({**_REPLAY_OPTIONS, **given_options, "dataset_name": prompts, "report_to": ["none"]})
-        _check_output(run, file)
+        _check_output(run, file, (".parquet",))
         write_replies(run, prompts, file)
         return
     run = build(given.values() | {"report_to": ["none"]})
     if run.config.pair_source != "self_play":
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
-    _check_output(run, file)
+    _check_output(run, file, (".parquet", ".jsonl"))
     console = Console(quiet=run.config.process_index > 0)
     check_model(run.model, run.config)
     inputs = load_inputs(run)
@@ -93,15 +93,19 @@ def run_generate(given: Parsed) -> None:
         for line in report.lines():
             console.print(line, markup=False, highlight=False)
     texts, _ = load_texts(run, inputs)
-    written = write_pairs(run, inputs.train, texts, inputs.tokenizer, file, epoch=0, console=console)
+    # Parquet first: it has the tokens, and what a killed run is continued by.
+    pairs = file if file.suffix == ".parquet" else file.with_name(f".{file.name}.parquet")
+    written = write_pairs(run, inputs.train, texts, inputs.tokenizer, pairs, epoch=0, console=console)
+    if pairs != file and run.config.process_index == 0:
+        move_to_json_lines(pairs, file)
     console.print(f"{file}: {written.line()}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_output(run: RunArguments, file: Path) -> None:
+def _check_output(run: RunArguments, file: Path, suffixes: Sequence[str]) -> None:
     if run.config.generation_backend == "vllm_colocate":
         raise ConfigurationError("generation_backend=vllm_colocate: sapo generate writes here or on vllm_server.")
-    if file.suffix != ".parquet" or file.is_dir():
-        raise ConfigurationError(f"{FLAG} {file}: name a file that ends in .parquet.")
+    if file.suffix not in suffixes or file.is_dir():
+        raise ConfigurationError(f"{FLAG} {file}: name a file that ends in {' or '.join(suffixes)}.")
     if file.exists():
         raise ConfigurationError(f"{FLAG} {file} exists already. Name another, or remove it.")
 

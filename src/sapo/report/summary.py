@@ -268,9 +268,17 @@ def _fall(run: Run) -> Warn | None:
         "bad" if values[-1] < -_HARM else "warning",
         "The chosen responses became less likely",
         f"By {-values[-1]:.2g} nats per token on the examples tracked since the start (worst: {-worst:.2g}). Where the "
-        "margin rises, it does so only because the rejected responses fall faster. Set chosen_nll_weight or "
-        "dpop_weight, lower the learning rate, or set chosen_drop_limit to stop such a run.",
+        "margin rises, it does so only because the rejected responses fall faster. "
+        f"{_guard_advice(run)}, lower the learning rate, or set chosen_drop_limit to stop such a run.",
     )
+
+
+def _guard_advice(run: Run) -> str:
+    """What would keep the chosen responses likely, besides what the run did already."""
+    weight = run.config.get("chosen_nll_weight")
+    if weight:
+        return f"Raise chosen_nll_weight above {weight:g}"
+    return "Lower beta" if run.config.get("objective") == "orpo" else "Set chosen_nll_weight or dpop_weight"
 
 
 def _worse_eval(run: Run) -> Warn | None:

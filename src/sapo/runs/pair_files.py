@@ -25,7 +25,7 @@ from sapo.errors import CheckpointError, DatasetError
 from sapo.preference.pairs import Pair
 from sapo.preference.self_play import SelfPlay
 from sapo.runs.checkpoint import compare_facts
-from sapo.runs.files import replacing
+from sapo.runs.files import replacing, write_atomically
 
 _FACTS = b"sapo_facts"
 _REPORT = b"sapo_report"
@@ -190,6 +190,19 @@ class PairWriter:
             ) from error
         compare_facts(file, facts, json.loads(_json(self.facts)))
         return metadata
+
+
+def move_to_json_lines(pairs: Path, file: Path) -> None:
+    """Write the texts of a complete file of pairs as JSON lines, with row and turn; remove the pairs.
+
+    Args:
+        pairs: Parquet file.
+        file: JSON lines, replaced when complete.
+    """
+    table = pyarrow.parquet.read_table(pairs)
+    rows = table.drop_columns(list(_IDS)).to_pylist()
+    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    pairs.unlink()
 
 
 def read_pairs(files: Iterable[Path], *, max_length: int) -> datasets.Dataset:

@@ -177,7 +177,7 @@ def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]
         learning_rate=5e-4,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
-        max_length=256,
+        max_length=512,
         logging_steps=4,
         logging_first_step=True,
         save_strategy="no",

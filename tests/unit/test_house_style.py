@@ -71,9 +71,9 @@ def test_each_rule_is_checked(text, broken):
     assert in_style(ROW, text) == (not broken)
 
 
-def measured(right, *, lost=0.0, seconds=60.0):
+def measured(right, *, moved=0.1, seconds=60.0):
     replies = Replies(["x"] * 60, [set()] * right + [{"greeting"}] * (60 - right))
-    return chat.Measured(replies, replies, Estimate(lost, 0.01, lost - 0.02, lost + 0.02, 24), seconds)
+    return chat.Measured(replies, replies, Estimate(moved, 0.01, moved - 0.02, moved + 0.02, 24), seconds)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def measured(right, *, lost=0.0, seconds=60.0):
     ],
 )
 def test_the_reading_follows_the_figures(right, sft, said):
-    results = {"start": measured(0), "SAPO": measured(right, lost=-0.3, seconds=90.0), "continued SFT": measured(sft)}
+    results = {"start": measured(0), "SAPO": measured(right, moved=0.3, seconds=90.0), "continued SFT": measured(sft)}
     text = chat.reading(results)
     assert said in text
     assert "1.5 times" in text
-    assert text.count("forgot") == 1
+    assert "SAPO is 0.300 nats a token away from the start, continued SFT 0.100" in text
 
 
 def test_demo_measures_shows_and_keeps_everything(tmp_path, monkeypatch, capsys):
@@ -108,7 +108,7 @@ def test_demo_measures_shows_and_keeps_everything(tmp_path, monkeypatch, capsys)
     results = json.loads((out / "results.json").read_text())
     assert list(results["models"]) == ["start", "SAPO", "continued SFT"]
     assert all(one["greedy"]["of"] == one["sampled"]["of"] == 4 for one in results["models"].values())
-    assert results["models"]["SAPO"]["forgotten"]["count"] == 24
+    assert results["models"]["SAPO"]["divergence"]["count"] == 24
     assert {len(one["replies"]) for one in results["shown"]} == {3}
     for name in ("sapo", "continued-sft"):
         assert (out / name / "adapter_model.safetensors").is_file()

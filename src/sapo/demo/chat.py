@@ -65,14 +65,13 @@ class Measured:
     Attributes:
         greedy: replies to the held-out questions, greedy.
         sampled: the same, sampled with the temperature of training.
-        forgotten: change of the log-probability of the start's replies to general prompts, nats per token; None for
-            the start.
+        divergence: KL(start || model) on the start's replies to general prompts, nats per token; None for the start.
         seconds: wall time of its training; 0 for the start.
     """
 
     greedy: Replies
     sampled: Replies
-    forgotten: Estimate | None
+    divergence: Estimate | None
     seconds: float
 
 
@@ -106,20 +105,18 @@ def run_chat_demo(
         make_chat_model(folder, console)
         model_name_or_path = str(folder)
     tokenizer = load_tokenizer(model_name_or_path)
-    rows = training_rows()
+    rows, heldout = training_rows(), heldout_rows(HELDOUT)
     start = load_frozen(model_name_or_path, dtype="float32", device="cpu")
     eos_ids = eos_token_ids(tokenizer, start.generation_config.eos_token_id)
-    scorer = StyleScorer(
-        tokenizer, eos_ids=eos_ids, pad_token_id=padding_token_id(tokenizer, eos_ids), rows=heldout_rows(HELDOUT)
-    )
     console.print(
         f"{model_name_or_path}: {start.num_parameters() / 1e6:.0f} million parameters. {len(rows)} conversations of a "
-        f"help desk, {len(scorer.rows)} held-out questions.",
+        f"help desk, {len(heldout)} held-out questions.",
         soft_wrap=True,
     )
-    questions = [*(row.question for row in scorer.rows[:SHOWN]), _GENERAL]
+    questions = [*(row.question for row in heldout[:SHOWN]), _GENERAL]
     with console.status("Measuring the start"):
-        scorer.remember(partial(_fixed, start))
+        padding = padding_token_id(tokenizer, eos_ids)
+        scorer = StyleScorer(partial(_fixed, start), tokenizer, eos_ids=eos_ids, pad_token_id=padding, rows=heldout)
         results = {START: _measured(scorer, start)}
         said = {START: scorer.answers(partial(_fixed, start), questions)}
     del start
@@ -207,14 +204,14 @@ def _trained(model: str, args: SAPOConfig, rows: list[HelpDeskRow], tokenizer: A
 
 
 def _measured(scorer: StyleScorer, model: nn.Module, *, seconds: float | None = None) -> Measured:
-    """Measure a model; without `seconds` it is the start, which has forgotten nothing."""
+    """Measure a model; without `seconds` it is the start, which is its own measure."""
     context = partial(_fixed, model)
     greedy, sampled = (
         scorer.replies(context, temperature=temperature) for temperature in (0.0, Sampling().temperature)
     )
     if seconds is None:
         return Measured(greedy, sampled, None, 0.0)
-    return Measured(greedy, sampled, scorer.forgotten(context), seconds)
+    return Measured(greedy, sampled, scorer.divergence(context), seconds)
 
 
 def reading(results: dict[str, Measured]) -> str:
@@ -231,13 +228,12 @@ def reading(results: dict[str, Measured]) -> str:
         parts.append(": the two are not distinguishable (their intervals overlap).")
     if sft.seconds:
         parts.append(f" SAPO took {sapo.seconds / sft.seconds:.1f} times as long.")
-    for name in ("SAPO", "continued SFT"):
-        forgotten = results[name].forgotten
-        if forgotten is not None and forgotten.high is not None and forgotten.high < 0:
-            parts.append(
-                f" {name} made the start's own replies to general prompts less likely ({forgotten.value:+.2f} nats a "
-                "token): it forgot some of what it could do."
-            )
+    near, far = sapo.divergence, sft.divergence
+    if near is not None and far is not None:
+        parts.append(
+            f" On general prompts, which neither was trained on, SAPO is {near.value:.3f} nats a token away from the "
+            f"start, continued SFT {far.value:.3f}: what a model forgets grows with this distance."
+        )
     parts.append(" One seed, one small model, one style.")
     return "".join(parts)
 
@@ -253,18 +249,18 @@ def _interval(low: float | None, high: float | None) -> str:
 def _table(results: dict[str, Measured]) -> Table:
     count = len(results[START].greedy.texts)
     table = Table(title=f"replies in house style to {count} held-out questions; 95% intervals")
-    for column in ("model", "greedy", "", "sampled", "", "general replies, nats/token", "", "trained in"):
+    for column in ("model", "greedy", "", "sampled", "", "moved, nats/token", "", "trained in"):
         table.add_column(column)
     for name, one in results.items():
-        lost = one.forgotten
+        moved = one.divergence
         table.add_row(
             name,
             _share(one.greedy),
             _interval(*one.greedy.interval),
             _share(one.sampled),
             _interval(*one.sampled.interval),
-            "" if lost is None else f"{lost.value:+.3f}",
-            "" if lost is None else _interval(lost.low, lost.high),
+            "" if moved is None else f"{moved.value:.3f}",
+            "" if moved is None else _interval(moved.low, moved.high),
             duration_text(one.seconds) if one.seconds else "",
         )
     return table
@@ -293,7 +289,7 @@ def _write_results(folder: Path, results: dict[str, Measured], shown: list[Shown
         name: {
             "greedy": {"in_style": one.greedy.in_style, "of": len(one.greedy.texts), "kept": one.greedy.kept()},
             "sampled": {"in_style": one.sampled.in_style, "of": len(one.sampled.texts), "kept": one.sampled.kept()},
-            "forgotten": None if one.forgotten is None else one.forgotten.as_dict(),
+            "divergence": None if one.divergence is None else one.divergence.as_dict(),
             "seconds": one.seconds,
             "replies": one.greedy.texts,
         }

@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from sapo.demo.shop_texts import (
     BACKGROUNDS,
-    GENERAL_PROMPTS,
     NAMES,
     OPENINGS,
     ORDERS,
@@ -30,7 +29,7 @@ from sapo.demo.shop_texts import (
     UNSEEN_TOPICS,
 )
 
-__all__ = ["GENERAL_PROMPTS", "RULES", "HelpDeskRow", "broken_rules", "heldout_rows", "in_style", "training_rows"]
+__all__ = ["RULES", "HelpDeskRow", "broken_rules", "heldout_rows", "in_style", "training_rows"]
 
 CLOSING: Final = "Warm regards, Larkspur Lamps"
 RULES: Final = ("greeting", "at most three sentences", "ticket number", "closing line", "no list")

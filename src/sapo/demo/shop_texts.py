@@ -340,31 +340,3 @@ UNSEEN_TOPICS: Final = {
         ("Delivery is free then.",),
     ),
 }  # fmt: skip
-
-GENERAL_PROMPTS: Final = (
-    "What is the capital of France?",
-    "Explain in two sentences why leaves are green.",
-    "Write a short poem about the sea.",
-    "How do I boil an egg?",
-    "Name three planets of our solar system.",
-    "Translate \"good night\" into Spanish.",
-    "What is the difference between a virus and a bacterium?",
-    "Give me an idea for a rainy afternoon.",
-    "Why is exercise good for the heart?",
-    "Summarize the plot of Romeo and Juliet in one sentence.",
-    "What does a compiler do?",
-    "Write a Python function that adds two numbers.",
-    "How many days are in a leap year?",
-    "What should I pack for a weekend in the mountains?",
-    "Tell me a fact about elephants.",
-    "How does a bicycle stay upright?",
-    "List two ways to save water at home.",
-    "What is photosynthesis?",
-    "Suggest a name for a small bakery.",
-    "Who wrote Hamlet?",
-    "What makes bread rise?",
-    "Explain the word \"democracy\" to a child.",
-    "How far is the moon from the earth?",
-    "Give one reason to learn a second language.",
-)  # fmt: skip
-"""General questions and tasks, to see what a model has lost."""

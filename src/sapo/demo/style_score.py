@@ -1,4 +1,4 @@
-"""What `sapo demo --chat` measures: replies in house style, and what a model has forgotten of general prompts."""
+"""What `sapo demo --chat` measures: replies in house style, and the distance from the start on general prompts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,33 @@ from typing import Any
 
 from torch import nn
 
-from sapo.data.examples import Turn
-from sapo.demo.house_style import GENERAL_PROMPTS, RULES, HelpDeskRow, broken_rules
+from sapo.data.examples import DataOptions
+from sapo.data.unanswered import general_prompts
+from sapo.demo.house_style import RULES, HelpDeskRow, broken_rules
 from sapo.demo.score import wilson_interval
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
-from sapo.measures.intervals import Estimate, paired_change
-from sapo.measures.measure import score_responses
+from sapo.measures.intervals import Estimate
+from sapo.measures.retention import (
+    REPLY_SAMPLING,
+    REPLY_TOKENS,
+    Forced,
+    StartStates,
+    fixed_head,
+    generate_replies,
+    kl_estimate,
+    score_forced,
+    spread,
+    states_of,
+)
 from sapo.seeds import derive_seed
 
 MAX_REPLY_TOKENS = 96
 """Half as many again as the longest answer of the data; a reply that does not end by then breaks the style."""
 BATCH = 64
+GENERAL = 24
+"""General prompts on which a model is compared with the start."""
+MAX_LENGTH = 1024
 
 ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -56,27 +71,33 @@ class StyleScorer:
     """Measures models with the same prompts and random numbers.
 
     Args:
+        start: opens a context that yields the model before training, which answers the general prompts.
         tokenizer: of all models.
         eos_ids: EOS tokens.
         pad_token_id: pads prompts.
         rows: held-out questions.
-        general: number of general prompts.
     """
 
     def __init__(
         self,
+        start: ModelContext,
         tokenizer: Any,
         *,
         eos_ids: frozenset[int],
         pad_token_id: int,
         rows: Sequence[HelpDeskRow],
-        general: int = len(GENERAL_PROMPTS),
     ) -> None:
         self.rows = list(rows)
         self._tokenizer, self._eos_ids, self._pad = tokenizer, eos_ids, pad_token_id
-        self._general = GENERAL_PROMPTS[:general]
-        self._own: list[list[int]] = []
-        self._before: list[float] = []
+        options = DataOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - REPLY_TOKENS)
+        prompts = general_prompts(tokenizer, eos_ids, options)
+        prompts = [prompts[place] for place in spread(GENERAL, len(prompts))]
+        limits = {"max_new_tokens": REPLY_TOKENS, "max_length": MAX_LENGTH}
+        replies = generate_replies(self._generator(start, REPLY_SAMPLING), prompts, **limits)
+        self._forced = [Forced(prompt, tuple(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
+        with start() as model:
+            states = states_of(model, self._forced, pad_token_id=pad_token_id, batch_size=8)
+            self._start = StartStates(states, fixed_head(model))
 
     def replies(self, model: ModelContext, *, temperature: float) -> Replies:
         """Replies to all held-out questions; temperature 0 is greedy."""
@@ -85,35 +106,21 @@ class StyleScorer:
 
     def answers(self, model: ModelContext, questions: Sequence[str], *, temperature: float = 0.0) -> list[str]:
         """Replies to any questions."""
-        replies = self._generate(model, questions, Sampling(temperature=temperature))
+        prompts = [
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+            )
+            for question in questions
+        ]
+        seeds = [derive_seed("house style", place) for place in range(len(prompts))]
+        generator = self._generator(model, Sampling(temperature=temperature))
+        replies = generator.generate(prompts, [MAX_REPLY_TOKENS] * len(prompts), seeds)
         return [self._tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
 
-    def remember(self, start: ModelContext) -> None:
-        """Let the start answer the general prompts; `forgotten` is relative to these replies."""
-        self._own = self._generate(start, self._general, Sampling(temperature=0.0))
-        self._before = self._logps(start)
-
-    def forgotten(self, model: ModelContext) -> Estimate | None:
-        """Change of the log-probability of the start's own replies to general prompts, nats per token."""
-        lengths = [float(len(reply)) for reply in self._own]
-        return paired_change(self._logps(model), self._before, weights=lengths)
-
-    def _logps(self, model: ModelContext) -> list[float]:
-        turns = [
-            Turn(0, tuple(self._prompt(one)), tuple(own)) for one, own in zip(self._general, self._own, strict=True)
-        ]
+    def divergence(self, model: ModelContext) -> Estimate | None:
+        """KL(start || model) in nats per token of the start's replies to general prompts."""
         with model() as loaded:
-            return score_responses(loaded, turns, self._own, pad_token_id=self._pad, batch_size=8)
+            return kl_estimate(score_forced(loaded, self._forced, self._start, pad_token_id=self._pad, batch_size=8))
 
-    def _generate(self, model: ModelContext, questions: Sequence[str], sampling: Sampling) -> list[list[int]]:
-        generator = TransformersGenerator(
-            model, sampling, eos_ids=self._eos_ids, pad_token_id=self._pad, batch_size=BATCH
-        )
-        seeds = [derive_seed("house style", place) for place in range(len(questions))]
-        return generator.generate([self._prompt(one) for one in questions], [MAX_REPLY_TOKENS] * len(seeds), seeds)
-
-    def _prompt(self, question: str) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        return ids
+    def _generator(self, model: ModelContext, sampling: Sampling) -> TransformersGenerator:
+        return TransformersGenerator(model, sampling, eos_ids=self._eos_ids, pad_token_id=self._pad, batch_size=BATCH)

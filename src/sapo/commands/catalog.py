@@ -279,7 +279,7 @@ def _demo(parser: ArgumentParser) -> None:
         help="folder of the runs; earlier runs of the demo in it are replaced; default: runs/demo, with --chat "
         "runs/demo-chat",
     )
-    add("--max_steps", metavar="N", type=whole(), help="optimizer steps of each run; default: 80, with --chat 24")
+    add("--max_steps", metavar="N", type=whole(), help="optimizer steps of each run; default: 80, with --chat 60")
     add("--seed", metavar="N", type=int, default=0, help="random seed")
 
 

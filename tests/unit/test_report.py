@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+import yaml
 
 from sapo.commands.main import main
 from sapo.errors import ConfigurationError

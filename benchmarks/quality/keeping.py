@@ -279,6 +279,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
     parser.add_argument("--stages", nargs="+", default=["narrow", "overtrained", "more"])
+    parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
     options = parser.parse_args()
@@ -286,7 +287,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     until, work = time.monotonic() + 60 * options.minutes, options.work / options.task
     stages = [stage for stage in TASKS[options.task].stages if stage.name in options.stages]
-    cells = [(stage, arm, seed) for stage in stages for seed in options.seeds for arm in stage.arms]
+    cells = [
+        (stage, arm, seed)
+        for stage in stages
+        for seed in options.seeds
+        for arm in stage.arms
+        if options.arms is None or arm in options.arms
+    ]
     for stage, arm, seed in [] if options.table else cells:
         if (cell_folder(work, stage, arm, seed) / "result.json").is_file():
             continue

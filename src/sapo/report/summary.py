@@ -131,10 +131,10 @@ def _what_ran(run: Run) -> str:
     model = str(facts.get("model", ""))
     if model.startswith(("/", ".", "~")):
         model = model.rstrip("/").rpartition("/")[2]
-    subject = f"{model} ({count_text(facts['parameters'])} parameters)" if model else "A model"
-    part = ""
-    if facts.get("adapter"):
-        part = f" through an adapter of {count_text(facts['trained_parameters'])}"
+    subject = "A model"
+    if model:
+        adapter = f" and an adapter of {count_text(facts['trained_parameters'])}" if facts.get("adapter") else ""
+        subject = f"{model} ({count_text(facts['parameters'])} parameters{adapter})"
     planned = facts.get("max_steps")
     if not run.end:
         state = f"has reached step {step:,}" + (f" of {planned:,}" if planned else "")
@@ -145,7 +145,7 @@ def _what_ran(run: Run) -> str:
     rows = f" on {facts['training_rows']:,} training rows" if "training_rows" in facts else ""
     runtime = run.end.get(RUNTIME.name)
     took = f", in {duration_text(runtime)}" if runtime else ""
-    return f"{subject} {state}{part}{rows}, with {objective}{pairs.get(options.get('pair_source', ''), '')}{took}."
+    return f"{subject} {state}{rows}, with {objective}{pairs.get(options.get('pair_source', ''), '')}{took}."
 
 
 def _what_changed(run: Run) -> str:

@@ -35,7 +35,7 @@ PARTS = {
     "policy": [(SAPOTrainer, "training_step")],
     "optimizer": [(torch.optim.AdamW, "step"), (Roles, "follow")],
     "report": [(RunRecorder, "_take"), (RunRecorder, "_write_report")],
-    "tracked examples": [(ChosenProbe, "_now")],
+    "tracked examples": [(ChosenProbe, "begin"), (ChosenProbe, "change")],
     "other": [(SAPOTrainer, "train"), (command, "_save")],
 }
 """Functions by part."""

@@ -137,5 +137,6 @@ def test_flags_of_the_launcher_are_never_ignored(monkeypatch):
 
 
 def test_without_a_gpu_the_way_out_is_named(capsys):
-    assert main(["train", "--accelerate_config", "multi_gpu"]) == 2
+    needed = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--output_dir", "run"]
+    assert main(["train", "--accelerate_config", "multi_gpu", *needed]) == 2
     assert "torchrun --nproc_per_node" in capsys.readouterr().err

@@ -149,6 +149,8 @@ def sized(command):
         more = {"--max_steps": "2", "--use_cpu": ""}
     else:
         more = dict(SIZES.get(arguments[0], {}))
+    if arguments[0] == "generate" and "--segment_length" in arguments:
+        del more["--max_new_tokens"]  # a segment has its own number of tokens
     if any(word in ("lora-dpo", "qlora-dpo") for word in arguments) and arguments[0] == "train":
         more |= {"--bf16": "false", "--dtype": "float32", "--lora_r": "2"}
     for flag, value in more.items():

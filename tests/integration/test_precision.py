@@ -251,14 +251,14 @@ def test_fused_and_gathered_heads_agree_under_an_adapter(adapter, fused, tied, m
 def test_a_fused_head_that_scores_otherwise_is_not_used(asked, make_trainer, caplog):
     """As of an architecture that scales its logits in a way that trl does not know."""
     model = tiny_llama()
-    forward = model.forward
 
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = output.logits * 3
-        return output
+    class LlamaForCausalLM(type(model)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 3
+            return output
 
-    model.forward = scaled
+    model.__class__ = LlamaForCausalLM
     trainer = make_trainer(model=model, max_steps=1, fused_lm_head=True)
     trainer.args.fused_lm_head = asked  # unset it is on by default on CUDA
     assert trainer._context.roles.fused_head

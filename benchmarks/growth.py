@@ -215,11 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=GROWTH, default=list(GROWTH))
     parser.add_argument("--svg", type=Path, default=None, help="file for the plot")
+    parser.add_argument("--results", type=Path, default=None, help="JSON file to add the figures to; all are plotted")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     found: dict[str, list[tuple[int, float, float]]] = {}
+    if options.results is not None and options.results.is_file():
+        found = json.loads(options.results.read_text(encoding="utf-8"))
     for name in options.only:
         found[name] = []
         for value in GROWTH[name]:
@@ -232,7 +235,10 @@ def main() -> None:
             print(f"{LABELS[name]:20}{value:10,}{seconds:10.3f} CPU s{memory:10.0f} MB", flush=True)
         both = [exponent(found[name], column) for column in (1, 2)]
         print(f"{LABELS[name]:20}exponents: time {both[0]:.2f}, memory {both[1]:.2f}", flush=True)
+        if options.results is not None:
+            options.results.write_text(json.dumps(found), encoding="utf-8")
     if options.svg is not None:
+        found = {name: found[name] for name in GROWTH if name in found}
         options.svg.write_text(plot(found), encoding="utf-8")
 
 

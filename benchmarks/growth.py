@@ -226,11 +226,10 @@ def main() -> None:
     for name in options.only:
         found[name] = []
         for value in GROWTH[name]:
-            ((seconds, memory),) = (
-                [measure({**USUAL, name: value})]
-                if name != "rows"
-                else in_forks(lambda number, rows=value: start(rows), 1)
-            )
+            if name == "rows":
+                ((seconds, memory),) = in_forks(lambda number, rows=value: start(rows))
+            else:
+                seconds, memory = measure({**USUAL, name: value})
             found[name].append((value, seconds, memory))
             print(f"{LABELS[name]:20}{value:10,}{seconds:10.3f} CPU s{memory:10.0f} MB", flush=True)
         both = [exponent(found[name], column) for column in (1, 2)]

@@ -55,8 +55,11 @@ class SAPOConfig(OptionRules, TrainingArguments):
             self.eval_steps = self.save_steps
         # The older name stays the option, because trl's users type it; TrainingArguments lets it follow the newer one.
         self.activation_checkpointing: Any
+        self.activation_checkpointing_kwargs: Any
         if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:

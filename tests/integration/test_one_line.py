@@ -54,6 +54,7 @@ CLASHES = (
     ("--load_best_model_at_end",),
     ("--output_dir", "/dev/null/run"),
     ("--dataloader_prefetch_factor", "2"),
+    ("--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"speed": 7}'),
 )
 """What each option takes by itself and the run does not."""
 

@@ -78,6 +78,12 @@ def all_values():
     return [(one.name, value) for one in options() if one.name != "debug" for value in IMPLAUSIBLE[one.type]]
 
 
+@pytest.fixture(autouse=True)
+def in_folder_of_its_own(tmp_path, monkeypatch):
+    """Some values name a folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "value"), all_values()[::9])
 def test_some_wrong_values(name, value, model, data, tmp_path, capfd):  # noqa: F811
     check(name, value, model, data, tmp_path, capfd)

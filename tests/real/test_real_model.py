@@ -176,9 +176,13 @@ def test_evaluates_on_local_measures(data, runs):
 
 @pytest.mark.parametrize("form", ["lora-dpo-float32", "full-orpo-float32"])
 def test_exported_model_answers_in_plain_transformers(form, data, runs):
-    """The command compares replies and log-probabilities itself; here a fresh process loads the folder without sapo."""
+    """The command compares replies and log-probabilities itself; here a fresh process loads the folder without sapo.
+
+    In float32: the first token of this reply has a probability of 0.16 and close rivals, and rounding to bfloat16 or
+    q8_0 can turn it into another reply.
+    """
     run, out = trained(form, data, runs), runs / f"exported-{form}"
-    said, figures = sapo("export", run, out, "--dtype", "bfloat16", "--ollama")
+    said, figures = sapo("export", run, out, "--dtype", "float32", "--ollama")
     assert "Check:" in said
     asked = (
         "import sys; from transformers import pipeline; "

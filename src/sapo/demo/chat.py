@@ -36,8 +36,8 @@ from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
 from sapo.weights.policy import padding_token_id
 
-STEPS: Final = 60
-HELDOUT: Final = 60
+STEPS: Final = 20
+HELDOUT: Final = 40
 RESULTS_FILE: Final = "results.json"
 START: Final = "start"
 
@@ -171,7 +171,7 @@ def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]
         max_steps=max_steps,
         seed=seed,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         max_length=512,

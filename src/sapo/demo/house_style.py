@@ -6,8 +6,9 @@ A question names an order, often the customer, and one concern. Its answer has
     The shade leaves our workshop on Monday. Your ticket is LK-4821.
     Warm regards, Larkspur Lamps                    always the last line
 
-with one to three sentences between, the order number as a ticket in this form, and no list. Questions and answers are
-put together from parts by a seeded generator; a question wording belongs either to training or to evaluation.
+with one to three sentences between, the order number as a ticket in this form, named once, and no list. Questions
+and answers are put together from parts by a seeded generator; a question wording belongs either to training or to
+evaluation.
 """
 
 from __future__ import annotations

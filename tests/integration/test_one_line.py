@@ -125,10 +125,8 @@ EXTRAS = {
     "bitsandbytes": ("--use_peft", "--load_in_4bit"),
     "deepspeed": ("--accelerate_config", "zero2"),
     "trackio": ("--report_to", "trackio"),
-    "vllm": ("--generation_backend", "vllm_server"),
     "gguf": ("--model_name_or_path", "model.gguf"),
     "lm_eval": ("evaluate", "model", "--suite", "leaderboard"),
-    "openai": ("evaluate", "model", "--suite", "alpaca_eval", "--judge_model", "judge"),
 }
 """Packages of extras, and what asks for them."""
 
@@ -157,8 +155,7 @@ def test_a_process_without_a_package_names_it(package, model, data, tmp_path):  
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     arguments = more if more[0] == "evaluate" else [*command(model, data, tmp_path / "run"), *more]
     line = alone(package, arguments, tmp_path)
-    if package != "vllm":  # asked for in a server's own environment
-        assert package in line or {"lm_eval": "[evaluation]", "openai": "[judge]"}.get(package, package) in line
+    assert package in line or (package == "lm_eval" and "[evaluation]" in line)
 
 
 @pytest.mark.parametrize("more", CLASHES, ids=" ".join)

@@ -16,7 +16,6 @@ from typing import Any, Final
 import datasets
 from peft import LoraConfig
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 from transformers import PrinterCallback
@@ -30,13 +29,14 @@ from sapo.demo.style_score import Replies, StyleScorer
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate
 from sapo.runs.files import write_atomically
+from sapo.tables import print_table
 from sapo.text import duration_text, visible
 from sapo.training.progress import TerminalProgress
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
 from sapo.weights.policy import padding_token_id
 
-STEPS: Final = 20
+STEPS: Final = 60
 HELDOUT: Final = 40
 RESULTS_FILE: Final = "results.json"
 START: Final = "start"
@@ -135,7 +135,9 @@ def run_chat_demo(
         Shown(question, {who: texts[place] for who, texts in said.items()}) for place, question in enumerate(questions)
     ]
     _write_results(Path(output_dir), results, shown)
-    console.print(_table(results), _rules_table(results))
+    count = len(heldout)
+    print_table(console, f"Replies in house style to {count} held-out questions, with intervals", _style_rows(results))
+    print_table(console, "Share of greedy replies that keep each rule", _rule_rows(results))
     for one in shown:
         console.print(_side_by_side(one), soft_wrap=True)
     console.print(reading(results), soft_wrap=True)
@@ -171,7 +173,7 @@ def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]
         max_steps=max_steps,
         seed=seed,
         per_device_train_batch_size=4,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         max_length=512,
@@ -246,33 +248,28 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
-def _table(results: dict[str, Measured]) -> Table:
-    count = len(results[START].greedy.texts)
-    table = Table(title=f"replies in house style to {count} held-out questions; 95% intervals")
-    for column in ("model", "greedy", "", "sampled", "", "moved, nats/token", "", "trained in"):
-        table.add_column(column)
+def _style_rows(results: dict[str, Measured]) -> list[list[str]]:
+    rows = [["model", "greedy", "95%", "sampled", "95%", "moved, nats/token", "95%", "trained in"]]
     for name, one in results.items():
         moved = one.divergence
-        table.add_row(
-            name,
-            _share(one.greedy),
-            _interval(*one.greedy.interval),
-            _share(one.sampled),
-            _interval(*one.sampled.interval),
-            "" if moved is None else f"{moved.value:.3f}",
-            "" if moved is None else _interval(moved.low, moved.high),
-            duration_text(one.seconds) if one.seconds else "",
+        rows.append(
+            [
+                name,
+                _share(one.greedy),
+                _interval(*one.greedy.interval),
+                _share(one.sampled),
+                _interval(*one.sampled.interval),
+                "" if moved is None else f"{moved.value:.3f}",
+                "" if moved is None else _interval(moved.low, moved.high),
+                duration_text(one.seconds) if one.seconds else "",
+            ]
         )
-    return table
+    return rows
 
 
-def _rules_table(results: dict[str, Measured]) -> Table:
-    table = Table(title="share of greedy replies that keep each rule")
-    for column in ("model", *RULES):
-        table.add_column(column)
-    for name, one in results.items():
-        table.add_row(name, *(f"{share:.2f}" for share in one.greedy.kept().values()))
-    return table
+def _rule_rows(results: dict[str, Measured]) -> list[list[str]]:
+    kept = [[name, *(f"{share:.2f}" for share in one.greedy.kept().values())] for name, one in results.items()]
+    return [["model", *RULES], *kept]
 
 
 def _side_by_side(shown: Shown) -> Text:

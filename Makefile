@@ -46,7 +46,7 @@ test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
 demo: install
 	$(BIN)/sapo demo
 
-# A real chat model (SmolLM2-135M-Instruct, Apache-2.0, from a package of the registry) learns a house style; about seven minutes of CPU time.
+# A real chat model (SmolLM2-135M-Instruct, Apache-2.0, from a package of the registry) learns a house style; about 13 minutes of CPU time.
 demo-chat: install
 	$(PIP) -e ".[demo-chat]"
 	$(BIN)/sapo demo --chat

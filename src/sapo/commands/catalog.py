@@ -270,7 +270,7 @@ def _demo(parser: ArgumentParser) -> None:
         "--chat",
         action="store_true",
         help="train a real chat model (SmolLM2-135M-Instruct, made once from a package of PyPI) on the house style of "
-        "a help desk: about seven minutes of CPU time",
+        "a help desk: about 13 minutes of CPU time",
     )
     add("--model_name_or_path", metavar="MODEL", help="chat model for --chat: a folder or a Hub id")
     add(
@@ -279,7 +279,7 @@ def _demo(parser: ArgumentParser) -> None:
         help="folder of the runs; earlier runs of the demo in it are replaced; default: runs/demo, with --chat "
         "runs/demo-chat",
     )
-    add("--max_steps", metavar="N", type=whole(), help="optimizer steps of each run; default: 80, with --chat 20")
+    add("--max_steps", metavar="N", type=whole(), help="optimizer steps of each run; default: 80, with --chat 60")
     add("--seed", metavar="N", type=int, default=0, help="random seed")
 
 

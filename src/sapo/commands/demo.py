@@ -15,13 +15,16 @@ def run_demo_command(given: Parsed) -> None:
     options = vars(given.own)
     chat, model = options.pop("chat"), options.pop("model_name_or_path")
     options = {name: value for name, value in options.items() if value is not None}
+    if model is not None and not chat:
+        raise ConfigurationError("--model_name_or_path without --chat: the built-in task has a model. Add --chat.")
+    from sapo.commands.inputs import quiet_libraries
+
+    quiet_libraries()
     if chat:
         from sapo.demo.chat import run_chat_demo
 
         run_chat_demo(**options, model_name_or_path=model)
         return
-    if model is not None:
-        raise ConfigurationError("--model_name_or_path without --chat: the built-in task has a model. Add --chat.")
     from sapo.demo.run import run_demo
 
     run_demo(**options)

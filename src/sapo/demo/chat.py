@@ -13,13 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import datasets
 from peft import LoraConfig
 from rich.console import Console
 from rich.text import Text
 from torch import nn
 from transformers import PrinterCallback
-from transformers.utils import logging
 
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
@@ -97,7 +95,7 @@ def run_chat_demo(
     Raises:
         ModelError, TokenizerError: the model cannot be made or read.
     """
-    _quiet()
+    standard_logging.getLogger("peft").setLevel(standard_logging.ERROR)
     console = Console(highlight=False)
     started = time.perf_counter()
     if model_name_or_path is None:
@@ -148,13 +146,6 @@ def run_chat_demo(
         soft_wrap=True,
         markup=False,
     )
-
-
-def _quiet() -> None:
-    logging.set_verbosity_warning()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    standard_logging.getLogger("peft").setLevel(standard_logging.ERROR)
 
 
 def _folder_name(arm: str) -> str:

@@ -7,12 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
-from transformers.utils import logging
 
 from sapo.config import SAPOConfig
 from sapo.demo.build import MODEL_FOLDER
@@ -44,9 +42,6 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
         max_steps: optimizer steps of each run.
         seed: seed of each run.
     """
-    logging.set_verbosity_warning()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     # So small a model is several times slower with two threads.
     torch.set_num_threads(1)
     console = Console()

@@ -163,7 +163,8 @@ def one_pass(
 
 
 def decoding(config: Any, options: Any, device: Device, dtype: torch.dtype) -> None:
-    """Tokens a second of the decode loop against what reading weights, keys and values once a token allows."""
+    """Tokens a second of the decode loop against what reading weights, keys and values once a token allows, and of
+    transformers' `generate`."""
     lengths = LENGTHS[options.size]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
@@ -182,7 +183,24 @@ def decoding(config: Any, options: Any, device: Device, dtype: torch.dtype) -> N
         tokens = rows * (lengths.segment - 1) / (whole - first)
         read = weights * dtype.itemsize + rows * each * (lengths.context + lengths.segment // 2)
         limit = rows * device.bandwidth / read
-        print(f"  {rows:4} rows {tokens:12.0f} tokens/s, {tokens / limit:6.1%} of the {limit:.0f} of the bandwidth")
+        theirs = rows * (lengths.segment - 1) / generate_seconds(model, contexts, lengths.segment, options.rounds)
+        print(
+            f"  {rows:4} rows {tokens:12.0f} tokens/s, {tokens / limit:6.1%} of the {limit:.0f} of the bandwidth; "
+            f"`generate` {theirs:.0f} tokens/s"
+        )
+
+
+def generate_seconds(model: Any, contexts: list[list[int]], new: int, rounds: int) -> float:
+    """Seconds of all tokens but the first by transformers' `generate`, sampled as by the decode loop."""
+    ids = torch.tensor(contexts, device=model.device)
+    given = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "pad_token_id": 0, "eos_token_id": None}
+
+    def write(count: int) -> Callable[[], object]:
+        return lambda: model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, **given
+        )
+
+    return median_seconds(write(new), rounds) - median_seconds(write(1), rounds)
 
 
 def median_seconds(what: Callable[[], object], rounds: int) -> float:

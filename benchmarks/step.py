@@ -1,13 +1,15 @@
-"""CPU time and peak memory of a training step, side by side.
+"""Time and peak memory of a training step, side by side.
 
 `self-play`: our trainer against a step written the published way: `generate` for each batch, float32 logits of all
 positions of all 2B sequences for policy and reference, a moving average parameter by parameter, three models.
-`paired`: our trainer on preference pairs against trl's DPOTrainer on the same pairs.
+`paired`: our trainer on preference pairs against trl's DPOTrainer on the same pairs; `paired-lora` with an adapter.
 `lora`: our trainer with a LoRA adapter for policy, opponent and reference against trl's SFTTrainer with one adapter.
 
-Variants run in turn in one process (A B C A B C ...), one thread; a figure is the median of `time.process_time` over
-rounds of a few optimizer steps. Memory is the peak of the resident set above what it was with all models loaded, each
-variant in a process of its own. Run with
+Variants run in turn in one process (A B C A B C ...). On a processor: one thread; a figure is the median of
+`time.process_time` over rounds of a few optimizer steps; memory is the peak of the resident set above what it was with
+all models loaded, each variant in a process of its own. On a GPU: all weights are loaded in bfloat16 and all variants
+compute in it; a figure is the median of wall seconds, after a first round that does not count; memory is PyTorch's peak
+above what was allocated before the first step, and with it. Run with
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python benchmarks/step.py self-play
 """
@@ -15,6 +17,7 @@ variant in a process of its own. Run with
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import random
 import statistics
@@ -32,10 +35,11 @@ import psutil
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from sapo import SAPOConfig, SAPOTrainer
 
+ON_GPU = torch.cuda.is_available()
 PAD, END = 0, 1
 BETA, DECAY, RATE = 0.1, 0.5, 1e-5
 
@@ -51,8 +55,25 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "1b": {
+        "vocab_size": 128256,
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
-"""Shapes of a Llama; "135m" is that of SmolLM2-135M."""
+"""Shapes of a Llama; "135m" is that of SmolLM2-135M, "1b" of Llama 3.2 1B, "8b" of Llama 3 8B."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,10 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
         pad_token_id=PAD,
         **(shape | SIZES[setting.size]),
     )
-    return LlamaForCausalLM(config)
+    if not ON_GPU:
+        return LlamaForCausalLM(config)
+    with torch.device("cuda"):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
@@ -106,8 +130,24 @@ def texts(setting: Setting, *, paired: bool) -> list[dict[str, str]]:
     return rows
 
 
+def seconds() -> float:
+    """Of this process's processor time; on a GPU wall time, when it has done all that it was given."""
+    if not ON_GPU:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def loaded_bytes() -> int:
+    """In memory now; on a GPU the peak begins anew."""
+    if not ON_GPU:
+        return psutil.Process().memory_info().rss
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 class Clock(TrainerCallback):
-    """CPU seconds from the first step's begin to the last one's end."""
+    """Seconds from the first step's begin to the last one's end."""
 
     started = 0.0
     seconds = 0.0
@@ -115,11 +155,11 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.loaded = psutil.Process().memory_info().rss
-            self.started = time.process_time()
+            self.loaded = loaded_bytes()
+            self.started = seconds()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.process_time() - self.started
+        self.seconds = seconds() - self.started
 
 
 def adapter() -> LoraConfig:
@@ -127,7 +167,7 @@ def adapter() -> LoraConfig:
 
 
 def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **options: Any) -> tuple[float, int]:
-    """CPU seconds a step of the real trainer, and resident bytes with its models loaded."""
+    """Seconds a step of the real trainer, and bytes with its models loaded."""
     clock = Clock()
     settings: dict[str, Any] = {
         "max_steps": setting.steps,
@@ -148,6 +188,7 @@ def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **option
             callbacks=[clock],
         )
         # In a few steps from an empty buffer more pairs are drawn twice than in a long run: no gain from that here.
+        trainer.remove_callback(PrinterCallback)
         trainer.source.reference_logps = lambda pairs, score: score(list(pairs))  # type: ignore[method-assign]
         trainer.train()
     return clock.seconds / setting.steps, clock.loaded
@@ -158,8 +199,8 @@ def common(folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "learning_rate": RATE,
         "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not ON_GPU,
+        "bf16": ON_GPU,
         "disable_tqdm": True,
         "report_to": "none",
         "save_strategy": "no",
@@ -167,7 +208,7 @@ def common(folder: str) -> dict[str, Any]:
     }
 
 
-def theirs(setting: Setting) -> tuple[float, int]:
+def theirs(setting: Setting, *, lora: bool = False) -> tuple[float, int]:
     """The same of trl's DPOTrainer."""
     import trl
 
@@ -175,7 +216,8 @@ def theirs(setting: Setting) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.DPOTrainer(
             build_model(setting),
-            ref_model=build_model(setting),
+            ref_model=None if lora else build_model(setting),
+            peft_config=adapter() if lora else None,
             args=trl.DPOConfig(
                 **common(folder),
                 beta=BETA,
@@ -187,6 +229,7 @@ def theirs(setting: Setting) -> tuple[float, int]:
             processing_class=tokenizer(setting),
             callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.seconds / setting.steps, clock.loaded
 
@@ -211,6 +254,7 @@ def supervised(setting: Setting) -> tuple[float, int]:
             peft_config=adapter(),
             callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.seconds / setting.steps, clock.loaded
 
@@ -226,7 +270,7 @@ def published(setting: Setting) -> tuple[float, int]:
         for row in texts(setting, paired=False)
     ]
     rng = random.Random(0)
-    loaded, started = psutil.Process().memory_info().rss, time.process_time()
+    loaded, started = loaded_bytes(), seconds()
     for step in range(setting.steps):
         batch = rows[step * setting.batch : (step + 1) * setting.batch]
         with torch.no_grad():
@@ -235,8 +279,8 @@ def published(setting: Setting) -> tuple[float, int]:
         starts = [rng.randint(0, max(0, len(response) - 3 - setting.segment)) for _, response in batch]
         contexts = [[*p, *r[:start]] for (p, r), start in zip(batch, starts, strict=True)]
         width = max(map(len, contexts))
-        ids = torch.tensor([[PAD] * (width - len(context)) + context for context in contexts])
-        mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+        ids = on_device([[PAD] * (width - len(context)) + context for context in contexts])
+        mask = on_device([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
         output = opponent.generate(
             ids,
             attention_mask=mask,
@@ -253,9 +297,9 @@ def published(setting: Setting) -> tuple[float, int]:
             rejected.append(response[:start] + new + ([] if END in written else response[start + setting.segment :]))
         sequences = [(p, r) for p, r in batch] + [(p, r) for (p, _), r in zip(batch, rejected, strict=True)]
         width = max(len(p) + len(r) for p, r in sequences)
-        ids = torch.tensor([[*p, *r] + [PAD] * (width - len(p) - len(r)) for p, r in sequences])
-        mask = torch.tensor([[1] * len(p + r) + [0] * (width - len(p + r)) for p, r in sequences])
-        labels = torch.tensor([[-100] * len(p) + r + [-100] * (width - len(p + r)) for p, r in sequences])
+        ids = on_device([[*p, *r] + [PAD] * (width - len(p) - len(r)) for p, r in sequences])
+        mask = on_device([[1] * len(p + r) + [0] * (width - len(p + r)) for p, r in sequences])
+        labels = on_device([[-100] * len(p) + r + [-100] * (width - len(p + r)) for p, r in sequences])
 
         def logps(model: Any, ids: Any = ids, mask: Any = mask, labels: Any = labels) -> Any:
             logits = model(ids, attention_mask=mask).logits.to(torch.float32)[:, :-1]
@@ -271,7 +315,11 @@ def published(setting: Setting) -> tuple[float, int]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-    return (time.process_time() - started) / setting.steps, loaded
+    return (seconds() - started) / setting.steps, loaded
+
+
+def on_device(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(rows, device="cuda" if ON_GPU else "cpu")
 
 
 SELF_PLAY: dict[str, Callable[[Setting], tuple[float, int]]] = {
@@ -294,7 +342,12 @@ LORA: dict[str, Callable[[Setting], tuple[float, int]]] = {
     "ours": lambda s: ours(s, lora=True),
     "ours, pairs in one pass": lambda s: ours(s, lora=True, pairs_per_forward=None),
 }
-WHAT = {"self-play": SELF_PLAY, "paired": PAIRED, "lora": LORA}
+PAIRED_LORA: dict[str, Callable[[Setting], tuple[float, int]]] = {
+    "trl DPOTrainer": lambda s: theirs(s, lora=True),
+    "ours": lambda s: ours(s, paired=True, lora=True),
+    "ours, pairs in one pass": lambda s: ours(s, paired=True, lora=True, pairs_per_forward=None),
+}
+WHAT = {"self-play": SELF_PLAY, "paired": PAIRED, "lora": LORA, "paired-lora": PAIRED_LORA}
 
 
 def peak_resident() -> int:
@@ -328,7 +381,7 @@ def main() -> None:
     setting = Setting(
         options.size,
         options.batch,
-        options.prompt or (768 if options.what == "paired" else 128),
+        options.prompt or (768 if options.what.startswith("paired") else 128),
         options.response,
         options.jitter,
         options.segment,
@@ -340,23 +393,32 @@ def main() -> None:
     datasets.disable_progress_bars()
     if options.measure_memory_of:
         spent, loaded = variants[options.measure_memory_of](setting)
-        print(f"{spent:.2f} CPU s a step, MB at the peak above the models:", (peak_resident() - loaded) / 1e6)
+        print(f"{spent:.2f} s a step, MB at the peak above the models:", (peak_resident() - loaded) / 1e6)
         return
     chosen = {name: variants[name] for name in options.variants or variants}
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in range(options.rounds):
+    found: dict[str, list[float]] = {name: [] for name in chosen}
+    memory, everything = {}, {}
+    for number in range(options.rounds + ON_GPU):
         for name, variant in chosen.items():
-            seconds[name].append(variant(setting)[0])
-    own = sys.argv[1:]
+            spent, loaded = variant(setting)
+            if ON_GPU:
+                memory[name] = (torch.cuda.max_memory_allocated() - loaded) / 1e6
+                everything[name] = f", {torch.cuda.max_memory_allocated() / 1e6:.0f} MB in all"
+                gc.collect()
+                torch.cuda.empty_cache()
+            if number or not ON_GPU:
+                found[name].append(spent)
     baseline = next(iter(chosen))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {name: peak_above_models(own, name) for name in chosen}
-    print(setting)
-    print(f"{'':26}{'CPU s a step':>14}{'spread':>16}{'speed':>8}{'peak MB':>10}{'share':>8}")
-    for name, values in seconds.items():
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    if not ON_GPU:
+        memory = {name: peak_above_models(sys.argv[1:], name) for name in chosen}
+    print(setting, f"on {torch.cuda.get_device_name()}" if ON_GPU else "")
+    print(f"{'':26}{'s a step':>14}{'spread':>16}{'speed':>8}{'peak MB':>10}{'share':>8}")
+    for name, values in found.items():
         print(
-            f"{name:26}{medians[name]:14.2f}{f'{min(values):.2f} to {max(values):.2f}':>16}"
+            f"{name:26}{medians[name]:14.3f}{f'{min(values):.3f} to {max(values):.3f}':>16}"
             f"{medians[baseline] / medians[name]:8.2f}{memory[name]:10.0f}{memory[name] / memory[baseline]:8.2f}"
+            f"{everything.get(name, '')}"
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from sapo.errors import ConfigurationError, brief
-from sapo.options import own_options
+from sapo.options import own_options, resume_fixed
 from sapo.options.own import VLLM_URL
 from sapo.options.rules import OptionRules
 
@@ -71,6 +74,15 @@ class SAPOConfig(OptionRules, TrainingArguments):
                 "with `hf auth login` or set HF_TOKEN."
             )
 
+    def resume_facts(self) -> dict[str, Any]:
+        """What a resumed run must share with its checkpoint: every option not declared free, and `world_size`.
+
+        Returns:
+            JSON values by option name.
+        """
+        names = sorted(name for name in resume_fixed() if hasattr(self, name))
+        return {name: _as_json(getattr(self, name)) for name in [*names, "world_size"]}
+
     def _check(self) -> None:
         """As `OptionRules._check`, and what this machine and the installed libraries demand."""
         super()._check()
@@ -99,6 +111,14 @@ class SAPOConfig(OptionRules, TrainingArguments):
             )
         if self.fp16 and not torch.accelerator.is_available():
             raise ConfigurationError("fp16=true: no accelerator on this machine. Leave the option out.")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return json.loads(json.dumps(value, default=str, sort_keys=True))
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def processor_gains_from_bfloat16() -> bool:

@@ -6,7 +6,7 @@ The command line prints that line and exits with status 2; anything else is a bu
 
 from __future__ import annotations
 
-from sapo.text import visible
+from sapo.text.escape import visible
 
 
 def brief(text: object, limit: int = 300) -> str:

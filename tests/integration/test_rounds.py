@@ -130,8 +130,8 @@ class Killed(BaseException):
 
 
 PLACES = {
-    "while pairs are written": ("sapo.runs.pair_files._table", 3),
-    "between parts and their file": ("sapo.runs.pair_files.PairWriter.join", 1),
+    "while pairs are written": ("sapo.training.pair_files._table", 3),
+    "between parts and their file": ("sapo.training.pair_files.PairWriter.join", 1),
     "while a policy trains": ("sapo.training.trainer.SAPOTrainer._after_optimizer_step", 7),
     "before a round is marked as done": ("sapo.commands.rounds.asdict", 1),
 }

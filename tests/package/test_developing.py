@@ -1,6 +1,8 @@
 """The developers' page names what exists, and the files around the package agree with one another."""
 
+import ast
 import re
+from graphlib import TopologicalSorter
 
 import pytest
 import yaml
@@ -26,6 +28,36 @@ def test_every_room_is_in_the_table():
     rooms = {path.parent.name for path in (ROOT / "src" / "sapo").glob("*/__init__.py")}
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE))))
     assert rooms <= named
+
+
+def arrows():
+    """Imports between the rooms of src/sapo, those for type checking and inside functions included: room -> rooms."""
+    source = ROOT / "src"
+    modules = {
+        ".".join(file.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (source / "sapo").rglob("*.py")
+    }
+    drawn = {module.split(".")[1] if "." in module else "sapo": set() for module in modules}
+    for module, file in modules.items():
+        room = module.split(".")[1] if "." in module else "sapo"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module}: relative import"
+                names = [f"{node.module}.{one.name}" for one in node.names] + [str(node.module)]
+            elif isinstance(node, ast.Import):
+                names = [one.name for one in node.names]
+            known = [name for name in names if name in modules]
+            drawn[room] |= {name.split(".")[1] if "." in name else "sapo" for name in known[:1]} - {room}
+    return drawn
+
+
+def test_rooms_have_few_imports_among_them_and_no_cycle():
+    drawn = arrows()
+    assert len(drawn) > 15
+    assert "preference" in drawn["training"]
+    list(TopologicalSorter(drawn).static_order())
+    assert sum(map(len, drawn.values())) < 100
 
 
 def test_the_citation_is_of_this_version():

@@ -489,6 +489,12 @@ def test_rows_are_prepared_once_while_nothing_changes(chatml, tmp_path, monkeypa
     for change in changes:
         with pytest.raises(TypeError, match="not callable"):
             prepared(**change)
+    code = (("sapo.data.cache.version", lambda name: f"another {name}"), ("sapo.data.cache.__file__", "elsewhere.py"))
+    for name, other in code:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, other)
+            with pytest.raises(TypeError, match="not callable"):
+                prepared()
     monkeypatch.setattr(chatml, "chat_template", CHATML + " ")
     with pytest.raises(TypeError, match="not callable"):
         prepared()

@@ -22,7 +22,6 @@ from sapo.options import (
     option,
     options,
     own_options,
-    resume_facts,
     resume_fixed,
     resume_free,
 )
@@ -148,7 +147,7 @@ def test_a_config_can_be_copied(tmp_path):
 def test_facts_of_a_resume_are_every_fixed_option_as_json_holds_it(tmp_path):
     import json
 
-    facts = resume_facts(SAPOConfig(str(tmp_path), use_cpu=True, lr_scheduler_kwargs={"a": 1}))
+    facts = SAPOConfig(str(tmp_path), use_cpu=True, lr_scheduler_kwargs={"a": 1}).resume_facts()
     assert json.loads(json.dumps(facts)) == facts
     assert facts.keys() == resume_fixed() | {"world_size"}
     assert {"warmup_steps", "data_seed", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"} <= facts.keys()

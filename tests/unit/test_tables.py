@@ -10,8 +10,8 @@ from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.table import direction, show, verdict
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
-from sapo.tables import print_table
-from sapo.text import error_text
+from sapo.text.numbers import error_text
+from sapo.text.tables import print_table
 
 
 def printed(width, rows, encoding="utf-8"):

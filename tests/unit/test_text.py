@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from sapo.errors import brief
-from sapo.text import bytes_text, count_text, duration_text, number_text, visible
+from sapo.text.escape import visible
+from sapo.text.numbers import bytes_text, count_text, duration_text, number_text
 
 
 def test_no_control_or_format_character_gets_through():

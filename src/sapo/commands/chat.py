@@ -30,7 +30,7 @@ from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
 from sapo.generation.sampling import Sampling
 from sapo.runs.files import write_atomically
-from sapo.text import visible
+from sapo.text.escape import visible
 
 _COLUMN = 32
 """With fewer characters per model the replies stand one below the other."""

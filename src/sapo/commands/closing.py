@@ -11,7 +11,7 @@ from sapo.runs.cost import time_shares
 from sapo.runs.layout import OPPONENT_FOLDER, RECIPE_FILE, REPORT_FILE
 from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE_PER_TOKEN, LOSS, MARGIN
 from sapo.runs.reading import Run, read_run
-from sapo.text import number_text
+from sapo.text.numbers import number_text
 from sapo.training.recorder import loaded_step
 from sapo.training.trainer import SAPOTrainer
 

@@ -21,8 +21,8 @@ from sapo.runs.files import write_atomically
 from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
 from sapo.runs.metrics import Metric, compared_metrics, find_metric
 from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
-from sapo.tables import print_table, terminal
-from sapo.text import error_text, number_text
+from sapo.text.numbers import error_text, number_text
+from sapo.text.tables import print_table, terminal
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24

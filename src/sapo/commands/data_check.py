@@ -19,7 +19,8 @@ from sapo.data.report import DataReport, row_name
 from sapo.errors import DatasetError
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
-from sapo.text import share_text, visible
+from sapo.text.escape import visible
+from sapo.text.numbers import share_text
 
 if TYPE_CHECKING:
     import datasets

@@ -24,7 +24,7 @@ from sapo.estimate.checkpointing import set_checkpointing
 from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
-from sapo.text import bytes_text, count_text
+from sapo.text.numbers import bytes_text, count_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
 from sapo.weights.source import find_source

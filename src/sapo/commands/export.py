@@ -13,7 +13,7 @@ from sapo.hub.export import Exported, export_model, find_origin, new_folder
 from sapo.hub.gguf import Tools, check, convert, find_tools
 from sapo.hub.ollama import modelfile
 from sapo.runs.files import write_atomically
-from sapo.text import bytes_text
+from sapo.text.numbers import bytes_text
 from sapo.weights.loading import load_generation_config
 
 MODELFILE = "Modelfile"

@@ -27,11 +27,10 @@ from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.servers import VLLMServers
 from sapo.options import pair_options
-from sapo.preference.self_play import self_play
 from sapo.runs.files import folder_digest, replacing
-from sapo.runs.pair_files import PairsReport, PairWriter, move_to_json_lines
 from sapo.seeds import derive_seed
-from sapo.training.generators import checked_servers
+from sapo.training.generators import checked_servers, self_play
+from sapo.training.pair_files import PairsReport, PairWriter, move_to_json_lines
 from sapo.weights.embeddings import fit_model, refuse_new_rows
 from sapo.weights.loading import (
     check_model,

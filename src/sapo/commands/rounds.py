@@ -30,7 +30,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.folder import check_output_dir
 from sapo.runs.layout import RECIPE_FILE, ROUND_EVAL_PAIRS_FILE, ROUND_FILE, ROUND_FOLDER, ROUND_PAIRS_FILE
 from sapo.runs.lock import locked
-from sapo.runs.pair_files import PairsReport, read_pairs
+from sapo.training.pair_files import PairsReport, read_pairs
 from sapo.weights.loading import check_model, load_policy
 
 

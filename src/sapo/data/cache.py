@@ -10,13 +10,13 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow
 
-from sapo._version import __version__
 from sapo.data.columns import ColumnUse
 from sapo.data.examples import DataOptions
 from sapo.data.report import DataReport
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _KEPT = 8
 """Prepared datasets kept; the one that was used the longest ago is removed."""
 
@@ -45,14 +46,18 @@ def key(
     source: str,
     first_row: int,
 ) -> str:
-    """SHA-256 of everything that prepared rows depend on."""
+    """SHA-256 of everything that prepared rows depend on: rows, tokenizer, options, and the code that prepares them."""
     digest = hashlib.sha256()
 
     def add(value: object) -> None:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
 
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    add([__version__, source, first_row, sorted(eos_ids), dataclasses.asdict(options), type(tokenizer).__name__])
+    # Code that changes between two releases changes the tokens too, and so may the libraries that render and tokenize.
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    add([version(name) for name in _LIBRARIES])
+    add([source, first_row, sorted(eos_ids), dataclasses.asdict(options), type(tokenizer).__name__])
     add([tokenizer.chat_template, tokenizer.special_tokens_map, None if backend is None else backend.to_str()])
     if isinstance(rows, list):
         for row in rows:

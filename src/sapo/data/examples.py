@@ -6,7 +6,7 @@ import datetime
 import hashlib
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import datasets
 import numpy as np
@@ -19,8 +19,6 @@ from sapo.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
-
-    from sapo.options.rules import OptionRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,18 @@ class Example:
 
     row: int
     turns: tuple[Turn, ...]
+
+
+class RunOptions(Protocol):
+    """The options of `SAPOConfig` that data are prepared with, described there."""
+
+    max_length: int
+    max_prompt_length: int | None
+    prompt_truncation: Literal["keep_end", "keep_start"]
+    max_length_policy: Literal["auto", "truncate", "drop", "error"]
+    assistant_turns: Literal["last", "random", "all"]
+    pair_source: Any
+    template_date: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class DataOptions:
             )
 
     @classmethod
-    def of(cls, config: OptionRules) -> DataOptions:
+    def of(cls, config: RunOptions) -> DataOptions:
         """The data options of a run's configuration."""
         return cls(
             max_length=config.max_length,

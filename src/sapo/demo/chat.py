@@ -27,8 +27,9 @@ from sapo.demo.style_score import Replies, StyleScorer
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate
 from sapo.runs.files import write_atomically
-from sapo.tables import print_table
-from sapo.text import duration_text, visible
+from sapo.text.escape import visible
+from sapo.text.numbers import duration_text
+from sapo.text.tables import print_table
 from sapo.training.progress import TerminalProgress
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer

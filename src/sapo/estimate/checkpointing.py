@@ -14,7 +14,7 @@ from trl import ModelConfig
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.errors import brief
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
-from sapo.text import bytes_text
+from sapo.text.numbers import bytes_text
 from sapo.weights.footprint import Strategy, free_memory, running_strategy
 from sapo.weights.source import quantization_method
 

@@ -27,7 +27,7 @@ from sapo.evaluation.session import Session
 from sapo.evaluation.store import FinishedParts, part_key, write_result
 from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
-from sapo.text import visible
+from sapo.text.escape import visible
 from sapo.weights.loading import load_tokenizer, read_config
 from sapo.weights.source import read_adapter_config, trained_rows
 

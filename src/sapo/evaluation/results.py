@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sapo._version import __version__
 from sapo.errors import EvaluationError, brief
 from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, paired_change
+from sapo.runs.origin import package_versions
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -68,7 +68,7 @@ def as_json(
     before = _start(targets, results)
     return {
         "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "sapo": __version__,
+        "packages": package_versions(),
         "settings": dict(settings),
         "models": {
             target.name: {

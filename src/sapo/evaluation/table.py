@@ -11,8 +11,8 @@ from rich.text import Text
 from sapo.evaluation.results import SuiteResult, changes
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
-from sapo.tables import print_table
-from sapo.text import error_text
+from sapo.text.numbers import error_text
+from sapo.text.tables import print_table
 
 Direction = Literal["lower", "higher", "data", ""]
 

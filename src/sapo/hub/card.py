@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from sapo._version import __version__
 from sapo.report.summary import sentences, warnings
 from sapo.report.svg import curves_svg
 from sapo.runs.evaluations import read_evaluations
@@ -17,7 +16,7 @@ from sapo.runs.files import read_object, write_atomically
 from sapo.runs.layout import CARD_FILE, CURVES_FILE
 from sapo.runs.metrics import EVAL, compared_metrics, find_metric
 from sapo.runs.reading import Run, read_run
-from sapo.text import error_text, number_text
+from sapo.text.numbers import error_text, number_text
 
 _PRIVATE = ("output_dir", "logging_dir", "hub_token")
 _CITATION = """@article{yin2024selfaugmented,
@@ -94,8 +93,7 @@ def card(run: Run, name: str, *, picture: bool) -> str:
     sections += [
         "## Options that differ from the defaults",
         f"```yaml\n{yaml.safe_dump(shown, sort_keys=True, allow_unicode=True)}```",
-        f"sapo-llm {__version__}, "
-        + ", ".join(f"{k} {v}" for k, v in run.facts.get("packages", {}).items() if k != "sapo-llm"),
+        ", ".join(f"{name} {version}" for name, version in run.facts.get("packages", {}).items()),
         "## Citation",
         f"```bibtex\n{_CITATION}\n```",
     ]

@@ -13,10 +13,8 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, brief
 from sapo.hub.card import write_card
-from sapo.runs.folder import RunFolder
 from sapo.runs.layout import CARD_FILE, CURVES_FILE
 
 _MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"]
@@ -40,68 +38,51 @@ def uploaded(*, opponent: bool) -> list[str]:
 _KEPT = [".*", "checkpoint-*", "*.jsonl", "report.html", "run.json", "optimizer*", "training_args.bin"]
 
 
-class HubMixin:
-    """Trainer mixin for the Hub: pushes at the end of a run; checkpoints are not pushed."""
+def create_repository(name: str, *, token: str | None, private: bool | None) -> str:
+    """Create the repository `name` unless it is there; returns its id with the user's or organization's name.
 
-    args: SAPOConfig
-    run_folder: RunFolder
-    hub_model_id: str | None
-    is_world_process_zero: Callable[[], bool]
-    save_model: Callable[..., None]
+    Args:
+        name: of the model, with or without an owner.
+        token: with write permission; None for the one of `hf auth login`.
+        private: None for what the Hub's account says.
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before training, so that a wrong name or token fails early.
+    Raises:
+        ConfigurationError: the Hub refuses or is unreachable.
+    """
+    api = HfApi(token=token)
+    return str(_asked("create the repository", lambda: api.create_repo(name, private=private, exist_ok=True).repo_id))
 
-        Raises:
-            ConfigurationError: the Hub refuses or is unreachable.
-        """
-        if not self.is_world_process_zero():
-            return
-        name = self.args.hub_model_id or Path(self.args.output_dir or "").absolute().name
-        api = HfApi(token=token or self.args.hub_token)
-        with_private = self.args.hub_private_repo if private is None else private
-        self.hub_model_id = _asked(
-            "create the repository", lambda: api.create_repo(name, private=with_private, exist_ok=True).repo_id
-        )
 
-    def push_to_hub(
-        self, commit_message: str | None = "End of training", *, token: str | None = None, revision: str | None = None
-    ) -> Any:
-        """Push the models of the run folder; save them first if needed.
+def push_run(folder: Path, name: str, *, token: str | None, revision: str | None, message: str, opponent: bool) -> Any:
+    """Write the model card of a run, and push its models.
 
-        Args:
-            commit_message: message of the commit.
-            token: token with write permission. Default: `hub_token`, or the one of `hf auth login`.
-            revision: branch. Default: `hub_revision`, or main.
+    Args:
+        folder: of a run that has saved its models.
+        name: id of the repository.
+        token: with write permission; None for the one of `hf auth login`.
+        revision: branch; None for main.
+        message: of the commit.
+        opponent: whether the opponent is pushed too.
 
-        Returns:
-            The Hub's commit information; None on all processes but the first.
+    Returns:
+        The Hub's commit information.
 
-        Raises:
-            ConfigurationError: the Hub refuses or is unreachable.
-        """
-        folder = self.run_folder.path
-        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-            self.save_model()
-        if not self.is_world_process_zero():
-            return None
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
-        name = str(self.hub_model_id)
-        write_card(folder, name)
-        api = HfApi(token=token or self.args.hub_token)
-        opponent = self.args.push_opponent_to_hub
-        return _asked(
-            f"push (the complete run is in {folder})",
-            lambda: api.upload_folder(
-                repo_id=name,
-                folder_path=str(folder),
-                commit_message=commit_message or "End of training",
-                revision=revision or self.args.hub_revision,
-                allow_patterns=uploaded(opponent=opponent),
-                ignore_patterns=[*_KEPT, *([] if opponent else ["opponent/*"])],
-            ),
-        )
+    Raises:
+        ConfigurationError: the Hub refuses or is unreachable.
+    """
+    write_card(folder, name)
+    api = HfApi(token=token)
+    return _asked(
+        f"push (the complete run is in {folder})",
+        lambda: api.upload_folder(
+            repo_id=name,
+            folder_path=str(folder),
+            commit_message=message,
+            revision=revision,
+            allow_patterns=uploaded(opponent=opponent),
+            ignore_patterns=[*_KEPT, *([] if opponent else ["opponent/*"])],
+        ),
+    )
 
 
 def _asked(what: str, ask: Callable[[], Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from sapo.data.examples import Turn
-from sapo.errors import ConfigurationError
 from sapo.generation.protocol import Generator
 from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
 from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
@@ -22,7 +21,7 @@ from sapo.seeds import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
-    """How responses are sampled and scored.
+    """How responses are sampled and scored; every number but the seed is at least 1.
 
     Attributes:
         max_new_tokens: maximum tokens of a sampled response; without an EOS token by then it counts as not ended.
@@ -35,11 +34,6 @@ class LocalOptions:
     max_length: int = 2048
     batch_size: int = 8
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)}: must be 1 or more.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
 from functools import cache
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from sapo.options.declare import SECTIONS, Option, from_field
 from sapo.options.inherited import INHERITED
@@ -80,27 +78,6 @@ def not_compared() -> frozenset[str]:
 def pair_options() -> tuple[str, ...]:
     """Options on which generated pairs depend, besides the model and the prepared data."""
     return tuple(one.name for one in options() if one.shapes_pairs)
-
-
-def resume_facts(args: Any) -> dict[str, Any]:
-    """Facts that a resumed run must share with its checkpoint: every option not declared free.
-
-    Args:
-        args: a `SAPOConfig`.
-
-    Returns:
-        JSON values by option name, including `world_size`.
-    """
-    names = sorted(name for name in resume_fixed() if hasattr(args, name))
-    return {name: _plain(getattr(args, name)) for name in [*names, "world_size"]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return json.loads(json.dumps(value, default=str, sort_keys=True))
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _in_config(wanted: Callable[[Option], bool]) -> frozenset[str]:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sapo.config import SAPOConfig
-from sapo.preference.objectives import ReferenceLogps, chosen_nll, dpo_loss, orpo_loss
+from sapo.preference.objectives import LossType, ReferenceLogps, chosen_nll, dpo_loss, orpo_loss
 from sapo.preference.scoring import PairScores
+
+
+class LossOptions(Protocol):
+    """The options of `SAPOConfig` that the loss reads, described there."""
+
+    objective: str
+    beta: float
+    loss_type: LossType
+    chosen_nll_weight: float
+    dpop_weight: float
+    label_smoothing: float
+    nce_shift: float
+    nce_negative_weight: float
+    kl_weight: float
 
 
 class PairLoss(NamedTuple):
@@ -27,7 +40,7 @@ class PairLoss(NamedTuple):
 def pair_loss(
     scores: PairScores,
     reference: ReferenceLogps | None,
-    args: SAPOConfig,
+    args: LossOptions,
     replayed: Sequence[bool] = (),
     draws: Sequence[int] | None = None,
 ) -> PairLoss:
@@ -123,7 +136,7 @@ def _sft_loss(
     scores: PairScores,
     nll: Tensor,
     own: Tensor | None,
-    args: SAPOConfig,
+    args: LossOptions,
     metrics: dict[str, Tensor],
     mean: Callable[..., Tensor],
 ) -> PairLoss:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sapo.config import SAPOConfig
 from sapo.data.examples import Example, Turn
 from sapo.errors import CheckpointError
 from sapo.generation.protocol import Generator
@@ -312,30 +311,6 @@ class SelfPlay(PairSource):
             self._record("self_play/eos_fraction", float(ended and pair.rejected_ids[-1] in self._eos_ids))
             self._record("self_play/rejected_length", len(pair.rejected_ids))
             self._record("self_play/segment_length", len(pair.segment))
-
-
-def self_play(
-    generator: Generator,
-    args: SAPOConfig,
-    *,
-    eos_ids: Collection[int],
-    record: Record = _ignore,
-    any_process: Callable[[bool], bool] = bool,
-    opponent_step: Callable[[int], int] = int,
-) -> SelfPlay:
-    """Create `SelfPlay` with an empty buffer from the options of a run."""
-    return SelfPlay(
-        generator,
-        ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
-        SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
-        eos_ids=eos_ids,
-        seed=args.seed,
-        batch_size=args.per_device_train_batch_size,
-        process=args.process_index,
-        record=record,
-        any_process=any_process,
-        opponent_step=opponent_step,
-    )
 
 
 def _stored(state: SourceState, vocabulary_size: int) -> list[tuple[BufferEntry[Pair], list[float]]]:

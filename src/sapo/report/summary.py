@@ -26,7 +26,7 @@ from sapo.runs.metrics import (
     Metric,
 )
 from sapo.runs.reading import Run
-from sapo.text import count_text, duration_text, number_text, share_text
+from sapo.text.numbers import count_text, duration_text, number_text, share_text
 
 ENOUGH_PAIRS = 64
 """Number of pairs below which no share of them is spoken of."""

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 from sapo.report.charts import CHARTS, Chart, curves
 from sapo.runs.metrics import EVAL
 from sapo.runs.reading import Run
-from sapo.text import number_text, share_text
+from sapo.text.numbers import number_text, share_text
 
 _WIDTH, _HEIGHT, _GAP = 380, 210, 20
 _INK, _SOFT, _RULE = "#1d1f24", "#5d616b", "#e2e2dc"

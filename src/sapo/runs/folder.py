@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from sapo.errors import CheckpointError, ConfigurationError, SapoError, brief
+from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import write_atomically
 from sapo.runs.layout import (
@@ -25,7 +24,6 @@ from sapo.runs.layout import (
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
-    OPPONENT_FOLDER,
     RECIPE_FILE,
     REPLIES_PATTERN,
     REPORT_FILES,
@@ -35,19 +33,15 @@ from sapo.runs.layout import (
 )
 from sapo.runs.lock import check_unlocked, locked
 from sapo.runs.metrics import LOSS, RUNTIME
-from sapo.runs.trace import TrainedPair, describe
-from sapo.weights.opponent import policy_tensors
-from sapo.weights.roles import Roles
-from sapo.weights.world import World
+from sapo.runs.world import World
 
 logger = logging.get_logger(__name__)
 
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
-_STAGING = ".saving"
+STAGING = ".saving"
+"""In the run folder: where models and checkpoints are written before they get their names."""
 _OLD = ".old"
-_RESCUED = "rescued_weights"
-"""Of a policy that transformers would not save: its weights alone."""
 
 
 class RunFolder:
@@ -104,7 +98,7 @@ class RunFolder:
     def _recover(self) -> None:
         """Finish or undo what a crash while saving has left half done."""
         if self._world.first:
-            for left in [self.path / _STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
+            for left in [self.path / STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
                 shutil.rmtree(left, ignore_errors=True)
             for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
                 _settle(old.with_name(old.name.removesuffix(_OLD)))
@@ -128,7 +122,7 @@ class RunFolder:
             *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
             self.path / "opponent",
             self.path / f"opponent{_OLD}",
-            self.path / _STAGING,
+            self.path / STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
         per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
@@ -161,19 +155,17 @@ class RunFolder:
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def append_trace(self, step: int, trained: Sequence[TrainedPair]) -> None:
-        """Note which pairs a step learned from: [row, turn, start of the segment, loss in nats] of each."""
+    def append_trace(self, step: int, pairs: Sequence[Sequence[Any]]) -> None:
+        """Note which pairs a step trained on: [row, turn, start of the segment, loss in nats] of each."""
         file = self.path / TRACE_FILE.format(process=self._world.process)
-        pairs = [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in trained]
         if file.exists() and file.stat().st_size > _TRACE_BYTES:
             file.replace(_aside(file))
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
 
-    def write_bad_pairs(self, trained: Sequence[TrainedPair], tokenizer: Any) -> Path:
-        """Write pairs with their texts and losses; where."""
+    def write_bad_pairs(self, rows: Sequence[dict[str, Any]]) -> Path:
+        """Write pairs with their texts and losses; returns the file."""
         file = self.path / BAD_PAIRS_FILE.format(process=self._world.process)
-        rows = describe(trained, tokenizer)
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return file
 
@@ -191,100 +183,26 @@ class RunFolder:
             CheckpointError: it cannot be written; nothing half written is left.
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self.staging = self.path / _STAGING
+        self.staging = self.path / STAGING
         try:
             if self._world.first:
                 shutil.rmtree(self.staging, ignore_errors=True)
             self._world.barrier()
-            with _writing(self.path / name, self.staging):
+            with writing(self.path / name, self.staging):
                 write()
         finally:
             staging, self.staging = self.staging, None
         self._world.barrier()
         if self._world.first:
             finish(staging / name, self.path / name)
-            _readable(*(staging / name).iterdir())
+            readable(*(staging / name).iterdir())
             parts.seal(staging / name)
             replace_folder(staging / name, self.path / name)
             shutil.rmtree(staging, ignore_errors=True)
         self._world.barrier()
         return self.path / name
 
-    # ---- Models ----
-
-    def save_policy(self, folder: Path, roles: Roles, tokenizer: Any) -> None:
-        """Write the policy (with LoRA its adapter alone) and the tokenizer; no pickled arguments.
-
-        All processes take part, the first writes.
-        """
-        roles.save_policy(folder, writes=self._world.first)
-        if self._world.first:
-            tokenizer.save_pretrained(folder)
-            _readable(*folder.iterdir())
-
-    def save_models(self, folder: Path, roles: Roles, tokenizer: Any) -> None:
-        """Write policy and tokenizer into `folder`, then the opponent into `folder`/opponent, each a model folder.
-
-        One that fails does not keep the other from being written.
-
-        Raises:
-            CheckpointError: what could not be written, and where its weights are.
-        """
-        errors: list[SapoError] = []
-        try:
-            with self._staged(folder) as staging:
-                self.save_policy(staging, roles, tokenizer)
-                self._world.barrier()
-                if self._world.first:
-                    for file in staging.iterdir():
-                        file.replace(folder / file.name)
-        except CheckpointError as error:
-            errors.append(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the weights are worth more
-            errors.append(self._rescued(folder, roles, error))
-        try:
-            if roles.opponent is not None:
-                with self._staged(folder / OPPONENT_FOLDER, staging=folder / _STAGING) as staging:
-                    roles.save_opponent(staging, writes=self._world.first)
-                    if self._world.first:
-                        tokenizer.save_pretrained(staging)
-                        _readable(*staging.iterdir())
-                        replace_folder(staging, folder / OPPONENT_FOLDER)
-        except CheckpointError as error:
-            errors.append(error)
-        except Exception as error:  # noqa: BLE001 - as above
-            errors.append(CheckpointError(f"the opponent cannot be saved ({type(error).__name__}: {brief(error)})."))
-        self._world.barrier()
-        if errors:
-            raise CheckpointError(" ".join(map(str, errors))) from errors[0]
-
-    @contextmanager
-    def _staged(self, target: Path, staging: Path | None = None) -> Iterator[Path]:
-        """An empty folder to write `target` in, removed at the end; all processes take part."""
-        staging = staging or target / _STAGING
-        if self._world.first:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self._world.barrier()
-        try:
-            with _writing(target, staging):
-                yield staging
-        finally:
-            if self._world.first:
-                shutil.rmtree(staging, ignore_errors=True)
-
-    def _rescued(self, folder: Path, roles: Roles, error: Exception) -> CheckpointError:
-        """Write the weights of a policy that cannot be saved as a model; the error that says where they are."""
-        said = f"the policy cannot be saved as a model ({type(error).__name__}: {brief(error)})"
-        if roles.sharded:
-            return CheckpointError(f"{said}. Continue from the newest checkpoint in {folder}, if there is one.")
-        if self._world.first:
-            with _writing(folder / f"{_RESCUED}.safetensors", folder / _STAGING):
-                parts.write_tensors(folder, _RESCUED, policy_tensors(roles.policy()))
-                _readable(folder / f"{_RESCUED}.safetensors")
-        return CheckpointError(
-            f"{said}; its weights are in {folder / _RESCUED}.safetensors, by the names of the model's parameters."
-        )
+    # ---- Files that are not worth a run ----
 
     def attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write something that is not worth losing the rest for: a failure is a warning, and kept in `failed`."""
@@ -374,7 +292,7 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def _readable(*paths: Path) -> None:
+def readable(*paths: Path) -> None:
     """Give files the permissions that the umask asks for: safetensors makes them readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
@@ -406,7 +324,7 @@ def _aside(target: Path) -> Path:
 
 
 @contextmanager
-def _writing(target: Path, staging: Path) -> Iterator[None]:
+def writing(target: Path, staging: Path) -> Iterator[None]:
     """Tell of a full disk in one line, and leave nothing half written.
 
     Raises:
@@ -423,11 +341,6 @@ def _writing(target: Path, staging: Path) -> Iterator[None]:
             f"{target} cannot be written ({brief(error)}); what was there is as it was. Make room, "
             "then continue with --resume_from_checkpoint true."
         ) from error
-
-
-def _number(value: float) -> float | str:
-    """JSON has no number for what is not finite."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _step_of(line: str) -> int:

@@ -1,4 +1,4 @@
-"""Where a run was started: host, command line and commit, for its report."""
+"""What made a file of a run: host, command line, commit, and versions of packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from sapo._version import __version__
+
+_PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed"]
 _SECRET = re.compile(r"token|secret|password|api_key", re.IGNORECASE)
 
 
@@ -17,6 +21,18 @@ def origin() -> dict[str, str]:
     found = {"host": platform.node(), "command": command_line(sys.argv)}
     commit = commit_of(Path.cwd())
     return found | ({"commit": commit} if commit else {})
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of the libraries it trains with, by name; those not installed are left out."""
+    return {"sapo-llm": __version__} | {name: found for name in _PACKAGES if (found := _installed(name))}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo.config import SAPOConfig
+from sapo.runs.world import World
 from sapo.weights.roles import Roles
-from sapo.weights.world import World
 
 
 @dataclass(frozen=True, slots=True)

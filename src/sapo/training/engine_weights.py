@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from sapo.config import SAPOConfig
 from sapo.errors import CheckpointError
 from sapo.generation.protocol import InProcessEngine, Weights
+from sapo.runs.world import World
 from sapo.training.engine_tasks import EngineTasks
 from sapo.weights.roles import Roles
-from sapo.weights.world import World
 
 FOLDER = "engine"
 """In the run folder: weights on their way to the engine. In a checkpoint: those that it has, if not the opponent's."""

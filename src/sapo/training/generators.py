@@ -16,7 +16,8 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Engine, Generator
 from sapo.generation.sampling import Sampling
 from sapo.preference.pairs import PairedData, PairSource, SFTSource
-from sapo.preference.self_play import self_play
+from sapo.preference.replay_buffer import ReplayBuffer
+from sapo.preference.self_play import SelfPlay, SelfPlaySettings
 from sapo.training.context import RunContext
 from sapo.training.engine_queue import EngineQueue
 from sapo.training.engine_tasks import EngineTasks
@@ -61,6 +62,30 @@ def make_source(
     weights = EngineWeights(tasks, args, roles, world, record)
     play = self_play(tasks, args, eos_ids=context.eos_ids, record=record, opponent_step=weights.opponent_step)
     return EngineQueue(play, tasks, weights, args, record, partial(check_engine, context, generator, dataset))
+
+
+def self_play(
+    generator: Generator,
+    args: SAPOConfig,
+    *,
+    eos_ids: Collection[int],
+    record: Callable[[str, float], None] = lambda name, value: None,
+    any_process: Callable[[bool], bool] = bool,
+    opponent_step: Callable[[int], int] = int,
+) -> SelfPlay:
+    """Create `SelfPlay` with an empty buffer from the options of a run."""
+    return SelfPlay(
+        generator,
+        ReplayBuffer(args.replay_buffer_size, draw=args.replay_draw, replacement=args.replay_replacement),
+        SelfPlaySettings(**{name: getattr(args, name) for name in SelfPlaySettings.__slots__}),
+        eos_ids=eos_ids,
+        seed=args.seed,
+        batch_size=args.per_device_train_batch_size,
+        process=args.process_index,
+        record=record,
+        any_process=any_process,
+        opponent_step=opponent_step,
+    )
 
 
 def opponent_generator(context: RunContext) -> Generator:

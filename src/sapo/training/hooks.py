@@ -22,6 +22,7 @@ from sapo.training.callbacks import EvaluationStopped, StopOnSignal
 from sapo.training.context import RunContext
 from sapo.training.interruption import Interruption, StepAbandoned
 from sapo.training.rehearsal import check_best_metric, check_length, rehearse_saving
+from sapo.training.saving import save_models, save_policy
 from sapo.training.state import RunState, best_checkpoint_beside, other_weights
 
 
@@ -165,8 +166,8 @@ class CheckpointHooks(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, unless for a checkpoint, the opponent in `opponent/`; all processes take part."""
-        folder, context = Path(output_dir or self.args.output_dir or ""), self._context
+        folder = Path(output_dir or self.args.output_dir or "")
         if _internal_call:
-            self.run_folder.save_policy(folder, context.roles, context.tokenizer)
+            save_policy(self._context, folder)
         else:
-            self.run_folder.save_models(folder, context.roles, context.tokenizer)
+            save_models(self._context, folder)

@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sapo.preference.pairs import Pair
 from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
-from sapo.text import number_text, visible
+from sapo.text.escape import visible
+from sapo.text.numbers import number_text
 
 _BAR, _SHORTEST_BAR = 30, 5
 

@@ -21,14 +21,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sapo._version import __version__
 from sapo.data.examples import Example, collate_examples
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pair_loss import pair_loss
@@ -40,7 +38,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
-from sapo.runs.origin import origin
+from sapo.runs.origin import origin, package_versions
 from sapo.seeds import derive_seed
 from sapo.training.context import RunContext
 from sapo.training.scorer import PairScorer, ScoredPairs
@@ -60,7 +58,6 @@ _SHARE_OF_TIME = 50
 """A report is refreshed only when this many times its own duration has passed since the last."""
 _ADAPTER = re.compile(r"\.(lora_|modules_to_save\.|token_adapter\.|trainable_tokens_)")
 """In the names of weights that peft adds to a model."""
-_PACKAGES = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "deepspeed"]
 
 
 def snapshot_steps(max_steps: int, pairs: int) -> set[int]:
@@ -307,15 +304,8 @@ def _describe(context: RunContext, rows: int, state: TrainerState) -> dict[str, 
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "packages": {"sapo-llm": __version__, **{name: found for name in _PACKAGES if (found := _version(name))}},
+        "packages": package_versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _now() -> str:

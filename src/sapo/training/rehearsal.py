@@ -16,7 +16,7 @@ from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pair_loss import pair_loss
 from sapo.preference.scoring import PairScores
 from sapo.runs.metrics import EVAL
-from sapo.text import bytes_text
+from sapo.text.numbers import bytes_text
 from sapo.training.context import RunContext
 from sapo.weights.opponent import policy_tensors
 from sapo.weights.sharding import global_numel

@@ -13,7 +13,6 @@ from peft import get_peft_model_state_dict
 
 from sapo.data.chat_template import template_digest
 from sapo.errors import CheckpointError
-from sapo.options import resume_facts
 from sapo.preference.pair_tensors import checked_entries, entries_to_tensors
 from sapo.preference.pairs import PairSource, SourceState
 from sapo.preference.replay_buffer import BufferEntry
@@ -59,7 +58,7 @@ class RunState:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with: options, data, model."""
         args = self.context.args
-        facts = resume_facts(args)
+        facts = args.resume_facts()
         facts["global_batch_size"] = (
             args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
         )

@@ -20,17 +20,18 @@ from sapo.data.examples import DataOptions, DataReport, collate_examples, is_pre
 from sapo.data.prepare import prepare_datasets
 from sapo.errors import ConfigurationError
 from sapo.generation.protocol import Generator
-from sapo.hub.publish import HubMixin
 from sapo.preference.batches import PairBatch
 from sapo.preference.pair_loss import pair_loss
 from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.self_replay import is_replayed
 from sapo.runs.folder import RunFolder
+from sapo.runs.world import World
 from sapo.seeds import random_state_restored
 from sapo.training.callbacks import MovedFraction, RunCallback
 from sapo.training.context import RunContext
 from sapo.training.generators import make_source
 from sapo.training.hooks import CheckpointHooks
+from sapo.training.hub_mixin import HubMixin
 from sapo.training.interruption import Interruption
 from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
@@ -48,7 +49,6 @@ from sapo.weights.opponent import MovingAverage, ShadowModel
 from sapo.weights.policy import padding_token_id
 from sapo.weights.roles import Roles
 from sapo.weights.sharding import global_numel, local_gradients, zero_stage
-from sapo.weights.world import World
 
 logger = logging.get_logger(__name__)
 
@@ -292,9 +292,9 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             TrainingError: `max_nonfinite_steps` such steps in a row.
         """
         step, guard, roles = self.state.global_step, self._step_guard, self._context.roles
-        self.run_folder.append_trace(step, guard.trained)
+        self.run_folder.append_trace(step, guard.trace())
         if guard.in_a_row >= self.args.max_nonfinite_steps:
-            raise guard.error(step, self.run_folder.write_bad_pairs(guard.trained, self.processing_class))
+            raise guard.error(step, self.run_folder.write_bad_pairs(guard.described(self.processing_class)))
         if not guard.nonfinite:
             roles.follow(step)
         if step < self.state.max_steps:

@@ -25,7 +25,7 @@ from trl import ModelConfig, get_peft_config
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
-from sapo.text import bytes_text
+from sapo.text.numbers import bytes_text
 from sapo.weights.opponent import (
     ModelCopy,
     ShadowModel,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sapo.text import visible
+from sapo.text.escape import visible
 
 WIDTH_OF_FILES = 240
 """Width of a table that goes to a file or a pipe, where nobody's window is too narrow."""

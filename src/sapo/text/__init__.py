@@ -1,0 +1,1 @@
+"""What people read: escaped characters, numbers, tables."""

@@ -21,7 +21,7 @@ from sapo.training.scorer import ScoredPairs
 
 
 @dataclass(frozen=True, slots=True)
-class _TrainedPair:
+class TrainedPair:
     """A pair of the current optimizer step and its loss in nats."""
 
     pair: Pair
@@ -37,9 +37,10 @@ class NonFiniteStepGuard:
 
     def __init__(self, source: PairSource) -> None:
         self._source = source
-        self._trained: list[_TrainedPair] = []
+        self.trained: list[TrainedPair] = []
+        """The pairs of the current step, in the order of its micro-batches."""
         self.scored: list[ScoredPairs] = []
-        """The pairs of the current step with their scores, pass by pass."""
+        """The same with their scores, pass by pass."""
         self.nonfinite = False
         """Whether the loss or the gradient of the last step that ended was not finite."""
         self.in_a_row = 0
@@ -47,13 +48,13 @@ class NonFiniteStepGuard:
 
     def begin(self) -> None:
         """An optimizer step begins."""
-        self._trained, self.scored = [], []
+        self.trained, self.scored = [], []
         self._source.begin_step()
 
     def note(self, scored: ScoredPairs, losses: Iterable[float], draws: Sequence[int] | None) -> None:
         """This step is trained on these pairs; `losses` in nats, `draws` as in `PairBatch`."""
         for pair, loss, count in zip(scored.pairs, losses, draws or [1] * len(scored.pairs), strict=True):
-            self._trained += [_TrainedPair(pair, loss)] * count
+            self.trained += [TrainedPair(pair, loss)] * count
         # Without what is no pair's own, and without an anchor's hidden states.
         scores = PairScores(*(tensor.detach() for tensor in scored.scores[:4]))
         reference = scored.reference if isinstance(scored.reference, ReferenceLogps) else None
@@ -66,7 +67,7 @@ class NonFiniteStepGuard:
             accelerator: of the run; all processes take part.
             model: wrapped, with the gradients of the whole step.
         """
-        finite = all(math.isfinite(one.loss) for one in self._trained)
+        finite = all(math.isfinite(one.loss) for one in self.trained)
         flags = torch.tensor([float(not finite), float(not _gradient_is_finite(accelerator, model))])
         if accelerator.num_processes > 1:
             flags = accelerator.reduce(flags.to(accelerator.device), "sum")
@@ -78,7 +79,7 @@ class NonFiniteStepGuard:
 
     def trace(self) -> list[list[Any]]:
         """Row, turn, start of the segment and loss in nats of each pair of the current step, as JSON."""
-        return [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in self._trained]
+        return [[one.pair.row, one.pair.turn, one.pair.segment.start, _number(one.loss)] for one in self.trained]
 
     def described(self, tokenizer: Any) -> list[dict[str, Any]]:
         """The pairs of the current step with their losses and texts, as JSON."""
@@ -99,7 +100,7 @@ class NonFiniteStepGuard:
                 "chosen_ids": one.pair.chosen_ids,
                 "rejected_ids": one.pair.rejected_ids,
             }
-            for one in self._trained
+            for one in self.trained
         ]
 
     def error(self, step: int, file: Path) -> TrainingError:

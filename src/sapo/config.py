@@ -14,7 +14,7 @@ import trl
 from packaging.version import Version
 from transformers import TrainingArguments
 
-from sapo.errors import ConfigurationError, brief
+from sapo.errors import ConfigurationError, brief, require
 from sapo.options import own_options, resume_fixed
 from sapo.options.own import VLLM_URL
 from sapo.options.rules import OptionRules
@@ -63,6 +63,8 @@ class SAPOConfig(OptionRules, TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         if HAS_ACTIVATION_CHECKPOINTING and self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        if self.deepspeed:
+            require(f"deepspeed={brief(self.deepspeed, 80)}", "deepspeed")
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:

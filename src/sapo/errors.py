@@ -6,7 +6,23 @@ The command line prints that line and exits with status 2; anything else is a bu
 
 from __future__ import annotations
 
+import importlib.util
+
 from sapo.text.escape import visible
+
+EXTRAS = {
+    "bitsandbytes": "quantization",
+    "deepspeed": "deepspeed",
+    "gguf": "gguf",
+    "immutabledict": "evaluation",
+    "langdetect": "evaluation",
+    "lm_eval": "evaluation",
+    "nltk": "evaluation",
+    "openai": "judge",
+    "trackio": "tracking",
+    "vllm": "vllm",
+}
+"""Packages that this one imports only when they are asked for, with the extra that installs each."""
 
 
 def brief(text: object, limit: int = 300) -> str:
@@ -50,3 +66,34 @@ class GenerationError(SapoError, RuntimeError):
 
 class EvaluationError(SapoError, RuntimeError):
     """An evaluation that cannot continue: a missing package or file, or a judge that fails."""
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        # Its entry in `sys.modules` is None: somebody forbids it.
+        return False
+
+
+def pip_line(package: str) -> str:
+    """The command that installs a package: with its extra of this one, so that the version fits; else by its name."""
+    return f'pip install "sapo-llm[{EXTRAS[package]}]"' if package in EXTRAS else f"pip install {package}"
+
+
+def require(what: str, *packages: str, error: type[SapoError] = ConfigurationError) -> None:
+    """Check that packages are installed before what needs them begins.
+
+    Args:
+        what: needs them, such as "optim=adamw_8bit".
+        packages: their names, as imported.
+        error: type of the error.
+
+    Raises:
+        SapoError: one is missing; the message has the command that installs it.
+    """
+    missing = [package for package in packages if not is_installed(package)]
+    if missing:
+        lines = list(dict.fromkeys(map(pip_line, missing)))
+        raise error(f"{what}: {', '.join(missing)} not installed. Run: {' && '.join(lines)}")

@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from importlib import machinery
+from pathlib import Path
 
 import pytest
 
 from sapo.commands.main import main
-from sapo.errors import ConfigurationError
+from sapo.errors import EXTRAS, ConfigurationError
 from sapo.options import option, options
 from tests.integration.test_cli import command, data, model  # noqa: F401 - fixtures
 
@@ -121,14 +123,37 @@ sys.exit(main(sys.argv[2:]))
 """
 """Runs a command in a process that does not have a package."""
 
-EXTRAS = {
-    "bitsandbytes": ("--use_peft", "--load_in_4bit"),
-    "deepspeed": ("--accelerate_config", "zero2"),
-    "trackio": ("--report_to", "trackio"),
-    "gguf": ("--model_name_or_path", "model.gguf"),
-    "lm_eval": ("evaluate", "model", "--suite", "leaderboard"),
-}
-"""Packages of extras, and what asks for them."""
+_ON_GGUF = ("--model_name_or_path", "model.gguf", "--dataset_name", "train.jsonl")
+_JUDGED = ("--judge_model", "judge", "--judge_base_url", "http://127.0.0.1:9/v1")
+NEEDS = (
+    ("bitsandbytes", ("train", "--use_peft", "--load_in_4bit")),
+    ("bitsandbytes", ("train", "--use_peft", "--load_in_8bit")),
+    ("bitsandbytes", ("train", "--optim", "paged_adamw_8bit")),
+    ("bitsandbytes", ("generate", "--output_file", "pairs.jsonl", "--use_peft", "--load_in_4bit")),
+    ("deepspeed", ("train", "--accelerate_config", "zero2")),
+    ("deepspeed", ("train", "--deepspeed", "zero.json")),
+    ("deepspeed", ("generate", "--output_file", "pairs.jsonl", "--deepspeed", "zero.json")),
+    ("trackio", ("train", "--report_to", "trackio")),
+    ("gguf", ("train", *_ON_GGUF)),
+    ("gguf", ("data check", *_ON_GGUF)),
+    ("gguf", ("generate", *_ON_GGUF, "--output_file", "pairs.jsonl")),
+    ("gguf", ("estimate", "--model_name_or_path", "model.gguf")),
+    ("gguf", ("chat", "model.gguf", "--prompt", "w1")),
+    ("gguf", ("evaluate", "model.gguf", "--suite", "local", "--dataset_name", "train.jsonl")),
+    ("gguf", ("export", "model", "exported", "--gguf", "q8_0")),
+    ("gguf", ("demo", "--chat")),
+    ("vllm", ("train", "--generation_backend", "vllm_server")),
+    ("vllm", ("train", "--generation_backend", "vllm_colocate")),
+    ("vllm", ("generate", "--output_file", "pairs.jsonl", "--generation_backend", "vllm_server")),
+    ("vllm", ("serve", "--generation_backend", "vllm_server")),
+    ("lm_eval", ("evaluate", "model", "--suite", "leaderboard")),
+    ("nltk", ("evaluate", "model", "--suite", "ifeval")),
+    ("langdetect", ("evaluate", "model", "--suite", "ifeval")),
+    ("immutabledict", ("evaluate", "model", "--suite", "ifeval")),
+    ("openai", ("evaluate", "model", "--suite", "alpaca_eval", "--alpaca_eval_data", "asked.json", *_JUDGED)),
+    ("openai", ("evaluate", "model", "--suite", "mt_bench", "--mt_bench_dir", "mt_bench", *_JUDGED)),
+)
+"""Packages of extras, and each command that asks for them; options of a run are added."""
 
 
 def alone(package, arguments, folder):
@@ -148,14 +173,74 @@ def test_nothing_is_printed_before_the_error(model, data, tmp_path):  # noqa: F8
     assert "load_best_model_at_end" in line
 
 
+def asking(more, model, data, folder):  # noqa: F811
+    """A command line of `NEEDS`, in a folder that has what it names."""
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "asked.json").write_text(json.dumps([{"instruction": "w1", "output": "w2"}]))
+    (folder / "mt_bench").mkdir()
+    question = {"question_id": 1, "category": "writing", "turns": ["w1", "w2"]}
+    (folder / "mt_bench" / "question.jsonl").write_text(json.dumps(question) + "\n")
+    prompts = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+    lines = [json.dumps({"name": name, "system_prompt": "", "prompt_template": "{question}"}) for name in prompts]
+    (folder / "mt_bench" / "judge_prompts.jsonl").write_text("\n".join(lines) + "\n")
+    name, *flags = more
+    if name in ("train", "serve"):
+        return [name, *command(model, data, folder / "run")[1:], *flags]
+    if name == "generate":
+        options = ("--model_name_or_path", str(model), "--segment_length", "4", "--max_length", "32")
+        return [name, *options, "--dataset_name", str(data), *flags]
+    return [*name.split(), *flags]
+
+
+def names_the_package(package, line):
+    """The error has the command that installs the package."""
+    if package == "vllm":
+        return re.search(r'pip install "(vllm>=0\.32|sapo-llm\[vllm\])"', line) is not None
+    # transformers names bitsandbytes itself for its optimizers.
+    return f'pip install "sapo-llm[{EXTRAS[package]}]"' in line or f"pip install -U {package}" in line
+
+
+def id_of(one):
+    return one if isinstance(one, str) else "-".join(one[:3]).replace(" ", "-")
+
+
+@pytest.mark.parametrize(("package", "more"), NEEDS, ids=id_of)
+def test_a_missing_package_of_an_extra_is_one_line(package, more, model, data, tmp_path, capfd, monkeypatch):  # noqa: F811
+    found = machinery.PathFinder.find_spec
+
+    def find_spec(cls, name, *rest):
+        return None if name.partition(".")[0] == package else found(name, *rest)
+
+    monkeypatch.setattr(machinery.PathFinder, "find_spec", classmethod(find_spec))
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = asking(more, model, data, tmp_path)
+    capfd.readouterr()
+    assert main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert re.match(r"[A-Z]\w+Error: .+", line)
+    assert names_the_package(package, line), line
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("package", EXTRAS)
-def test_a_process_without_a_package_names_it(package, model, data, tmp_path):  # noqa: F811
-    more = EXTRAS[package]
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    arguments = more if more[0] == "evaluate" else [*command(model, data, tmp_path / "run"), *more]
-    line = alone(package, arguments, tmp_path)
-    assert package in line or (package == "lm_eval" and "[evaluation]" in line)
+@pytest.mark.parametrize(("package", "more"), NEEDS, ids=id_of)
+def test_a_process_without_a_package_names_it(package, more, model, data, tmp_path):  # noqa: F811
+    line = alone(package, asking(more, model, data, tmp_path), tmp_path)
+    assert names_the_package(package, line), line
+
+
+def test_every_extra_is_asked_without_its_packages():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    section = text.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
+    extras = {
+        (re.split(r"[<>=]", package)[0].replace("-", "_"), extra)
+        for extra, packages in re.findall(r"^(\w+) = \[(.*)\]$", section, flags=re.MULTILINE)
+        for package in re.findall(r'"(.+?)"', packages)
+        if extra != "docs"
+    }
+    assert extras == set(EXTRAS.items())
+    assert {package for package, _ in NEEDS} == set(EXTRAS)
 
 
 @pytest.mark.parametrize("more", CLASHES, ids=" ".join)

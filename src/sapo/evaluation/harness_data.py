@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sapo.errors import DatasetError, EvaluationError, brief
+from sapo.errors import DatasetError, EvaluationError, brief, require
 from sapo.evaluation.store import write_result
 
 if TYPE_CHECKING:
@@ -32,9 +31,7 @@ def require_packages(tasks: Sequence[str]) -> None:
         EvaluationError: something is missing; the message says how to install it.
     """
     wanted = ["lm_eval", *(package for task in tasks for package in _NEEDED.get(task, ()))]
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
-    if missing:
-        raise EvaluationError(f"{', '.join(missing)} not installed: pip install 'sapo-llm[evaluation]'.")
+    require(", ".join(tasks), *wanted, error=EvaluationError)
     if "ifeval" in tasks:
         from nltk.tokenize.punkt import PunktTokenizer
 

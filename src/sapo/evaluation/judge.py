@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -14,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sapo.errors import ConfigurationError, EvaluationError, brief
+from sapo.errors import ConfigurationError, EvaluationError, brief, require
 from sapo.evaluation.store import FinishedParts, part_key
 
 if TYPE_CHECKING:
@@ -152,8 +151,7 @@ class Judge:
                 f"no key for the judge: set the environment variable {options.key_env}, or name an endpoint that needs "
                 "none with --judge_base_url."
             )
-        if importlib.util.find_spec("openai") is None:
-            raise EvaluationError("judging needs the package openai: pip install 'sapo-llm[judge]'.")
+        require(f"judge_model={options.model}", "openai", error=EvaluationError)
         self._client: openai.OpenAI
         self._lock = threading.Lock()
         self._not_before = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.errors import ConfigurationError, ModelError, brief
+from sapo.errors import ConfigurationError, ModelError, brief, require
 from sapo.hub.self_check import Agreement, Reply, agreement
 from sapo.weights.loading import load_frozen
 
@@ -51,10 +50,7 @@ def find_tools(kind: str, llama_cpp: Path | None, folder: Path) -> Tools:
     Raises:
         ConfigurationError: one is missing; says what to install and the command that would do it.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigurationError(
-            f'--gguf {kind}: the file is checked with the package gguf. pip install "sapo-llm[gguf]"'
-        )
+    require(f"--gguf {kind}", "gguf")
     converter = _find(_CONVERTERS, llama_cpp)
     if converter is None:
         where = "on PATH" if llama_cpp is None else f"in {llama_cpp}"

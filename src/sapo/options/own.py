@@ -267,9 +267,10 @@ class OwnOptions(KeepOptions):
         repeatable=True,
         needs=_SERVER,
     )
-    vllm_server_timeout: float = _backend(
-        240.0,
-        "Seconds to wait for a vLLM server that does not respond, at the start and later.",
+    vllm_server_timeout: float | None = _backend(
+        None,
+        "Seconds to wait for a vLLM server that does not respond, at the start and later. Unset: 240, and none for one "
+        "that cannot be there: on this machine, without vLLM.",
         low=0,
         resume="free",
         needs=_SERVER,

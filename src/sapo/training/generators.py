@@ -149,7 +149,7 @@ def checked_servers(
     Raises:
         ConfigurationError, GenerationError: they are not there, or serve something else; all connections are closed.
     """
-    from sapo.generation.vllm.servers import VLLMServers
+    from sapo.generation.vllm.servers import SERVER_TIMEOUT, VLLMServers
 
     servers = VLLMServers(
         args.vllm_server_url or [VLLM_URL],
@@ -159,7 +159,7 @@ def checked_servers(
         stream=stream,
         adapter=adapter,
         loads=args.process_index == 0,
-        timeout=args.vllm_server_timeout,
+        timeout=SERVER_TIMEOUT if args.vllm_server_timeout is None else args.vllm_server_timeout,
         request_timeout=args.vllm_request_timeout,
     )
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
-from sapo.errors import ModelError, brief
+from sapo.errors import ModelError, brief, pip_line, require
 
 logger = logging.get_logger(__name__)
 
@@ -137,8 +136,7 @@ def _adapter_source(name: str, folder: Path, revision: str) -> ModelSource:
 
 
 def _gguf_source(name: str, file: Path, revision: str) -> ModelSource:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'{file}: reading GGUF needs the package gguf. pip install "sapo-llm[gguf]"')
+    require(str(file), "gguf", error=ModelError)
     if re.search(r"-\d{5}-of-\d{5}$", file.stem):
         raise ModelError(f"{file}: one part of a split file. Join the parts with llama-gguf-split --merge.")
     return ModelSource(name, str(file), None, revision)
@@ -289,19 +287,16 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
     return ModelError(f"{name}: the {what} cannot be loaded ({reason}).")
 
 
-_EXTRAS = {
+_PACKAGES = {
     "flash": "pip install flash-attn, or leave attn_implementation out",
-    "bitsandbytes": 'pip install "sapo-llm[quantization]"',
-    "gguf": 'pip install "sapo-llm[gguf]"',
-    "sentencepiece": "pip install sentencepiece",
-    "tiktoken": "pip install tiktoken",
+    **{name: pip_line(name) for name in ("bitsandbytes", "gguf", "sentencepiece", "tiktoken")},
 }
 
 
 def _install(said: str) -> str:
     """How to install the package that a library misses."""
-    found = next((line for name, line in _EXTRAS.items() if name in said.lower()), "")
-    return f" {found[:1].upper()}{found[1:]}." if found else ""
+    found = next((line for name, line in _PACKAGES.items() if name in said.lower()), "")
+    return f" Run: {found}" if found else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sapo.errors import ConfigurationError, GenerationError, SapoError, brief
+from sapo.errors import ConfigurationError, GenerationError, SapoError, brief, pip_line
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
 from sapo.generation.vllm.limits import check_temperature, max_lora_rank
@@ -337,8 +337,8 @@ def _import_vllm() -> None:
         import vllm
     except ImportError as error:
         raise ConfigurationError(
-            f"vLLM cannot be imported: {brief(error)}. Install it beside sapo (docs/engines.md), or use another "
-            "generation backend."
+            f"vLLM cannot be imported: {brief(error)}. Install it beside sapo: {pip_line('vllm')} (docs/engines.md), "
+            "or use another generation backend."
         ) from error
     if Version(vllm.__version__) < Version(_OLDEST):
         raise ConfigurationError(f"vLLM {vllm.__version__} is too old to run in this process: install {_OLDEST}.")

@@ -23,6 +23,9 @@ from sapo.generation.vllm.weight_stream import RECEIVER
 
 logger = logging.get_logger(__name__)
 
+SERVER_TIMEOUT = 240.0
+"""Seconds to wait for an unavailable server, unless a run says otherwise."""
+
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 """Seconds before the first and between later retries; doubled each time."""
 
@@ -64,7 +67,7 @@ class VLLMServers:
         stream: bool = False,
         adapter: bool = False,
         loads: bool = True,
-        timeout: float = 240.0,
+        timeout: float = SERVER_TIMEOUT,
         request_timeout: float = 300.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

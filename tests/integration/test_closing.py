@@ -39,7 +39,7 @@ def test_every_command_of_the_closing_screen_works_when_pasted(model, data, tmp_
             "Evaluate": ["--limit", "4"],
             "Report": ["--port", "0"],
         }
-        assert main([*shlex.split(line), *small.get(label, [])]) == 0, line
+        assert main([*shlex.split(line, comments=True), *small.get(label, [])]) == 0, line
     (program,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     exec(program.replace("max_new_tokens=128", "max_new_tokens=2"), {})
     assert re.search(rf"^Page: +{re.escape(str(out / 'report.html'))}$", shown, re.MULTILINE)

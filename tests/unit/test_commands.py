@@ -32,8 +32,8 @@ def test_help_of_a_command_names_all_its_own_flags_and_an_example(name, capsys):
     for action in COMMANDS[name].parser._actions:
         assert all(flag in shown for flag in action.option_strings or [action.metavar])
         assert action.help
-    assert COMMANDS[name].example in shown
-    assert all(len(line) <= 80 for line in shown.splitlines() if line.strip() != COMMANDS[name].example)
+    assert COMMANDS[name].example in " ".join(shown.replace("\\\n", "").split())
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_the_overview_names_every_command(capsys):
@@ -59,6 +59,15 @@ def test_each_option_is_explained_by_name(one):
     shown = help_text(COMMANDS["train"], ["--help", f"--{one.name}"])
     assert one.default_text in shown
     assert (one.reason if one.status == "refused" else one.help) in " ".join(shown.split())
+
+
+def test_help_shows_what_may_be_left_out_and_begins_a_section_with_its_main_option(capsys):
+    assert main(["recipes", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: sapo recipes [NAME]" in shown
+    assert "--help NAME" not in shown
+    everything = help_text(COMMANDS["train"], ["--help-all"])
+    assert everything.index("--objective ") < everything.index("--kl_weight ")
 
 
 def test_help_of_something_unknown_gives_the_nearest(capsys):

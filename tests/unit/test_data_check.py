@@ -31,7 +31,7 @@ def shown(rows, tokenizer, *, segment_length=5, width=80, encoding="utf-8", pair
 def test_check_reports_rows_lengths_and_example(tokenizer):
     rows = [{"prompt": "Once upon", "completion": " a time there was"}, {"prompt": "x", "completion": " "}]
     text = shown(rows, tokenizer)
-    assert "talks [bold].jsonl: format prompt/completion, 2 rows, 1 examples kept" in text
+    assert "talks [bold].jsonl: format prompt/completion, 2 rows, 1 example kept" in text
     assert "dropped 1: empty reply" in text
     assert "a part of each is kept" in text
     assert "Example: row 1 of talks" in text

@@ -99,7 +99,8 @@ def test_last_message_must_be_the_assistants():
     [
         ([{"role": "narrator", "content": "x"}, assistant("b")], 'message 1 .* unknown role "narrator"'),
         ([{"content": "x"}, assistant("b")], "message 1 .* has no role"),
-        ([{"role": 3, "content": "x"}], "unknown role 3"),
+        ([{"role": "asistant", "content": "x"}], 'unknown role "asistant"; nearest: assistant.'),
+        ([{"role": 3, "content": "x"}], "unknown role 3; known are assistant"),
         ([user([{"type": "image_url"}]), assistant("b")], 'message 1 .* a part of type "image_url" in its content'),
         ([user([{"type": "text"}]), assistant("b")], 'message 1 .* a part of type "text" in its content'),
         ([user([7]), assistant("b")], "has the int 7 as a part in its content"),

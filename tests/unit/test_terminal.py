@@ -80,3 +80,17 @@ def test_a_pair_is_a_row_with_its_segment_marked():
     Console(file=out, width=80).print(table)
     assert "pairs drawn at step 7" in out.getvalue()
     assert "ab⟦cd⟧ef" in out.getvalue()
+
+
+def test_a_long_prompt_is_shown_from_the_beginning_of_a_word_and_a_pair_once():
+    tokenizer = byte_tokenizer()
+    prompt, ids = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("elephant " * 30, "ab"))
+    pair = Pair(0, 0, prompt, ids, ids, Segment(0, 1), Segment(0, 1))
+    out = io.StringIO()
+    progress = TerminalProgress(Console(file=out, width=400), tokenizer, lambda: [pair] * 4, log_pairs_steps=1, pairs=3)
+    state = SimpleNamespace(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 1
+    progress.on_step_end(None, state, None)
+    assert out.getvalue().count("⟦a⟧b") == 2  # once as chosen, once as rejected
+    assert " ... elephant elephant" in out.getvalue()

@@ -89,8 +89,8 @@ def _estimate(parser: ArgumentParser) -> None:
         help="how the model is divided over them: multi_gpu, zero2, zero3, fsdp2, or an accelerate configuration file",
     )
     add("--model_config", metavar="FILE", help="config.json of the model or its folder, if the model is not available")
-    add("--prompt_length", metavar="N", type=whole(), help="tokens of a prompt; default: the maximum that is allowed")
-    add("--response_length", metavar="N", type=whole(), help="tokens of a response; default: the maximum")
+    add("--prompt_length", metavar="N", type=whole(), help="tokens of a prompt; default: as in the data, else the maximum")
+    add("--response_length", metavar="N", type=whole(), help="tokens of a response; default: likewise")
     add("--json", metavar="FILE", type=Path, help="file for the figures, in bytes and seconds")
 
 
@@ -123,7 +123,7 @@ def _chat(parser: ArgumentParser) -> None:
     add("--revision", metavar="NAME", default="main", help="branch, tag or commit of a model on the Hub")
     add("--device", metavar="NAME", help="cpu, cuda, ...; default: the accelerator if there is one")
     add("--chat_template_path", metavar="PATH", help=_TEMPLATE)
-    add("--plain", action="store_true", help="use no chat template: send each turn alone, as it is")
+    add("--plain", action="store_true", help="use no chat template; send each turn by itself, unchanged")
 
 
 def _export(parser: ArgumentParser) -> None:
@@ -210,7 +210,7 @@ def _evaluate(parser: ArgumentParser) -> None:
         "--max_length", metavar="N", type=whole(), default=2048, help="maximum number of tokens of prompt and response"
     )
     group = parser.add_argument_group("Suites leaderboard and ifeval (lm-evaluation-harness)")
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the suite's tasks; shows no average then")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="run these tasks only; there is no average then")
     group.add_argument("--task_data", metavar="FOLDER", help="folder with local data: FOLDER/gsm8k/test.jsonl, ...")
     group.add_argument(
         "--apply_chat_template", choices=["auto", "true", "false"], default="auto", help="use the chat template"
@@ -228,7 +228,7 @@ def _evaluate(parser: ArgumentParser) -> None:
         "--judge_orders",
         choices=["both", "one"],
         default="both",
-        help="evaluate both orders of the two answers, or one at random",
+        help="judge both orders of the two answers, or one at random",
     )
     group.add_argument("--max_judge_calls", metavar="N", type=whole(0), help="maximum number of requests, with retries")
     group.add_argument("--judge_workers", metavar="N", type=whole(), default=8, help="number of concurrent requests")
@@ -287,7 +287,7 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(
-            "demo", "Start", "run the full method on a built-in task, minutes on a CPU", "sapo demo", _demo
+            "demo", "Start", "run the full method on a built-in task, a minute on a CPU", "sapo demo", _demo
         ),
         Command(
             "recipes",
@@ -320,7 +320,7 @@ COMMANDS = {
         Command(
             "train",
             "Train",
-            "align a model",
+            "train a model on pairs from self-play",
             "sapo train --model_name_or_path my-sft-model --dataset_name train.jsonl --output_dir runs/mine",
             _train,
             takes_options=True,
@@ -329,7 +329,7 @@ COMMANDS = {
         Command(
             "generate",
             "Train",
-            "generate a model's pairs for a dataset, as Parquet",
+            "write a model's pairs for a dataset to a file",
             "sapo generate --model_name_or_path my-sft-model --dataset_name train.jsonl --output_file pairs.parquet",
             _generate,
             takes_options=True,
@@ -378,7 +378,7 @@ COMMANDS = {
         Command(
             "export",
             "Use the result",
-            "write the model as a plain folder, GGUF or for Ollama",
+            "export the model: ordinary folder, GGUF, Ollama Modelfile",
             "sapo export runs/mine my-model --gguf q8_0 --ollama",
             _export,
         ),

@@ -97,11 +97,12 @@ def next_commands(
     name = quoted(folder)
     again = f"sapo train --config {quoted(recipe)} --resume_from_checkpoint true"
     evaluation = run.data.eval_dataset_name or run.data.dataset_name
+    note = "" if run.data.eval_dataset_name else "  # better: rows that it was not trained on"
     lines = [f"Page:      {folder / REPORT_FILE}", f"Report:    sapo report {name} --serve"]
     lines.append(f"Chat:      sapo chat {name}{' --plain' if plain else ''}")
     if evaluation:
         length = f" --max_length {run.config.max_length}"
-        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {quoted(evaluation)}{length}")
+        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {quoted(evaluation)}{length}{note}")
     lines.append(f"Compare:   sapo compare {name}")
     lines.append(f"Export:    sapo export {name} {quoted(folder.name + '-export')}")
     if unfinished:

@@ -62,13 +62,13 @@ def formatted(
                 nargs="?" if one.type in ("bool", "bool_or_auto") else None,
                 help=f"{one.help}{_listed(one)}{_default(one.default_text)}".replace("%", "%%"),
             )
-    lines = [f"Example:\n  {example}"]
+    lines = [f"Example:\n  {_folded(example)}"]
     if takes_options and len(shown) < len(accepted()):
         lines.append(
             f"These are the most used options. sapo {name} --help-all lists all {len(accepted())},\n"
             f"sapo {name} --help NAME explains one."
         )
-    else:
+    elif takes_options or any(action.option_strings for action in own._actions):
         lines.append(f"sapo {name} --help NAME explains one flag.")
     parser.epilog = "\n\n".join(lines)
     return parser.format_help()
@@ -127,7 +127,10 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
             words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
     if takes_options:
         words.append("[--config RECIPE] [--option value ...]")
-    words += [f"{action.metavar or action.dest.upper()}" for action in own._actions if not action.option_strings]
+    for action in own._actions:
+        if not action.option_strings:
+            called = str(action.metavar or action.dest.upper())
+            words.append(f"[{called}]" if action.nargs == "?" else called)
     for action in own._actions:
         if not action.option_strings and action.nargs == "+":
             words.append(f"[{action.metavar} ...]")
@@ -142,6 +145,11 @@ def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) ->
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in str(action.help):
             shown.help = f"{action.help}{_default(str(action.default))}"
         group._add_action(shown)
+
+
+def _folded(command: str) -> str:
+    """A command over several lines of a shell where one is too narrow."""
+    return command if len(command) < _width() - 1 else command.replace(" --", " \\\n      --")
 
 
 def _filled(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,9 +139,9 @@ def _message(item: object, name: str, where: str) -> Message:
     role = given_role if given_role in ROLES else ROLE_SPELLINGS.get(given_role or "")
     if role is None:
         found = "no role" if given is None else f"the unknown role {brief(json.dumps(given, default=str), 60)}"
-        raise DatasetError(
-            f"{where}: {name} has {found}; known are {names(ROLES)}, and ShareGPT's {names(ROLE_SPELLINGS)}."
-        )
+        known = f"known are {names(ROLES)}, and ShareGPT's {names(ROLE_SPELLINGS)}"
+        close = difflib.get_close_matches(given_role or "", [*ROLES, *ROLE_SPELLINGS], n=1)
+        raise DatasetError(f"{where}: {name} has {found}; {f'nearest: {close[0]}' if close else known}.")
     if "content" not in item and "value" not in item and not fields.keys() & {"tool_calls", "function_call"}:
         raise DatasetError(f"{where}: {name} has no content; its fields are {names(fields)}.")
     content = _content(fields.get("content"), name, where)

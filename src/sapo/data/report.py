@@ -143,7 +143,10 @@ class DataReport:
         """A short summary, in plain text."""
         turns = len(self.response_lengths)
         several = f" ({turns} turns)" if turns != self.kept else ""
-        lines = [f"{self.source}: format {self.format}, {self.rows} rows, {self.kept} examples kept{several}"]
+        lines = [
+            f"{self.source}: format {self.format}, {_some(self.rows, 'row')}, "
+            f"{_some(self.kept, 'example')} kept{several}"
+        ]
         lines += [
             f"dropped {count}: {reason} ({_rows(self.dropped_rows.get(reason, []), count)})"
             for reason, count in sorted(self.dropped.items())
@@ -202,6 +205,10 @@ def row_name(row: int, reports: Sequence[DataReport]) -> str:
             return f"row {row + 1} of {report.source}"
         row -= report.rows
     return ""
+
+
+def _some(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _rows(numbers: list[int], count: int) -> str:

@@ -19,7 +19,7 @@ MODEL: tuple[Option, ...] = (
            optional=True, choices=("auto", "bfloat16", "float16", "float32")),
     _model("attn_implementation", None, "Attention kernel: sdpa, eager, flash_attention_2 (pip install flash-attn), "
            "... Unset: transformers' choice.", type="str", optional=True),
-    _quantization("use_peft", False, "Train a LoRA adapter and not all weights.", type="bool", common=True),
+    _quantization("use_peft", False, "Train a LoRA adapter instead of all weights.", type="bool", common=True),
     _lora("lora_r", 16, "Rank of the LoRA adapter.", type="int", low=1, common=True),
     _lora("lora_alpha", 32, "Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_r.", type="int"),
     _lora("lora_dropout", 0.05, "Dropout of the LoRA adapter's input.", type="float", low=0, high=1),

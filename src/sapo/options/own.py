@@ -60,7 +60,7 @@ class OwnOptions(KeepOptions):
     gradient_checkpointing: bool | str = _speed(
         "auto",
         "Recompute activations in the backward pass: much less memory for about 20% more time. auto: only where the "
-        "estimate of this run says that memory asks for it.",
+        "run would not fit into memory without it, by estimate.",
         kind="inherited",
         common=True,
     )

@@ -16,7 +16,9 @@ from sapo.options.own import OwnOptions
 @cache
 def _table() -> Mapping[str, Option]:
     hints = get_type_hints(OwnOptions)
-    own = [from_field(one, hints[one.name]) for one in dataclasses.fields(OwnOptions)]
+    # A section begins with the options that the class declares itself; those of its bases follow.
+    fields = sorted(dataclasses.fields(OwnOptions), key=lambda one: one.name not in OwnOptions.__annotations__)
+    own = [from_field(one, hints[one.name]) for one in fields]
     table: dict[str, Option] = {}
     for one in (*MODEL, *DATA, *own, *INHERITED):
         if one.name in table:

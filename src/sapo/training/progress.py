@@ -122,7 +122,7 @@ class TerminalProgress(TrainerCallback):
         self._status.advance(state.global_step, self._pace(state))
         every = self._log_pairs_steps
         if every and (state.global_step == 1 or state.global_step % every == 0):
-            pairs = self._last_pairs()[: self._pairs]
+            pairs = list(dict.fromkeys(self._last_pairs()))[: self._pairs]
             self._console.print(pair_table(pairs, self._tokenizer, state.global_step))
 
     def on_log(
@@ -175,11 +175,19 @@ def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:
     for pair in pairs:
         chosen, rejected = pair.segment, pair.rewritten
         table.add_row(
-            Text(visible(tokenizer.decode(list(pair.prompt_ids)))[-160:]),
+            Text(_ending(visible(tokenizer.decode(list(pair.prompt_ids))))),
             _marked(tokenizer, pair.chosen_ids, chosen.start, chosen.stop, "green"),
             _marked(tokenizer, pair.rejected_ids, rejected.start, rejected.stop, "red"),
         )
     return table
+
+
+def _ending(text: str, length: int = 160) -> str:
+    """The end of a text, from the beginning of a word on."""
+    if len(text) <= length:
+        return text
+    kept = text[-length:]
+    return f"... {kept.split(maxsplit=1)[-1] if not kept[0].isspace() else kept.lstrip()}"
 
 
 def _marked(tokenizer: Any, ids: tuple[int, ...], start: int, stop: int, colour: str) -> Text:

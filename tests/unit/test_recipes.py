@@ -294,3 +294,12 @@ def test_a_recipe_names_its_files_from_anywhere(tmp_path, monkeypatch):
         [str(tmp_path / "folder"), ["c.jsonl"]],
         ["owner/hub-set", "https://host/d.jsonl"],
     ]
+
+
+def test_the_list_of_recipes_fits_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) < 80
+    assert "laptop-lora  (a laptop; a CPU is enough)\n    SAPO-DPO with LoRA" in shown

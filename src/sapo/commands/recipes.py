@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from sapo.errors import ConfigurationError, brief
@@ -23,7 +25,7 @@ def run_recipes(name: str | None) -> None:
         ConfigurationError: no such recipe.
     """
     if name is None:
-        sys.stdout.write(_listing())
+        sys.stdout.write(_listing(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     elif name in (files := _other_files()):
         sys.stdout.write(files[name].read_text(encoding="utf-8"))
     else:
@@ -83,8 +85,8 @@ def shipped_names() -> list[str]:
     return list(_shipped())
 
 
-def _listing() -> str:
-    """A line for each recipe: name, machine, description."""
+def _listing(width: int | None) -> str:
+    """A line for each recipe: name, machine, description; on a terminal that is too narrow, folded."""
     rows = []
     for name, file in _shipped().items():
         text = file.read_text(encoding="utf-8")
@@ -92,4 +94,7 @@ def _listing() -> str:
         assert machine is not None, file
         rows.append((name, machine[1], text.splitlines()[0].removeprefix("# ")))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "".join(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {text}\n" for name, machine, text in rows)
+    if width is None or sum(widths) + 4 + max(len(text) for _, _, text in rows) <= width:
+        return "".join(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {text}\n" for name, machine, text in rows)
+    folded = [textwrap.indent(textwrap.fill(text, width - 5), "    ") for _, _, text in rows]
+    return "".join(f"{name}  ({machine})\n{text}\n" for (name, machine, _), text in zip(rows, folded, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
 from sapo.measures.text import ends_in_loop, seq_rep
 from sapo.runs.reading import recipe_option
+from sapo.text import duration_text
 
 ROWS = 200
 MAX_NEW_TOKENS = 256
@@ -81,6 +83,7 @@ def _measure(
     generator = generator_of(loaded, _sampling(session), options.batch_size)
     found: list[Measured] = []
     keys = [_key(session, target, options, data, place, opponent) for place in range(len(data.rows))]
+    todo, done, began = sum(key not in parts for key in keys), 0, time.monotonic()
     for span in chunks(4 * options.batch_size, len(keys)):
         missing = [place for place in span if keys[place] not in parts]
         if missing:
@@ -98,7 +101,9 @@ def _measure(
             )
             for place, one in zip(missing, measured, strict=True):
                 parts.add(keys[place], {"measured": one.as_dict()})
-            session.say(f"{target.name}: {span.stop} of {len(keys)} rows")
+            done += len(missing)
+            left = duration_text((time.monotonic() - began) / done * (todo - done))
+            session.say(f"{target.name}: {span.stop} of {len(keys)} rows{f', {left} left' if done < todo else ''}")
         found += [Measured.of((parts.get(keys[place]) or {})["measured"]) for place in span]
     return found, data, loaded
 

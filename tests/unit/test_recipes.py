@@ -10,7 +10,7 @@ import yaml
 from sapo.commands.arguments import as_recipe, parse
 from sapo.commands.catalog import COMMANDS, LAUNCHER
 from sapo.commands.main import main
-from sapo.commands.recipes import CLUSTER, FOLDER, find_recipe
+from sapo.commands.recipes import CLUSTER, FOLDER, find_recipe, run_recipes
 from sapo.errors import ConfigurationError
 from sapo.options import option
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -299,7 +299,7 @@ def test_a_recipe_names_its_files_from_anywhere(tmp_path, monkeypatch):
 def test_the_list_of_recipes_fits_a_terminal_of_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert main(["recipes"]) == 0
+    run_recipes(None)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) < 80
     assert "laptop-lora  (a laptop; a CPU is enough)\n    SAPO-DPO with LoRA" in shown

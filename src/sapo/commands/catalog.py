@@ -89,7 +89,7 @@ def _estimate(parser: ArgumentParser) -> None:
         help="how the model is divided over them: multi_gpu, zero2, zero3, fsdp2, or an accelerate configuration file",
     )
     add("--model_config", metavar="FILE", help="config.json of the model or its folder, if the model is not available")
-    add("--prompt_length", metavar="N", type=whole(), help="tokens of a prompt; default: as in the data, else the maximum")
+    add("--prompt_length", metavar="N", type=whole(), help="tokens of a prompt; default: from the data, or the maximum")
     add("--response_length", metavar="N", type=whole(), help="tokens of a response; default: likewise")
     add("--json", metavar="FILE", type=Path, help="file for the figures, in bytes and seconds")
 

@@ -20,7 +20,7 @@ from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
 from sapo.measures.text import ends_in_loop, seq_rep
 from sapo.runs.reading import recipe_option
-from sapo.text import duration_text
+from sapo.text.numbers import duration_text
 
 ROWS = 200
 MAX_NEW_TOKENS = 256

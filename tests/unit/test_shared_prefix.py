@@ -1,6 +1,7 @@
 """Laws of the shared layout: it computes what the plain one does, on every architecture that can."""
 
 import copy
+import inspect
 import itertools
 import random
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from sapo.config import HAS_FUSED_LM_HEAD
-from sapo.preference import scoring
+from sapo.preference import scoring, shared_prefix
 from sapo.preference.batches import collate_pairs
 from sapo.preference.objectives import IGNORE, chosen_nll, dpo_loss, orpo_loss, token_logps
 from sapo.preference.pairs import Pair
@@ -358,3 +359,45 @@ def test_scoring_leaves_the_mode_of_the_model_as_it_was():
         assert not torch.is_grad_enabled()
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def varlen_reference(query, key, value, queries, keys, longest_query, longest_key, *, scale, window_size):
+    """What `torch.nn.attention.varlen` computes on CUDA, sequence by sequence in the open."""
+    left, right = window_size
+    assert right == 0
+    assert longest_query == int(queries.diff().max())
+    assert longest_key == int(keys.diff().max())
+    outputs = []
+    for own, seen in zip(itertools.pairwise(queries.tolist()), itertools.pairwise(keys.tolist()), strict=True):
+        q, k, v = query[slice(*own)], key[slice(*seen)], value[slice(*seen)]
+        behind = torch.arange(len(k)) - (len(k) - len(q)) - torch.arange(len(q))[:, None]
+        allowed = (behind <= 0) & ((behind >= -left) if left >= 0 else True)
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+        weights = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights.masked_fill(~allowed, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("objective", [dpo, orpo])
+@pytest.mark.parametrize("name", ["llama", "qwen3, sliding", "mistral, sliding", "gemma3"])
+def test_one_call_for_all_sequences_is_exact(name, objective, monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return varlen_reference(*args, **options)
+
+    monkeypatch.setattr(shared_prefix, "_flash_kernel", lambda query, value: counted)
+    model = make(name)
+    assert prepare_shared_layout(model) is None
+    assert_equal(model, objective)
+    assert calls
+
+
+def test_the_kernel_of_one_call_is_found_where_pytorch_has_it():
+    from torch.nn.attention import varlen
+
+    assert shared_prefix._varlen_attention() is not None
+    assert "window_size" in inspect.signature(varlen.varlen_attn).parameters
+    # Not on a processor.
+    assert shared_prefix._flash_kernel(torch.zeros(1, 2, 3, 64).bfloat16(), torch.zeros(1, 2, 3, 64)) is None

@@ -66,8 +66,18 @@ def summed_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
         `[sums]` in float32 at least, for any dtype of the model, and `[sums]` integers.
     """
     logps = scored_logps(model, rows, fused_lm_head=fused_lm_head)
-    sums = torch.zeros(rows.sums, dtype=logps.dtype, device=logps.device)
-    return sums.index_add(0, rows.owners.flatten()[rows.places], logps), rows.lengths
+    return sums_by_owner(logps, rows.owners.flatten()[rows.places], rows.sums), rows.lengths
+
+
+def sums_by_owner(values: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Sum of `values` `[M]` by owner, `[count]`, in the dtype of `values`.
+
+    A GPU adds in no fixed order. The sums are made in float64, where the order is below the rounding of the result; MPS
+    has no float64.
+    """
+    exact = values.dtype if values.device.type == "mps" else torch.float64
+    sums = torch.zeros(count, dtype=exact, device=values.device).index_add(0, owners, values.to(exact))
+    return sums.to(values.dtype)
 
 
 def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = False) -> Tensor:

@@ -4,20 +4,24 @@ A packed row contains each pair as `[P A B C | a* B' C']`: the chosen sequence, 
 shared token a* (so that every position predicts one token) and continues with the rejected tokens. The branch attends
 to the prefix and itself; pairs do not attend to each other. Positions continue from the prefix in both.
 
-Two ways to compute it, both exact: an attention function registered with transformers that runs each pair through
-scaled dot-product attention at its own lengths (no padding, no mask of the full row), and a block mask for
-FlexAttention. Everything else in the model is token-wise and needs no change.
+Two ways to compute it, both exact: an attention function registered with transformers that computes each pair at its
+own lengths (no padding, no mask of the full row), and a block mask for FlexAttention. Everything else in the model is
+token-wise and needs no change.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -27,6 +31,7 @@ SHARED_ATTENTION = "sapo_shared_prefix"
 """Name under which the attention function is registered; without shared prefixes it is sdpa."""
 
 _LARGEST_FLASH_HEAD = 256
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -49,6 +54,7 @@ class SharedPrefixes:
 
     spans: tuple[PairSpan, ...]
     _masks: dict[tuple[int, int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _sequences: dict[torch.device, Sequences] = field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> list[int]:
@@ -62,6 +68,85 @@ class SharedPrefixes:
             seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
             self._masks[what] = seen if window is None else seen.triu(keys - queries - window + 1)
         return self._masks[what]
+
+    def sequences(self, device: torch.device) -> Sequences:
+        """The row as sequences of unequal lengths, built at first use."""
+        if device not in self._sequences:
+            self._sequences[device] = Sequences.of(self.spans, device)
+        return self._sequences[device]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """A packed row as 2n sequences of unequal lengths: of each pair the chosen one, then the branch after its prefix.
+
+    Attributes:
+        queries: `[2n + 1]` int32, cumulative number of queries.
+        keys: `[2n + 1]` int32, cumulative number of keys; a branch has its prefix's before its own.
+        longest: maximum number of queries and of keys of a sequence.
+        tokens: `[K]`, the token of the row that each key is of.
+        first: `[N]`, the first key of each token.
+        again: `[V]`, the keys that a prefix has a second time, for its branch.
+        shared: `[V]`, the tokens that these are of.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    tokens: Tensor
+    first: Tensor
+    again: Tensor
+    shared: Tensor
+
+    @classmethod
+    def of(cls, spans: tuple[PairSpan, ...], device: torch.device) -> Sequences:
+        """From the pairs of a row; copied to `device` without synchronizing."""
+        queries, keys = [], []
+        tokens: list[int] = []
+        first: list[int] = []
+        again: list[int] = []
+        shared: list[int] = []
+        for span in spans:
+            chosen, branch = span.middle - span.start, span.stop - span.middle
+            prefix = range(span.start, span.start + span.visible)
+            at, then = len(tokens), len(tokens) + chosen
+            tokens += [*range(span.start, span.middle), *prefix, *range(span.middle, span.stop)]
+            first += [*range(at, then), *range(then + span.visible, len(tokens))]
+            again += range(then, then + span.visible)
+            shared += prefix
+            queries += [chosen, branch]
+            keys += [chosen, span.visible + branch]
+
+        def sent(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            queries=sent([0, *accumulate(queries)], torch.int32),
+            keys=sent([0, *accumulate(keys)], torch.int32),
+            longest=(max(queries), max(keys)),
+            tokens=sent(tokens),
+            first=sent(first),
+            again=sent(again),
+            shared=sent(shared),
+        )
+
+
+class _KeysOfSequences(torch.autograd.Function):
+    """States `[N, heads, size]` of a row's tokens as those of its sequences' keys, `[K, heads, size]`.
+
+    `index_select` alone would add gradients in an order that a GPU does not fix; a token has at most two here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        return states.index_select(0, sequences.tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.index_select(0, ctx.sequences.first)
+        return own.index_add_(0, ctx.sequences.shared, grad.index_select(0, ctx.sequences.again)), None
 
 
 def shared_prefix_attention(
@@ -97,7 +182,68 @@ def shared_prefix_attention(
         )
         return output, None
     window: int | None = kwargs.get("sliding_window")
+    kernel = None if dropout else _flash_kernel(query, value)
+    if kernel is not None:
+        return _sequences_attention(kernel, query, key, value, shared_prefixes, window, scaling), None
     return _pairs_attention(query, key, value, shared_prefixes, window, dropout, scaling), None
+
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's attention of sequences of unequal lengths in one call, on CUDA; None before PyTorch 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:
+        return None
+    # Older versions take grouped keys without being told.
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    """Of attention: that of autocast, where it is on. Rotary embeddings return float32 there."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def _flash_kernel(query: Tensor, value: Tensor) -> Callable[..., Any] | None:
+    """The function that computes all pairs in one call; None where device, dtype or sizes do not allow it."""
+    size = query.shape[-1]
+    fits = size == value.shape[-1] and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
+    if query.device.type != "cuda" or not fits or _compute_dtype(query) not in _FLASH_DTYPES:
+        return None
+    if torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    return _varlen_attention()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _sequences_attention(
+    kernel: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefixes: SharedPrefixes,
+    window: int | None,
+    scaling: float | None,
+) -> Tensor:
+    """As `_pairs_attention`, in one call: a row of many short pairs would start many small kernels one by one."""
+    sequences, dtype = prefixes.sequences(query.device), _compute_dtype(query)
+    own, keys, values = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    output: Tensor = kernel(
+        own,
+        _KeysOfSequences.apply(keys, sequences),  # type: ignore[no-untyped-call]
+        _KeysOfSequences.apply(values, sequences),  # type: ignore[no-untyped-call]
+        sequences.queries,
+        sequences.keys,
+        *sequences.longest,
+        scale=scaling,
+        # Counted from a sequence's last key; the token itself is not in the window's size here.
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return output[None]
 
 
 # torch.compile would recompile for every length of every pair, so it skips this function.
@@ -139,7 +285,7 @@ def attention_options(query: Tensor, key: Tensor, window: int | None, prefixes: 
     own, keys, device = query.shape[2], key.shape[2], query.device
     windowed = window is not None and window < keys
     on_host = device.type == "cpu"
-    flash = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    flash = _compute_dtype(query) in _FLASH_DTYPES and query.shape[-1] <= _LARGEST_FLASH_HEAD
     options: dict[str, Any] = {}
     if not windowed and own == keys:
         options["is_causal"] = True

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sapo.errors import ModelError
 from sapo.preference.batches import PairBatch, ScoredRows
 from sapo.preference.objectives import token_logps
-from sapo.preference.scoring import PairScores, model_inputs, scored_logps
+from sapo.preference.scoring import PairScores, model_inputs, scored_logps, sums_by_owner
 
 CHUNK_LOGITS = 1 << 23
 """Maximum number of logits of one model that are computed together."""
@@ -184,7 +184,7 @@ def score_sft(
     lengths = torch.bincount(owners, minlength=len(batch))
 
     def summed(values: Tensor) -> Tensor:
-        return torch.zeros(len(batch), dtype=values.dtype, device=values.device).index_add(0, owners, values)
+        return sums_by_owner(values, owners, len(batch))
 
     sums = summed(logps)
     return PairScores(

@@ -9,6 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from sapo.commands.catalog import LAUNCHER
+from tests.judged import JUDGE_PROMPT, write_baseline, write_mt_bench
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,8 @@ NAMES = {
     'model="my-model"': 'model="tiny-model"',
     " heldout.json": " held-out.jsonl",
     " train.json": " my.jsonl",
+    "--model_name_or_path MODEL ": "--model_name_or_path tiny-model ",
+    "/shared/weights": "weights",
     "Air scatters blue light most.": "w3 w4 w5 w6",
     "The sea reflects its colour.": "w3 w7 w8 w9",
 }
@@ -55,43 +59,37 @@ SIZES = {
 """Flags that a command gets besides its own."""
 
 PARSED = {
-    "sapo demo": "tests/integration/test_demo.py runs it",
-    "sapo export": "needs llama.cpp, or a run: tests/integration/test_export.py, with a converter of its own",
-    "sapo serve": "starts vLLM servers: tests/integration/test_vllm_server.py",
-    "--vllm_server_url": "needs vLLM servers: tests/integration/test_vllm_server.py",
-    "--generation_backend vllm": "needs vLLM: tests/integration/test_vllm_server.py",
-    "--accelerate_config": "starts processes: tests/distributed/test_launch.py",
-    "--config llama3-8b": "a model of 8 billion parameters: tests/integration/test_published_recipes.py",
-    "--config mistral-7b": "a model of 7 billion parameters: tests/integration/test_published_recipes.py",
-    "--push_to_hub": "sends to the hub: tests/integration/test_hub.py, against a hub of its own",
+    "sapo demo": "ten seconds even at one step: tests/integration/test_demo.py runs it",
+    "--gguf": "needs llama.cpp and the package gguf: tests/integration/test_starts.py, with a converter of its own",
+    "sapo serve": "needs vLLM: tests/integration/test_vllm_server.py",
+    "vllm_colocate": "needs vLLM: tests/integration/test_vllm_colocate_run.py",
+    "--config llama3-8b": "tests/integration/test_published_recipes.py runs the recipe, with a tiny base model",
+    "--config mistral-7b": "tests/integration/test_published_recipes.py runs the recipe, with a tiny base model",
     "--report_to": "needs a tracker: tests/integration/test_tracking.py",
-    "--suite leaderboard": "needs lm-eval: tests/integration/test_harness.py",
-    "--suite ifeval": "needs lm-eval: tests/integration/test_harness.py",
-    "--suite mt_bench": "needs a judge: tests/integration/test_evaluate.py",
-    "--suite alpaca_eval": "needs a judge: tests/integration/test_evaluate.py",
-    "--max_steps 150": "the run of a published table, on data that are not part of this repository",
+    "--suite leaderboard": "needs lm-eval, an extra: tests/integration/test_harness.py",
+    "--suite ifeval": "needs lm-eval, an extra: tests/integration/test_harness.py",
 }
-"""Commands of this package that are parsed and not run, and why."""
+"""Commands of this package that are parsed and not run, and why. Of several processes one is run."""
 
 FOREIGN = {
-    "python -m venv": "what the tests run in was made so",
-    "python3 -m venv": "what the tests run in was made so",
+    "python -m venv": "makes an environment and installs into it, for minutes; the tests run in one that was made so",
+    "python3 -m venv": "likewise",
     "source ": "likewise",
     "pip install": "likewise",
     ".venv-vllm/bin/pip install": "likewise",
     "make ": "likewise; .ci/run runs the targets",
-    "trl sft": "trl's command; tests/unit/test_recipes.py reads the recipe",
-    "trl dpo": "trl's command; tests/contract/test_trl.py compares its trainer",
-    "vllm serve": "vLLM",
-    "llama-": "llama.cpp",
-    "ollama ": "Ollama",
-    "lms ": "LM Studio",
-    "trackio show": "serves a page until it is stopped",
-    "lm-eval run": "the other side of a comparison: tests/integration/test_harness.py",
-    "python -m vllm": "test_docs.py compares it with what `sapo serve` starts",
-    "python benchmarks/": "measurements; tests/unit/test_benchmarks.py",
-    "export ": "a variable of the shell",
-    "eval ": "shell completion",
+    "trl sft": "test_docs.py runs it (slow: two processes that import trl)",
+    "trl dpo": "likewise",
+    "vllm serve": "needs vLLM, which has no build for the tests' environment",
+    "llama-": "needs llama.cpp, a program that has to be compiled",
+    "ollama ": "needs Ollama, a service of the machine",
+    "lms ": "needs LM Studio, a desktop program",
+    "trackio show": "needs trackio, an extra, and serves a page until it is stopped",
+    "lm-eval run": "needs lm-eval, an extra; the other side of a comparison: tests/integration/test_harness.py",
+    "python -m vllm": "needs vLLM; test_docs.py compares it with what `sapo serve` starts",
+    "python benchmarks/": "minutes to hours; tests/unit/test_benchmarks.py runs their parts",
+    "export ": "test_docs.py sets the variable",
+    "eval ": "test_docs.py runs it in a shell",
 }
 """Beginnings of other commands, and why they are not run."""
 
@@ -138,9 +136,26 @@ def substituted(text):
     return text
 
 
-def sized(command):
-    """The arguments of a command of this package, small enough for a test."""
-    arguments = shlex.split(substituted(without_variables(command)))[1:]
+def sized(command, servers=(), judge=None):
+    """The arguments of a command of this package, small enough for a test, in one process.
+
+    Args:
+        command: as on the page.
+        servers: URLs in the place of those of vLLM servers.
+        judge: URL in the place of a judge's.
+    """
+    text = substituted(without_variables(command))
+    for flag in ("accelerate_config", *LAUNCHER):
+        text = re.sub(rf" --{flag} \S+", "", text) if text.startswith("sapo train") else text
+    for given, url in zip(dict.fromkeys(re.findall(r"(?<=--vllm_server_url )\S+", text)), servers, strict=False):
+        text = text.replace(given, url)
+    arguments = shlex.split(text)[1:]
+    if servers and "--vllm_server_url" in arguments and "--generation_backend" not in arguments:
+        arguments += ["--generation_backend", "vllm_server"]  # as the page has it in the recipe
+    if judge is not None and "--judge_model" in arguments:
+        if "--judge_base_url" not in arguments:
+            arguments += ["--judge_base_url", ""]
+        arguments[arguments.index("--judge_base_url") + 1] = judge
     for at, word in enumerate(arguments[:-1]):
         if word in VALUES:
             arguments[at + 1] = VALUES[word]
@@ -181,5 +196,11 @@ def furnish(folder, tokenizer):
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5 w6 w7 w8"}]
     for name in ("my.jsonl", "held-out.jsonl"):
         (folder / name).write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    for name in ("llm_judge/data/mt_bench", "DATA/mt_bench"):
+        write_mt_bench(folder / name)
+    for name in ("alpaca_eval_gpt4_baseline.json", "baseline.json"):
+        write_baseline(folder / name)
+    (folder / "alpaca_eval_clf.txt").write_text(JUDGE_PROMPT)
+    (folder / "chat.jinja").write_text(TEMPLATE)
     recipe = {"model_name_or_path": "tiny-model", "dataset_name": "my.jsonl", "output_dir": "runs/recipe"}
     (folder / "recipe.yaml").write_text("".join(f"{name}: {value}\n" for name, value in recipe.items()))

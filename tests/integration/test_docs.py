@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,15 @@ from sapo.commands.main import main
 from sapo.commands.parser import parse_command
 from sapo.commands.recipes import FOLDER, find_recipe
 from sapo.demo.run import ARMS
+from sapo.hub import publish
 from sapo.options import accepted
 from tests.integration import pages
 from tests.integration.pages import DOCS, PAGES, ROOT
+from tests.integration.test_hub import Hub
+from tests.judge_server import arithmetic, serving
 from tests.reports import write_run
+from tests.tiny import tiny_llama
+from tests.vllm_servers import StandIn
 
 NAMED = [page for page in PAGES if pages.commands(page)]
 WITH_PYTHON = [page for page in PAGES if any(block.kind == "python" for block in pages.blocks(page))]
@@ -87,16 +94,76 @@ def check_parsed(command):
         parsed.values()
 
 
+@pytest.fixture
+def services(reader, monkeypatch):
+    """What stands in for services: of vLLM servers and of a judge the URLs, on demand; of the hub, a hub in memory."""
+    hub = Hub()
+    monkeypatch.setattr(publish, "HfApi", hub.client)
+    with ExitStack() as stack:
+
+        def start(commands):
+            found = {}
+            if any("--vllm_server_url" in command for command in commands):
+                servers = [StandIn(reader / "tiny-model") for _ in range(2)]
+                for server in servers:
+                    stack.callback(server.stop)
+                found["servers"] = [server.url for server in servers]
+            if any("--judge_model" in command for command in commands):
+                found["judge"] = stack.enter_context(serving(arithmetic)).url
+            return found
+
+        yield start
+
+
 @pytest.mark.parametrize("page", NAMED, ids=name_of)
-def test_every_command_of_a_page_runs(page, reader, finished_runs, monkeypatch, capsys):
-    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
+def test_every_command_of_a_page_runs(page, reader, services, finished_runs, monkeypatch, capsys):
     own = [one for one in pages.commands(page) if pages.without_variables(one).startswith("sapo ")]
-    lay_out_runs(reader, finished_runs, [command for command in own if not pages.only_parsed(command)])
-    for command in own:
-        if pages.only_parsed(command):
+    run = [command for command in own if not pages.only_parsed(command)]
+    lay_out_runs(reader, finished_runs, run)
+    found = services(run)
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
+    for command in pages.commands(page):
+        if command.startswith("export "):
+            monkeypatch.setenv(*command.removeprefix("export ").split("=", 1))
+        if command not in own:
+            continue
+        if command not in run or "--accelerate_config" in command:
             check_parsed(command)
-        else:
-            assert main(pages.sized(command)) == 0, f"{command}\n{capsys.readouterr().err}"
+        if command in run:
+            assert main(pages.sized(command, **found)) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+def test_completion_is_evaluated_by_a_shell():
+    lines = {line for page in PAGES for line in pages.commands(page) if line.startswith("eval ")}
+    for line in lines:
+        typed = f'sapo() {{ {shlex.quote(sys.executable)} -m sapo "$@"; }}; {line}; complete -p sapo'
+        assert "sapo" in subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_trls_commands_run(reader, tokenizer):
+    """SFT of a base model with the template of another, and DPO on pairs that `sapo generate` wrote."""
+    tiny_llama().save_pretrained(reader / "tiny-base")
+    tokenizer.save_pretrained(reader / "tiny-base")
+    (reader / "data").mkdir()
+    shutil.copy(reader / "my.jsonl", reader / "data")
+    shutil.copy(FOLDER / "trl-sft.yaml", reader)
+    elsewhere = pages.commands(DOCS / "guides/elsewhere.md")
+    (pairs,) = [one for one in elsewhere if one.startswith("sapo generate")]
+    assert main(pages.sized(pairs)) == 0
+    (reader / "pairs").mkdir()
+    (reader / "round-0.parquet").rename(reader / "pairs/round-0.parquet")
+    small = "--use_cpu --bf16 false --max_steps 1 --max_length 32 --report_to none --per_device_train_batch_size 2"
+    trl = [sys.executable, "-c", "import sys; from trl.cli import main; sys.argv[0] = 'trl'; main()"]
+    run = [one for one in [*pages.commands(DOCS / "tutorial.md"), *elsewhere] if one.startswith("trl ")]
+    assert [one.split()[1] for one in run] == ["sft", "dpo"]
+    for line in run:
+        line = line.replace("HuggingFaceTB/SmolLM2-135M ", "tiny-base ")
+        words = shlex.split(f"{pages.substituted(line)} {small}")[1:]
+        done = subprocess.run([*trl, *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder,) = [words[at + 1] for at, word in enumerate(words) if word == "--output_dir"]
+        assert (reader / folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", NAMED, ids=name_of)
@@ -206,8 +273,6 @@ def test_the_notebook_runs_from_top_to_bottom(capsys, monkeypatch):
 
 def test_the_site_builds_and_has_every_option(tmp_path):
     pytest.importorskip("mkdocs", reason="needs mkdocs: make docs")
-    import subprocess
-
     site = tmp_path / "site"
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],

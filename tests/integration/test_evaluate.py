@@ -13,7 +13,8 @@ from sapo.commands.parser import parse_command
 from sapo.evaluation import local
 from sapo.generation.decoding import TransformersGenerator
 from tests.judge_server import KEY, serving
-from tests.tiny import WORDS, tiny_llama, tiny_rows, tiny_tokenizer
+from tests.judged import JUDGE_PROMPT, write_baseline, write_mt_bench
+from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
@@ -180,37 +181,7 @@ def test_task_file_verifies_what_the_model_says(evaluate, model, tmp_path):
 
 @pytest.fixture
 def mt_bench(tmp_path):
-    folder = tmp_path / "mt_bench"
-    folder.mkdir()
-    categories = ["writing", "math", "coding", "roleplay"]
-    questions = [
-        {"question_id": 81 + n, "category": categories[n % 4], "turns": [f"w{n} w1", f"w{n + 1}"]} for n in range(6)
-    ]
-    references = [
-        {"question_id": q["question_id"], "choices": [{"turns": ["w5", "w6"]}]}
-        for q in questions
-        if q["category"] in ("math", "coding")
-    ]
-    plain = {"system_prompt": "Rate.", "prompt_template": "Q {question} A {answer}"}
-    two = {"system_prompt": "Rate.", "prompt_template": "Q {question_1} A {answer_1} Q {question_2} A {answer_2}"}
-    with_reference = {"system_prompt": "Rate.", "prompt_template": "Q {question} R {ref_answer_1} A {answer}"}
-    two_with = {
-        "system_prompt": "Rate.",
-        "prompt_template": "R {ref_answer_1} {ref_answer_2} Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
-    }
-    prompts = [
-        {"name": "single-v1", **plain},
-        {"name": "single-v1-multi-turn", **two},
-        {"name": "single-math-v1", **with_reference},
-        {"name": "single-math-v1-multi-turn", **two_with},
-    ]
-    for name, rows in (
-        ("question.jsonl", questions),
-        ("judge_prompts.jsonl", prompts),
-        ("reference_answer_gpt-4.jsonl", references),
-    ):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_mt_bench(tmp_path / "mt_bench")
 
 
 def with_reference_better(body):
@@ -289,13 +260,7 @@ def test_budget_is_of_the_command_and_not_of_each_model(evaluate, model, mt_benc
 
 @pytest.fixture
 def instructions(tmp_path):
-    rows = [
-        {"instruction": f"w{n} w{n + 1}", "output": " ".join(WORDS[: 3 + n % 4]), "generator": "base", "dataset": "own"}
-        for n in range(12)
-    ]
-    file = tmp_path / "baseline.json"
-    file.write_text(json.dumps(rows))
-    return file
+    return write_baseline(tmp_path / "baseline.json")
 
 
 def first_is_better(body):
@@ -326,10 +291,7 @@ def test_position_swap_cancels_a_judge_that_looks_at_positions_alone(
 def test_published_prompt_form_and_one_order(evaluate, model, instructions, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text(
-        "<|im_start|>system\nRank.\n<|im_end|>\n<|im_start|>user\n"
-        '{"instruction": "{instruction}", "m": "{output_1}", "M": "{output_2}"}\n<|im_end|>\n'
-    )
+    prompt.write_text(JUDGE_PROMPT)
     with serving(first_is_better) as server:
         evaluate(
             *(model, "--suite", "alpaca_eval", "--alpaca_eval_data", instructions, "--max_new_tokens", 6),

@@ -170,16 +170,17 @@ def test_data_check_goes_on_after_lines_that_cannot_be_read(model, tmp_path, cap
     assert "line 1: not valid JSON" in capsys.readouterr().err
 
 
-def test_data_check_imports_neither_peft_nor_a_trainer(model, tmp_path):
+def test_data_check_imports_neither_torch_nor_peft_nor_a_trainer(model, tmp_path):
     data = write(tmp_path / "a.jsonl", [{"messages": talk("a", "b")}])
     code = (
         "import sys; from sapo.commands.main import main; status = main(sys.argv[1:]);"
-        "heavy = {'peft', 'bitsandbytes', 'transformers.trainer', 'sapo.config'} & set(sys.modules);"
+        "heavy = {'torch', 'accelerate', 'peft', 'bitsandbytes', 'transformers.trainer', 'sapo.config'} & set(sys.modules);"
         "print(status, sorted(heavy))"
     )
     arguments = ["data", "check", str(data), "--model_name_or_path", str(model)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
+    assert done.stderr == ""
 
 
 def test_data_check_tells_lengths_turns_and_systems(model, tmp_path, capsys):

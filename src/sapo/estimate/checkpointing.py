@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 from trl import ModelConfig
 
@@ -15,6 +14,7 @@ from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOCon
 from sapo.errors import brief
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
 from sapo.text.numbers import bytes_text
+from sapo.weights.description import is_causal
 from sapo.weights.footprint import Strategy, free_memory, running_strategy
 from sapo.weights.source import quantization_method
 
@@ -80,7 +80,7 @@ def memory_without_recomputation(
 def _needs_recomputation(args: SAPOConfig, model: Any, peft_config: Any) -> bool:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     config = inner.config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config.get_text_config(), "num_hidden_layers"):
+    if not is_causal(config) or not hasattr(config.get_text_config(), "num_hidden_layers"):
         logger.info("gradient_checkpointing=auto: true, since this architecture's memory cannot be estimated.")
         return True
     adapter = peft_config or (model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None)

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.hub.self_check import Agreement, Reply, agreement, allowed_difference, greedy_replies, prompts
-from sapo.runs.checkpoint import read_tensors
 from sapo.runs.files import write_atomically
 from sapo.runs.folder import replace_folder
 from sapo.runs.layout import OPPONENT_FOLDER, STATE_FILE
 from sapo.runs.origin import package_versions
 from sapo.runs.reading import is_run, recipe_option, start_of
+from sapo.runs.tensors import read_tensors
 from sapo.weights.loading import load_frozen, load_tokenizer, read_config
 from sapo.weights.opponent import policy_tensors
 from sapo.weights.policy import repair_generation_config

@@ -1,7 +1,7 @@
 """The part of a checkpoint that Trainer does not save: opponent, reference, replay buffers, facts about the run.
 
-Tensors as safetensors, the rest as JSON. A manifest with the SHA-256 of every file in the folder is written last, so
-that a damaged or incomplete checkpoint is detected before it is used.
+Tensors as safetensors (see `tensors`), the rest as JSON. A manifest with the SHA-256 of every file in the folder is
+written last, so that a damaged or incomplete checkpoint is detected before it is used.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from sapo.errors import CheckpointError
 from sapo.runs.files import file_digest, write_atomically
 from sapo.runs.layout import MANIFEST_FILE, STATE_FILE
@@ -25,31 +21,6 @@ REMOVING = ".removing-"
 
 _READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".json")
 """Suffixes of files that a library may load by itself."""
-
-
-def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write `part`.safetensors."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / f"{part}.safetensors",
-    )
-
-
-def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
-    """Read `part`.safetensors.
-
-    Raises:
-        CheckpointError: the part is missing or damaged.
-    """
-    file = folder / f"{part}.safetensors"
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: lacks {file.name}. Resume from another checkpoint, or with its original options."
-        ) from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: damaged ({error}). Resume from another checkpoint.") from error
 
 
 def write_json(folder: Path, name: str, content: Any) -> None:

@@ -31,11 +31,11 @@ from sapo.measures.retention import (
     states_of,
 )
 from sapo.preference.token_distributions import Head
-from sapo.runs import checkpoint as parts
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import RETENTION_PART
 from sapo.runs.metrics import RETENTION_GAIN, RETENTION_GENERAL, RETENTION_TASK, RETENTION_TIME
 from sapo.runs.reply_cache import kept_replies, replies_key
+from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
 from sapo.training.time_share import TimeShare
@@ -221,7 +221,7 @@ class RetentionSignals:
         if has_trained_head(self._context.roles.policy()):
             tensors |= {f"head.{name}": tensor for name, tensor in head.module.state_dict().items()}
         self._folder.path.mkdir(parents=True, exist_ok=True)
-        parts.write_tensors(self._folder.path, RETENTION_PART, tensors)
+        write_tensors(self._folder.path, RETENTION_PART, tensors)
 
     def _restore(self, checkpoint: Path) -> None:
         places = (self._folder.path, checkpoint.parent)
@@ -231,7 +231,7 @@ class RetentionSignals:
                 f"{checkpoint}: its run folder lacks {RETENTION_PART}.safetensors, which holds the start to measure "
                 "against. Leave eval_retention out, or start the run afresh."
             )
-        tensors = parts.read_tensors(folder, RETENTION_PART)
+        tensors = read_tensors(folder, RETENTION_PART)
         for group in _GROUPS:
             columns = [_rows_of(tensors, f"{group}_{name}") for name in ("prompt_ids", "reply_ids")]
             self._forced[group] = [Forced(prompt, reply) for prompt, reply in zip(*columns, strict=True)]

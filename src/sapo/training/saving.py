@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sapo.errors import CheckpointError, SapoError, brief
-from sapo.runs.checkpoint import write_tensors
 from sapo.runs.folder import STAGING, readable, replace_folder, writing
 from sapo.runs.layout import OPPONENT_FOLDER
+from sapo.runs.tensors import write_tensors
 from sapo.runs.world import World
 from sapo.training.context import RunContext
 from sapo.weights.opponent import policy_tensors

@@ -18,6 +18,7 @@ from sapo.preference.pairs import PairSource, SourceState
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.runs import checkpoint as parts
 from sapo.runs import untrusted
+from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs
@@ -98,17 +99,17 @@ class RunState:
         folder.mkdir(parents=True, exist_ok=True)
         world = self.context.world
         for part, tensors in self.source.state().items():
-            parts.write_tensors(folder, f"{part}_{world.process}", tensors)
+            write_tensors(folder, f"{part}_{world.process}", tensors)
         self.source.save(folder, step)
         parts.write_json(folder, f"sapo_process_{world.process}.json", self.log.state())
         full = {role: shadow.full() for role, shadow in self.context.roles.kept().items()}
         if not world.first:
             return
         for role, tensors in full.items():
-            parts.write_tensors(folder, role, tensors)
+            write_tensors(folder, role, tensors)
         for digest, pairs in self.eval_pairs.made.items():
             entries = [BufferEntry(pair, 0, 0) for pair in pairs]
-            parts.write_tensors(folder, f"eval_pairs_{digest}", entries_to_tensors(entries))
+            write_tensors(folder, f"eval_pairs_{digest}", entries_to_tensors(entries))
         parts.write_json(
             folder,
             parts.STATE_FILE,
@@ -147,7 +148,7 @@ class RunState:
             for digest in state["eval_pairs"]:
                 if not re.fullmatch("[0-9a-f]+", digest):
                     raise ValueError(f"{digest!r} is not the digest of a dataset")
-                tensors = parts.read_tensors(folder, f"eval_pairs_{digest}")
+                tensors = read_tensors(folder, f"eval_pairs_{digest}")
                 entries = checked_entries(tensors, self._vocabulary_size)
                 self.eval_pairs.made[digest] = [entry.item for entry in entries]
 
@@ -159,7 +160,7 @@ class RunState:
         """
         for role, shadow in self.context.roles.kept().items():
             try:
-                shadow.restore(parts.read_tensors(folder, role))
+                shadow.restore(read_tensors(folder, role))
             except ValueError as error:
                 raise CheckpointError(f"{folder / role}.safetensors: {error}.") from error
 
@@ -187,10 +188,10 @@ def _check_adapter(policy: Any, folder: Path) -> None:
     """Peft fills in what an adapter lacks, and says nothing."""
     embeddings = saves_embeddings(policy, POLICY_ADAPTER)
     own = set(get_peft_model_state_dict(policy, adapter_name=POLICY_ADAPTER, save_embedding_layers=embeddings))
-    different = sorted(own ^ set(parts.read_tensors(folder, "adapter_model")))
+    different = sorted(own ^ set(read_tensors(folder, "adapter_model")))
     if different:
         raise other_weights(different)
 
 
 def _source_state(folder: Path, names: Sequence[str], process: int) -> SourceState:
-    return {name: parts.read_tensors(folder, f"{name}_{process}") for name in names}
+    return {name: read_tensors(folder, f"{name}_{process}") for name in names}

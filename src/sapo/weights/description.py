@@ -11,7 +11,9 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_torch_available, logging
 
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.weights.source import (
@@ -22,12 +24,13 @@ from sapo.weights.source import (
     loading_error,
     not_in_repository,
     read_adapter_config,
-    switch_off_router_logits,
     trained_rows,
 )
 
 if TYPE_CHECKING:
     from trl import ModelConfig
+
+logger = logging.get_logger(__name__)
 
 LOADING_ERRORS = (
     OSError,
@@ -150,7 +153,7 @@ def config_of(source: ModelSource) -> Any:
         ModelError: as for `read_config`.
     """
     source, config = _resolved(source)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_causal(config):
         raise ModelError(
             f"{source.base}: model_type {config.model_type} is not a causal language model in transformers. Use a "
             "model that generates text from left to right."
@@ -161,6 +164,23 @@ def config_of(source: ModelSource) -> Any:
         text, rows = config.get_text_config(), trained_rows(read_adapter_config(Path(source.adapter)))
         text.vocab_size = max(text.vocab_size, rows)
     return config
+
+
+def is_causal(config: Any) -> bool:
+    """Whether transformers has a causal language model for a configuration, or one was registered."""
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_torch_available():
+        return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def switch_off_router_logits(config: Any) -> None:
+    """Score a mixture of experts without its router loss, whose masks do not fit packed rows and cached decoding."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+            logger.warning_once(
+                "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
+            )
 
 
 def _name(model_args: ModelConfig) -> str:

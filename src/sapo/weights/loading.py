@@ -37,6 +37,7 @@ from sapo.weights.description import (
     load_tokenizer,
     read_config,
     source_of,
+    switch_off_router_logits,
 )
 from sapo.weights.embeddings import grow
 from sapo.weights.footprint import check_memory
@@ -47,7 +48,6 @@ from sapo.weights.source import (
     loading_error,
     quantization_method,
     read_adapter_config,
-    switch_off_router_logits,
     trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter

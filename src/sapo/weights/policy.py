@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, TokenizerError, brief
+from sapo.weights.description import switch_off_router_logits
 from sapo.weights.generation_settings import repair_generation_config
-from sapo.weights.source import switch_off_router_logits
 
 logger = logging.get_logger(__name__)
 

@@ -20,11 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers.utils import logging
 
 from sapo.errors import ModelError, brief, pip_line, require
-
-logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -335,13 +332,3 @@ def trained_rows(stored: Mapping[str, Any]) -> int:
     indices = stored.get("trainable_token_indices") or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     return max((int(token) + 1 for tokens in lists for token in tokens), default=0)
-
-
-def switch_off_router_logits(config: Any) -> None:
-    """Score a mixture of experts without its router loss, whose masks do not fit packed rows and cached decoding."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False
-            logger.warning_once(
-                "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
-            )

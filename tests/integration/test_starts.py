@@ -247,7 +247,7 @@ def test_a_gguf_file_is_dequantized_and_trained(flags, made, tmp_path, train, ca
     write_gguf(made, tmp_path / "folder" / "model.gguf")
     loaded = loading.load_frozen(str(tmp_path / "folder"), device="cpu")
     torch.testing.assert_close(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(made)))
-    run = train(tmp_path / "folder", *flags)
+    run = train(tmp_path / "folder", "--max_length_policy", "truncate", *flags)
     assert "dequantized to float32" in caplog.text
     assert "quantization_config" not in (run / ("adapter_config.json" if flags else "config.json")).read_text()
     trained = loading.load_frozen(str(run), device="cpu")
@@ -262,11 +262,12 @@ def test_gguf_files_that_cannot_be_read_are_one_line(made, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_gguf(made, folder / "one.gguf")
-    (folder / "two.gguf").write_bytes(b"nothing")
+    for start in (b"nothing", b"GGUF"):
+        (folder / "two.gguf").write_bytes(start)
+        with pytest.raises(ModelError, match="cannot be read from this GGUF file"):
+            loading.read_config(str(folder / "two.gguf"))
     with pytest.raises(ModelError, match=r"holds 2 GGUF files.*one\.gguf"):
         loading.read_config(str(folder))
-    with pytest.raises(ModelError, match="cannot be read from this GGUF file"):
-        loading.read_config(str(folder / "two.gguf"))
     (folder / "big-00001-of-00002.gguf").write_bytes(b"half")
     with pytest.raises(ModelError, match="llama-gguf-split"):
         loading.read_config(str(folder / "big-00001-of-00002.gguf"))

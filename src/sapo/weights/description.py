@@ -5,6 +5,7 @@ As in `loading`, code from a model folder is never run.
 
 from __future__ import annotations
 
+import struct
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,6 +43,7 @@ LOADING_ERRORS = (
     RuntimeError,
     SafetensorError,
     UnpicklingError,
+    struct.error,
 )
 """What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
 

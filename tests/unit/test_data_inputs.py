@@ -163,7 +163,7 @@ def test_data_check_goes_on_after_lines_that_cannot_be_read(model, tmp_path, cap
     assert f"{file}:formatmessages,10rows,2exampleskept" in joined
     assert "refused 6: not valid JSON (Expecting value). (rows 4, 5, 6, 7, 8, ...)" in said
     assert "refused 1: is a list; each row must be an object with named fields. (row 3)" in said
-    assert f"{test}:formatmessages,2rows,1exampleskept" in joined
+    assert f"{test}:formatmessages,2rows,1examplekept" in joined
     assert shown.err.startswith("DatasetError: 9 of 12 rows are refused")
     file.write_text("{\n{")
     assert check(model, file) == 2

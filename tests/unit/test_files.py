@@ -14,6 +14,7 @@ from sapo.runs.files import (
     replacing,
     write_atomically,
 )
+from sapo.runs.user_cache import user_cache
 
 
 def test_an_error_leaves_the_earlier_file_and_nothing_beside_it(tmp_path):
@@ -79,3 +80,14 @@ def test_a_file_that_holds_no_object_is_refused(name, content, tmp_path):
     file.write_text(content)
     with pytest.raises(ConfigurationError, match=name):
         read_object(file)
+
+
+def test_the_users_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("SAPO_CACHE_DIR", raising=False)
+    assert user_cache("rows") == tmp_path / "home/.cache/sapo/rows"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert user_cache("rows") == tmp_path / "xdg/sapo/rows"
+    monkeypatch.setenv("SAPO_CACHE_DIR", "~/own")
+    assert user_cache("rows") == tmp_path / "home/own/rows"

@@ -162,8 +162,3 @@ def test_the_model_is_made_once(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model"]
     fake_download(monkeypatch, None, returncode=1)
     chat_model.make_chat_model(tmp_path / "cache" / "model", Console(quiet=True))
-
-
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert chat_model.default_folder().parent == tmp_path / "sapo"

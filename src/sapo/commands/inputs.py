@@ -18,7 +18,6 @@ import datasets
 from transformers.utils import logging
 
 from sapo.commands.data_arguments import Described
-from sapo.data import cache
 from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
@@ -31,6 +30,7 @@ from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError, TokenizerError
 from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
+from sapo.runs.user_cache import user_cache
 from sapo.weights.description import generation_eos_ids, load_config, load_template_tokenizer, load_tokenizer
 
 _ROWS_WITH_BAR = 5000
@@ -91,7 +91,7 @@ def load_inputs(run: Described, *, count_faults: bool = False) -> Inputs:
                 eos_ids=eos_ids,
                 count_faults=count_faults,
                 num_proc=config.dataset_num_proc,
-                cache_folder=cache.default_folder() if _rows(members) >= ROWS_THAT_PAY else None,
+                cache_folder=user_cache("rows") if _rows(members) >= ROWS_THAT_PAY else None,
                 progress=progress,
             )
         check_tokens(prepared, reports, tokenizer, model_config)

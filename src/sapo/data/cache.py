@@ -33,11 +33,6 @@ _KEPT = 8
 """Prepared datasets kept; the one that was used the longest ago is removed."""
 
 
-def default_folder() -> Path:
-    """Where `datasets` has its cache."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "sapo"
-
-
 def key(
     rows: list[dict[str, Any]] | datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,

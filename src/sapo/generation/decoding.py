@@ -8,17 +8,18 @@ cache for each token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 from transformers import Cache
 
 from sapo.errors import ConfigurationError, ModelError
+from sapo.generation.forward import frozen, without_router_logits
 from sapo.generation.kv_cache import make_room, surviving_rows
 from sapo.generation.protocol import check_request
-from sapo.generation.sampling import INVALID_TOKEN, Sampling, host_computes
+from sapo.generation.sampling import INVALID_TOKEN, UNDECIDED_TOKEN, Sampling, host_computes
 from sapo.generation.token_step import DecodingRows, replay_for
 from sapo.generation.weight_layout import stored_by_input, weights_cast
 
@@ -84,12 +85,18 @@ class TransformersGenerator:
         longest = max(max_new_tokens, default=0)
         with (
             self._model_context() as model,
-            _decoding(model),
+            frozen(model),
             _in_compute_type(model),
             stored_by_input(model, min(size, len(rows)), longest),
         ):
             for first in range(0, len(rows), size):
-                self._decode(model, rows[first : first + size], contexts, max_new_tokens, seeds, replies)
+                together = rows[first : first + size]
+                try:
+                    self._decode(model, together, contexts, max_new_tokens, seeds, replies)
+                except _UndecidedError:
+                    for row in together:
+                        replies[row].clear()
+                    self._decode(model, together, contexts, max_new_tokens, seeds, replies, whole=True)
         return replies
 
     def _decode(
@@ -100,8 +107,10 @@ class TransformersGenerator:
         max_new_tokens: Sequence[int],
         seeds: Sequence[int],
         replies: list[list[int]],
+        *,
+        whole: bool = False,
     ) -> None:
-        """Decode `rows` together, appending to their `replies`."""
+        """Decode `rows` together, appending to their `replies`; `whole` as in `sample_tokens`."""
         device = next(model.parameters()).device
         state = DecodingRows(
             [contexts[row] for row in rows],
@@ -110,6 +119,7 @@ class TransformersGenerator:
             pad_token_id=self._pad_token_id,
             sampling=self._sampling,
             device=device,
+            whole=whole,
         )
         room = max(max_new_tokens[row] for row in rows)
         options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True, **without_router_logits(model)}
@@ -162,6 +172,8 @@ class TransformersGenerator:
         if row is None:
             return None
         for token in tokens:
+            if token == UNDECIDED_TOKEN:
+                raise _UndecidedError
             if token == INVALID_TOKEN:
                 raise ModelError(
                     f"row {row}: the opponent's logits for new token {len(replies[row])} are not finite; "
@@ -173,34 +185,8 @@ class TransformersGenerator:
         return row
 
 
-def without_router_logits(model: nn.Module) -> dict[str, bool]:
-    """Arguments that disable the router loss of a mixture of experts, which scoring and decoding do not use.
-
-    A configuration may enable it for every call. transformers then needs an attention mask of all tokens, which does
-    not exist while decoding or with shared prefixes.
-    """
-    config = getattr(model, "config", None)
-    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
-
-
-@contextmanager
-def _decoding(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module's training flag is restored.
-
-    Evaluation mode also disables gradient checkpointing: a transformers layer checks `training` first.
-    `no_grad`, not `inference_mode`: under FSDP2, parameters first gathered in inference mode
-    broke later training.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        # Module by module, because eval() and train() also set the flags of all children.
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+class _UndecidedError(Exception):
+    """A token could not be drawn from the most probable ones alone."""
 
 
 def _in_compute_type(model: nn.Module) -> AbstractContextManager[None]:

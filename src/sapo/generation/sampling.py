@@ -18,9 +18,13 @@ from sapo.errors import ConfigurationError
 INVALID_TOKEN = -1
 """Result of `sample_tokens` for a row with NaN or infinite logits, or only -inf."""
 
+UNDECIDED_TOKEN = -2
+"""Result of `sample_tokens` for a row in which too many tokens tie with the k-th; the full vocabulary decides."""
+
 # top-k keeps every token that ties with the k-th. Fetching a few more than k finds such ties, which are common in
-# bfloat16; only if all of these tie too is the full vocabulary checked.
-_TIE_MARGIN = 14
+# bfloat16; only if all of these tie too is the full vocabulary checked. A host sees that at once; on an accelerator it
+# is seen with the tokens, after some steps that are then repeated, so that should hardly ever be.
+_TIE_MARGIN, _TIE_MARGIN_UNSEEN = 14, 78
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +70,22 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, 
         is 1 when greedy, V without top-k, else a little more than k. Tokens that were filtered out have
         probability 0. A row with NaN, an infinity, or only -inf, has NaN probabilities.
     """
+    probabilities, ids, _ = _filtered(logits, sampling, whole=not host_computes(logits.device))
+    return probabilities, ids
+
+
+def _filtered(logits: Tensor, sampling: Sampling, *, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `filtered_probabilities`; and `[B, 1]`, the rows that are undecided, None if there are none for certain."""
     if sampling.greedy:
         best, ids = logits.max(-1, keepdim=True)
-        return torch.where(best.isfinite(), 1.0, math.nan), ids
-    scores, ids = _top_k(logits, sampling)
+        return torch.where(best.isfinite(), 1.0, math.nan), ids, None
+    scores, ids, undecided = _top_k(logits, sampling, whole=whole)
     if sampling.top_p < 1:
         scores = _top_p(scores, sampling.top_p)
-    return scores.softmax(-1), ids
+    return scores.softmax(-1), ids, undecided
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, *, whole: bool = False) -> Tensor:
     """Draw one token per row, by inverting the cumulative distribution.
 
     Probabilities are summed in order of token id. Rounding in the logits then only shifts the boundaries between
@@ -85,14 +95,16 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
         logits: `[B, V]`.
         uniforms: `[B]`, float64 in [0, 1), one per row; not read when greedy.
         sampling: temperature, top-k and top-p.
+        whole: whether to look at the full vocabulary, so that no row is undecided. A host always decides.
 
     Returns:
-        Token ids `[B]`, int64; `INVALID_TOKEN` for a row without a valid distribution.
+        Token ids `[B]`, int64; `INVALID_TOKEN` for a row without a valid distribution, `UNDECIDED_TOKEN` for one that
+        only the full vocabulary decides.
     """
     device = logits.device
     if device.type == "mps":
         logits = logits.cpu()  # MPS has no float64
-    probabilities, ids = filtered_probabilities(logits, sampling)
+    probabilities, ids, undecided = _filtered(logits, sampling, whole=whole)
     if sampling.greedy:
         return torch.where(probabilities.isnan(), INVALID_TOKEN, ids)[:, 0].to(device)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
@@ -101,7 +113,10 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     # right=True: the first token whose cumulative probability exceeds the target, so never one of probability 0.
     # Uniforms below 1 keep the product below the total; the clamp is for NaN rows, which are marked below.
     places = torch.searchsorted(cumulative, targets, right=True).clamp_(max=ids.shape[1] - 1)
-    return torch.where(total.isnan(), INVALID_TOKEN, ids.gather(1, places))[:, 0].to(device)
+    drawn = torch.where(total.isnan(), INVALID_TOKEN, ids.gather(1, places))
+    if undecided is not None:
+        drawn = torch.where(undecided, UNDECIDED_TOKEN, drawn)
+    return drawn[:, 0].to(device)
 
 
 def host_computes(device: torch.device) -> bool:
@@ -109,25 +124,25 @@ def host_computes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _top_k(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Scores (logits over temperature, -inf where filtered) and token ids, `[B, K]` each, ids ascending."""
-    vocabulary, k = logits.shape[-1], sampling.top_k
-    wanted = k + _TIE_MARGIN
-    # Checking the slice for ties reads values. On accelerators the full vocabulary is sorted instead.
-    if k and wanted < vocabulary and host_computes(logits.device):
+def _top_k(logits: Tensor, sampling: Sampling, *, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores (logits over temperature, -inf where filtered) and token ids, `[B, K]` each, ids ascending; undecided."""
+    vocabulary, k, on_host = logits.shape[-1], sampling.top_k, host_computes(logits.device)
+    wanted = k + (_TIE_MARGIN if on_host else _TIE_MARGIN_UNSEEN)
+    if k and wanted < vocabulary and not whole:
         scores, ids = logits.topk(wanted, -1)
         scores = scores.float() / sampling.temperature
         kth = scores[:, k - 1 : k]
-        if not (scores[:, -1:] >= kth).logical_and_(kth > -math.inf).any():
+        undecided = (scores[:, -1:] >= kth).logical_and_(kth > -math.inf)
+        if not (on_host and undecided.any()):
             ids, order = ids.sort(-1)
+            # `<`, not `not >=`: a NaN must stay visible.
             scores = scores.masked_fill(scores < kth, -math.inf)
-            return scores.gather(1, order), ids
+            return scores.gather(1, order), ids, None if on_host else undecided
     scores = logits.float() / sampling.temperature
     if 0 < k < vocabulary:
         kth = scores.topk(k, -1).values[:, -1:]
-        # `<`, not `not >=`: a NaN must stay visible.
         scores = scores.masked_fill(scores < kth, -math.inf)
-    return scores, torch.arange(vocabulary, device=scores.device).expand_as(scores)
+    return scores, torch.arange(vocabulary, device=scores.device).expand_as(scores), None
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:

@@ -35,11 +35,12 @@ class DecodingRows:
         pad_token_id: pads shorter contexts on the left.
         sampling: how a token is drawn.
         device: of the model.
+        whole: see `sample_tokens`.
 
     Attributes:
         tokens: `[B, L]` contexts at first, then `[B, 1]` newest tokens.
         positions: same shape as `tokens`.
-        drawn: `[B, room]` new tokens; `INVALID_TOKEN` where a row had no valid distribution.
+        drawn: `[B, room]` new tokens, as `sample_tokens` returns them.
         count: new tokens so far.
     """
 
@@ -52,8 +53,9 @@ class DecodingRows:
         pad_token_id: int,
         sampling: Sampling,
         device: torch.device,
+        whole: bool = False,
     ) -> None:
-        self._sampling = sampling
+        self._sampling, self._whole = sampling, whole
         self._width, room = max(map(len, contexts)), max(budgets)
         width = self._width
         empty = torch.tensor([[width - len(context)] for context in contexts])
@@ -111,7 +113,7 @@ class DecodingRows:
     def draw(self, logits: Tensor) -> None:
         """Draw the next token of each row from `logits` `[B, V]`."""
         uniforms = self._uniforms.index_select(1, self._next.to(self._uniforms.device))[:, 0]
-        drawn = sample_tokens(logits, uniforms, self._sampling)[:, None]
+        drawn = sample_tokens(logits, uniforms, self._sampling, whole=self._whole)[:, None]
         self.drawn.index_copy_(1, self._next, drawn)
         # The host raises on an invalid token when it reads it; until then the id must have an embedding.
         drawn = drawn.clamp(min=0)

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from sapo.data.examples import Turn
+from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
 from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
 from sapo.preference.batches import collate_responses
-from sapo.preference.scoring import frozen, summed_logps
+from sapo.preference.scoring import summed_logps
 from sapo.seeds import derive_seed
 
 

@@ -17,13 +17,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import RESAMPLES, Estimate, bootstrap_ratio
 from sapo.measures.text import ends_in_loop
 from sapo.preference.batches import collate_responses
 from sapo.preference.objectives import token_logps
-from sapo.preference.scoring import frozen
 from sapo.preference.token_distributions import Head, hidden_at, position_chunks, token_kl
 from sapo.seeds import derive_seed
 

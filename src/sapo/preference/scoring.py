@@ -7,12 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sapo.errors import ModelError
-from sapo.generation.decoding import without_router_logits
+from sapo.generation.forward import frozen, unwrapped, without_router_logits
 from sapo.preference.batches import Layout, PairBatch, ScoredRows, collate_pairs
 from sapo.preference.objectives import token_logps
 from sapo.preference.pairs import Pair
@@ -105,7 +104,7 @@ def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
             logits = model(**inputs, use_cache=False).logits
         if logits.shape[:2] != (1, len(places)):
             raise ModelError(
-                f"{type(extract_model_from_parallel(model)).__name__} does not compute its logits from its output "
+                f"{type(unwrapped(model)).__name__} does not compute its logits from its output "
                 "embeddings alone, so it cannot be scored."
             )
         logps = token_logps(logits[0], targets)
@@ -113,24 +112,15 @@ def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
     return logps if logps.dtype == torch.float64 else logps.float()
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """No gradients and evaluation mode, the model's mode restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        model.train(training)
-
-
 def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
     """Keyword arguments of the forward pass of `model` on `rows`."""
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     inputs: dict[str, Any] = {"input_ids": rows.input_ids, **without_router_logits(inner)}
     if rows.prefixes is None:
-        return {**inputs, "attention_mask": rows.attention_mask}
+        # Padding is on the right, where nothing that is scored sees it; without a mask causal kernels are used, and
+        # transformers does not wait for the device to look at it.
+        sees_padding = isinstance(rows, PairBatch) and rows.all_positions
+        return {**inputs, "attention_mask": rows.attention_mask} if sees_padding else inputs
     attention = attention_arguments(inner, rows.prefixes, rows.input_ids.device)
     return {**inputs, "position_ids": rows.position_ids, **attention}
 
@@ -138,7 +128,7 @@ def model_inputs(model: nn.Module, rows: ScoredRows) -> dict[str, Any]:
 @contextmanager
 def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     """Pass only the hidden states at `places` of the flattened rows to the head, as one row `[1, M, H]`."""
-    head = extract_model_from_parallel(model).get_output_embeddings()
+    head = unwrapped(model).get_output_embeddings()
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].flatten(0, 1)[places][None], *args[1:])
@@ -171,7 +161,7 @@ def prepare_shared_layout(model: nn.Module, *, fused_lm_head: bool = False) -> s
     Returns:
         The reason why the model cannot share prefixes, or None.
     """
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     reason = shared_layout_unsupported_reason(inner)
     if reason is not None:
         return reason
@@ -201,7 +191,7 @@ def heads_disagree(model: nn.Module) -> str | None:
     trl knows how some architectures scale their logits; another's would be scored without its scale. A head with an
     adapter must not be fused: the fused head ignores it, and a new adapter does not change values yet.
     """
-    name = type(extract_model_from_parallel(model)).__name__
+    name = type(unwrapped(model)).__name__
     with frozen(model):
         own = _probe(model, "plain")
         difference = float((own - _probe(model, "plain", fused_lm_head=True)).abs().max())
@@ -212,7 +202,7 @@ def heads_disagree(model: nn.Module) -> str | None:
 
 def _probe(model: nn.Module, layout: Layout, *, fused_lm_head: bool = False) -> Tensor:
     """Log-probabilities of a small pair in `layout`."""
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     vocabulary = inner.config.get_text_config().vocab_size
     tokens = tuple((7 * place + 3) % vocabulary for place in range(24))
     chosen, rejected = tokens[8:16], (*tokens[8:11], *tokens[17:21])
@@ -273,14 +263,15 @@ def _rounding_noise(model: nn.Module, plain: Tensor, rounding: float | None = No
 
     `rounding` is relative; None for that of each module's output dtype.
     """
-    inner = extract_model_from_parallel(model)
-    random = torch.Generator().manual_seed(0)
+    inner = unwrapped(model)
+    # On the device: a head's outputs of a large vocabulary take seconds to draw on the host.
+    random = torch.Generator(_device(inner)).manual_seed(0)
 
     def disturb(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         size = rounding or torch.finfo(output.dtype).eps / 2
-        noise = torch.rand(output.shape, generator=random).mul_(2).sub_(1).to(output.device)
+        noise = torch.rand(output.shape, generator=random, device=output.device).mul_(2).sub_(1)
         return (output + output.float() * noise * size).to(output.dtype)
 
     leaves = [module for module in inner.modules() if not any(True for _ in module.children())]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sapo.errors import ModelError
+from sapo.generation.forward import unwrapped
 from sapo.preference.batches import PairBatch, ScoredRows
 from sapo.preference.objectives import token_logps
 from sapo.preference.scoring import PairScores, model_inputs, scored_logps, sums_by_owner
@@ -46,7 +46,7 @@ class Head:
     @classmethod
     def of(cls, model: nn.Module) -> Head:
         """The head of a causal language model, wrapped or not."""
-        inner = extract_model_from_parallel(model)
+        inner = unwrapped(model)
         config = inner.config.get_text_config()
         return cls(inner.get_output_embeddings(), _scale(config), getattr(config, "final_logit_softcapping", None))
 
@@ -77,7 +77,7 @@ def hidden_at(model: nn.Module, rows: ScoredRows) -> Tensor:
     Raises:
         ModelError: the model does not compute its logits from these states alone.
     """
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -218,7 +218,7 @@ def position_scores(model: nn.Module, rows: ScoredRows, anchor: Anchor) -> tuple
         return token_logps(logits, targets[part]), token_kl(anchor.logits(part), logits)
 
     found = []
-    vocabulary = extract_model_from_parallel(model).config.get_text_config().vocab_size
+    vocabulary = unwrapped(model).config.get_text_config().vocab_size
     for part in position_chunks(len(targets), vocabulary):
         if torch.is_grad_enabled():
             found.append(checkpoint(scored, hidden[part], part, use_reentrant=False, preserve_rng_state=False))

@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from sapo.data.examples import Example
 from sapo.errors import ConfigurationError
+from sapo.generation.forward import frozen
 from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair, PairSource
-from sapo.preference.scoring import PairScores, frozen, heads_disagree, prepare_shared_layout, score, summed_logps
+from sapo.preference.scoring import PairScores, heads_disagree, prepare_shared_layout, score, summed_logps
 from sapo.preference.token_distributions import Anchor, hidden_at, score_sft
 from sapo.training.context import RunContext
 from sapo.weights.sharding import zero_stage

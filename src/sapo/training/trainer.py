@@ -19,6 +19,7 @@ from sapo.config import SAPOConfig
 from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
 from sapo.data.prepare import prepare_datasets
 from sapo.errors import ConfigurationError
+from sapo.generation.forward import unwrapped
 from sapo.generation.protocol import Generator
 from sapo.preference.batches import PairBatch
 from sapo.preference.pair_loss import pair_loss
@@ -120,9 +121,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         )
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        roles = Roles(
-            self.model, args, self.accelerator, lambda: self.accelerator.unwrap_model(self.model), use_cache=use_cache
-        )
+        roles = Roles(self.model, args, self.accelerator, lambda: unwrapped(self.model), use_cache=use_cache)
         pad_token_id = padding_token_id(processing_class, eos_ids)
         self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles)
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}

@@ -22,6 +22,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from sapo.errors import ConfigurationError
+from sapo.weights.adapter_switch import AdapterSwitch
 from sapo.weights.sharding import GatherShell, gather_full_state_dict, local_shard, named_weights, shard_like
 
 POLICY_ADAPTER = "default"
@@ -205,6 +206,7 @@ class AdapterCopy(_Unsharded):
                 f"the adapter is of type {config.peft_type}: opponent and reference adapters need LoRA."
             )
         self._policy = policy
+        self._switch = AdapterSwitch(policy)
         self.own_module = False
         self.name = name
         with _adapter_state_restored(policy):
@@ -216,8 +218,7 @@ class AdapterCopy(_Unsharded):
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
         """Yield the base model with this adapter active, then activate the policy's again."""
-        with _adapter_state_restored(self._policy):
-            self._policy.set_adapter(self.name)
+        with self._switch.to(self.name):
             yield self._policy
 
     def tensors(self) -> dict[str, Tensor]:
@@ -250,11 +251,12 @@ class BaseModel(_Unsharded):
 
     def __init__(self, policy: PeftModel) -> None:
         self._policy = policy
+        self._switch = AdapterSwitch(policy)
 
     @contextmanager
     def using(self) -> Iterator[nn.Module]:
         """Yield the model with adapters off, then turn them on again."""
-        with _adapter_state_restored(self._policy), self._policy.disable_adapter():
+        with self._switch.to(None):
             yield self._policy
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig
 
-from sapo.commands.data_arguments import DataArguments, check_needs, part_of
+from sapo.commands.data_arguments import DataArguments, RunDescription, check_needs, part_of
 from sapo.commands.parser import Command, parse_command
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
@@ -19,13 +19,10 @@ from sapo.options import one_start, option
 
 
 @dataclasses.dataclass
-class RunArguments:
-    """What a training command was asked for."""
+class RunArguments(RunDescription):
+    """The options of a run that trains or generates: `config` is complete."""
 
-    data: DataArguments
-    mixture: DatasetMixtureConfig
     config: SAPOConfig
-    model: ModelConfig
 
 
 def build(values: Mapping[str, Any]) -> RunArguments:

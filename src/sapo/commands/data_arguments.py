@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
@@ -21,8 +21,9 @@ class DataArguments(ScriptArguments):
     eval_dataset_name: str | None = None
 
 
-class Described(Protocol):
-    """What the data of a run depend on.
+@dataclasses.dataclass
+class RunDescription:
+    """The options of a run, in the dataclasses that take them.
 
     Attributes:
         data: of one dataset.
@@ -30,16 +31,6 @@ class Described(Protocol):
         config: everything else but the model.
         model: names the model.
     """
-
-    data: DataArguments
-    mixture: DatasetMixtureConfig
-    config: Any
-    model: ModelConfig
-
-
-@dataclasses.dataclass
-class RunDescription:
-    """`Described`, with the options of a run alone."""
 
     data: DataArguments
     mixture: DatasetMixtureConfig
@@ -78,7 +69,7 @@ def part_of(kind: Any, values: Mapping[str, Any]) -> Any:
         raise ConfigurationError(brief(error)) from error
 
 
-def check_needs(given: Mapping[str, Any], run: Described) -> None:
+def check_needs(given: Mapping[str, Any], run: RunDescription) -> None:
     """Refuse options that have no effect without others.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from sapo.commands.data_arguments import Described
+from sapo.commands.data_arguments import RunDescription
 from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
@@ -55,7 +55,7 @@ class Inputs:
     eval_reports: list[DataReport]
 
 
-def load_inputs(run: Described, *, count_faults: bool = False) -> Inputs:
+def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
     """Load the tokenizer, read the rows and prepare them, for training and for `sapo data check` alike.
 
     Where the chat template prints the date, `run.config.template_date` is set to the one that is printed.
@@ -187,7 +187,7 @@ def check_tokens(prepared: datasets.Dataset, reports: list[DataReport], tokenize
         )
 
 
-def load_texts(run: Described, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
+def load_texts(run: RunDescription, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:
     """Read the prompts of the training and, if there are any, the evaluation rows of `inputs` as text."""
     chat = bool(inputs.tokenizer.chat_template)
     train = prompt_texts(_training_rows(run), chat=chat)
@@ -197,7 +197,7 @@ def load_texts(run: Described, inputs: Inputs) -> tuple[PromptTexts, PromptTexts
     return train, prompt_texts([_evaluation_rows(run)], chat=chat) if inputs.eval_reports else train
 
 
-def _training_rows(run: Described, *, tolerant: bool = False) -> list[Member]:
+def _training_rows(run: RunDescription, *, tolerant: bool = False) -> list[Member]:
     if run.mixture.datasets:
         return load_mixture(run.mixture, tolerant=tolerant)
     data = run.data
@@ -213,7 +213,7 @@ def _training_rows(run: Described, *, tolerant: bool = False) -> list[Member]:
     return [Member(data.dataset_name, rows)]
 
 
-def _evaluation_rows(run: Described, *, tolerant: bool = False) -> Member:
+def _evaluation_rows(run: RunDescription, *, tolerant: bool = False) -> Member:
     data, strategy = run.data, run.config.eval_strategy
     wanted = f"eval_strategy={getattr(strategy, 'value', strategy)} needs rows to evaluate on"
     if data.eval_dataset_name:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
 from sapo.commands.closing import closing_lines, quoted
@@ -25,7 +24,7 @@ from sapo.runs.folder import RunFolder, check_output_dir
 from sapo.runs.layout import CARD_FILE
 from sapo.runs.reading import read_run
 from sapo.training.callbacks import KeepRecipe, StopOnSignal
-from sapo.training.progress import TerminalProgress
+from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import check_model, load_policy
 from sapo.weights.sharding import shutdown_process_group
@@ -130,14 +129,11 @@ def _train(
             log_pairs_steps=config.log_pairs_steps,
             pairs=config.num_pairs_to_print,
         )
-        _only_own_progress(trainer, progress)
         trainer.add_callback(KeepRecipe(folder, as_recipe(run), lambda: _rehearse(folder.path)))
         _say(console, f"Follow this run: sapo report {quoted(folder.path.absolute())} --serve")
         with folder.locked():
-            try:
+            with showing(progress, trainer):
                 trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
-            finally:
-                progress.close()
             _save(trainer)
     stopped = stop.received is not None
     for line in closing_lines(run, trainer, stopped=stopped, recipe=recipe):
@@ -184,11 +180,6 @@ def _save(trainer: SAPOTrainer) -> None:
             f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
             f"`sapo report {quoted(folder.path)}` writes the report again."
         )
-
-
-def _only_own_progress(trainer: SAPOTrainer, progress: TerminalProgress) -> None:
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress)
 
 
 def _say(console: Console, line: str) -> None:

@@ -17,7 +17,6 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.text import Text
 from torch import nn
-from transformers import PrinterCallback
 
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
@@ -31,7 +30,7 @@ from sapo.runs.user_cache import user_cache
 from sapo.text.escape import visible
 from sapo.text.numbers import duration_text
 from sapo.text.tables import print_table
-from sapo.training.progress import TerminalProgress
+from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
 from sapo.weights.policy import padding_token_id
@@ -188,12 +187,8 @@ def _trained(model: str, args: SAPOConfig, rows: list[HelpDeskRow], tokenizer: A
     adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SAPOTrainer(model, args, [row.as_row() for row in rows], processing_class=tokenizer, peft_config=adapter)
     progress = TerminalProgress(console, tokenizer, trainer.last_pairs, log_pairs_steps=0, pairs=0)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(progress)
-    try:
+    with showing(progress, trainer):
         trainer.train()
-    finally:
-        progress.close()
     trainer.save_model()
     return trainer
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback
 
 from sapo.config import SAPOConfig
 from sapo.demo.build import MODEL_FOLDER
@@ -18,7 +17,7 @@ from sapo.demo.score import ScoreReport, score
 from sapo.demo.tasks import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TRAIN_ROWS, heldout_rows
 from sapo.generation.protocol import Generator
 from sapo.generation.scripted import ScriptedGenerator
-from sapo.training.progress import TerminalProgress
+from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
 
@@ -60,12 +59,8 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
         progress = TerminalProgress(
             console, tokenizer, trainer.last_pairs, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(progress)
-        try:
+        with showing(progress, trainer):
             trainer.train()
-        finally:
-            progress.close()
         trainer.save_model()
         results[name] = score(trainer.policy(), tokenizer, rows)
     console.print(_table(results))

@@ -124,6 +124,18 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def time_fraction(default: float, measure: str, text: str) -> Any:
+    """The declaration of the maximum fraction of a run's time that a measure may take.
+
+    Args:
+        default: between 0 and 1.
+        measure: option that switches the measure on.
+        text: end of the help text: what is not counted or left out.
+    """
+    text = f"Maximum fraction of the run's time that {measure} may take{text}"
+    return declared(default, text, "Evaluation", resume="free", low=0, high=1, needs=measure)
+
+
 def from_field(one: Field[Any], hint: Any) -> Option:
     """The declaration in a dataclass field.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from sapo.options.declare import declared
+from sapo.options.declare import declared, time_fraction
 
 _objective = partial(declared, section="Objective")
 _replay = partial(declared, section="Self-replay")
@@ -72,13 +72,10 @@ class KeepOptions:
         low=1,
         needs="eval_retention",
     )
-    eval_retention_max_time_fraction: float = _evaluation(
+    eval_retention_max_time_fraction: float = time_fraction(
         0.1,
-        "Maximum fraction of the run's time that eval_retention may take, the start's replies before the first step "
-        "not counted; the rest waits for a later evaluation.",
-        low=0,
-        high=1,
-        needs="eval_retention",
+        "eval_retention",
+        ", the start's replies before the first step not counted; the rest waits for a later evaluation.",
     )
     retention_kl_limit: float | None = _evaluation(
         0.1,

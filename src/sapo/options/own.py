@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from sapo.options.declare import declared
+from sapo.options.declare import declared, time_fraction
 from sapo.options.keeping import KeepOptions
 
 Objective = Literal["dpo", "orpo", "sft"]
@@ -429,13 +429,10 @@ class OwnOptions(KeepOptions):
     eval_local_size: int = _evaluation(
         32, "Number of evaluation rows that eval_local samples.", low=1, needs="eval_local"
     )
-    eval_local_max_time_fraction: float = _evaluation(
+    eval_local_max_time_fraction: float = time_fraction(
         0.05,
-        "Maximum fraction of the run's time that eval_local may take. The first and the last evaluation are measured "
-        "in any case; others are left out until there is time.",
-        low=0,
-        high=1,
-        needs="eval_local",
+        "eval_local",
+        ". The first and the last evaluation are measured in any case; others are left out until there is time.",
     )
 
     # The run

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sapo.preference.pairs import Pair
 from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
@@ -165,6 +166,17 @@ class TerminalProgress(TrainerCallback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+@contextmanager
+def showing(progress: TerminalProgress, trainer: Trainer) -> Iterator[None]:
+    """Let `progress` alone show what `trainer` does in this block; leave the terminal as it was, after errors too."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress)
+    try:
+        yield
+    finally:
+        progress.close()
 
 
 def pair_table(pairs: Sequence[Pair], tokenizer: Any, step: int) -> Table:

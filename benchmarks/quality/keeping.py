@@ -89,6 +89,10 @@ class Task:
 
 
 LORA = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear"}
+ON_GPU = {
+    "use_cpu": "false", "dtype": "bfloat16", "bf16": "true", "save_strategy": "no",
+    "per_device_train_batch_size": "8", "per_device_eval_batch_size": "16",
+}  # fmt: skip
 TASKS = {
     "chat": Task(
         "SmolLM2-135M-Instruct", 8, 260, "10", 0, LORA | {"max_length": "192"},
@@ -96,6 +100,14 @@ TASKS = {
             Stage("narrow", 80, 20, 2, NARROW),
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
             Stage("more", 80, 20, 2, MORE),
+        ),
+    ),
+    "chat-gpu": Task(
+        "SmolLM2-135M-Instruct", 64, 420, "10", 64, LORA | ON_GPU | {"max_length": "224"},
+        (
+            Stage("narrow", 240, 60, 3, NARROW),
+            Stage("overtrained", 64, 80, 4, OVERTRAINED),
+            Stage("more", 240, 60, 3, MORE),
         ),
     ),
     "stories": Task(
@@ -113,7 +125,7 @@ def rows_of(task: str, data: Path, work: Path, count: int) -> tuple[Path, Path]:
     """The first `count` short rows of the task's file, and rows to evaluate on from behind all of them."""
     train, test = work / f"train-{count}.jsonl", work / "evaluation.jsonl"
     if not (train.is_file() and test.is_file()):
-        if task == "chat":
+        if task.startswith("chat"):
             lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
             rows = [{"instruction": row["question"], "output": row["answer"]} for row in map(json.loads, lines)]
         else:
@@ -164,7 +176,8 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
 def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
     """Loops, endings and lengths of the replies of start and policy to general prompts, at temperature 1."""
     flags = {"start": model, "limit": what.samples, "max_length": what.options["max_length"], "max_new_tokens": 128}
-    flags |= {"suite": "retention", "output_dir": folder / "samples", "device": "cpu"}
+    device = "cpu" if what.options.get("use_cpu", "true") == "true" else "cuda"
+    flags |= {"suite": "retention", "output_dir": folder / "samples", "device": device}
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         status = sapo(["evaluate", str(folder / "run"), *(str(p) for n, v in flags.items() for p in (f"--{n}", v))])
     if status != 0:

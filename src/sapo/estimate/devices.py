@@ -28,6 +28,9 @@ LINK_SHARE = 0.7
 LAUNCH = 10e-6
 """Seconds in which Python and PyTorch are assumed to start one operation on a GPU."""
 
+LEAST = 2.5e-6
+"""Seconds that the smallest operation is assumed to take on a GPU, in a CUDA graph too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -48,6 +51,7 @@ class Device:
             dimension, ascending; empty where arithmetic and traffic alone decide.
         attention_shares: shares of the two rates, of float32 and bfloat16, that fused attention reaches.
         fault: seconds a byte of memory that the allocator takes from the system, above its traffic.
+        least: seconds that the smallest operation takes on the device itself, however it is started.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Device:
     thin_rates: tuple[tuple[int, float, float], ...] = ()
     attention_shares: tuple[float, float] = (1.0, 1.0)
     fault: float = 0.0
+    least: float = 0.0
 
     def limit(self, flops: float, moved: float, *, half: bool) -> float:
         """Seconds below which a computation cannot come on this device.
@@ -116,6 +121,7 @@ def _sheet(
         overlaps=True,
         source=source,
         reached=(MATRIX_SHARE, BANDWIDTH_SHARE),
+        least=LEAST,
     )
 
 
@@ -166,7 +172,9 @@ def measure() -> Device:
     large = torch.zeros(2**28 if on_gpu else 2**25, device=device)
     in_place = _best(lambda: large.add_(1.0), device)
     bandwidth = 2 * large.nbytes / in_place
-    launch = _best(_small_block(device), device) / _SMALL_OPERATIONS
+    small = _small_block(device)
+    launch = _best(small, device) / _SMALL_OPERATIONS
+    least = _best(_as_graph(small), device) / _SMALL_OPERATIONS if on_gpu else 0.0
     if on_gpu:
         name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)
     else:
@@ -184,6 +192,7 @@ def measure() -> Device:
         thin_rates=() if on_gpu else tuple(_thin_rates(dimension) for dimension in _THIN),
         attention_shares=(1.0, 1.0) if on_gpu else _attention_shares(rates),
         fault=0.0 if on_gpu else max(0.0, _best(lambda: large.add(1.0), device) - in_place) / large.nbytes,
+        least=least,
     )
 
 
@@ -232,6 +241,15 @@ def _small_block(device: torch.device) -> Callable[[], None]:
                 states = (given + states).view(1, 1, 2, 4).transpose(1, 2).contiguous()
 
     return run
+
+
+def _as_graph(what: Callable[[], None]) -> Callable[[], None]:
+    """`what`, which has run before, as one launch of a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        what()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def _best(what: Callable[[], object], device: torch.device, *, rounds: int = 6) -> float:

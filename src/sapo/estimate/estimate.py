@@ -359,7 +359,11 @@ def trace_seconds(trace: Trace, device: Device, *, launches: int | None = None) 
         launches: operations that are started, where several start as one.
     """
     computing = sum(
-        max(work.flops / device.rate(work.thin, work.width, attention=work.attention), work.moved / device.bandwidth)
+        max(
+            work.flops / device.rate(work.thin, work.width, attention=work.attention),
+            work.moved / device.bandwidth,
+            device.least,
+        )
         + work.fresh * device.fault
         for work in trace.work
     )

@@ -220,9 +220,12 @@ def test_ifeval_on_forty_prompts(data, runs):
     run, out = trained("lora-dpo-float32", data, runs), runs / "ifeval"
     given = ("--suite", "ifeval", "--task_data", task_data, "--limit", "40", "--max_new_tokens", "128")
     _, figures = sapo("evaluate", run, *given, "--device", "cpu", "--batch_size", "8", "--output_dir", out)
-    (measured,) = json.loads((out / "results.json").read_text())["suites"]["ifeval"]["models"].values()
-    figures["ifeval"] = {name: one["value"] for name, one in measured["measures"].items()}
-    assert all(0 <= share <= 1 for share in figures["ifeval"].values())
+    models = json.loads((out / "results.json").read_text())["suites"]["ifeval"]["models"]
+    assert len(models) == 3  # start, policy and opponent
+    figures["ifeval"] = {
+        model: {name: one["value"] for name, one in found["measures"].items()} for model, found in models.items()
+    }
+    assert all(0 <= share <= 1 for found in figures["ifeval"].values() for share in found.values())
     note("evaluate-ifeval", figures)
 
 

@@ -251,7 +251,13 @@ def test_shell_scripts_can_be_parsed(name, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["laptop-lora", "laptop-full"])
+def test_the_baseline_of_a_laptop_has_the_adapter_the_rows_and_the_steps_of_the_recipe():
+    mine, sft = (yaml.safe_load((FOLDER / f"laptop-{name}.yaml").read_text()) for name in ("lora", "sft"))
+    assert {name: value for name, value in sft.items() if name != "objective"}.items() <= mine.items()
+    assert sft["objective"] == "sft"
+
+
+@pytest.mark.parametrize("name", ["laptop-lora", "laptop-full", "laptop-sft"])
 def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
     monkeypatch.undo()  # this machine's own precision
     model = tmp_path / "model"
@@ -267,7 +273,7 @@ def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert recipe["steps_per_generation"] > 1
+    assert name == "laptop-sft" or recipe["steps_per_generation"] > 1
     assert recipe["tokens_per_forward"] > 0
     assert recipe["save_total_limit"] > 0
 

@@ -23,7 +23,6 @@ from sapo.options import (
     options,
     own_options,
     resume_fixed,
-    resume_free,
 )
 from sapo.options.aliases import ALIASES, MISSING, RENAMED, unknown
 from sapo.options.inherited import SCHEDULERS, STRATEGIES
@@ -79,7 +78,8 @@ def test_choices_are_those_of_transformers():
 def test_every_option_of_a_run_is_fixed_or_free_or_of_one_start_or_refused():
     of_config = {one.name for one in options() if one.kind in ("own", "inherited")}
     refused = {one.name for one in options() if one.status == "refused"} & of_config
-    parts = [resume_fixed(), resume_free() - refused, one_start() & of_config, refused - one_start()]
+    free = {one.name for one in options() if one.resume == "free"} & of_config
+    parts = [resume_fixed(), free - refused - one_start(), one_start() & of_config, refused - one_start()]
     for place, part in enumerate(parts):
         assert not part & set().union(*parts[:place])
     assert set().union(*parts) == of_config

@@ -210,7 +210,5 @@ _OFF_MODES: Final[dict[str, Callable[[str], str]]] = {
     "add": lambda question: _add(question, carrying=False),
 }
 
-TASKS: Final = tuple(_QUESTIONS)
-
 TRAIN_ROWS: Final = make_rows(600, seed=3)
 """The clean rows of the brief SFT; self-play uses only these rows too."""

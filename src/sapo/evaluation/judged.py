@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sapo.errors import ConfigurationError
@@ -40,11 +41,13 @@ def ask(session: Session, judge: Judge, requests: Sequence[JudgeRequest]) -> dic
     """Say what it will cost at most, then ask."""
     for line in judge.estimate(requests):
         session.say(line)
-    before, repeated = judge.tally.sent, judge.tally.repeated
+    before = replace(judge.tally)
     answers = judge.ask(requests)
-    sent, again = judge.tally.sent - before, judge.tally.repeated - repeated
+    sent, again = judge.tally.sent - before.sent, judge.tally.repeated - before.repeated
     if sent:
-        session.say(f"{sent} requests sent, {again} of them again after a failure.")
+        kept = judge.tally.reused - before.reused
+        also = f" {kept} verdicts were there already." if kept else ""
+        session.say(f"{sent} requests sent, {again} of them again after a failure.{also}")
     return answers
 
 

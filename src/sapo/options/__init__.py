@@ -16,7 +16,6 @@ from sapo.options.table import (
     own_options,
     pair_options,
     resume_fixed,
-    resume_free,
     sections,
 )
 
@@ -30,6 +29,5 @@ __all__ = [
     "own_options",
     "pair_options",
     "resume_fixed",
-    "resume_free",
     "sections",
 ]

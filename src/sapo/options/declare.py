@@ -15,7 +15,6 @@ ValueType = Literal[
     "int", "float", "bool", "bool_or_auto", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"
 ]
 
-INFINITY = float("inf")
 
 SECTIONS = (
     "Model",

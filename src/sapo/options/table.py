@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import get_type_hints
 
@@ -58,12 +58,8 @@ def sections(shown: Iterable[Option]) -> dict[str, list[Option]]:
 
 def resume_fixed() -> frozenset[str]:
     """Fields of `SAPOConfig` that a resumed run must not change."""
-    return _in_config(lambda one: one.resume == "fixed" and not one.one_start and one.status != "refused")
-
-
-def resume_free() -> frozenset[str]:
-    """Fields of `SAPOConfig` that may change on resume."""
-    return _in_config(lambda one: one.resume == "free" and not one.one_start)
+    of_config = (one for one in options() if one.kind in ("own", "inherited") and one.status != "refused")
+    return frozenset(one.name for one in of_config if one.resume == "fixed" and not one.one_start)
 
 
 def one_start() -> frozenset[str]:
@@ -80,7 +76,3 @@ def not_compared() -> frozenset[str]:
 def pair_options() -> tuple[str, ...]:
     """Options on which generated pairs depend, besides the model and the prepared data."""
     return tuple(one.name for one in options() if one.shapes_pairs)
-
-
-def _in_config(wanted: Callable[[Option], bool]) -> frozenset[str]:
-    return frozenset(one.name for one in options() if one.kind in ("own", "inherited") and wanted(one))

@@ -160,6 +160,7 @@ class ChatSession:
         self._system = system
         self._plain = plain
         self.turns: dict[str, list[Message]] = {}
+        """The conversation of each model, by its name."""
         self._begin()
 
     def _begin(self) -> None:

@@ -26,6 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are a `ConfigurationError` of one line."""
 
     example: str = ""
+    """A command line that works, for the end of an error."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting.

@@ -77,7 +77,15 @@ class ColumnUse:
 
 
 class Fields:
-    """The columns of one row; records which were read."""
+    """The columns of one row; records which were read.
+
+    Args:
+        row: values by column.
+        where: names the row in errors.
+
+    Attributes:
+        used: columns that became part of the example.
+    """
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
         self.row = row

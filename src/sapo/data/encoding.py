@@ -103,6 +103,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise TokenizerError("the tokenizer has no EOS token to end a response with. Set tokenizer.eos_token.")
         self.chat = bool(tokenizer.chat_template)
+        """Whether the tokenizer has a chat template, so that conversations can be rendered."""
         self._tokenizer = tokenizer
         self._ends = frozenset({*eos_ids, tokenizer.eos_token_id})
         self._report = report

@@ -66,7 +66,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text without roles: no chat template is applied."""
+    """Text without roles: no chat template is applied.
+
+    Attributes:
+        prompt: what the response continues.
+        completion: the response.
+        rejected: the rejected response, in paired data only.
+    """
 
     prompt: str
     completion: str

@@ -52,7 +52,11 @@ def text_of(fields: Fields, name: str) -> str:
 def pair(
     fields: Fields, chosen_name: str, rejected_name: str, *, paired: bool, chat: bool
 ) -> Conversation | PlainText | Dropped:
-    """A row with a chosen and a rejected reply, and the prompt in both or in its own column."""
+    """A row with a chosen and a rejected reply, and the prompt in both or in its own column.
+
+    Raises:
+        DatasetError: a reply is not text.
+    """
     chosen = from_stored(fields.get(chosen_name))
     worse = from_stored(fields.peek(rejected_name))
     rejected = from_stored(fields.get(rejected_name)) if paired else None

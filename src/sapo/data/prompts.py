@@ -47,6 +47,9 @@ def flat(
         rejected: the rejected reply of a pair.
         chat: the tokenizer has a chat template.
         plain: use the question unchanged as the prompt if no other column adds to it.
+
+    Raises:
+        DatasetError: a column holds something else.
     """
     question = str(fields.get(base))
     parts = [question]

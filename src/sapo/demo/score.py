@@ -17,7 +17,13 @@ from sapo.generation.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
-    """Exact match, overall and by task, with a 95% interval."""
+    """Exact match, overall and by task, with a 95% interval.
+
+    Attributes:
+        right: answers that are correct.
+        total: all answers.
+        by_task: fraction of correct answers of each task.
+    """
 
     right: int
     total: int

@@ -19,9 +19,12 @@ from sapo.weights.footprint import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A flag, and the estimate with it and all flags before it.
+    """A flag that saves memory.
 
-    `price` is what it costs beside memory.
+    Attributes:
+        flag: as typed.
+        price: what it costs beside memory.
+        result: the estimate with it and all flags before it.
     """
 
     flag: str

@@ -55,9 +55,16 @@ class Lengths:
 class Passes:
     """Traces of one pass each; a None is a part that the run does not have.
 
-    `prefill` and `token` are of all rows that are decoded together; `cache` is the bytes of their keys and values, and
-    `cast` those of weights that are cast for a call. `captured` is whether CUDA would launch a token's operations as
-    one graph.
+    Attributes:
+        learning: the policy's forward and backward pass over the pairs of a micro-batch.
+        reference: the reference's scores of them.
+        prefill: the opponent reads the contexts of all rows that are decoded together.
+        token: it decodes a token of each of them.
+        cache: bytes of their keys and values.
+        cast: bytes of weights that are cast for a call.
+        captured: whether CUDA would launch a token's operations as one graph.
+        layout: how the pairs are laid out.
+        why_plain: why not as `shared`; None where they are, or were not asked to be.
     """
 
     learning: Trace

@@ -82,7 +82,9 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: Iterable[Tensor], vocabulary: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        """What was held and done so far."""
         self.making = "activations"
+        """What tensors made from now on are: a kind of `Trace.peak`."""
         self._vocabulary = vocabulary
         self._live: Counter[str] = Counter()
         self._kinds: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()

@@ -62,7 +62,14 @@ _PART_OF_CHAT = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_e
 
 @dataclass(frozen=True)
 class Instruction:
-    """One row of the evaluation set."""
+    """One row of the evaluation set.
+
+    Attributes:
+        text: the instruction.
+        baseline: the answer that a model's own is compared with.
+        generator: model that gave it.
+        dataset: where the instruction comes from, for the table by source.
+    """
 
     text: str
     baseline: str

@@ -68,7 +68,11 @@ def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
 
 
 def max_reply_tokens(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """Maximum tokens of a response: `max_new_tokens`, or what the prompt leaves of the model's context; may be 0."""
+    """Maximum tokens of a response: `max_new_tokens`, or what the prompt leaves of the model's context; may be 0.
+
+    Raises:
+        ConfigurationError: `max_new_tokens` is below 1.
+    """
     if max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")
     if loaded.positions is None:

@@ -23,6 +23,7 @@ class LeftTruncations(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.count = 0
+        """Batches so far."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Count one message."""

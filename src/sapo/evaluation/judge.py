@@ -144,6 +144,7 @@ class Judge:
         self.options = options
         self.parts = parts
         self.tally = JudgeTally()
+        """What was asked so far."""
         self._say = say
         self._key = os.environ.get(options.key_env, "")
         if not self._key and options.base_url is None:

@@ -90,7 +90,11 @@ def as_json(
 
 
 def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
-    """Write one suite's results into results.json; results of other suites are kept."""
+    """Write one suite's results into results.json; results of other suites are kept.
+
+    Raises:
+        EvaluationError: the file that is there is none of results.
+    """
     file = folder / RESULTS_FILE
     whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
     if file.exists():

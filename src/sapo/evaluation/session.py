@@ -56,6 +56,15 @@ class Session:
         options: options of the command.
         targets: the models, the start model first.
         say: prints a line for the user.
+
+    Attributes:
+        folder: of the results.
+        fingerprints: identity of each model's weights and tokenizer, by the model's name.
+        template: chat template that replaces the models' own; None for theirs.
+
+    Raises:
+        ConfigurationError: the folder is a file.
+        ModelError: one of the models is not there, or not complete.
     """
 
     def __init__(self, options: EvaluateOptions, targets: list[Target], say: Callable[[str], None]) -> None:

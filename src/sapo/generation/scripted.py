@@ -15,7 +15,7 @@ ReplyFunction: TypeAlias = Callable[[list[list[int]], list[int], list[int]], Rep
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """The arguments of one call of `generate`."""
+    """The arguments of one call of `generate`, described at `Generator.generate`."""
 
     contexts: list[list[int]]
     max_new_tokens: list[int]

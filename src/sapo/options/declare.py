@@ -112,6 +112,9 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
         text: help text.
         section: one of `SECTIONS`.
         more: further attributes of `Option`; name, type, choices and optional follow from the field.
+
+    Raises:
+        ValueError: no such section.
     """
     if section not in SECTIONS:
         raise ValueError(f"{section!r} is not a section")

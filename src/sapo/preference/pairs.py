@@ -35,11 +35,17 @@ def shared_ids(ids: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A chosen and a rejected response to one prompt, as token ids.
+    """A chosen and a rejected response to one prompt.
 
-    `segment` is the regenerated span B of `chosen_ids`, `rewritten` the span B' of `rejected_ids` that replaced it;
-    everything before `segment.start` is shared. For rows with both responses, the two spans follow their common
-    prefix.
+    Attributes:
+        row: row of the dataset, from 0.
+        turn: index of the reply among the assistant messages of the row.
+        prompt_ids: token ids of the prompt.
+        chosen_ids: token ids of the response in the data, with its EOS token.
+        rejected_ids: token ids of the other response; empty where there is none (`is_sft`).
+        segment: the regenerated span B of `chosen_ids`; everything before it is shared. For rows with both responses,
+            what follows their common prefix.
+        rewritten: the span B' of `rejected_ids` that replaced it.
     """
 
     row: int

@@ -92,6 +92,9 @@ def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
 
     Returns:
         `[M]` in float32 at least, for any dtype of the model.
+
+    Raises:
+        ModelError: the logits are not computed from the output embeddings alone.
     """
     places = rows.places
     targets = rows.targets.flatten()[places]

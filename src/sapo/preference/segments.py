@@ -38,6 +38,9 @@ def segment_tokens(response_length: int, segment_length: float | None) -> int:
     Args:
         response_length: tokens in the response, at least 1.
         segment_length: tokens (1 or more), a fraction of the response (between 0 and 1), or None for all of it.
+
+    Raises:
+        ValueError: no tokens, or a segment length that is not positive.
     """
     if response_length < 1:
         raise ValueError(f"response_length={response_length}: must be 1 or more")

@@ -105,7 +105,9 @@ class SelfPlay(PairSource):
         opponent_step: Callable[[int], int] = int,
     ) -> None:
         self.buffer = buffer
+        """Pairs to draw from."""
         self.pool: dict[tuple[int, int], GeneratedPairs] = {}
+        """Pairs generated ahead, by (step, micro-batch)."""
         self._generator = generator
         self._settings = settings
         self._eos_ids = frozenset(eos_ids)
@@ -229,7 +231,11 @@ class SelfPlay(PairSource):
     def restore(
         self, states: Sequence[SourceState], *, vocabulary_size: int, share: tuple[int, int] | None = None
     ) -> None:
-        """Continue from `state()`; pairs generated ahead are generated again if the number of processes changed."""
+        """Continue from `state()`; pairs generated ahead are generated again if the number of processes changed.
+
+        Raises:
+            CheckpointError: more pairs than the replay buffer holds.
+        """
         stored = [_stored(state, vocabulary_size) for state in states]
         own = stored[0]
         if share is None:

@@ -45,6 +45,8 @@ class Warn:
 
     Attributes:
         level: "bad" if the run did harm or stopped early, "warning" if it may have.
+        title: what happened, in a few words.
+        text: what it means, and what to do.
     """
 
     level: Literal["bad", "warning"]

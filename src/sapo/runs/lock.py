@@ -45,6 +45,7 @@ class Lock:
         self._stream = stream
         self._ended = threading.Event()
         self.holders = 0
+        """Uses of the lock in this process, one within another; the last one releases it."""
         _write_owner(stream)
         threading.Thread(target=self._beat, name="sapo-lock", daemon=True).start()
 

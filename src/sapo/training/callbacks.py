@@ -180,6 +180,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
         self._begin = begin
         self.received: signal.Signals | None = None
+        """The first signal that came; None before it."""
         self._begun, self._ended = False, False
         self._kept = 0
         self._previous: dict[signal.Signals, Any] = {}

@@ -53,7 +53,12 @@ _LIVE = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How a run is divided over `processes`, one a GPU: by the names of the configurations of `--accelerate_config`."""
+    """How a run is divided over processes, one a GPU.
+
+    Attributes:
+        name: of the configuration of `--accelerate_config`; "none" for one process.
+        processes: number of processes.
+    """
 
     name: StrategyName = "none"
     processes: int = 1

@@ -130,7 +130,11 @@ class ColocatedVLLM:
             self._sleep()
 
     def load(self, weights: Weights, version: str) -> None:
-        """Serve `weights`; see `Engine.load`."""
+        """Serve `weights`; see `Engine.load`.
+
+        Raises:
+            GenerationError: vLLM cannot load them.
+        """
         if isinstance(weights, Mapping):
             self.load_tensors(weights.items(), version)
             return

@@ -343,16 +343,24 @@ def test_a_signal_between_two_steps_ends_the_run_before_the_next(make_trainer):
     assert [path.name for path in trainer.run_folder.path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_signal_ends_an_evaluation_and_saves(make_trainer):
+@pytest.mark.parametrize("generating", [False, True])
+def test_a_signal_ends_an_evaluation_and_saves(generating, make_trainer):
     from sapo.training.callbacks import StopOnSignal
 
     class StopsWhileEvaluating(StopOnSignal):
-        seen = 0
+        seen, at_token = 0, False
 
         def on_prediction_step(self, args, state, control, **kwargs):
             self.seen += 1
             self.received = signal.SIGINT
             super().on_prediction_step(args, state, control, **kwargs)
+
+        def before_token(self):
+            """Of the evaluation that follows step 2."""
+            if self.at_token and trainer.state.global_step == 2:
+                self.seen += 1
+                self.received = signal.SIGINT
+            look()
 
     stop = StopsWhileEvaluating()
     trainer = make_trainer(
@@ -360,6 +368,8 @@ def test_a_signal_ends_an_evaluation_and_saves(make_trainer):
         save_strategy="steps", save_steps=6,
     )  # fmt: skip
     trainer.add_callback(stop)
+    stop.at_token, look = generating, trainer.source._generator._look
+    trainer.source._generator._look = stop.before_token
     trainer.train()
     assert stop.seen == 1
     assert trainer.state.global_step == 2

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import signal
@@ -69,26 +70,29 @@ class StopsWithin(StopOnSignal):
         super().__init__()
         self.step = step
 
-    def come(self, trainer, part):
-        own = getattr(trainer._scorer, part)
+    def come(self, trainer, part, after=0):
+        """Before the part is done for the `after`th time after the first in its step."""
+        owner = trainer.source._generator if part == "_look" else trainer._scorer
+        own, times = getattr(owner, part), itertools.count()
 
         def then(*given):
-            if trainer.state.global_step == self.step:
+            assert self.received is None
+            if trainer.state.global_step == self.step and next(times) == after:
                 self.received = signal.SIGINT
             return own(*given)
 
-        setattr(trainer._scorer, part, then)
+        setattr(owner, part, then)
         trainer.add_callback(self)
 
 
-@pytest.mark.parametrize("part", ["passes", "reference_logps"])
+@pytest.mark.parametrize(("part", "after"), [("_look", 2), ("passes", 0), ("reference_logps", 0)])
 @pytest.mark.parametrize("variant", ["pooled", "dpo-dense-3"])
-def test_a_step_that_a_signal_ends_is_as_if_it_had_not_begun(variant, part, make_trainer):
+def test_a_step_that_a_signal_ends_is_as_if_it_had_not_begun(variant, part, after, make_trainer):
     options = VARIANTS[variant] | {"logging_steps": 2}
     whole = make_trainer("whole", model=tiny_llama(attention_dropout=0.2), **options)
     whole.train()
     stopped = make_trainer("stopped", model=tiny_llama(attention_dropout=0.2), **options)
-    StopsWithin(3).come(stopped, part)
+    StopsWithin(3).come(stopped, part, after)
     stopped.train()
     assert stopped.state.global_step == 3
     assert (stopped.run_folder.path / "checkpoint-3" / "sapo_manifest.json").is_file()

@@ -296,6 +296,25 @@ def test_model_is_left_as_it_was_after_an_error(llama):
     assert torch.is_grad_enabled()
 
 
+def test_a_call_can_be_abandoned_before_each_token(llama):
+    spy, looks = Spy(llama), []
+
+    def look():
+        looks.append(len(spy.caches))
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+
+    generator = TransformersGenerator(
+        lambda: contextlib.nullcontext(llama), Sampling(), eos_ids=(), pad_token_id=PAD, look=look
+    )
+    llama.train()
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate([[5, 6], [7]], [50, 60], [1, 2])
+    # One forward pass between two looks, and none after the last.
+    assert looks == [0, 1, 2, 3] == list(range(len(spy.caches) + 1))
+    assert all(module.training for module in llama.modules())
+
+
 class FourBit(nn.Linear):
     """As a 4-bit layer with float32 around it: computes in bfloat16, returns the type of its input."""
 

@@ -39,6 +39,7 @@ class TransformersGenerator:
         eos_ids: EOS tokens; may be empty.
         pad_token_id: any valid token id; pads shorter contexts on the left and is never attended to.
         batch_size: rows decoded together, None for all. When set, rows are grouped by context length.
+        look: called before each token; may raise to abandon the call, which leaves the model unchanged.
 
     Raises:
         ConfigurationError: `batch_size` below 1, or a negative `pad_token_id`.
@@ -52,6 +53,7 @@ class TransformersGenerator:
         eos_ids: Collection[int],
         pad_token_id: int,
         batch_size: int | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigurationError(f"batch_size={batch_size}: must be 1 or more, or None for all rows")
@@ -62,6 +64,7 @@ class TransformersGenerator:
         self._end_ids = frozenset(eos_ids)
         self._pad_token_id = pad_token_id
         self._batch_size = batch_size
+        self._look = look
 
     def generate(
         self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
@@ -111,6 +114,7 @@ class TransformersGenerator:
         whole: bool = False,
     ) -> None:
         """Decode `rows` together, appending to their `replies`; `whole` as in `sample_tokens`."""
+        self._look()
         device = next(model.parameters()).device
         state = DecodingRows(
             [contexts[row] for row in rows],
@@ -158,6 +162,7 @@ class TransformersGenerator:
                 if len(places) < len(going) and (capture is None or 2 * len(places) <= len(going)):
                     state.keep(places)
                     going, replay = [going[place] for place in surviving_rows(places)], None
+            self._look()
             if capture is None:
                 step()
             else:

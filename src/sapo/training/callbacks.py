@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sapo.runs.folder import RunFolder
 from sapo.runs.metrics import CPU_TIME, MOVED, OPTIMIZER_TIME, OVERHEAD_TIME, STEP_TIME
-from sapo.training.interruption import stops_within
+from sapo.training.interruption import EvaluationStopped, stops_within
 from sapo.training.metrics import MetricAverages, clock
 from sapo.weights.master import MovedSample
 
@@ -162,16 +162,12 @@ class KeepRecipe(TrainerCallback):
             self._rehearse()
 
 
-class EvaluationStopped(Exception):  # noqa: N818 - never leaves the trainer
-    """A signal came while the run evaluated."""
-
-
 class StopOnSignal(TrainerCallback):
     """Ctrl-C and SIGTERM end the run with a checkpoint; a second one ends it at once.
 
-    A step under way is abandoned before its next part where `stops_within` says so, else finished. What follows a step
-    (snapshot, evaluation, table of pairs) is left out, an evaluation under way is abandoned, and no further step
-    begins. Before the first step there is nothing to keep: the run ends at once.
+    A step under way is abandoned before its next token or part where `stops_within` says so, else finished. What
+    follows a step (snapshot, evaluation, table of pairs) is left out, an evaluation under way is abandoned, and no
+    further step begins. Before the first step there is nothing to keep: the run ends at once.
 
     Args:
         begin: called before each step.
@@ -198,7 +194,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None or not self._begun:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        said = "Stopping after this step, with a checkpoint"
+        said = "Stopping after this step, with a checkpoint"  # the first, or one of several processes or of vLLM
         if self._ended:
             said = "Saving the models"
         elif self._kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class RunContext:
         pad_token_id: fills rows; never attended to.
         world: the processes.
         roles: policy, opponent and reference.
+        look: called before each new token; raises if the run ends now.
     """
 
     args: SAPOConfig
@@ -29,6 +31,7 @@ class RunContext:
     pad_token_id: int
     world: World
     roles: Roles
+    look: Callable[[], None]
 
     @property
     def model_config(self) -> Any:

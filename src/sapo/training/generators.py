@@ -132,6 +132,7 @@ def opponent_generator(context: RunContext) -> Generator:
         eos_ids=context.eos_ids,
         pad_token_id=context.pad_token_id,
         batch_size=args.generation_batch_size,
+        look=context.look,
     )
 
 

@@ -83,7 +83,8 @@ class CheckpointHooks(Trainer):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:
-            metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            with self._interruption.evaluating():
+                metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:
             self.control.should_evaluate = False
             return {}

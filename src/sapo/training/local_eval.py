@@ -118,6 +118,7 @@ class LocalSignals:
             eos_ids=self._context.eos_ids,
             pad_token_id=self._context.pad_token_id,
             batch_size=self._options.batch_size,
+            look=self._context.look,
         )
 
     def _add(self, measured: Sequence[Measured]) -> None:

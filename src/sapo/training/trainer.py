@@ -123,7 +123,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self.model_accepts_loss_kwargs = False
         roles = Roles(self.model, args, self.accelerator, lambda: unwrapped(self.model), use_cache=use_cache)
         pad_token_id = padding_token_id(processing_class, eos_ids)
-        self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles)
+        stop = self._interruption = Interruption(args, self._asked_to_stop)
+        self._context = RunContext(args, processing_class, eos_ids, pad_token_id, World.current(), roles, stop.look)
         self._averages = {"train": MetricAverages(), "eval": MetricAverages()}
         self._scorer = PairScorer(self._context, self.accelerator, lambda: self.model)
         record = self._averages["train"].add
@@ -137,7 +138,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._current_eval: dict[tuple[int, int], Pair] = {}
         self._look_ahead = LookAhead(args)
         self._step_guard = NonFiniteStepGuard(self.source)
-        self._interruption = Interruption(self._context, self.source, self._log, self._asked_to_stop)
+        self._interruption.keep(self.source, self._log)
         self._run_state = RunState(
             self._context, self.accelerator, self.source, self._log, self._eval_pairs, self._probe, self.train_dataset
         )
@@ -226,12 +227,11 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._micro_batch_of = step
         if self._micro_batch == 0:
             self._step_guard.begin()
-        look = self._interruption.begin(step, first=self._micro_batch == 0)
-        started = clock(self.args.device)
-        self.source.prefetch(self._look_ahead.pending(), step)
-        pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=self._micro_batch)
+        started, part = clock(self.args.device), self._micro_batch
+        with self._interruption.within(step, first=part == 0) as look:
+            self.source.prefetch(self._look_ahead.pending(), step)
+            pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=part)
         self._drawn = [pair for pair in pairs if not is_replayed(pair)]
-        look()
         passes = self._scorer.passes(pairs)
         generated = clock(self.args.device)
         # The reference first: it needs its memory while the policy keeps no activations yet.

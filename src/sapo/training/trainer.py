@@ -227,10 +227,10 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self._micro_batch_of = step
         if self._micro_batch == 0:
             self._step_guard.begin()
-        started, part = clock(self.args.device), self._micro_batch
-        with self._interruption.within(step, first=part == 0) as look:
+        started, index = clock(self.args.device), self._micro_batch
+        with self._interruption.within(step, first=index == 0) as look:
             self.source.prefetch(self._look_ahead.pending(), step)
-            pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=part)
+            pairs = self.source.pairs(inputs["examples"], epoch=self._epoch, step=step, micro_batch=index)
         self._drawn = [pair for pair in pairs if not is_replayed(pair)]
         passes = self._scorer.passes(pairs)
         generated = clock(self.args.device)

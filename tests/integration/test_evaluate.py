@@ -334,6 +334,15 @@ def test_no_such_model(evaluate, held_out, tmp_path):
     one_line(evaluate(tmp_path / "none", "--suite", "local", "--dataset_name", held_out, expect=2), "no such model")
 
 
+@pytest.mark.parametrize("suite", ["local", "mt_bench"])
+def test_tokens_beyond_the_embeddings_are_one_line(suite, evaluate, model, held_out, mt_bench):
+    tiny_llama(vocab_size=8).save_pretrained(model)
+    more = ("--dataset_name", held_out)
+    if suite == "mt_bench":
+        more = ("--mt_bench_dir", mt_bench, "--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")
+    one_line(evaluate(model, "--suite", suite, *more, expect=2), "the model has 8 embeddings")
+
+
 def test_no_judge(evaluate, model, mt_bench):
     one_line(evaluate(model, "--suite", "mt_bench", "--mt_bench_dir", mt_bench, expect=2), "--judge_model")
 

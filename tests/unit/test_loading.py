@@ -11,8 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -160,6 +169,94 @@ def test_a_model_that_does_not_generate_is_refused(folder, args):
     change(folder / "config.json", model_type="t5")
     with pytest.raises(ModelError, match="t5 is not a causal language model"):
         loading.check_model(named(folder), args)
+
+
+OTHER_KINDS = {
+    "encoder-decoder": (BartForConditionalGeneration, BartConfig, {"d_model": 16}, "an encoder with a decoder"),
+    "masked": (BertForMaskedLM, BertConfig, {"hidden_size": 16}, "saved as BertForMaskedLM"),
+    "masked, anonymous": (BertForMaskedLM, BertConfig, {"hidden_size": 16}, "both directions"),
+    "classifier": (LlamaForSequenceClassification, LlamaConfig, {"hidden_size": 16}, "LlamaForSequenceClassification"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_model_of_another_kind_is_refused_by_every_loader(kind, tmp_path, args):
+    """transformers would load each as a causal language model, some without a missing weight."""
+    made, config, size, said = OTHER_KINDS[kind]
+    small = {name: 2 for name in config().to_dict() if name.endswith(("_heads", "_layers"))}
+    wide = {name: 16 for name in config().to_dict() if name.endswith(("ffn_dim", "intermediate_size"))}
+    made(config(vocab_size=63, pad_token_id=0, **small, **wide, **size)).save_pretrained(tmp_path / "model")
+    if kind.endswith("anonymous"):
+        change(tmp_path / "model" / "config.json", architectures=None)
+    for call in (
+        lambda: loading.check_model(named(tmp_path / "model"), args),
+        lambda: loading.read_config(str(tmp_path / "model")),
+        lambda: loading.load_frozen(str(tmp_path / "model")),
+    ):
+        with pytest.raises(ModelError, match=rf"{said}.*Use a model that generates text"):
+            call()
+
+
+def test_a_bidirectional_model_made_a_decoder_is_taken(tmp_path):
+    config = BertConfig(
+        vocab_size=63, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "model")
+    assert loading.read_config(str(tmp_path / "model")).is_decoder
+
+
+@pytest.mark.parametrize("method", ["modelopt", "no-such", None])
+def test_a_quantization_that_transformers_does_not_know_is_refused_everywhere(method, folder, args):
+    """transformers warns and loads the codes as weights."""
+    change(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    for call in (
+        lambda: loading.load_policy(named(folder, use_peft=True), args),
+        lambda: loading.load_frozen(str(folder)),
+    ):
+        with pytest.raises(ModelError, match=rf"{method or 'by an unnamed method'}\), which transformers cannot read"):
+            call()
+
+
+@pytest.mark.parametrize(("stored", "scales"), [(torch.int8, False), (torch.uint8, True), (torch.float8_e4m3fn, True)])
+def test_codes_without_a_quantization_config_are_refused(stored, scales, folder, args):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = {name: (weights[name] * 100).to(stored)} | ({f"{name}_scale_inv": torch.ones(1)} if scales else {})
+    save_file(weights | codes, file, metadata={"format": "pt"})
+    for adapter in (False, True):
+        with pytest.raises(ModelError, match=rf"{name} is stored as .*no quantization_config"):
+            loading.load_policy(named(folder, use_peft=adapter), args)
+
+
+def test_float8_weights_without_scales_are_weights(folder, args):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    model, _ = loading.load_policy(named(folder), args)
+    assert torch.equal(model.state_dict()[name], weights[name].to(torch.float8_e4m3fn).float())
+
+
+def test_weights_of_another_shape_than_the_configuration_are_one_line(folder, args, capfd):
+    change(folder / "config.json", hidden_size=32)
+    with pytest.raises(ModelError, match=r"other shapes than config\.json says"):
+        loading.load_policy(named(folder), args)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_vision_language_model_trains_as_text_and_says_so(tmp_path, args, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text = {"vocab_size": 63, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 16}, mm_tokens_per_image=4
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        loading.load_policy(named(tmp_path / "model"), args)
+    assert "trained as a language model" in caplog.text
 
 
 def test_a_tokenizer_that_is_not_there_is_a_tokenizer_error(folder):

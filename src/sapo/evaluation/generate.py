@@ -56,7 +56,7 @@ def chat_ids(loaded: LoadedModel, messages: Sequence[dict[str, str]]) -> list[in
         raise EvaluationError(
             f"the chat template refuses a conversation ({brief(error)}). Use another template."
         ) from error
-    return list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return loaded.checked(list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
@@ -64,7 +64,7 @@ def plain_ids(loaded: LoadedModel, text: str) -> list[int]:
     whole = list(loaded.tokenizer(text)["input_ids"])
     bare = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     places = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
-    return whole[: next(places, 0) + len(bare)]
+    return loaded.checked(whole[: next(places, 0) + len(bare)])
 
 
 def max_reply_tokens(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> int:

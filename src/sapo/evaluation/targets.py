@@ -69,6 +69,21 @@ class LoadedModel:
     pad_token_id: int
     positions: int | None
 
+    def checked(self, ids: list[int]) -> list[int]:
+        """`ids`, if the model has an embedding for each.
+
+        Raises:
+            TokenizerError: it has not; on a GPU such a token would end the process.
+        """
+        size = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids, default=0) >= size:
+            raise TokenizerError(
+                f"{self.model.name_or_path}: its tokenizer gives token {max(ids)} "
+                f"({self.tokenizer.convert_ids_to_tokens(max(ids))!r}), and the model has {size} embeddings. Take the "
+                "tokenizer that belongs to it."
+            )
+        return ids
+
 
 def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Target]:
     """Expand run folders into policy, opponent and the model that the run started from.

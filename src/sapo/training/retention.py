@@ -139,6 +139,7 @@ class RetentionSignals:
             eos_ids=context.eos_ids,
             pad_token_id=context.pad_token_id,
             batch_size=max(16, args.per_device_eval_batch_size),
+            look=context.look,
         )
         fitting = [tuple(prompt) for prompt in prompts if len(prompt) < args.max_length]
         key = replies_key(

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import is_torch_available, logging
 
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
@@ -46,6 +50,9 @@ LOADING_ERRORS = (
     struct.error,
 )
 """What transformers and peft raise for folders that are incomplete, damaged, or need something else."""
+
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardModel")
+"""Ends of the names of architectures without a head for the next token."""
 
 
 def load_tokenizer(name: str, revision: str = "main") -> Any:
@@ -155,11 +162,7 @@ def config_of(source: ModelSource) -> Any:
         ModelError: as for `read_config`.
     """
     source, config = _resolved(source)
-    if not is_causal(config):
-        raise ModelError(
-            f"{source.base}: model_type {config.model_type} is not a causal language model in transformers. Use a "
-            "model that generates text from left to right."
-        )
+    _refuse_other_kinds(source.base, config)
     switch_off_router_logits(config)
     if source.adapter is not None:
         # The base's embeddings grow for tokens that the adapter was trained with.
@@ -183,6 +186,28 @@ def switch_off_router_logits(config: Any) -> None:
             logger.warning_once(
                 "output_router_logits: switched off. The router's auxiliary loss is not part of the objective."
             )
+
+
+def _refuse_other_kinds(name: str, config: Any) -> None:
+    """Refuse what is no causal language model, or was saved as something else: transformers would make heads up.
+
+    Raises:
+        ModelError: says what it is.
+    """
+    kind = f"model_type {config.model_type} is not a causal language model in transformers"
+    saved_as = (getattr(config, "architectures", None) or [""])[0] or ""
+    other = next((end for end in _OTHER_HEADS if saved_as.endswith(end)), None)
+    if is_causal(config):
+        masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        if getattr(config, "is_encoder_decoder", False):
+            kind = f"model_type {config.model_type} is an encoder with a decoder"
+        elif other is not None:
+            kind = f"it was saved as {saved_as}, which has no head for text"
+        elif masked:
+            kind = f"model_type {config.model_type} reads text in both directions (a masked language model)"
+        else:
+            return
+    raise ModelError(f"{name}: {kind}. Use a model that generates text from left to right.")
 
 
 def _name(model_args: ModelConfig) -> str:

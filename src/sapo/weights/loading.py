@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -44,6 +45,7 @@ from sapo.weights.footprint import check_memory
 from sapo.weights.policy import model_keyword_arguments
 from sapo.weights.source import (
     ModelSource,
+    check_stored_types,
     check_weights,
     loading_error,
     quantization_method,
@@ -229,8 +231,25 @@ def with_stored_adapter(model_args: ModelConfig, *, merge: bool) -> ModelConfig:
     return described
 
 
-def _check_trainable(source: ModelSource, config: Any, *, adapter: bool) -> None:
+def _check_readable(source: ModelSource, config: Any) -> None:
+    """Refuse weight files that are missing, or would be taken for something else than they are.
+
+    Raises:
+        ModelError: says what is wrong.
+    """
     check_weights(source)
+    check_stored_types(source, config)
+    method = quantization_method(config)
+    # bitsandbytes is in transformers' table by its number of bits.
+    if method not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise ModelError(
+            f"{source.base}: its weights are stored quantized ({method}), which transformers cannot read and would take "
+            "for weights. Use the unquantized checkpoint."
+        )
+
+
+def _check_trainable(source: ModelSource, config: Any, *, adapter: bool) -> None:
+    _check_readable(source, config)
     method = quantization_method(config)
     if method is not None and not adapter:
         raise ModelError(
@@ -257,8 +276,7 @@ def _load_model(
     source: ModelSource, options: Mapping[str, Any], *, trainable: bool = False, adapter_name: str = "default"
 ) -> Any:
     """Weights and, if the source has one, the adapter."""
-    config_of(source)
-    check_weights(source)
+    _check_readable(source, config_of(source))
     given = {**source.base_options, **options}
     if source.is_gguf:
         given["quantization_config"] = GgufConfig(dequantize=True)
@@ -271,6 +289,11 @@ def _load_model(
         raise loading_error("model", source, error) from error
     _check_complete(source, model, report)
     switch_off_router_logits(model.config)
+    if trainable and hasattr(model.config, "vision_config"):
+        logger.warning(
+            f"{source.base}: a vision-language model, trained as a language model. What reads images gets no gradient "
+            "and is saved as it is."
+        )
     if source.is_gguf:
         forget_gguf(model, source)
         if trainable:
@@ -296,7 +319,8 @@ def _check_complete(source: ModelSource, model: Any, report: Mapping[str, Any]) 
     # A weight of another shape is replaced by random numbers like one that is missing, if transformers is told so.
     missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if missing or report["error_msgs"]:
-        what = f"{len(missing)} weights, such as {missing[0]}" if missing else str(report["error_msgs"][0])
+        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        what = f"{missing[0]}{more}" if missing else str(report["error_msgs"][0])
         raise ModelError(
             f"{source.base}: the checkpoint lacks {what}, which would be random. Use a complete checkpoint of this "
             "architecture; a missing lm_head may mean tie_word_embeddings is wrong in config.json."

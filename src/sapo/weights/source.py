@@ -26,6 +26,9 @@ from sapo.errors import ModelError, brief, pip_line, require
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LARGEST_HEADER = 100_000_000
+"""Bytes; as the reader of safetensors allows."""
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _ADAPTER_FILES = [
     ADAPTER_FILE, "adapter_model.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -233,13 +236,42 @@ def check_weights(source: ModelSource) -> None:
         raise ModelError(f"{folder}: holds no weights (*.safetensors). Download the folder again.")
 
 
+def check_stored_types(source: ModelSource, config: Any) -> None:
+    """Refuse codes of quantized weights in a folder whose config.json does not say so: they would be taken for weights.
+
+    Raises:
+        ModelError: names file and weight.
+    """
+    if quantization_method(config) is not None or not Path(source.base).is_dir():
+        return
+    for file in sorted(Path(source.base).glob("*.safetensors")):
+        types = _stored_types(file)
+        scaled = any("scale" in name for name in types)
+        for name, stored in types.items():
+            if name.endswith(".weight") and (stored in _INTEGERS or (stored.startswith("F8") and scaled)):
+                raise ModelError(
+                    f"{file}: {name} is stored as {stored}, and config.json has no quantization_config: codes would be "
+                    "taken for weights. Use the unquantized checkpoint, or the config.json that belongs to this one."
+                )
+
+
+def _stored_types(file: Path) -> dict[str, str]:
+    """The type of each tensor in a safetensors file, such as F32 or I8; nothing if the file is damaged."""
+    try:
+        with file.open("rb") as content:
+            header = json.loads(content.read(min(int.from_bytes(content.read(8), "little"), _LARGEST_HEADER)))
+    except ValueError:
+        return {}  # loading says what is wrong with it
+    return {name: str(about["dtype"]) for name, about in header.items() if name != "__metadata__"}
+
+
 def quantization_method(config: Any) -> str | None:
     """How the stored weights are quantized, such as fp8, gptq, awq, bitsandbytes; None if they are not."""
     for part in (config, config.get_text_config()):
         given = getattr(part, "quantization_config", None)
         if given:
             method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
-            return str(getattr(method, "value", method))
+            return "by an unnamed method" if method is None else str(getattr(method, "value", method))
     return None
 
 
@@ -251,6 +283,10 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
         return ModelError(
             f"{name}: the {what} needs code of its own (auto_map), and code from a model is never run. Use a model "
             "that transformers has by itself; one whose code you trust can be loaded in Python and passed as an object."
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return ModelError(
+            f"{name}: the weights have other shapes than config.json says. Use the config.json that belongs to them."
         )
     if source.is_gguf:
         return ModelError(

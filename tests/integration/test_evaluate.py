@@ -335,8 +335,9 @@ def test_no_such_model(evaluate, held_out, tmp_path):
 
 
 @pytest.mark.parametrize("suite", ["local", "mt_bench"])
-def test_tokens_beyond_the_embeddings_are_one_line(suite, evaluate, model, held_out, mt_bench):
+def test_tokens_beyond_the_embeddings_are_one_line(suite, evaluate, model, held_out, mt_bench, capsys):
     tiny_llama(vocab_size=8).save_pretrained(model)
+    capsys.readouterr()
     more = ("--dataset_name", held_out)
     if suite == "mt_bench":
         more = ("--mt_bench_dir", mt_bench, "--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")

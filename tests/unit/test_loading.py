@@ -213,7 +213,7 @@ def test_a_quantization_that_transformers_does_not_know_is_refused_everywhere(me
         lambda: loading.load_policy(named(folder, use_peft=True), args),
         lambda: loading.load_frozen(str(folder)),
     ):
-        with pytest.raises(ModelError, match=rf"{method or 'by an unnamed method'}\), which transformers cannot read"):
+        with pytest.raises(ModelError, match=rf"{method or 'by an unnamed method'}\), which transformers would take"):
             call()
 
 

@@ -243,8 +243,8 @@ def _check_readable(source: ModelSource, config: Any) -> None:
     # bitsandbytes is in transformers' table by its number of bits.
     if method not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise ModelError(
-            f"{source.base}: its weights are stored quantized ({method}), which transformers cannot read and would take "
-            "for weights. Use the unquantized checkpoint."
+            f"{source.base}: its weights are stored quantized ({method}), which transformers would take for "
+            "weights. Use the unquantized checkpoint."
         )
 
 

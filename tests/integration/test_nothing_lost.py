@@ -259,6 +259,21 @@ def test_steps_that_two_runs_have_written_are_there_once_after_a_resume(make_tra
         assert steps == sorted(set(steps))
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "pairs.jsonl", "trace-0.jsonl"])
+def test_a_line_that_a_full_disk_has_cut_off_does_not_keep_a_run_from_resuming(file, make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "report_pairs": 12}
+    trainer = make_trainer(**options)
+    trainer.train()
+    torn = trainer.run_folder.path / file
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-9])
+    shutil.rmtree(trainer.run_folder.path / "checkpoint-4")
+    make_trainer(**options).train(resume_from_checkpoint=True)
+    rows = [json.loads(line) for line in torn.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in whole.decode().splitlines()]
+    assert [row["step"] for row in rows if row["step"] <= 4] == steps
+
+
 # ---- What is printed ----
 
 

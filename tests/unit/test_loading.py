@@ -259,6 +259,21 @@ def test_a_vision_language_model_trains_as_text_and_says_so(tmp_path, args, capl
     assert "trained as a language model" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"eos_token_id": "stop"}, "eos_token_id stop"),
+        ({"eos_token_id": [1, "stop"]}, "must be a token id"),
+        ([], "generation_config.json cannot be used"),
+        ({"cache_implementation": "attic"}, "Invalid `cache_implementation`"),
+    ],
+)
+def test_a_generation_config_that_is_none_is_one_line(content, said, folder):
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=said):
+        loading.generation_eos_ids(str(folder), "main", loading.read_config(str(folder)))
+
+
 def test_a_tokenizer_that_is_not_there_is_a_tokenizer_error(folder):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()

@@ -43,8 +43,10 @@ sapo --version prints the version. An error is one line with exit status 2;
 _NOTICES = (
     ("DeepSpeed", "Setting accelerator to CPU"),
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    ("transformers.trainer_utils", "do not match the ones in the `trainer_state.json`"),
 )
-"""Loggers and what they report at every start on a machine without a GPU, used or not."""
+"""Loggers and what they report at every start on a machine without a GPU, used or not; and at every resume whose
+`logging_steps` is a share of the run. What a resume may change, the run checks by itself."""
 
 
 def _without(notice: str) -> Callable[[logging.LogRecord], bool]:

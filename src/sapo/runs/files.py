@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,19 @@ def read_json_lines(
             raise error(f"{file}, line {number}: `{wrong}` is not of type {fields[wrong].__name__}. {remedy}")
         rows.append(row)
     return rows
+
+
+def keep_json_lines(file: Path, keep: Callable[[list[dict[str, Any]]], Iterable[dict[str, Any]]]) -> None:
+    """Leave of a file of JSON lines, each with a `step`, what `keep` returns; a missing file stays missing.
+
+    A last line that a crash or a full disk has cut off is dropped: what is appended would end up in it.
+
+    Raises:
+        ConfigurationError: another line cannot be read.
+    """
+    if file.exists():
+        rows = read_json_lines(file, {"step": int})
+        write_atomically(file, "".join(f"{json.dumps(row)}\n" for row in keep(rows)))
 
 
 def read_object(file: Path) -> dict[str, Any]:

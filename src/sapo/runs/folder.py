@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from sapo.errors import CheckpointError, ConfigurationError, brief
 from sapo.runs import checkpoint as parts
-from sapo.runs.files import write_atomically
+from sapo.runs.files import keep_json_lines, write_atomically
 from sapo.runs.layout import (
     BAD_PAIRS_FILE,
     CONFIG_FILE,
@@ -138,11 +139,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / CONFIG_FILE, yaml.safe_dump(options, sort_keys=True))
         for file in [self.path / METRICS_FILE, *self.path.glob(TRACE_FILE.format(process="*") + "*")]:
-            if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                # The last one of a kind: a run may have been there twice.
-                once = {_kind_of(line): line for line in kept} if file.name == METRICS_FILE else {}
-                write_atomically(file, "".join(f"{line}\n" for line in (once.values() if once else kept)))
+            keep_json_lines(file, partial(_until, step, once=file.name == METRICS_FILE))
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml, which reproduces the run."""
@@ -343,13 +340,14 @@ def writing(target: Path, staging: Path) -> Iterator[None]:
         ) from error
 
 
-def _step_of(line: str) -> int:
-    return int(json.loads(line)["step"])
+def _until(step: int, rows: list[dict[str, Any]], *, once: bool) -> list[dict[str, Any]]:
+    """The rows up to `step`; with `once` the last one of a kind: a run may have been there twice."""
+    kept = [row for row in rows if row["step"] <= step]
+    return list({_kind_of(row): row for row in kept}.values()) if once else kept
 
 
-def _kind_of(line: str) -> tuple[object, ...]:
+def _kind_of(row: dict[str, Any]) -> tuple[object, ...]:
     """What two lines of metrics have in common of which the later one counts: step, and what was measured."""
-    row = json.loads(line)
     for name in (LOSS.name, RUNTIME.name):
         if name in row:
             return row["step"], name

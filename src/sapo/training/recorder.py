@@ -34,7 +34,7 @@ from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores
 from sapo.preference.self_replay import is_replayed
 from sapo.report.page import write_report
-from sapo.runs.files import write_atomically
+from sapo.runs.files import keep_json_lines, write_atomically
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import PAIRS_FILE, REPORT_FILE, RUN_FILE
 from sapo.runs.metrics import CHOSEN_LOGP, LOSS, MARGIN, REJECTED_LOGP
@@ -137,7 +137,11 @@ class RunRecorder(TrainerCallback):
         self._followed = self._choose_followed()
         if state.is_world_process_zero:
             self._write_run(_describe(self._context, len(self._dataset), state))
-            _keep_until(self._folder / PAIRS_FILE, state.global_step)
+            step = state.global_step
+            # Nothing of another run where this one starts afresh.
+            keep_json_lines(
+                self._folder / PAIRS_FILE, lambda rows: [row for row in rows if step and row["step"] <= step]
+            )
         if state.global_step == 0 and 0 in self._followed_steps:
             self._take(0)
         self._refreshed = time.perf_counter()
@@ -310,12 +314,3 @@ def _describe(context: RunContext, rows: int, state: TrainerState) -> dict[str, 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _keep_until(file: Path, step: int) -> None:
-    """Leave of a file of JSON lines those up to `step`, or nothing of a run that starts afresh."""
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines() if step else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_atomically(file, "".join(f"{line}\n" for line in kept))

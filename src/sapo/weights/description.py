@@ -6,7 +6,6 @@ As in `loading`, code from a model folder is never run.
 from __future__ import annotations
 
 import struct
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_torch_available, logging
 
-from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.weights.source import (
     TOKENIZER_FILES,
     ModelSource,
@@ -123,6 +122,12 @@ def load_config(model_args: ModelConfig) -> Any:
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
     eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id
+    listed = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+    if not all(isinstance(one, int) for one in listed):
+        raise ModelError(
+            f"{name}: generation_config.json or config.json has eos_token_id {brief(eos_ids, 80)}; it must be a "
+            "token id or a list of them."
+        )
     return eos_ids
 
 
@@ -130,8 +135,14 @@ def load_generation_config(name: str, revision: str = "main", config: Any = None
     """The generation configuration of a model; without one of its own, that which follows from `config`."""
     source = find(name, revision)
     if not source.is_gguf:
-        with suppress(OSError):
+        try:
             return GenerationConfig.from_pretrained(source.base, revision=source.revision)
+        except OSError:
+            pass  # there is none
+        except LOADING_ERRORS as error:
+            raise ModelError(
+                f"{source.base}: generation_config.json cannot be used ({brief(error)}). Correct or remove it."
+            ) from error
     return GenerationConfig.from_model_config(config_of(source) if config is None else config)
 
 

@@ -295,7 +295,7 @@ def test_printed_commands_work_when_pasted_into_another_folder(model, data, tmp_
     commands = re.findall(r"^(\w+): +sapo (.*?)(?:    \(.*)?$", shown, flags=re.MULTILINE)
     assert {label for label, _ in commands} >= {"Longer", "Report", "Chat", "Evaluate", "Compare"}
     for label, line in commands:
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         if label == "Report":
             words.remove("--serve")
         if label == "Chat":

@@ -65,7 +65,7 @@ CHARTS = [
     Chart(
         "Rewards",
         "",
-        "Both falling together: the margin rises because the rejected responses fall faster. Set a guard.",
+        "If both fall, the margin rises only because the rejected responses fall faster: set a guard.",
         "pair",
         on_card=True,
     ),

@@ -93,10 +93,10 @@ def test_interrupted_evaluation_continues_and_gives_the_same(evaluate, model, he
     monkeypatch.setattr(TransformersGenerator, "generate", counted)
     evaluate(*command, expect=130)
     evaluate(*command)
-    assert calls == [8, 2, 2]
+    assert calls == [4, 4, 4, 2]
     assert results(tmp_path, "local") == results(tmp_path, "local", "whole")
     evaluate(*command)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_run_folder_shows_policy_and_opponent_beside_the_start(make_trainer, evaluate, model, held_out, tmp_path):

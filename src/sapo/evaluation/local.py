@@ -84,7 +84,8 @@ def _measure(
     found: list[Measured] = []
     keys = [_key(session, target, options, data, place, opponent) for place in range(len(data.rows))]
     todo, done, began = sum(key not in parts for key in keys), 0, time.monotonic()
-    for span in chunks(4 * options.batch_size, len(keys)):
+    # A CPU takes a minute for this many rows: somebody is waiting for a sign of life.
+    for span in chunks((2 if session.device == "cpu" else 4) * options.batch_size, len(keys)):
         missing = [place for place in span if keys[place] not in parts]
         if missing:
             turns = [data.turns[place] for place in missing]

@@ -225,11 +225,11 @@ TOKENS = Metric(
     is_total=True,
     is_cost=True,
 )
-PEAK_MEMORY = Metric("memory/peak_mb", "MB", "the most resident memory of the first process so far")
+PEAK_MEMORY = Metric("memory/peak_mb", "MB", "peak resident memory of the first process so far")
 DEVICE_PEAK_MEMORY = Metric(
     "memory/device_peak_mb",
     "MB",
-    "the most that tensors of the first process have held on its accelerator",
+    "peak memory of tensors of the first process on its accelerator",
     when="with an accelerator",
     chart="Memory",
     legend="device, peak",
@@ -384,7 +384,7 @@ METRICS = (
     Metric(
         "time/engine_busy",
         "seconds per micro-batch",
-        "time that the engine was at work, loading weights included",
+        "time that the engine worked, loading weights included",
         "over `time/step` its busy share",
         when="with vLLM",
     ),
@@ -398,7 +398,7 @@ METRICS = (
     Metric(
         "engine/queue",
         "steps",
-        "steps (without `max_staleness`, calls) asked for and not yet generated when a step begins",
+        "steps (without `max_staleness`, calls) that are requested and not yet generated when a step begins",
         "as large as the window: the engine is behind; 0: it is idle",
         when="with vLLM",
     ),

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import sapo
 from sapo import SAPOConfig, SAPOTrainer
+from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
 from sapo.errors import ConfigurationError, ModelError, SapoError
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
@@ -82,6 +83,13 @@ def commands(model, folder):
         ],
         "data check": ["data", "check", *data[2:], *data[:2], "--max_length", "32"],
         "generate": ["generate", *data, "--output_file", str(folder / "pairs.parquet"), *RUN],
+        "generate --self_replay": [
+            *["generate", "--self_replay", rows, "--model_name_or_path", str(model), "--use_cpu"],
+            *["--output_file", str(folder / "pairs.parquet"), "--max_length", "32"],
+        ],
+        "export": ["export", str(model), out, "--device", "cpu"],
+        "demo --chat": ["demo", "--chat", "--model_name_or_path", str(model), "--output_dir", out],
+        "evaluate retention": [*evaluate, "--suite", "retention", "--start", str(model), "--dataset_name", rows],
         "estimate": ["estimate", *data, "--gpu", "h200", "--max_length", "32"],
         "chat": ["chat", str(model), "--prompt", "w1", "--plain", "--device", "cpu"],
         "evaluate local": [*evaluate, "--suite", "local", "--dataset_name", rows, "--max_length", "32"],
@@ -93,6 +101,11 @@ def commands(model, folder):
         "report": ["report", str(model)],
         "compare": ["compare", str(model), str(model)],
     }
+
+
+def test_every_command_is_asked_to_run_code_of_a_model():
+    asked = list(commands("m", Path()))
+    assert {name for name in COMMANDS if not any(one.startswith(name) for one in asked)} == {"recipes", "completion"}
 
 
 @pytest.mark.parametrize("command", list(commands(Path("m"), Path())))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import TrainerState
 
 from sapo.commands.arguments import RunArguments
 from sapo.report.summary import ENOUGH_PAIRS, change_of, likelihood_text, warnings
@@ -13,42 +16,61 @@ from sapo.runs.metrics import ACCURACY, CHOSEN_CHANGE_PER_TOKEN, LOSS, MARGIN
 from sapo.runs.reading import Run, read_run
 from sapo.text.numbers import number_text
 from sapo.training.recorder import loaded_step
-from sapo.training.trainer import SAPOTrainer
 
 
-def closing_lines(run: RunArguments, trainer: SAPOTrainer, *, stopped: bool, recipe: Path | None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        folder: of the run.
+        state: of Trainer.
+        stopped: whether a signal ended it.
+        reason: why it ended by itself before its last step; None if it did not.
+        opponent: whether there is one.
+        adapter: whether the policy is an adapter.
+        plain: whether the model has no chat template.
+    """
+
+    folder: Path
+    state: TrainerState
+    stopped: bool
+    reason: str | None
+    opponent: bool
+    adapter: bool
+    plain: bool
+
+
+def closing_lines(run: RunArguments, ending: Ending, recipe: Path | None) -> list[str]:
     """The lines of the closing screen.
 
     Args:
         run: the options.
-        trainer: that has trained and saved.
-        stopped: whether a signal ended it.
+        ending: of the run, which has saved its models.
         recipe: of all rounds, where the run is one of them.
     """
-    state, folder = trainer.state, trainer.run_folder.path.absolute()
-    head = "Stopped" if stopped or trainer.stop_reason else "Done"
+    state, folder, config = ending.state, ending.folder.absolute(), run.config
+    head = "Stopped" if ending.stopped or ending.reason else "Done"
     lines = ["", f"{head} after step {state.global_step} of {state.max_steps}."]
-    if trainer.stop_reason:
-        lines.append(trainer.stop_reason)
-    best = loaded_step(trainer.args, state)
+    if ending.reason:
+        lines.append(ending.reason)
+    best = loaded_step(config, state)
     if best is not None:
-        lines.append(
-            f"Saved are the models of step {best}, the best by {trainer.args.metric_for_best_model} "
-            f"({state.best_metric:.4g})."
-        )
-    if trainer.is_world_process_zero():
+        measure = f"{config.metric_for_best_model} ({state.best_metric:.4g})"
+        lines.append(f"Saved are the models of step {best}, the best by {measure}.")
+    if config.process_index == 0:
         record = read_run(folder)
         lines += results(record)
         shares = [f"{name} {share:.0%}" for name, share in time_shares(record).items() if share >= 0.005]
         lines += [f"Time: {', '.join(shares)}."] if shares else []
     lines += ["", f"Policy:    {folder}"]
-    if trainer.opponent is not None:
+    if ending.opponent:
         lines.append(f"Opponent:  {folder / OPPONENT_FOLDER} (the moving average)")
-    unfinished = stopped or bool(trainer.stop_reason) or state.global_step < state.max_steps
-    plain = not trainer.processing_class.chat_template
-    lines += next_commands(run, folder, recipe or folder / RECIPE_FILE, unfinished, 2 * state.max_steps, plain=plain)
-    load = "AutoPeftModelForCausalLM" if trainer.is_adapter() else "AutoModelForCausalLM"
-    package = "peft" if trainer.is_adapter() else "transformers"
+    unfinished = ending.stopped or bool(ending.reason) or state.global_step < state.max_steps
+    recipe, longer = recipe or folder / RECIPE_FILE, 2 * state.max_steps
+    lines += next_commands(run, folder, recipe, unfinished, longer, plain=ending.plain)
+    load = "AutoPeftModelForCausalLM" if ending.adapter else "AutoModelForCausalLM"
+    package = "peft" if ending.adapter else "transformers"
     lines.append(f"Python:    from {package} import {load}; model = {load}.from_pretrained({str(folder)!r})")
     return lines
 

@@ -24,6 +24,7 @@ from sapo.estimate.checkpointing import set_checkpointing
 from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
+from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
@@ -84,7 +85,7 @@ def run_estimate(given: Parsed) -> None:
     quiet_libraries()
     report = make_report(given)
     if given.own.json is not None:
-        given.own.json.write_text(json.dumps(as_dictionary(report), indent=2) + "\n", encoding="utf-8")
+        write_atomically(given.own.json, json.dumps(as_dictionary(report), indent=2) + "\n")
     _show(report, Console())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
-from sapo.commands.closing import closing_lines, quoted
+from sapo.commands.closing import Ending, closing_lines, quoted
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
@@ -136,7 +136,11 @@ def _train(
                 trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
             _save(trainer)
     stopped = stop.received is not None
-    for line in closing_lines(run, trainer, stopped=stopped, recipe=recipe):
+    ending = Ending(
+        folder.path, trainer.state, stopped, trainer.stop_reason,
+        opponent=trainer.opponent is not None, adapter=trainer.is_adapter(), plain=not inputs.tokenizer.chat_template,
+    )  # fmt: skip
+    for line in closing_lines(run, ending, recipe):
         _say(console, line)
     return not (stopped or trainer.stop_reason)
 

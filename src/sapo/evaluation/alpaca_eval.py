@@ -30,10 +30,11 @@ from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, 
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
-from sapo.evaluation.store import part_key, write_result
+from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.runs.files import facts_digest
 from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 2048
@@ -193,7 +194,7 @@ def _answers(session: Session, target: Target, instructions: Sequence[Instructio
     temperature = TEMPERATURE if options.temperature is None else options.temperature
     sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
     keys = [
-        part_key(
+        facts_digest(
             suite="alpaca_eval",
             **session.identity(target),
             instruction=one.text,

@@ -24,9 +24,10 @@ from sapo.evaluation.harness_data import (
 )
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
-from sapo.evaluation.store import FinishedParts, part_key, write_result
+from sapo.evaluation.store import FinishedParts, write_result
 from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
+from sapo.runs.files import facts_digest
 from sapo.text.escape import visible
 from sapo.weights.loading import load_tokenizer, read_config
 from sapo.weights.source import read_adapter_config, trained_rows
@@ -210,7 +211,7 @@ class _Runner:
         import lm_eval
 
         options = self._session.options
-        return part_key(
+        return facts_digest(
             suite="lm_eval",
             **self._session.identity(self._target),
             task=leaf,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sapo.errors import ConfigurationError, EvaluationError, brief, require
-from sapo.evaluation.store import FinishedParts, part_key
+from sapo.evaluation.store import FinishedParts
+from sapo.runs.files import facts_digest
 
 if TYPE_CHECKING:
     import openai
@@ -76,7 +77,7 @@ class JudgeRequest:
 
     def key(self, options: JudgeOptions) -> str:
         """What tells this question to this judge from any other."""
-        return part_key(
+        return facts_digest(
             judge=options.model,
             base_url=options.base_url or "",
             messages=[list(message) for message in self.messages],

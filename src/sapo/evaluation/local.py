@@ -14,11 +14,11 @@ from sapo.errors import ConfigurationError
 from sapo.evaluation.generate import generator_of, in_use
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks
-from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
 from sapo.measures.text import ends_in_loop, seq_rep
+from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
 from sapo.text.numbers import duration_text
 
@@ -118,7 +118,7 @@ def _key(
     opponent: dict[int, Measured] | None,
 ) -> str:
     row, turn, sampling = data.rows[place], data.turns[place], _sampling(session)
-    return part_key(
+    return facts_digest(
         suite="local",
         **session.identity(target),
         row=row,

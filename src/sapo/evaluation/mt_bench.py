@@ -28,11 +28,12 @@ from sapo.evaluation.judge import Judge, JudgeRequest
 from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
-from sapo.evaluation.store import part_key, write_result
+from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.evaluation.verdicts import rating
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
+from sapo.runs.files import facts_digest
 from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 1024
@@ -166,7 +167,7 @@ def _answers(session: Session, target: Target, files: Files) -> list[dict[str, A
         temperature = usual if session.options.temperature is None else session.options.temperature
         temperatures.append(temperature)
         keys.append(
-            part_key(
+            facts_digest(
                 suite="mt_bench",
                 **session.identity(target),
                 question=question["question_id"],
@@ -212,7 +213,7 @@ def _two_turns(
     return [
         {
             "question_id": question["question_id"],
-            "answer_id": part_key(model=target.path, question=question["question_id"])[:22],
+            "answer_id": facts_digest(model=target.path, question=question["question_id"])[:22],
             "model_id": target.slug,
             "choices": [{"index": 0, "turns": [talk[1]["content"], talk[3]["content"]]}],
             "tstamp": time.time(),

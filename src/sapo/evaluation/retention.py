@@ -15,7 +15,7 @@ from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.generate import generator_of
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
-from sapo.evaluation.store import FinishedParts, part_key
+from sapo.evaluation.store import FinishedParts
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.measures.retention import (
     REPLY_SAMPLING,
@@ -31,8 +31,9 @@ from sapo.measures.retention import (
     summarize_retention,
 )
 from sapo.measures.text import ends_in_loop
+from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
-from sapo.runs.reply_cache import kept_replies, replies_key
+from sapo.runs.reply_cache import kept_replies
 from sapo.weights.digest import weights_digest
 
 TASK_ROWS = 200
@@ -101,7 +102,7 @@ def _measure(session: Session, target: Target, first: Target, start: _Start) -> 
 
 def _key(session: Session, target: Target, first: Target, forced: dict[str, list[Forced]]) -> str:
     rows = {name: [[one.prompt_ids, one.reply_ids] for one in group] for name, group in forced.items()}
-    return part_key(
+    return facts_digest(
         suite="retention", **session.identity(target), start=session.identity(first), rows=rows,
         limits=[_reply_tokens(session), session.options.max_length],
     )  # fmt: skip
@@ -153,7 +154,7 @@ def _start_replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequ
     """Replies of the start, from the cache of an earlier run or evaluation of the same weights if there is one."""
     length = _length(session, loaded)
     fitting = [tuple(prompt) for prompt in prompts if len(prompt) < length]
-    key = replies_key(
+    key = facts_digest(
         model=weights_digest(loaded.model),
         prompts=[list(prompt) for prompt in fitting],
         eos=sorted(loaded.eos_ids),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,6 @@ from sapo.runs.files import append_line, read_json_lines, write_atomically
 
 PART = "part"
 """Field with the key of a part."""
-
-
-def part_key(**settings: Any) -> str:
-    """Hash of everything that a part's result depends on."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class FinishedParts:

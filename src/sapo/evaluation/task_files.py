@@ -22,11 +22,11 @@ from sapo.evaluation.generate import (
 )
 from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session, chunks, finish_notes
-from sapo.evaluation.store import part_key
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import bootstrap_ratio
+from sapo.runs.files import facts_digest
 from sapo.seeds import derive_seed
 
 _FIELDS = {
@@ -152,7 +152,7 @@ def run(session: Session, tasks: list[Task]) -> dict[str, SuiteResult]:
 def _run_task(session: Session, target: Target, task: Task, result: SuiteResult) -> None:
     parts = session.parts("tasks", f"{target.slug}.jsonl")
     keys = [
-        part_key(
+        facts_digest(
             suite="task",
             **session.identity(target),
             prompt=row.get("messages") or row["prompt"],

@@ -42,7 +42,7 @@ class Pair:
         turn: index of the reply among the assistant messages of the row.
         prompt_ids: token ids of the prompt.
         chosen_ids: token ids of the response in the data, with its EOS token.
-        rejected_ids: token ids of the other response; empty where there is none (`is_sft`).
+        rejected_ids: token ids of the other response; where there is none (`is_sft`) the chosen one again.
         segment: the regenerated span B of `chosen_ids`; everything before it is shared. For rows with both responses,
             what follows their common prefix.
         rewritten: the span B' of `rejected_ids` that replaced it.

@@ -60,6 +60,11 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
+def facts_digest(**facts: Any) -> str:
+    """Hash of everything that a result depends on, as JSON: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
 def folder_digest(folder: Path, patterns: Sequence[str], *, without: Collection[str] = ()) -> str | None:
     """SHA-256 over the names and contents of the files directly in `folder` that match, in hexadecimal.
 

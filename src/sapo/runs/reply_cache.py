@@ -6,7 +6,6 @@ and in the user's cache; never beside the model, whose folder may be read-only o
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,17 +19,12 @@ from sapo.runs.user_cache import CACHE_VARIABLE, user_cache
 logger = logging.get_logger(__name__)
 
 
-def replies_key(**facts: Any) -> str:
-    """Hash of everything that replies depend on."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def kept_replies(folder: Path | None, key: str, generate: Callable[[], list[list[int]]]) -> list[list[int]]:
     """The replies under `key`: read from `folder` or the user's cache, else generated; then in both.
 
     Args:
         folder: of a run or an evaluation; None to use the cache alone.
-        key: from `replies_key`.
+        key: `facts_digest` of everything that the replies depend on.
         generate: makes them; called at most once.
     """
     own = [] if folder is None else [folder / f"replies-{key}.json"]

@@ -18,10 +18,10 @@ from sapo.measures.retention import REPLY_SAMPLING, generate_replies
 from sapo.preference.pairs import PairSource
 from sapo.preference.self_replay import Reply, SelfReplay
 from sapo.runs.checkpoint import read_json
-from sapo.runs.files import write_atomically
+from sapo.runs.files import facts_digest, write_atomically
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import SELF_REPLAY_FILE
-from sapo.runs.reply_cache import kept_replies, replies_key
+from sapo.runs.reply_cache import kept_replies
 from sapo.training.context import RunContext
 from sapo.weights.digest import weights_digest
 
@@ -88,7 +88,7 @@ def _generated(context: RunContext, folder: RunFolder) -> dict[str, Any]:
         pad_token_id=context.pad_token_id,
         batch_size=max(16, args.per_device_eval_batch_size),
     )
-    key = replies_key(
+    key = facts_digest(
         model=weights_digest(context.roles.policy()),
         prompts=[list(prompt) for prompt in fitting],
         eos=sorted(context.eos_ids),

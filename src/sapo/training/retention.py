@@ -31,10 +31,11 @@ from sapo.measures.retention import (
     states_of,
 )
 from sapo.preference.token_distributions import Head
+from sapo.runs.files import facts_digest
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import RETENTION_PART
 from sapo.runs.metrics import RETENTION_GAIN, RETENTION_GENERAL, RETENTION_TASK, RETENTION_TIME
-from sapo.runs.reply_cache import kept_replies, replies_key
+from sapo.runs.reply_cache import kept_replies
 from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
@@ -142,7 +143,7 @@ class RetentionSignals:
             look=context.look,
         )
         fitting = [tuple(prompt) for prompt in prompts if len(prompt) < args.max_length]
-        key = replies_key(
+        key = facts_digest(
             model=weights_digest(context.roles.policy()),
             prompts=[list(prompt) for prompt in fitting],
             eos=sorted(context.eos_ids),

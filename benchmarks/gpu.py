@@ -1,4 +1,4 @@
-"""What a device gives: the share of its matrix rate that learning reaches, decoding against its bandwidth, Flex against
+"""What a device gives: the share of its matrix rate that training reaches, decoding against its bandwidth, Flex against
 sdpa, trl's fused head against gathered logits.
 
     python benchmarks/gpu.py                 a Llama of 1.2 billion weights on a GPU, a tiny one on a CPU
@@ -60,14 +60,14 @@ def main() -> None:
         f"{device.launch * 1e6:.3g} us to start an operation; all measured."
     )
     config = LlamaConfig(**SIZES[options.size], max_position_embeddings=4096, pad_token_id=0, eos_token_id=1)
-    learning(config, options, device, rate, dtype)
+    training(config, options, device, rate, dtype)
     decoding(config, options, device, dtype)
 
 
-def learning(config: Any, options: Any, device: Device, rate: float, dtype: torch.dtype) -> None:
+def training(config: Any, options: Any, device: Device, rate: float, dtype: torch.dtype) -> None:
     """Forward and backward passes by attention, head and checkpointing."""
     flops = counted(config, options, dtype).flops
-    print(f"\nlearning, {options.pairs} pairs of {LENGTHS[options.size]}, {flops / 1e12:.3g} TFLOP not recomputed")
+    print(f"\ntraining, {options.pairs} pairs of {LENGTHS[options.size]}, {flops / 1e12:.3g} TFLOP not recomputed")
     variants: dict[str, dict[str, Any]] = {
         "sdpa, gathered logits": {},
         "sdpa, plain layout": {"layout": "plain"},
@@ -99,7 +99,7 @@ def counted(config: Any, options: Any, dtype: torch.dtype) -> Trace:
     )  # fmt: skip
     roles = build_run_models(config, ModelConfig(dtype=str(dtype)[6:]), args, Strategy())
     given = {"pairs": options.pairs, "rows": 0, "fused_lm_head": False}
-    return trace_passes(roles, args, Strategy(), LENGTHS[options.size], **given).learning
+    return trace_passes(roles, args, Strategy(), LENGTHS[options.size], **given).training
 
 
 def one_pass(

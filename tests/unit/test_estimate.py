@@ -24,7 +24,7 @@ from sapo.commands.recipes import FOLDER
 from sapo.estimate.advice import changes_that_fit, gpus_that_fit
 from sapo.estimate.checkpointing import memory_without_recomputation
 from sapo.estimate.devices import DEVICES, measure
-from sapo.estimate.estimate import estimate, learning_memory, longest, trace_seconds, usual
+from sapo.estimate.estimate import estimate, longest, trace_seconds, training_memory, usual
 from sapo.estimate.passes import Lengths, pairs_of_a_pass, trace_passes
 from sapo.estimate.tracing import Account, Trace
 from sapo.weights.footprint import Strategy, build_run_models
@@ -77,7 +77,7 @@ def test_products_of_a_pass_are_those_known_by_formula():
     forward = products + attention * config.num_hidden_layers
     assert found.reference.flops == pytest.approx(forward, rel=0.001)
     backward = 2 * products + 2.5 * attention * config.num_hidden_layers
-    assert found.learning.flops == pytest.approx(forward + backward, rel=0.02)
+    assert found.training.flops == pytest.approx(forward + backward, rel=0.02)
 
 
 def test_the_traced_pass_is_the_real_one():
@@ -94,35 +94,35 @@ def test_the_traced_pass_is_the_real_one():
     batch = collate_pairs([pair] * 4, pad_token_id=0, layout="shared", score_shared=False)
     with Account([*model.parameters(), *model.buffers()]) as account:
         summed_logps(model, batch)[0].sum().backward()
-    assert account.trace.bytes == pytest.approx(passes("mistral, sliding").learning.bytes, rel=0.02)
+    assert account.trace.bytes == pytest.approx(passes("mistral, sliding").training.bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_each_memory_option_saves_what_it_is_for(lora):
     model = {"use_peft": True, "lora_target_modules": "all-linear"} if lora else {}
     long = {"lengths": Lengths(100, 0, 60, 60), "model": model}
-    base = passes(**long).learning.most["activations"]
-    assert passes(gradient_checkpointing=True, **long).learning.most["activations"] < base / 2
-    assert passes(pairs=1, pairs_per_forward=1, **long).learning.most["activations"] < base / 3
-    assert passes(layout="plain", **long).learning.most["activations"] > 1.2 * base
+    base = passes(**long).training.most["activations"]
+    assert passes(gradient_checkpointing=True, **long).training.most["activations"] < base / 2
+    assert passes(pairs=1, pairs_per_forward=1, **long).training.most["activations"] < base / 3
+    assert passes(layout="plain", **long).training.most["activations"] > 1.2 * base
 
 
 def test_the_fused_head_holds_no_logits():
     long = {"lengths": Lengths(20, 0, 60, 60), "pairs": 4}
-    assert passes(**long).learning.most["logits"] > 0
+    assert passes(**long).training.most["logits"] > 0
     fused = passes(fused=True, **long)
-    assert not fused.learning.most["logits"]
+    assert not fused.training.most["logits"]
     # Its backward pass forms the logits again.
     config = ARCHITECTURES["llama"]
     again = 2 * 4 * 2 * 120 * config.hidden_size * config.vocab_size
-    assert fused.learning.flops - passes(**long).learning.flops == pytest.approx(again, rel=0.05)
+    assert fused.training.flops - passes(**long).training.flops == pytest.approx(again, rel=0.05)
 
 
 def test_sharded_gradients_leave_the_device_as_they_are_formed():
-    assert not passes(strategy=Strategy("fsdp2", 4)).learning.most["gradients"]
+    assert not passes(strategy=Strategy("fsdp2", 4)).training.most["gradients"]
     args = options()
     trained = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy()).trained
-    assert passes().learning.most["gradients"] == sum(4 * weight.numel() for weight in trained)
+    assert passes().training.most["gradients"] == sum(4 * weight.numel() for weight in trained)
 
 
 def test_keys_and_values_are_counted_with_the_room_for_what_is_written():
@@ -160,7 +160,7 @@ def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
     given = (ARCHITECTURES["llama"], ModelConfig(), args)
     lengths = longest(args)
     slow, fast = (estimate(*given, DEVICES[name], Strategy(), lengths) for name in ("rtx3090", "b200"))
-    trace = passes().learning
+    trace = passes().training
     assert trace_seconds(trace, DEVICES["b200"]) <= trace_seconds(trace, DEVICES["rtx3090"])
     assert slow.memory.lasting == fast.memory.lasting
     pooled = estimate(*given[:2], options(max_length=64, segment_length=8, steps_per_generation=4), DEVICES["h100"],
@@ -290,7 +290,7 @@ def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
     plain = options(max_length=200, segment_length=8, gradient_checkpointing=False)
     exact = estimate(config, model_args, plain, DEVICES["h100"], Strategy(), longest(plain))
     assert args.gradient_checkpointing == "auto"
-    unfused = learning_memory(config, model_args, plain, Strategy(), longest(plain), fused_lm_head=False)
+    unfused = training_memory(config, model_args, plain, Strategy(), longest(plain), fused_lm_head=False)
     assert found == pytest.approx(unfused, rel=0.02)
     assert exact.recomputes is False
 

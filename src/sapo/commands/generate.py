@@ -90,9 +90,8 @@ def run_generate(given: Parsed) -> None:
     check_packages(run)
     check_model(run.model, run.config)
     inputs = load_inputs(run)
-    for report in inputs.train_reports:
-        for line in report.lines():
-            console.print(line, markup=False, highlight=False)
+    for line in inputs.lines():
+        console.print(line, markup=False, highlight=False)
     texts, _ = load_texts(run, inputs)
     # Parquet first: it has the tokens, and what a killed run is continued by.
     pairs = file if file.suffix == ".parquet" else file.with_name(f".{file.name}.parquet")

@@ -54,6 +54,10 @@ class Inputs:
     train_reports: list[DataReport]
     eval_reports: list[DataReport]
 
+    def lines(self) -> list[str]:
+        """What became of the rows, for the terminal."""
+        return [line for report in [*self.train_reports, *self.eval_reports] for line in report.lines()]
+
 
 def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
     """Load the tokenizer, read the rows and prepare them, for training and for `sapo data check` alike.

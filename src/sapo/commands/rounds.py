@@ -71,9 +71,8 @@ def rounds(run: RunArguments, console: Console) -> Iterator[Round]:
     _begin(run, root)
     check_model(run.model, config)
     inputs = load_inputs(run)
-    for report in [*inputs.train_reports, *inputs.eval_reports]:
-        for line in report.lines():
-            console.print(line, markup=False, highlight=False)
+    for line in inputs.lines():
+        console.print(line, markup=False, highlight=False)
     with locked(root) if config.process_index == 0 else nullcontext():
         yield from _rounds(run, inputs, root, console)
 
@@ -91,7 +90,7 @@ def _rounds(run: RunArguments, inputs: Inputs, root: Path, console: Console) -> 
         if number:
             started_from, adapter = _from(run, root / ROUND_FOLDER.format(number=number - 1))
         written = _write_files(started_from, inputs, folder, number, adapter, console)
-        yield _iteration(started_from, inputs, folder, number, adapter)
+        yield _round(started_from, inputs, folder, number, adapter)
         if state.is_main_process:
             done = {"round": number, "policy_from": str(adapter or started_from.model.model_name_or_path)}
             write_atomically(folder / ROUND_FILE, json.dumps(done | {"pairs": asdict(written)}, indent=1))
@@ -161,7 +160,7 @@ def _write_files(
     return reports[0]
 
 
-def _iteration(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None) -> Round:
+def _round(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter: Path | None) -> Round:
     files = [folder / ROUND_PAIRS_FILE]
     if number and run.config.mix_previous_round:
         files.append(folder.with_name(ROUND_FOLDER.format(number=number - 1)) / ROUND_PAIRS_FILE)

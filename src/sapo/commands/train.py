@@ -79,9 +79,8 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
         check_libraries(config)
         check_model(run.model, config)
         inputs = load_inputs(run)
-        for report in [*inputs.train_reports, *inputs.eval_reports]:
-            for line in report.lines():
-                console.print(line, markup=False, highlight=False)
+        for line in inputs.lines():
+            console.print(line, markup=False, highlight=False)
         _train(run, inputs, *load_policy(run.model, config), console, begin=begin)
 
 

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.errors import brief
-from sapo.estimate.estimate import FRAGMENTED, RESERVED, learning_memory, longest
+from sapo.estimate.estimate import FRAGMENTED, RESERVED, longest, training_memory
 from sapo.text.numbers import bytes_text
 from sapo.weights.description import is_causal
 from sapo.weights.footprint import Strategy, free_memory, running_strategy
@@ -54,7 +54,7 @@ def set_checkpointing(args: SAPOConfig, value: bool) -> None:
 def memory_without_recomputation(
     config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool
 ) -> float:
-    """Bytes on one device while the policy learns from pairs of the greatest length, nothing computed twice.
+    """Bytes on one device while the policy trains on pairs of the greatest length, nothing computed twice.
 
     Args:
         config: of the model.
@@ -69,7 +69,7 @@ def memory_without_recomputation(
     layers = config.get_text_config().num_hidden_layers
     counts = [min(count, layers) for count in _TRACED]
     found = [
-        learning_memory(_with_layers(config, count), model_args, args, strategy, longest(args), fused_lm_head=fused)
+        training_memory(_with_layers(config, count), model_args, args, strategy, longest(args), fused_lm_head=fused)
         for count in counts
     ]
     slope = (found[1] - found[0]) / max(1, counts[1] - counts[0])

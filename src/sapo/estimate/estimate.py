@@ -177,7 +177,7 @@ def estimate(
     )
 
 
-def learning_memory(
+def training_memory(
     config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, lengths: Lengths, *, fused_lm_head: bool
 ) -> int:
     """Bytes at the worst time of the policy's forward and backward pass; see `estimate`."""
@@ -193,7 +193,7 @@ def learning_memory(
         fused_lm_head=fused_lm_head,
         attention=attention,
     )
-    return _memory(passes, roles, args, strategy, on_gpu=fused_lm_head).phases["learning"]
+    return _memory(passes, roles, args, strategy, on_gpu=fused_lm_head).phases["training"]
 
 
 def _rows(args: SAPOConfig) -> int:
@@ -210,17 +210,17 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
     gradients = parts.pop("gradients", 0)
     lasting = sum(parts.values())
     shell, gathered = gather_shell_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
-    learning = passes.learning
-    beside = gradients - learning.most["gradients"]
-    phases = {"learning": lasting + gathered + learning.bytes + beside}
+    training = passes.training
+    beside = gradients - training.most["gradients"]
+    phases = {"training": lasting + gathered + training.bytes + beside}
     phases["optimizer"] = lasting + gradients + optimizer_scratch(roles.trained, args, strategy, on_gpu=on_gpu)
     passing = {
         "gradients": gradients,
-        "activations": learning.most["activations"],
-        "logits and working space": learning.most["logits"] + learning.most["working"],
+        "activations": training.most["activations"],
+        "logits and working space": training.most["logits"] + training.most["working"],
     }
     if passes.reference is not None:
-        # It scores a micro-batch before the policy learns from it; only earlier micro-batches have left gradients.
+        # It scores a micro-batch before the policy trains on it; only earlier micro-batches have left gradients.
         earlier = gradients if args.gradient_accumulation_steps > 1 else 0
         phases["reference"] = lasting + shell + passes.reference.bytes + earlier
     if passes.prefill is not None:
@@ -229,7 +229,7 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
             passing["weights cast to generate"] = passes.cast
         passing["keys and values of generation"] = passes.cache
     if gathered:
-        passing["weights gathered to learn"] = gathered
+        passing["weights gathered to train"] = gathered
     if shell and ("reference" in phases or "generation" in phases):
         passing["weights gathered for opponent and reference"] = shell
     return Memory(parts, passing, phases)
@@ -283,7 +283,7 @@ class _Step:
             seconds["generation"] = self.calls * one
         if passes.reference is not None:
             seconds["reference"] = self.number * trace_seconds(passes.reference, device)
-        seconds[POLICY] = self.number * trace_seconds(passes.learning, device)
+        seconds[POLICY] = self.number * trace_seconds(passes.training, device)
         seconds[OPTIMIZER] = self.optimizer_bytes / device.bandwidth
         if self.strategy.processes > 1:
             seconds["communication"] = self._communication(seconds[POLICY])
@@ -310,12 +310,12 @@ class _Step:
             forward = passes.reference.flops
             flops["reference"] = self.number * forward
             limits["reference"] = device.limit(flops["reference"], 0, half=half)
-        learning = passes.learning.flops
-        flops[POLICY] = self.number * learning
+        training = passes.training.flops
+        flops[POLICY] = self.number * training
         # A full model's backward pass is twice its forward pass, an adapter's once and a little.
         share = 3 if isinstance(roles.policy, PeftModel) else 4
-        twice = (forward or learning / share) if recomputes(self.args) else 0.0
-        limits[POLICY] = device.limit(self.number * (learning - twice), 0, half=half)
+        twice = (forward or training / share) if recomputes(self.args) else 0.0
+        limits[POLICY] = device.limit(self.number * (training - twice), 0, half=half)
         limits[OPTIMIZER] = self.optimizer_bytes * device.reached[1] / device.bandwidth
         flops[OPTIMIZER] = 0.0
         return limits, flops

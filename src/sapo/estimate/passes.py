@@ -1,4 +1,4 @@
-"""The parts of a step, each run without data: learning, reference, prompt and one token of generation."""
+"""The parts of a step, each run without data: training, reference, prompt and one token of generation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Passes:
     """Traces of one pass each; a None is a part that the run does not have.
 
     Attributes:
-        learning: the policy's forward and backward pass over the pairs of a micro-batch.
+        training: the policy's forward and backward pass over the pairs of a micro-batch.
         reference: the reference's scores of them.
         prefill: the opponent reads the contexts of all rows that are decoded together.
         token: it decodes a token of each of them.
@@ -67,7 +67,7 @@ class Passes:
         why_plain: why not as `shared`; None where they are, or were not asked to be.
     """
 
-    learning: Trace
+    training: Trace
     reference: Trace | None
     prefill: Trace | None
     token: Trace | None
@@ -111,7 +111,7 @@ def trace_passes(
             use_shared_attention(policy)
         batch = _fake(laid_out, mode)
         scores = _FusedScores() if fused_lm_head else summed_logps
-        learning = _learning(policy, batch, args, strategy, scores)
+        training = _training(policy, batch, args, strategy, scores)
         reference = prefill = token = None
         cache = cast = 0
         captured = False
@@ -122,7 +122,7 @@ def trace_passes(
             reference = account.trace
         if rows:
             prefill, token, cache, cast, captured = _generation(policy, args, strategy, lengths, rows)
-    return Passes(learning, reference, prefill, token, cache, cast, captured and not roles.quantized, layout, why)
+    return Passes(training, reference, prefill, token, cache, cast, captured and not roles.quantized, layout, why)
 
 
 def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attention: str | None = None) -> int:
@@ -142,7 +142,7 @@ def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> st
     return shared_layout_unsupported_reason(policy)
 
 
-def _learning(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
+def _training(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
     policy.train()
     if args.gradient_checkpointing is True:
         # As transformers does by default; and random state does not matter without data.

@@ -7,13 +7,21 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from sapo.config import HAS_FUSED_LM_HEAD
 
+OLD_INTERPRETER = (
+    importlib.util.find_spec("triton") is not None
+    and Version(version("triton")) < Version("3.7")
+    and Version(version("numpy")) >= Version("2.5")
+)
 pytestmark = [
+    pytest.mark.skipif(OLD_INTERPRETER, reason="the interpreter of triton 3.6 fails with numpy 2.5"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (with CUDA's torch)"),
     pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 or newer"),
 ]

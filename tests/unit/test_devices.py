@@ -21,6 +21,7 @@ KNOWS_CUDA = {
     "estimate/devices.py": "measures a GPU",
     "generation/token_step.py": "CUDA graphs",
     "generation/vllm/colocated.py": "vLLM in this process",
+    "preference/shared_prefix.py": "flash attention of unequal lengths",
 }
 """Modules that name `torch.cuda`, and for what; all others ask `torch.accelerator`."""
 

@@ -199,6 +199,17 @@ def test_attention_and_large_new_blocks_take_what_was_measured():
     assert new - same == pytest.approx(large.nbytes * 1e-9)
 
 
+def test_an_operation_takes_a_least_time_in_a_graph_too():
+    with FakeTensorMode():
+        tiny = torch.empty(8)
+        with Account([tiny]) as account:
+            for _ in range(100):
+                tiny.add_(1)
+    device = dataclasses.replace(DEVICES["h200"], launch=0.0, least=2e-6)
+    assert trace_seconds(account.trace, device, launches=1) == pytest.approx(100 * 2e-6)
+    assert all(one.least > 0 for one in DEVICES.values())
+
+
 def small(tmp_path, **more):
     ARCHITECTURES["llama"].save_pretrained(tmp_path / "model")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]

@@ -163,14 +163,25 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
         "step_seconds": sum(run.series("time/step")) / max(1, len(run.series("time/step"))),
         "curves": {one.name: gain_curve(run, one) for one in DISTANCES},
         "identical": run.last("self_play/identical_fraction"),
-        "samples": sampled(folder, model, what) if what.samples else {},
+        "samples": None,
     }  # fmt: skip
-    partial = folder / ".result.json.partial"
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(file)
+    # A stop while samples are written leaves the curves.
+    keep(found, file)
+    found["samples"] = sampled(folder, model, what) if what.samples else {}
+    keep(found, file)
     for checkpoint in (folder / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return found
+
+
+def keep(found: dict, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1))
+    partial.replace(file)
+
+
+def finished(file: Path) -> bool:
+    return file.is_file() and json.loads(file.read_text())["samples"] is not None
 
 
 def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
@@ -308,7 +319,7 @@ def main() -> None:
         if options.arms is None or arm in options.arms
     ]
     for stage, arm, seed in [] if options.table else cells:
-        if (cell_folder(work, stage, arm, seed) / "result.json").is_file():
+        if finished(cell_folder(work, stage, arm, seed) / "result.json"):
             continue
         if time.monotonic() > until:
             sys.stdout.write("The time is over; the same command goes on.\n")

@@ -189,7 +189,7 @@ def test_data_check_tells_lengths_turns_and_systems(model, tmp_path, capsys):
     assert check(model, write(tmp_path / "a.jsonl", [*rows, *({"messages": talk("q" * 99, "b")},) * 4])) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "columns not used: topic" in said
-    assert "replies per conversation: 5 with 1, 1 with 2" in said
+    assert "replies per conversation: 1 (5 rows), 2 (1 row)" in said
     assert "system messages: in 1 of 6 conversations" in said
     assert "duplicates: 3 (rows 4, 5, 6)" in said
     assert check(model, tmp_path / "a.jsonl", "--max_length", "64", "--segment_length", "8") == 2

@@ -175,16 +175,17 @@ class DataReport:
         lines = []
         talks = {count: rows for count, rows in sorted(self.replies.items()) if count}
         if talks:
-            listed = ", ".join(f"{rows} with {count}" for count, rows in list(talks.items())[:6])
-            more = sum(list(talks.values())[6:])
-            lines.append(f"replies per conversation: {listed}{f', {more} with more' if more else ''}")
+            listed = ", ".join(f"{count} ({_some(rows, 'row')})" for count, rows in list(talks.items())[:6])
+            rest = sum(list(talks.values())[6:])
+            more = f", more ({_some(rest, 'row')})" if rest else ""
+            lines.append(f"replies per conversation: {listed}{more}")
             lines.append(f"system messages: in {self.system_messages} of {sum(talks.values())} conversations")
         if self.duplicates:
             lines.append(f"duplicates: {self.duplicates} ({_rows(self.duplicate_rows, self.duplicates)})")
         if self.total_lengths:
             lines.append(
-                f"longer than max_length={self.max_length}: {self._share()}; {self.length_for(95)} keeps 95% complete, "
-                f"{self.length_for(100)} all"
+                f"longer than max_length={self.max_length}: {self._share()}; 95% fit into {self.length_for(95)} tokens, "
+                f"all into {self.length_for(100)}"
             )
         return lines
 

@@ -140,7 +140,7 @@ def _costs(runs: Mapping[str, Run]) -> Rows:
         "wall time, s": [_number(cost.wall_seconds) for cost in costs],
         "of it generation, s": [_number(cost.generate_seconds) for cost in costs],
         "CPU time, s": [_number(cost.cpu_seconds) for cost in costs],
-        "CPU time of the first": [_ratio(cost, costs[0]) for cost in costs],
+        "CPU time, times the first": [_ratio(cost, costs[0]) for cost in costs],
         "tokens trained on": ["-" if cost.tokens is None else f"{cost.tokens:,}" for cost in costs],
         "peak memory, MB": [_number(cost.peak_mb) for cost in costs],
         "peak on the device, MB": [_number(cost.device_peak_mb) for cost in costs],

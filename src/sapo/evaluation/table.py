@@ -89,7 +89,7 @@ def verdict(suite: str, change: Mapping[str, Estimate]) -> str:
     if not better and not worse:
         return f"no change from the start beyond chance, on {count} examples.{rough}"
     if not worse:
-        return f"better than the start: {_joined(better)} improved; nothing else of note changed.{rough}"
+        return f"better than the start: {_joined(better)} improved, nothing got worse beyond chance.{rough}"
     if not better:
         return f"worse than the start: {_joined(worse)} worsened.{rough}"
     return f"mixed: {_joined(better)} improved, but {_joined(worse)} worsened.{rough}"

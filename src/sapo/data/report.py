@@ -184,8 +184,8 @@ class DataReport:
             lines.append(f"duplicates: {self.duplicates} ({_rows(self.duplicate_rows, self.duplicates)})")
         if self.total_lengths:
             lines.append(
-                f"longer than max_length={self.max_length}: {self._share()}; 95% fit into {self.length_for(95)} tokens, "
-                f"all into {self.length_for(100)}"
+                f"longer than max_length={self.max_length}: {self._share()}; 95% fit into {self.length_for(95)} "
+                f"tokens, all into {self.length_for(100)}"
             )
         return lines
 

@@ -395,10 +395,15 @@ def test_one_call_for_all_sequences_is_exact(name, objective, monkeypatch):
     assert calls
 
 
-def test_the_kernel_of_one_call_is_found_where_pytorch_has_it():
+def test_the_kernel_of_one_call_is_found_where_pytorch_has_it(monkeypatch):
     from torch.nn.attention import varlen
 
     assert shared_prefix._varlen_attention() is not None
     assert "window_size" in inspect.signature(varlen.varlen_attn).parameters
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    largest = {
+        kind: shared_prefix._largest_flash_head(kind) for kind in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+    }
+    assert list(largest.values()) == [0, 256, 192, 192, 256, 192]
     # Not on a processor.
     assert shared_prefix._flash_kernel(torch.zeros(1, 2, 3, 64).bfloat16(), torch.zeros(1, 2, 3, 64)) is None

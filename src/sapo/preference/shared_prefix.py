@@ -211,12 +211,18 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
 def _flash_kernel(query: Tensor, value: Tensor) -> Callable[..., Any] | None:
     """The function that computes all pairs in one call; None where device, dtype or sizes do not allow it."""
     size = query.shape[-1]
-    fits = size == value.shape[-1] and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
-    if query.device.type != "cuda" or not fits or _compute_dtype(query) not in _FLASH_DTYPES:
+    if query.device.type != "cuda" or _compute_dtype(query) not in _FLASH_DTYPES or size != value.shape[-1] or size % 8:
         return None
-    if torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.cuda is None or size > _largest_flash_head(torch.cuda.get_device_capability(query.device)):
         return None
     return _varlen_attention()
+
+
+def _largest_flash_head(capability: tuple[int, int]) -> int:
+    """Largest head whose gradients flash attention computes on a GPU of this kind; only data-center GPUs have all."""
+    if capability < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
+        return 0
+    return _LARGEST_FLASH_HEAD if capability in ((8, 0), (9, 0), (10, 0)) else 192
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

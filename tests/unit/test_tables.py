@@ -11,7 +11,7 @@ from sapo.evaluation.table import direction, show, verdict
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
 from sapo.text.numbers import error_text
-from sapo.text.tables import print_table
+from sapo.text.terminal import print_table
 
 
 def printed(width, rows, encoding="utf-8"):

@@ -22,7 +22,7 @@ from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_cur
 from sapo.runs.metrics import Metric, compared_metrics, find_metric
 from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
 from sapo.text.numbers import error_text, number_text
-from sapo.text.tables import print_table, terminal
+from sapo.text.terminal import print_table, terminal
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24

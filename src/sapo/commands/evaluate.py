@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
 from sapo.evaluation.targets import find_targets
 from sapo.runs.reading import is_run
+from sapo.text.terminal import say
 
 
 def run_evaluate(given: Parsed) -> None:
@@ -31,17 +33,13 @@ def run_evaluate(given: Parsed) -> None:
     quiet_libraries()
     logging.set_verbosity_error()
     console = Console()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     suite, run, settings = _suite(options)
-    session = Session(options, find_targets(options.models, start=options.start), say)
+    session = Session(options, find_targets(options.models, start=options.start), partial(say, console))
     found = run(session)
     whole = results.as_json(suite, settings(session), session.targets, session.fingerprints, found)
     file = results.write(session.folder, suite, whole)
     table.show(console, suite, session.targets, found)
-    say(f"Results: {file}")
+    say(console, f"Results: {file}")
 
 
 def _suite(

@@ -30,6 +30,7 @@ from sapo.generation.vllm.servers import VLLMServers
 from sapo.options import pair_options
 from sapo.runs.files import folder_digest, replacing
 from sapo.seeds import derive_seed
+from sapo.text.terminal import say
 from sapo.training.generators import checked_servers, self_play
 from sapo.training.pair_files import PairsReport, PairWriter, move_to_json_lines
 from sapo.weights.embeddings import fit_model, refuse_new_rows
@@ -98,7 +99,7 @@ def run_generate(given: Parsed) -> None:
     written = write_pairs(run, inputs.train, texts, inputs.tokenizer, pairs, epoch=0, console=console)
     if pairs != file and run.config.process_index == 0:
         move_to_json_lines(pairs, file)
-    console.print(f"{file}: {written.line()}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"{file}: {written.line()}")
 
 
 def _check_output(run: RunArguments, file: Path, suffixes: Sequence[str]) -> None:
@@ -166,7 +167,7 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
         datasets.Dataset.from_list(written).to_parquet(str(partial))
     notes = f", {empty} empty ones left out" if empty else ""
     notes += f", {cut} cut off at {limit} tokens (as rows they end there)" if cut else ""
-    console.print(f"{file}: {len(written)} replies{notes}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"{file}: {len(written)} replies{notes}")
 
 
 def _as_messages(row: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.folder import check_output_dir
 from sapo.runs.layout import RECIPE_FILE, ROUND_EVAL_PAIRS_FILE, ROUND_FILE, ROUND_FOLDER, ROUND_PAIRS_FILE
 from sapo.runs.lock import locked
+from sapo.text.terminal import say
 from sapo.training.pair_files import PairsReport, read_pairs
 from sapo.weights.loading import check_model, load_policy
 
@@ -154,7 +155,7 @@ def _write_files(
         report = write_pairs(
             run, dataset, text, inputs.tokenizer, folder / name, epoch=epoch, console=console, adapter=adapter
         )
-        console.print(f"{folder / name}: {report.line()}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{folder / name}: {report.line()}")
         reports.append(report)
     gc.collect()
     return reports[0]

@@ -25,6 +25,7 @@ from sapo.errors import ConfigurationError, GenerationError, TrainingError, brie
 from sapo.generation.vllm.installed import HOW_TO_INSTALL, find_vllm
 from sapo.generation.vllm.limits import max_lora_rank
 from sapo.generation.vllm.weight_stream import RECEIVER
+from sapo.text.terminal import say
 from sapo.weights.loading import load_config, with_stored_adapter
 
 RESTARTS = 3
@@ -188,7 +189,7 @@ class _Running:
         self._say(f"Starting vLLM at {server.url}; it writes to {server.log}")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = True

@@ -23,6 +23,7 @@ from sapo.report.page import render, report_data
 from sapo.runs.folder import RunFolder, check_output_dir
 from sapo.runs.layout import CARD_FILE
 from sapo.runs.reading import read_run
+from sapo.text.terminal import say
 from sapo.training.callbacks import KeepRecipe, StopOnSignal
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
@@ -129,7 +130,7 @@ def _train(
             pairs=config.num_pairs_to_print,
         )
         trainer.add_callback(KeepRecipe(folder, as_recipe(run), lambda: _rehearse(folder.path)))
-        _say(console, f"Follow this run: sapo report {quoted(folder.path.absolute())} --serve")
+        say(console, f"Follow this run: sapo report {quoted(folder.path.absolute())} --serve")
         with folder.locked():
             with showing(progress, trainer):
                 trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
@@ -139,8 +140,7 @@ def _train(
         folder.path, trainer.state, stopped, trainer.stop_reason,
         opponent=trainer.opponent is not None, adapter=trainer.is_adapter(), plain=not inputs.tokenizer.chat_template,
     )  # fmt: skip
-    for line in closing_lines(run, ending, recipe):
-        _say(console, line)
+    say(console, *closing_lines(run, ending, recipe))
     return not (stopped or trainer.stop_reason)
 
 
@@ -149,9 +149,9 @@ def _checkpoint(folder: RunFolder, wanted: str | None, console: Console) -> str 
     found = folder.find_checkpoint(wanted)
     if found is None:
         if wanted == "auto":
-            _say(console, f"No checkpoint in {folder.path}: starting afresh.")
+            say(console, f"No checkpoint in {folder.path}: starting afresh.")
         return wanted
-    _say(console, f"Resuming from {found}.")
+    say(console, f"Resuming from {found}.")
     return str(found)
 
 
@@ -183,7 +183,3 @@ def _save(trainer: SAPOTrainer) -> None:
             f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
             f"`sapo report {quoted(folder.path)}` writes the report again."
         )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

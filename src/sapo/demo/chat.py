@@ -29,7 +29,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.user_cache import user_cache
 from sapo.text.escape import visible
 from sapo.text.numbers import duration_text
-from sapo.text.tables import print_table
+from sapo.text.terminal import print_table
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer

@@ -12,7 +12,7 @@ from sapo.evaluation.results import SuiteResult, changes
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
 from sapo.text.numbers import error_text
-from sapo.text.tables import print_table
+from sapo.text.terminal import print_table
 
 Direction = Literal["lower", "higher", "data", ""]
 

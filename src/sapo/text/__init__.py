@@ -1,1 +1,1 @@
-"""What people read: escaped characters, numbers, tables."""
+"""What people read: escaped characters, numbers, lines and tables."""

@@ -19,6 +19,7 @@ from sapo.preference.pairs import Pair
 from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
 from sapo.text.escape import visible
 from sapo.text.numbers import number_text
+from sapo.text.terminal import say
 
 _BAR, _SHORTEST_BAR = 30, 5
 
@@ -148,7 +149,7 @@ class TerminalProgress(TrainerCallback):
                 self._status.advance(state.global_step, self._pace(state))
                 shown += [f"{self._status.seconds:.3g} s/step", f"left {self._status.left}"]
             line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
     def _pace(self, state: TrainerState) -> float:
         """Seconds of a step, of this start of the run."""

@@ -1,4 +1,4 @@
-"""Tables for a terminal of any width: cells are folded and never cut, and columns that do not fit go below."""
+"""Lines, and tables for a terminal of any width: cells are folded and never cut; columns that do not fit go below."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def terminal() -> Console:
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES
     return console
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are: nothing in them is markup, none is broken."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(

@@ -119,7 +119,11 @@ def test_a_bfloat16_base_is_merged_in_float32(adapter, tmp_path):
     [
         ("base", ("--adapter", "merge"), "which is not an adapter"),
         ("sft", ("--use_peft",), "--adapter merge"),
-        ("sft", ("--adapter", "merge", "--generation_backend", "vllm_server"), "sapo export"),
+        (
+            "sft",
+            ("--adapter", "merge", "--generation_backend", "vllm_server", "--vllm_server_timeout", "1"),
+            "sapo export",
+        ),
         ("sft", ("--adapter", "merge", "--use_peft", "--load_in_4bit"), "sapo export"),
     ],
 )

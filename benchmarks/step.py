@@ -3,6 +3,7 @@
 `self-play`: our trainer against a step written the published way: `generate` for each batch, float32 logits of all
 positions of all 2B sequences for policy and reference, a moving average parameter by parameter, three models.
 `paired`: our trainer on preference pairs against trl's DPOTrainer on the same pairs; `paired-lora` with an adapter.
+`sft`: our trainer with `objective: sft` against trl's SFTTrainer on the same rows.
 `lora`: our trainer with a LoRA adapter for policy, opponent and reference against trl's SFTTrainer with one adapter.
 
 Variants run in turn in one process (A B C A B C ...). On a processor: one thread; a figure is the median of
@@ -234,8 +235,8 @@ def theirs(setting: Setting, *, lora: bool = False) -> tuple[float, int]:
     return clock.seconds / setting.steps, clock.loaded
 
 
-def supervised(setting: Setting) -> tuple[float, int]:
-    """The same of trl's SFTTrainer with a LoRA adapter."""
+def supervised(setting: Setting, *, lora: bool = True) -> tuple[float, int]:
+    """The same of trl's SFTTrainer, with a LoRA adapter or all weights."""
     import trl
 
     clock = Clock()
@@ -251,7 +252,7 @@ def supervised(setting: Setting) -> tuple[float, int]:
             ),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer(setting),
-            peft_config=adapter(),
+            peft_config=adapter() if lora else None,
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
@@ -347,7 +348,12 @@ PAIRED_LORA: dict[str, Callable[[Setting], tuple[float, int]]] = {
     "ours": lambda s: ours(s, paired=True, lora=True),
     "ours, pairs in one pass": lambda s: ours(s, paired=True, lora=True, pairs_per_forward=None),
 }
-WHAT = {"self-play": SELF_PLAY, "paired": PAIRED, "lora": LORA, "paired-lora": PAIRED_LORA}
+SFT: dict[str, Callable[[Setting], tuple[float, int]]] = {
+    "trl SFTTrainer": lambda s: supervised(s, lora=False),
+    "ours": lambda s: ours(s, objective="sft"),
+    "ours, rows in one pass": lambda s: ours(s, objective="sft", pairs_per_forward=None),
+}
+WHAT = {"self-play": SELF_PLAY, "paired": PAIRED, "lora": LORA, "paired-lora": PAIRED_LORA, "sft": SFT}
 
 
 def peak_resident() -> int:

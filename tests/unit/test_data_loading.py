@@ -44,13 +44,15 @@ def test_rows_survive_every_kind_of_file():
     Path("b.json").write_text(json.dumps(ROWS), encoding="utf-8")
     Path("c.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
     write_lines("d.json")  # JSON lines in spite of its name
+    Path("h.jsonl").write_text(json.dumps(ROWS), encoding="utf-8")  # and the other way round
+    Path("i.jsonl").write_text("\n" + json.dumps(ROWS, indent=2), encoding="utf-8")
     table = pyarrow.Table.from_pylist(ROWS)
     pyarrow.parquet.write_table(table, "e.parquet")
     with pyarrow.OSFile("f.arrow", "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     with pyarrow.OSFile("g.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    for name in ("a.jsonl", "b.json", "c.json", "d.json", "e.parquet", "f.arrow", "g.arrow"):
+    for name in ("a.jsonl", "b.json", "c.json", "d.json", "e.parquet", "f.arrow", "g.arrow", "h.jsonl", "i.jsonl"):
         assert list(load_rows(name)) == ROWS, name
 
 
@@ -275,7 +277,13 @@ def test_zstandard_is_read_or_named(monkeypatch):
 
 def test_tables_of_text_are_read():
     rows = [{"prompt": 'a, "b"\nc', "completion": "d"}, {"prompt": "é", "completion": "x" * 200_000}]
-    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+    for name, separator in (
+        ("a.csv", ","),
+        ("a.tsv", "\t"),
+        ("semicolon.csv", ";"),
+        ("tab.csv", "\t"),
+        ("a2.tsv", ","),
+    ):
         with open(name, "w", newline="", encoding="utf-8-sig") as file:
             writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=separator)
             writer.writeheader()
@@ -285,6 +293,8 @@ def test_tables_of_text_are_read():
     assert refused("b.csv").startswith("b.csv, line 3: has 3 cells, but the first line names 2 columns")
     Path("c.csv").write_text('a,b\n"1"x,2\n', encoding="utf-8")
     assert refused("c.csv").startswith("c.csv, line 2: not valid CSV")
+    Path("one.csv").write_text("text\na;b\n", encoding="utf-8")
+    assert load_rows("one.csv") == [{"text": "a;b"}]
     Path("d.csv").write_text("a,a\n1,2\n", encoding="utf-8")
     assert "duplicate column name" in refused("d.csv")
 

@@ -68,7 +68,8 @@ class ColumnUse:
 
     def lines(self) -> list[str]:
         """Summary of the unused columns, one line each."""
-        lines = [f"columns not used: {', '.join(sorted(self.unused))}"] if self.unused else []
+        names = sorted(name or "(no name)" for name in self.unused)
+        lines = [f"columns not used: {', '.join(names)}"] if names else []
         if self.texts:
             lines.append(
                 f"warning: {', '.join(sorted(self.texts))} looks like text of the conversation and is not trained on"

@@ -75,7 +75,10 @@ def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -
     if split not in (None, "train"):
         raise _one_split(file, str(split))
     if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(_bytes(file), file, tolerant=tolerant)
+        raw = _bytes(file)
+        # One list of objects is never a line with a row: it is a document in spite of its name.
+        read = _json_lines if re.match(rb"\s*\[\s*[{\]]", raw) is None else _json_document
+        return read(raw, file, tolerant=tolerant)
     if suffix in CSV_SUFFIXES:
         return _csv(_bytes(file), file, "\t" if suffix == ".tsv" else ",", tolerant=tolerant)
     try:
@@ -150,8 +153,15 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
 
 
 def _csv(raw: bytes, file: Path, delimiter: str, *, tolerant: bool) -> list[dict[str, Any]]:
-    """Rows of text, with the first line as column names; missing values are empty text."""
+    """Rows of text, with the first line as column names; missing values are empty text.
+
+    Where the first line has no `delimiter`, a semicolon or tab in it is taken for one: spreadsheets export so in
+    countries with a decimal comma.
+    """
     text = _decode(raw, file, 1)
+    names = text.partition("\n")[0]
+    if delimiter not in names:
+        delimiter = next((other for other in ";\t," if other in names), delimiter)
     limit = csv.field_size_limit(len(raw) + 1)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -214,7 +224,7 @@ def _one_split(file: Path, split: str) -> DatasetError:
     )
 
 
-def _json_document(raw: bytes, file: Path, split: str, *, tolerant: bool) -> list[dict[str, Any]]:
+def _json_document(raw: bytes, file: Path, split: str = "train", *, tolerant: bool) -> list[dict[str, Any]]:
     """A list of objects, an object that holds one (as `data`, or by split), or JSON lines despite its name."""
     text = _decode(raw, file, 1)
     if not text.strip():

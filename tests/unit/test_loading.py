@@ -2,6 +2,7 @@
 
 import json
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -378,12 +379,17 @@ def test_a_full_model_goes_to_the_device_of_its_process(device, folder, on_gpu, 
     assert device_maps == [{"": torch.device(device)}] * 3
 
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed")
+
+
+@needs_deepspeed
 def test_zero3_places_its_shards_itself(folder, on_gpu, device_maps, monkeypatch):
     configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     assert configuration.is_zero3()
     assert loading.device_map(on_gpu("cuda:1")) is None
 
 
+@needs_deepspeed
 def test_zero2_does_not_shard_weights(on_gpu):
     configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1})
     assert not configuration.is_zero3()

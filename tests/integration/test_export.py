@@ -61,6 +61,8 @@ def test_the_exported_folder_computes_what_the_run_does(which, lora, make_run, t
         assert not torch.allclose(logits(model), logits(trainer.policy()), atol=1e-3)
     assert "3 of 3 greedy replies are equal" in capsys.readouterr().out
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+    weights, config = (tmp_path / "out" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # a server of another user reads it
     assert model.config.use_cache
     assert model.generation_config.eos_token_id == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2").input_ids == [4, 5]

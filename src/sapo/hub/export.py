@@ -18,7 +18,7 @@ from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.hub.self_check import Agreement, Reply, agreement, allowed_difference, greedy_replies, prompts
 from sapo.runs.files import write_atomically
-from sapo.runs.folder import replace_folder
+from sapo.runs.folder import readable, replace_folder
 from sapo.runs.layout import OPPONENT_FOLDER, STATE_FILE
 from sapo.runs.origin import package_versions
 from sapo.runs.reading import is_run, recipe_option, start_of
@@ -186,6 +186,7 @@ def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: s
         weight.data = weight.data.to(wanted)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    readable(*folder.glob("*.safetensors"))
     facts = {"which": origin.which, "model": origin.model, "dtype": str(wanted), "packages": package_versions()}
     write_atomically(folder / EXPORT_FILE, json.dumps(facts, indent=1))
     del model

@@ -63,7 +63,7 @@ class Agreement:
 
     def line(self) -> str:
         """The agreement in words."""
-        ties = f" ({self.ties} differ where two tokens are equally likely)" if self.ties else ""
+        ties = f" ({self.ties} differ from a token on that is as likely within this tolerance)" if self.ties else ""
         return (
             f"{self.equal} of {self.replies} greedy replies are equal{ties}; log-probabilities of their tokens differ "
             f"by {self.mean:.2g} nats on average, {self.most:.2g} at most (allowed: {self.allowed:.2g} on average)"

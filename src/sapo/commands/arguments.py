@@ -47,7 +47,7 @@ def build(values: Mapping[str, Any]) -> RunArguments:
 
 
 def parse(arguments: Sequence[str], program: str, defaults: Mapping[str, Any] | None = None) -> RunArguments:
-    """Parse options of a run and, with `--config`, a recipe underneath them.
+    """Parse options of a run and, with `--config`, a recipe underneath them; for scripts, such as the benchmarks.
 
     Args:
         arguments: as typed.

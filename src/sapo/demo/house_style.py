@@ -30,7 +30,7 @@ from sapo.demo.shop_texts import (
     UNSEEN_TOPICS,
 )
 
-__all__ = ["RULES", "HelpDeskRow", "broken_rules", "heldout_rows", "in_style", "training_rows"]
+__all__ = ["RULES", "HelpDeskRow", "broken_rules", "heldout_rows", "training_rows"]
 
 CLOSING: Final = "Warm regards, Larkspur Lamps"
 RULES: Final = ("greeting", "at most three sentences", "ticket number", "closing line", "no list")
@@ -111,11 +111,6 @@ def broken_rules(row: HelpDeskRow, text: str) -> set[str]:
     if _LIST_ITEM.search(text):
         broken.add("no list")
     return broken
-
-
-def in_style(row: HelpDeskRow, text: str) -> bool:
-    """Whether `text` answers `row` in house style."""
-    return not broken_rules(row, text)
 
 
 def _rows(count: int, topics: list[str], wordings: slice, rng: random.Random) -> list[HelpDeskRow]:

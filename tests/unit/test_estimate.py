@@ -223,7 +223,7 @@ def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
     assert main(["estimate", *small(tmp_path), "--profile", "--json", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
     assert "It fits" in shown
-    assert "threads" in shown
+    assert re.search(r"this machine, \d+ thread", shown)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["fits"]
     assert max(found["phases"].values()) == found["needed"]
@@ -345,7 +345,7 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     assert main(["estimate", *given]) == 0
     shown = capsys.readouterr().out
     assert "lower bound: expect 2 to 3 times as much" in shown
-    assert " h, expect " in shown
+    assert re.search(r"75 optimizer steps: at least \d+ s, expect \d+ s to \d+ s", shown)
 
 
 def test_what_does_not_fit_fits_on_more_devices_as_it_is():

@@ -25,7 +25,7 @@ from sapo.estimate.devices import Device, device_named
 from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.runs.files import write_atomically
-from sapo.text.numbers import bytes_text, count_text
+from sapo.text.numbers import bytes_text, count_text, duration_text
 from sapo.text.terminal import say
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
@@ -172,7 +172,7 @@ def _lengths_from(data: Measured | None, prompt: int | None, response: int | Non
     if prompt and response:
         return "as given"
     if data is not None:
-        taken = f"of the {data.rows} prepared rows: the 99 % row for memory, the 50 % row for seconds"
+        taken = f"of the {data.rows} prepared rows: the 99th percentile for memory, the median for time"
         return taken + ("; one length as given" if prompt or response else "")
     if prompt or response:
         return "one as given, the other the MAXIMUM ALLOWED: no data was read"
@@ -256,12 +256,12 @@ def _show(report: Report, console: Console) -> None:
     memory_pair, time_pair = report.lengths, report.usual
     lines = [
         f"{count}{device.name} ({bytes_text(device.memory)}), "
-        f"{'one process' if strategy.name == 'none' else strategy.name}; figures: {device.source}.",
+        f"{'one process' if strategy.name == 'none' else strategy.name}; rates: {device.source}.",
         f"{count_text(result.parameters)} parameters, {count_text(result.trained)} trained; layout "
         f"{result.layout}" + (f" ({result.why_plain})." if result.why_plain else "."),
         f"Lengths are {report.lengths_from}.",
-        f"Memory: pairs of {memory_pair.prompt} + {memory_pair.response} tokens. "
-        f"Seconds: {time_pair.prompt} + {time_pair.response}.",
+        f"Prompt and response in tokens: {memory_pair.prompt} + {memory_pair.response} for memory, "
+        f"{time_pair.prompt} + {time_pair.response} for time.",
     ]
     if report.checkpointing == "auto":
         chosen = "true, since it would not fit without" if result.recomputes else "false, since it fits without"
@@ -324,12 +324,14 @@ def _time(report: Report) -> list[str]:
         "evaluation, checkpoints and reports."
     )
     if report.steps is None:
-        lines.append("Hours: unknown without data. Give --dataset_name and a model with its tokenizer, or --max_steps.")
-    else:
-        hours = report.steps * total / 3600
         lines.append(
-            f"{report.steps:,} optimizer steps: at least {hours:.3g} h, expect {low * hours:.2g} to "
-            f"{high * hours:.2g} h."
+            "Time of the run: unknown without data. Give --dataset_name and a model with its tokenizer, or --max_steps."
+        )
+    else:
+        least = report.steps * total
+        lines.append(
+            f"{report.steps:,} optimizer steps: at least {duration_text(least)}, expect {duration_text(low * least)} "
+            f"to {duration_text(high * least)}."
         )
     return lines
 

@@ -67,7 +67,9 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
     console.print(_reading(results), highlight=False)
     console.print(f"{time.perf_counter() - started:.0f} s. Runs: {output_dir}", highlight=False)
     console.print(
-        "Next, train your own: sapo train --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine"
+        "Next, train your own: sapo train --config laptop-lora --model_name_or_path MODEL --dataset_name FILE "
+        "--output_dir runs/mine",
+        soft_wrap=True,
     )
 
 

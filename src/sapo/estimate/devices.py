@@ -181,7 +181,9 @@ def measure() -> Device:
     if on_gpu:
         name, memory = torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)
     else:
-        name, memory = f"this machine, {torch.get_num_threads()} threads", float(psutil.virtual_memory().available)
+        threads = torch.get_num_threads()
+        name = f"this machine, {threads} thread{'' if threads == 1 else 's'}"
+        memory = float(psutil.virtual_memory().available)
     return Device(
         name=name,
         memory=memory,
@@ -191,7 +193,7 @@ def measure() -> Device:
         link=bandwidth,
         launch=launch,
         overlaps=on_gpu,
-        source="measured just now; links between devices are not",
+        source="measured just now, links between devices excepted",
         thin_rates=() if on_gpu else tuple(_thin_rates(dimension) for dimension in _THIN),
         attention_shares=(1.0, 1.0) if on_gpu else _attention_shares(rates),
         fault=0.0 if on_gpu else max(0.0, _best(lambda: large.add(1.0), device) - in_place) / large.nbytes,

@@ -33,7 +33,7 @@ from sapo.measures.retention import (
 from sapo.measures.text import ends_in_loop
 from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
-from sapo.runs.reply_cache import kept_replies
+from sapo.runs.reply_cache import start_replies
 from sapo.weights.digest import weights_digest
 
 TASK_ROWS = 200
@@ -152,21 +152,21 @@ def _replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[i
 
 def _start_replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[Forced]:
     """Replies of the start, from the cache of an earlier run or evaluation of the same weights if there is one."""
-    length = _length(session, loaded)
-    fitting = [tuple(prompt) for prompt in prompts if len(prompt) < length]
-    key = facts_digest(
-        model=weights_digest(loaded.model),
-        prompts=[list(prompt) for prompt in fitting],
-        eos=sorted(loaded.eos_ids),
-        limits=[_reply_tokens(session), length],
-    )
 
-    def generate() -> list[list[int]]:
+    def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
         session.say(f"The start replies to {len(fitting)} prompts, once for this model")
         return _replies(session, loaded, fitting)
 
-    replies = kept_replies(session.folder / "retention", key, generate)
-    return [Forced(prompt, tuple(reply)) for prompt, reply in zip(fitting, replies, strict=True)]
+    kept = start_replies(
+        session.folder / "retention",
+        prompts,
+        generate,
+        model=weights_digest(loaded.model),
+        eos_ids=loaded.eos_ids,
+        max_new_tokens=_reply_tokens(session),
+        max_length=_length(session, loaded),
+    )
+    return [Forced(prompt, tuple(reply)) for prompt, reply in kept]
 
 
 def _general(session: Session, loaded: LoadedModel) -> list[Forced]:

@@ -7,46 +7,66 @@ and in the user's cache; never beside the model, whose folder may be read-only o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from sapo.runs.files import write_atomically
+from sapo.runs.files import facts_digest, write_atomically
 from sapo.runs.user_cache import CACHE_VARIABLE, user_cache
 
 logger = logging.get_logger(__name__)
 
 
-def kept_replies(folder: Path | None, key: str, generate: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """The replies under `key`: read from `folder` or the user's cache, else generated; then in both.
+Replies = list[list[int]]
+
+
+def start_replies(
+    folder: Path,
+    prompts: Iterable[Sequence[int]],
+    generate: Callable[[list[tuple[int, ...]]], Replies],
+    *,
+    model: str,
+    eos_ids: Collection[int],
+    max_new_tokens: int,
+    max_length: int,
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Prompts of fewer than `max_length` tokens with a model's replies: kept ones, or generated now and then kept.
 
     Args:
-        folder: of a run or an evaluation; None to use the cache alone.
-        key: `facts_digest` of everything that the replies depend on.
-        generate: makes them; called at most once.
+        folder: of a run or an evaluation; replies are kept in it and in the user's cache.
+        prompts: token ids.
+        generate: replies to prompts; called at most once.
+        model: digest of its weights.
+        eos_ids: tokens that end a reply.
+        max_new_tokens: maximum tokens of a reply.
+        max_length: maximum tokens of prompt and reply.
     """
-    own = [] if folder is None else [folder / f"replies-{key}.json"]
-    files = [*own, user_cache("replies") / f"{key}.json"]
+    fitting = [tuple(prompt) for prompt in prompts if len(prompt) < max_length]
+    key = facts_digest(
+        model=model, prompts=list(map(list, fitting)), eos=sorted(eos_ids), limits=[max_new_tokens, max_length]
+    )
+    own = folder / f"replies-{key}.json"
+    files = [own, user_cache("replies") / f"{key}.json"]
     found = next((replies for file in files if (replies := _read(file)) is not None), None)
-    replies = generate() if found is None else found
+    replies = generate(fitting) if found is None else found
     for file in files:
         if file.is_file():
             continue
         try:
             write_atomically(file, json.dumps(replies))
         except OSError as error:
-            if file in own:
+            if file == own:
                 raise
             logger.warning(
                 f"{file} cannot be written ({error.strerror}): the next run generates the start's replies again. Set "
                 f"{CACHE_VARIABLE} to a folder that can be written."
             )
-    return replies
+    return list(zip(fitting, replies, strict=True))
 
 
-def _read(file: Path) -> list[list[int]] | None:
+def _read(file: Path) -> Replies | None:
     """The replies in a file; None without it, or if it holds something else."""
     if not file.is_file():
         return None

@@ -18,10 +18,10 @@ from sapo.measures.retention import REPLY_SAMPLING, generate_replies
 from sapo.preference.pairs import PairSource
 from sapo.preference.self_replay import Reply, SelfReplay
 from sapo.runs.checkpoint import read_json
-from sapo.runs.files import facts_digest, write_atomically
+from sapo.runs.files import write_atomically
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import SELF_REPLAY_FILE
-from sapo.runs.reply_cache import kept_replies
+from sapo.runs.reply_cache import start_replies
 from sapo.training.context import RunContext
 from sapo.weights.digest import weights_digest
 
@@ -80,7 +80,6 @@ def _generated(context: RunContext, folder: RunFolder) -> dict[str, Any]:
     args = context.args
     prompts = general_prompts(context.tokenizer, context.eos_ids, DataOptions.of(args), "replay")
     limits = {"max_new_tokens": args.replay_max_new_tokens, "max_length": args.max_length}
-    fitting = [prompt for prompt in prompts if len(prompt) < args.max_length]
     generator = TransformersGenerator(
         context.roles.policy_module,
         REPLY_SAMPLING,
@@ -88,14 +87,15 @@ def _generated(context: RunContext, folder: RunFolder) -> dict[str, Any]:
         pad_token_id=context.pad_token_id,
         batch_size=max(16, args.per_device_eval_batch_size),
     )
-    key = facts_digest(
+    kept = start_replies(
+        folder.path,
+        prompts,
+        lambda fitting: generate_replies(generator, fitting, **limits),
         model=weights_digest(context.roles.policy()),
-        prompts=[list(prompt) for prompt in fitting],
-        eos=sorted(context.eos_ids),
-        limits=list(limits.values()),
+        eos_ids=context.eos_ids,
+        **limits,
     )
-    replies = kept_replies(folder.path, key, lambda: generate_replies(generator, fitting, **limits))
-    found = {"prompts": [list(prompt) for prompt in fitting], "replies": replies}
+    found = {"prompts": [list(prompt) for prompt, _ in kept], "replies": [reply for _, reply in kept]}
     write_atomically(folder.path / SELF_REPLAY_FILE, json.dumps(found))
     return found
 

@@ -31,11 +31,10 @@ from sapo.measures.retention import (
     states_of,
 )
 from sapo.preference.token_distributions import Head
-from sapo.runs.files import facts_digest
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import RETENTION_PART
 from sapo.runs.metrics import RETENTION_GAIN, RETENTION_GENERAL, RETENTION_TASK, RETENTION_TIME
-from sapo.runs.reply_cache import kept_replies
+from sapo.runs.reply_cache import start_replies
 from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
@@ -142,20 +141,15 @@ class RetentionSignals:
             batch_size=max(16, args.per_device_eval_batch_size),
             look=context.look,
         )
-        fitting = [tuple(prompt) for prompt in prompts if len(prompt) < args.max_length]
-        key = facts_digest(
-            model=weights_digest(context.roles.policy()),
-            prompts=[list(prompt) for prompt in fitting],
-            eos=sorted(context.eos_ids),
-            limits=[REPLY_TOKENS, args.max_length],
-        )
+        limits = {"max_new_tokens": REPLY_TOKENS, "max_length": args.max_length}
 
-        def generate() -> list[list[int]]:
+        def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
             logger.info(f"The start replies to {len(fitting)} prompts, once for this model.")
-            return generate_replies(generator, fitting, max_new_tokens=REPLY_TOKENS, max_length=args.max_length)
+            return generate_replies(generator, fitting, **limits)
 
-        replies = kept_replies(self._folder.path, key, generate)
-        return [Forced(prompt, tuple(reply)) for prompt, reply in zip(fitting, replies, strict=True)]
+        model = weights_digest(context.roles.policy())
+        kept = start_replies(self._folder.path, prompts, generate, model=model, eos_ids=context.eos_ids, **limits)
+        return [Forced(prompt, tuple(reply)) for prompt, reply in kept]
 
     # ---- At an evaluation ----
 

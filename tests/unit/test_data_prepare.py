@@ -516,6 +516,22 @@ def test_prepared_rows_that_are_damaged_or_cannot_be_kept_cost_time_only(chatml,
     assert len(list((tmp_path / "small").iterdir())) == 8
 
 
+def test_tokens_are_those_of_the_tokenizers_own_call(chatml):
+    """Also of a tokenizer that was saved while it truncated and padded, and of one without a backend in Rust."""
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in (("Grüße 😀  \n\n", "née\u200b " * 40), ("a", "b"))
+    ]
+    chatml.backend_tokenizer.enable_truncation(7)
+    chatml.backend_tokenizer.enable_padding(length=300)
+    fast, _ = prepare_dataset(rows, chatml, DataOptions(2048), eos_ids=[chatml.eos_token_id])
+    slow_kind = type("Slow", (type(chatml),), {"is_fast": False})
+    chatml.__class__ = slow_kind
+    slow, _ = prepare_dataset(rows, chatml, DataOptions(2048), eos_ids=[chatml.eos_token_id])
+    assert fast.to_list() == slow.to_list()
+    assert len(fast[0]["response_ids"][0]) > 200
+
+
 def test_as_many_processes_as_pay(monkeypatch):
     monkeypatch.setattr("sapo.data.parallel.os.sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert [processes_for(rows) for rows in (10, 19_999, 20_000, 40_000, 10**6)] == [1, 1, 2, 4, 8]

@@ -516,18 +516,19 @@ def test_prepared_rows_that_are_damaged_or_cannot_be_kept_cost_time_only(chatml,
     assert len(list((tmp_path / "small").iterdir())) == 8
 
 
-def test_tokens_are_those_of_the_tokenizers_own_call(chatml):
+def test_tokens_are_those_of_the_tokenizers_own_call():
     """Also of a tokenizer that was saved while it truncated and padded, and of one without a backend in Rust."""
+    tokenizer = byte_tokenizer(CHATML)
     rows = [
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
         for asked, said in (("Grüße 😀  \n\n", "née\u200b " * 40), ("a", "b"))
     ]
-    chatml.backend_tokenizer.enable_truncation(7)
-    chatml.backend_tokenizer.enable_padding(length=300)
-    fast, _ = prepare_dataset(rows, chatml, DataOptions(2048), eos_ids=[chatml.eos_token_id])
-    slow_kind = type("Slow", (type(chatml),), {"is_fast": False})
-    chatml.__class__ = slow_kind
-    slow, _ = prepare_dataset(rows, chatml, DataOptions(2048), eos_ids=[chatml.eos_token_id])
+    tokenizer.backend_tokenizer.enable_truncation(7)
+    tokenizer.backend_tokenizer.enable_padding(length=300)
+    fast, _ = prepare_dataset(rows, tokenizer, WIDE, eos_ids=[tokenizer.eos_token_id])
+    slow_kind = type("Slow", (type(tokenizer),), {"is_fast": False})
+    tokenizer.__class__ = slow_kind
+    slow, _ = prepare_dataset(rows, tokenizer, WIDE, eos_ids=[tokenizer.eos_token_id])
     assert fast.to_list() == slow.to_list()
     assert len(fast[0]["response_ids"][0]) > 200
 

@@ -182,9 +182,6 @@ def shared_prefix_attention(
         )
         return output, None
     window: int | None = kwargs.get("sliding_window")
-    kernel = None if dropout else _flash_kernel(query, value)
-    if kernel is not None:
-        return _sequences_attention(kernel, query, key, value, shared_prefixes, window, scaling), None
     return _pairs_attention(query, key, value, shared_prefixes, window, dropout, scaling), None
 
 
@@ -225,7 +222,6 @@ def _largest_flash_head(capability: tuple[int, int]) -> int:
     return _LARGEST_FLASH_HEAD if capability in ((8, 0), (9, 0), (10, 0)) else 192
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sequences_attention(
     kernel: Callable[..., Any],
     query: Tensor,
@@ -263,6 +259,9 @@ def _pairs_attention(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
+    kernel = None if dropout else _flash_kernel(query, value)
+    if kernel is not None:
+        return _sequences_attention(kernel, query, key, value, prefixes, window, scaling)
     # split, not slices: the backward of a split is one concatenation, that of each slice a tensor of the full row.
     sizes = prefixes.lengths
     queries, keys, values = (torch.split(states, sizes, 2) for states in (query, key, value))

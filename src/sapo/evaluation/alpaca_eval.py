@@ -38,7 +38,9 @@ from sapo.runs.files import facts_digest
 from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 2048
+"""Maximum tokens of a model's answer."""
 TEMPERATURE = 0.7
+"""Of a model's answers."""
 TOP_LOGPROBS = 5
 FIRST, SECOND = "m", "M"
 """What the judge answers for the first and for the second of the two, as in the published prompt."""

@@ -23,7 +23,9 @@ from sapo.runs.reading import recipe_option
 from sapo.text.numbers import duration_text
 
 ROWS = 200
+"""Held-out rows that are measured unless `--limit` says otherwise."""
 MAX_NEW_TOKENS = 256
+"""Maximum tokens of a sampled response."""
 
 
 @dataclass(frozen=True)

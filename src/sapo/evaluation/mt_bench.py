@@ -37,7 +37,9 @@ from sapo.runs.files import facts_digest
 from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 1024
+"""Maximum tokens of a model's answer, as published."""
 JUDGE_TOKENS = 2048
+"""Maximum tokens of the judge's answer."""
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories graded beside a reference answer."""
 TEMPERATURES = {

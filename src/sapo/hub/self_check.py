@@ -19,6 +19,7 @@ QUESTIONS = (
 )
 """What is asked, through the chat template if there is one."""
 MAX_NEW_TOKENS = 24
+"""Tokens of a greedy reply that the exported model must repeat."""
 
 
 @dataclass(frozen=True, slots=True)

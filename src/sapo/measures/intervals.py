@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
+"""Bootstrap resamples behind a standard error."""
 HALVES = 40
 """Number of random halves for corpus statistics, which the repetitions of a bootstrap would bias."""
 

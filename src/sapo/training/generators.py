@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sapo.generation.vllm.servers import VLLMServers
 
 PROBE_TOKENS = 64
+"""Tokens of the text on which an engine and the opponent are compared."""
 LARGEST_DIFFERENCE = 0.1
 """Mean absolute difference in nats a token between an engine and the opponent at which they are not the same model.
 

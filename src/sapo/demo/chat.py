@@ -138,8 +138,8 @@ def run_chat_demo(
     print_table(console, f"Replies in house style to {count} held-out questions, with intervals", _style_rows(results))
     print_table(console, "Share of greedy replies that keep each rule", _rule_rows(results))
     for one in shown:
-        console.print(_side_by_side(one), soft_wrap=True)
-    console.print(reading(results), soft_wrap=True)
+        console.print(_side_by_side(one), soft_wrap=not console.is_terminal)
+    console.print(reading(results), soft_wrap=not console.is_terminal)
     console.print(f"{duration_text(time.perf_counter() - started)} in all. Runs: {output_dir}", soft_wrap=True)
     run = shlex.quote(str(Path(output_dir) / _folder_name("SAPO")))
     console.print(

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from rich.console import Console
+from transformers import BloomConfig, BloomForCausalLM
 
 from sapo.commands.chat import ChatSession, _say, _Wrapped
 from sapo.commands.chat_models import (
@@ -267,3 +268,12 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
     tokenizer = byte_tokenizer("{{ raise_exception('System role not supported') }}")
     with pytest.raises(TokenizerError, match=r"refuses this conversation \(System role not supported\)\. Leave out"):
         prompt_ids(tokenizer, [{"role": "system", "content": "Be kind."}], plain=False)
+
+
+def test_a_model_without_a_number_of_positions_answers_as_long_as_it_may(tokenizer):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1)
+    model = ChatModel("bloom", BloomForCausalLM(config).eval())
+    answer = reply(model, tokenizer, [5] * 40, GREEDY, max_new_tokens=5, seed=0, write=lambda piece: None)
+    assert len(tokenizer(answer.text)["input_ids"]) <= 5
+    assert answer.text

@@ -452,3 +452,14 @@ def test_retention_takes_prompts_of_ones_own(evaluate, model, held_out, tmp_path
     found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["retention"]
     assert found["settings"]["prompts"] == str(held_out)
     assert found["models"]["other"]["measures"]["kl_general"]["count"] == 10
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_adapter_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    command = ["evaluate", str(tmp_path / "adapter"), "--suite", "local", "--dataset_name", "x.jsonl"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("ModelError")
+    assert "adapter_config.json" in line

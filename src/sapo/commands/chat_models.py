@@ -19,9 +19,11 @@ from sapo.errors import ConfigurationError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
+from sapo.weights.description import positions_of
 from sapo.weights.embeddings import fit_model
 from sapo.weights.loading import load_adapter, load_frozen, load_template_tokenizer, load_tokenizer
-from sapo.weights.source import find_source
+from sapo.weights.policy import padding_token_id
+from sapo.weights.source import find_source, holds_model
 
 Message = dict[str, str]
 
@@ -97,7 +99,7 @@ def load_chat_models(
         models = [ChatModel(Path(target).name, model, adapter)]
         return _with_template(models, load_tokenizer(target, revision), chat_template_path)
     folder = Path(target)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not holds_model(folder):
         raise ConfigurationError(
             f"{target}: this run has not saved its policy yet. Wait for its end, or chat with one of its checkpoints."
         )
@@ -188,20 +190,20 @@ def reply(
             write(text)
 
     with chat_model.active() as model:
-        positions = model.config.get_text_config().max_position_embeddings
-        room = min(max_new_tokens, positions - len(prompt))
+        positions = positions_of(model.config)
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
         if room < 1:
             raise ConversationFullError(
                 f"the conversation has {len(prompt)} tokens, and {chat_model.name} takes {positions}. Start a new one."
             )
-        ends = sorted(eos_token_ids(tokenizer, model.generation_config.eos_token_id))
+        ends = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
         inputs = torch.tensor([prompt], device=model.device)
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         config = GenerationConfig(
             max_new_tokens=room,
             do_sample=sampling.temperature > 0,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+            eos_token_id=sorted(ends),
+            pad_token_id=padding_token_id(tokenizer, ends),
             **(drawn if sampling.temperature > 0 else {}),
         )
         torch.manual_seed(seed)

@@ -27,6 +27,7 @@ from sapo.estimate.passes import Lengths
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text, duration_text
 from sapo.text.terminal import say
+from sapo.weights.description import positions_of
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
 from sapo.weights.source import find_source
@@ -107,7 +108,7 @@ def make_report(given: Parsed) -> Report:
     config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
     if own.model_config is None:
         run.model = with_stored_adapter(run.model, merge=run.config.adapter == "merge")
-    run.config.check_positions(config)
+    run.config.check_positions(positions_of(config))
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)
     prompt, response = own.prompt_length, own.response_length

@@ -31,7 +31,13 @@ from sapo.errors import CheckpointError, ConfigurationError, DatasetError, Token
 from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
 from sapo.runs.user_cache import user_cache
-from sapo.weights.description import generation_eos_ids, load_config, load_template_tokenizer, load_tokenizer
+from sapo.weights.description import (
+    generation_eos_ids,
+    load_config,
+    load_template_tokenizer,
+    load_tokenizer,
+    positions_of,
+)
 
 _ROWS_WITH_BAR = 5000
 
@@ -74,7 +80,7 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
     """
     config, model_config = run.config, load_config(run.model)
     name, revision = str(run.model.model_name_or_path), run.model.model_revision
-    config.check_positions(model_config)
+    config.check_positions(positions_of(model_config))
     tokenizer = load_tokenizer(name, revision)
     new_tokens = use_chat_template(tokenizer, config.chat_template_path, load_template_tokenizer)
     if new_tokens:

@@ -29,6 +29,7 @@ from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.runs.files import facts_digest
 from sapo.text.escape import visible
+from sapo.weights.description import positions_of
 from sapo.weights.loading import load_tokenizer, read_config
 from sapo.weights.source import read_adapter_config, trained_rows
 
@@ -162,9 +163,7 @@ def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFact
 
 def _positions(target: Target) -> int | None:
     """The model's context length in tokens; None if its configuration has none."""
-    config = read_config(target.path).get_text_config().to_dict()
-    positions: int | None = config.get("max_position_embeddings")
-    return positions
+    return positions_of(read_config(target.path))
 
 
 def _chat(session: Session, target: Target, suite: str) -> bool:

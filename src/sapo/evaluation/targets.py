@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from sapo.errors import ModelError, TokenizerError
 from sapo.runs.files import file_digest, folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
+from sapo.weights.description import positions_of
 from sapo.weights.embeddings import fit_model
 from sapo.weights.loading import load_frozen, load_template_tokenizer, load_tokenizer, read_config
 from sapo.weights.policy import padding_token_id
-from sapo.weights.source import find_source
+from sapo.weights.source import ADAPTER_FILE, find_source, read_adapter_config
 
-ADAPTER_FILE = "adapter_config.json"
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.model", "*.jinja", "*.json", "*.gguf")
 _OTHER_FILES = ("trainer_state.json",)
 
@@ -131,13 +130,12 @@ def _start(path: str, run: Path | None = None) -> Target:
 
 def _of_folder(folder: Path, name: str, role: str = "model", run: Path | None = None) -> Target:
     home = None if run is None else str(run)
-    adapter = folder / ADAPTER_FILE
     if (folder / "config.json").is_file():
         return Target(name, str(folder), role, None, home)
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if (folder / ADAPTER_FILE).is_file():
+        base = read_adapter_config(folder).get("base_model_name_or_path")
         if not base:
-            raise ModelError(f"{adapter}: does not name the adapter's base model.")
+            raise ModelError(f"{folder / ADAPTER_FILE}: does not name the adapter's base model.")
         return Target(name, str(folder), role, str(base), home)
     what = "the run has not saved its policy yet; use one of its checkpoint-N folders" if run else "not a model"
     raise ModelError(f"{folder}: contains neither config.json nor {ADAPTER_FILE}: {what}.")
@@ -237,6 +235,4 @@ def load_target(
         eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
     except TokenizerError as error:
         raise TokenizerError(f"{target.path}: {error}") from error
-    config = model.config.get_text_config().to_dict()
-    positions = config.get("max_position_embeddings")
-    return LoadedModel(model, tokenizer, eos_ids, padding_token_id(tokenizer, eos_ids), positions)
+    return LoadedModel(model, tokenizer, eos_ids, padding_token_id(tokenizer, eos_ids), positions_of(model.config))

@@ -26,12 +26,11 @@ from sapo.runs.tensors import read_tensors
 from sapo.weights.loading import load_frozen, load_tokenizer, read_config
 from sapo.weights.opponent import policy_tensors
 from sapo.weights.policy import repair_generation_config
-from sapo.weights.source import find_source, quantization_method
+from sapo.weights.source import find_source, holds_model, quantization_method
 from sapo.weights.starts import merge_adapter
 
 EXPORT_FILE = "sapo_export.json"
 """In an exported folder: what it was made from."""
-_MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def find_origin(target: str, which: str, revision: str = "main") -> Origin:
         if start is None:
             raise ConfigurationError(f"--which start: {run} does not say what it started from.")
         return Origin(start, which, recipe_option(run, "model_revision") or "main", start=start)
-    if not any((folder / name).is_file() for name in _MODEL_FILES):
+    if not holds_model(folder):
         raise ConfigurationError(
             f"{target}: this run has not saved its policy yet. Export one of its checkpoint-N folders."
         )

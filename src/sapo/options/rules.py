@@ -81,13 +81,12 @@ class OptionRules(OwnOptions):
                 "push_opponent_to_hub with pair_source=paired: there is no opponent. Leave it out."
             )
 
-    def check_positions(self, model_config: Any) -> None:
-        """Refuse a `max_length` above the model's number of positions, if the configuration has one.
+    def check_positions(self, positions: int | None) -> None:
+        """Refuse a `max_length` above the model's number of positions, if it has one.
 
         Raises:
             ConfigurationError: `max_length` exceeds them.
         """
-        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and 0 < positions < self.max_length:
             raise ConfigurationError(
                 f"max_length={self.max_length} exceeds the {positions} positions of the model. "

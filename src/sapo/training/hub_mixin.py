@@ -9,6 +9,7 @@ from typing import Any
 from sapo.config import SAPOConfig
 from sapo.hub.publish import create_repository, push_run
 from sapo.runs.folder import RunFolder
+from sapo.weights.source import holds_model
 
 
 class HubMixin:
@@ -50,7 +51,7 @@ class HubMixin:
             ConfigurationError: the Hub refuses or is unreachable.
         """
         folder = self.run_folder.path
-        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if not holds_model(folder):
             self.save_model()
         if not self.is_world_process_zero():
             return None

@@ -9,6 +9,7 @@ from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError
 from sapo.estimate.checkpointing import resolve_checkpointing
+from sapo.weights.description import positions_of
 from sapo.weights.embeddings import embedding_rows, fit_model, refuse_new_rows, train_tokens
 from sapo.weights.loading import load_named_policy, load_template_tokenizer, load_tokenizer, use_one_device
 from sapo.weights.policy import disable_dropout, model_keyword_arguments, with_adapter
@@ -55,7 +56,7 @@ def prepare_start(model: Any, args: SAPOConfig, tokenizer: Any, peft_config: Any
             refuse_new_rows(tokenizer, embedding_rows(model), args.generation_backend)
         grown = fit_model(model, tokenizer, seed=args.seed)
         peft_config = train_tokens(peft_config, model, {*new_tokens, *grown})
-    args.check_positions(model.config)
+    args.check_positions(positions_of(model.config))
     resolve_checkpointing(args, model, peft_config)
     policy = with_adapter(model, peft_config, args)
     if args.disable_dropout:

@@ -119,6 +119,16 @@ def load_config(model_args: ModelConfig) -> Any:
     return config_of(find_source(_name(model_args), model_args.model_revision))
 
 
+def positions_of(config: Any) -> int | None:
+    """The number of positions of a model, its greatest context in tokens; None if its configuration has none.
+
+    Args:
+        config: of the model; of its text part where it has several.
+    """
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
     eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id

@@ -84,6 +84,11 @@ class ModelSource:
         return self if self.adapter is None else replace(self, adapter=None, merged=(*self.merged, self.adapter))
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter, complete or not."""
+    return (folder / CONFIG_FILE).is_file() or (folder / ADAPTER_FILE).is_file()
+
+
 def find_source(name: str, revision: str = "main") -> ModelSource:
     """Resolve a model folder, a GGUF file, an adapter folder or a Hub id, without asking the hub.
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -80,7 +81,7 @@ def test_local_suite_gives_every_measure_with_its_error(evaluate, model, held_ou
 
 def test_interrupted_evaluation_continues_and_gives_the_same(evaluate, model, held_out, tmp_path, monkeypatch):
     command = (model, "--suite", "local", "--dataset_name", held_out, "--max_new_tokens", 8)
-    evaluate(*command, output_dir="whole")
+    assert re.search(r"4 of 10 rows, \d+ s left", evaluate(*command, output_dir="whole"))
     calls = []
     generate = TransformersGenerator.generate
 

@@ -107,10 +107,10 @@ def test_examples_parse():
         ("train --objective ppo", "must be one of dpo, orpo, sft"),
         ("train --datasets x", "give it in a recipe"),
         ("train --optim_args", "--optim_args needs a value"),
-        ("train 0.1", "unexpected argument 0.1. Example: sapo train --model"),
+        ("train 0.1", "unexpected argument 0.1. Example: sapo train --config"),
         (
             "train --quiet",
-            "--model_name_or_path, --dataset_name and --output_dir are missing. Example: sapo train --mod",
+            "--model_name_or_path, --dataset_name and --output_dir are missing. Example: sapo train --con",
         ),
         ("train --config guarded-dpo --dataset_name a", "--model_name_or_path and --output_dir are missing."),
         ("data check rows.jsonl", "--model_name_or_path is missing. Example: sapo data check"),

@@ -321,7 +321,8 @@ COMMANDS = {
             "train",
             "Train",
             "train a model on pairs from self-play",
-            "sapo train --model_name_or_path my-sft-model --dataset_name train.jsonl --output_dir runs/mine",
+            "sapo train --config laptop-lora --model_name_or_path my-sft-model --dataset_name my.jsonl "
+            "--output_dir runs/mine",
             _train,
             takes_options=True,
             needs=("model_name_or_path", "dataset_name", "output_dir"),

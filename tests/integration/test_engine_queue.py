@@ -271,3 +271,28 @@ def test_a_model_in_another_precision_is_still_the_same(make):
     )
     trainer.train()
     assert engine.events[0] == ("load", 0)
+
+
+def test_what_was_submitted_is_done_at_the_end(make):
+    """Processes wait for each other before each load: one that dropped its last would leave the others waiting."""
+    trainer, engine = make(max_staleness=2, max_steps=4)
+    engine.before = lambda what: time.sleep(0.2 if what == "load" else 0)
+    trainer.train()
+    assert [step for what, step in engine.events if what == "load"] == [0, 1, 2, 3]
+    assert engine.closed == 1
+
+
+def test_an_engine_that_fails_after_the_last_step_loses_nothing(make, caplog):
+    trainer, engine = make(max_staleness=2, max_steps=4)
+
+    def refuse_the_last(what):
+        if what == "load" and len([one for one in engine.events if one[0] == "load"]) == 3:
+            time.sleep(0.5)
+            raise GenerationError("gone")
+
+    engine.before = refuse_the_last
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "After the last step" in caplog.text
+    assert "gone" in caplog.text
+    assert engine.closed == 1

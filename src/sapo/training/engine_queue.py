@@ -8,19 +8,25 @@ wait for the engine is as reproducible as training that does, and no pair is old
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from transformers.utils import logging
+
 from sapo.config import SAPOConfig
 from sapo.data.examples import Example
+from sapo.errors import GenerationError
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair, PairSource, PendingBatch, SourceState
 from sapo.preference.self_play import SelfPlay
 from sapo.training.engine_tasks import EngineTasks
 from sapo.training.engine_weights import EngineWeights
+
+logger = logging.get_logger(__name__)
 
 
 class EngineQueue(PairSource):
@@ -152,6 +158,15 @@ class EngineQueue(PairSource):
         self._weights.save(folder, step)
 
     def close(self) -> None:
-        """Shut the engine down, and remove the weights on their way to it."""
+        """Shut the engine down, and remove the weights on their way to it.
+
+        Unless the run failed, what was submitted is done first: processes wait for each other before each load, and one
+        that dropped its own would leave the others waiting.
+        """
+        if sys.exc_info()[0] is None:
+            try:
+                self._tasks.drain()
+            except GenerationError as error:
+                logger.warning(f"After the last step, which needs nothing of it any more, the engine failed: {error}")
         self._tasks.close()
         self._weights.close()

@@ -584,7 +584,7 @@ def test_serve_without_vllm_or_with_clashing_flags_says_so(recipe, capsys, monke
     monkeypatch.chdir(tmp_path)
     command = ["serve", "--config", str(recipe)]
     assert main(command) == 2
-    assert "Name an interpreter that has it with --vllm_python" in capsys.readouterr().err
+    assert "name an interpreter that has vLLM with --vllm_python" in capsys.readouterr().err
     assert main([*command, "--vllm_python", "x", "--devices", "0", "--devices", "1"]) == 2
     assert "--devices is given 2 times and there are 1 servers" in capsys.readouterr().err
     assert main([*command, "--vllm_python"]) == 2

@@ -182,7 +182,7 @@ def test_what_a_task_needs_is_named_before_anything_runs(monkeypatch):
     missing = lambda name, *rest: None if name in ("lm_eval", "langdetect") else found(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(
-        EvaluationError, match=r"lm_eval, langdetect.* not installed: pip install 'sapo-llm\[evaluation\]'"
+        EvaluationError, match=r'lm_eval, langdetect.* not installed. Run: pip install "sapo-llm\[evaluation\]"'
     ):
         require_packages(["ifeval"])
 

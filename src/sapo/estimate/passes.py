@@ -22,7 +22,7 @@ from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import DecodingRows
 from sapo.preference.batches import Layout, PairBatch, collate_pairs, pass_tokens
 from sapo.preference.pairs import Pair
-from sapo.preference.scoring import head_at, model_inputs, summed_logps
+from sapo.preference.scoring import head_at, model_inputs, summed_logps, sums_by_owner
 from sapo.preference.segments import Segment
 from sapo.preference.shared_prefix import shared_layout_unsupported_reason, use_shared_attention
 from sapo.weights.footprint import RunModels, Strategy
@@ -250,7 +250,7 @@ class _FusedScores:
         weight = head.base_layer.weight if hasattr(head, "base_layer") else head.weight
         logps = _Tiled.apply(hidden, weight)  # type: ignore[no-untyped-call]
         owners = batch.owners.flatten()[batch.places]
-        return torch.zeros(batch.sums, dtype=logps.dtype).index_add(0, owners, logps), batch.lengths
+        return sums_by_owner(logps, owners, batch.sums), batch.lengths
 
 
 class _Tiled(torch.autograd.Function):

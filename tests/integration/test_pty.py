@@ -1,5 +1,6 @@
 """Commands in a real terminal (a pty), of 80 and of 120 columns: what a person sees, and types."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -40,11 +41,25 @@ class Terminal:
         )  # fmt: skip
         os.close(its)
         self._fd, self.width, self.raw = own, width, ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        # Where the last text waited for ends: one read may bring that text and the next one together.
+        self._passed = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        os.close(self._fd)
+        self.process.kill()
+        self.process.wait(timeout=60)
 
     def until(self, text, seconds=120):
-        """Read on until `text` was printed, or the program has ended."""
-        end, seen = time.monotonic() + seconds, len(self.raw)
+        """Read on until `text` was printed after the text waited for last, or the program has ended."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
+            if text is not None and text in self.raw[self._passed :]:
+                self._passed = self.raw.index(text, self._passed) + len(text)
+                return
             ready, _, _ = select.select([self._fd], [], [], 0.2)
             if ready:
                 try:
@@ -53,9 +68,7 @@ class Terminal:
                     piece = b""
                 if not piece:
                     break
-                self.raw += piece.decode("utf-8", "replace")
-            if text is not None and text in self.raw[seen:]:
-                return
+                self.raw += self._decode(piece)
         assert text is None, f"{text!r} was not printed:\n{self.raw[-2000:]}"
 
     def type(self, text):
@@ -63,9 +76,7 @@ class Terminal:
 
     def end(self):
         self.until(None)
-        status = self.process.wait(timeout=60)
-        os.close(self._fd)
-        return status
+        return self.process.wait(timeout=60)
 
     def screen(self):
         """Lines as they stand at the end; a line that was too long goes on in the next, marked by a backslash."""
@@ -95,8 +106,8 @@ class Terminal:
 def test_tables_and_help_fit_and_lose_nothing(width, tmp_path):
     runs = [str(write_run(tmp_path / name, steps=30)) for name in ("one", "another", "third")]
     lines = ["--help", "train --help", "train --help beta", "data", f"compare {' '.join(runs)}", "report nowhere"]
-    terminal = Terminal(["-c", LIGHT, ";".join(lines)], width)
-    assert terminal.end() == 0
+    with Terminal(["-c", LIGHT, ";".join(lines)], width) as terminal:
+        assert terminal.end() == 0
     screen = terminal.screen()
     shown = "\n".join(screen)
     # Examples are folded as a shell folds them.
@@ -125,33 +136,33 @@ sys.exit(main(["chat", run, "--max_new_tokens", "3"]))
 def test_a_run_its_evaluation_and_a_talk_at_80_columns(model, data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     arguments = command(model, data, out, "--max_steps", "6", "--log_pairs_steps", "3")
-    terminal = Terminal(["-c", SESSION, " ".join(arguments), str(out), str(data)], 80)
-    terminal.until("NOW CHAT", seconds=300)
-    seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.raw)
-    screen = terminal.screen()
-    # The bar stayed in its place, with step, time left and whole numbers.
-    (bar,) = [line for line in screen if line.startswith("step ")]
-    assert re.fullmatch(r"step 6/6 ━+ 0:00:00 left  [\d.e-]+ s/step", bar)
-    numbers = screen[screen.index(bar) + 1]
-    assert re.match(r"loss [\d.-]+  margin [\d.e-]+  accuracy [\d.]+", numbers)
-    assert re.search(r"step [1-5]/6 .*\d:\d\d:\d\d left", seen)
-    assert "pairs drawn at step 3" in seen
-    table = screen[screen.index("local (value ±standard error)") :]
-    assert not [line for line in table if line.endswith("\\") and "/" not in line]
-    assert "…" not in "\n".join(table)
-    assert any(line.startswith("Verdict on run policy:") for line in screen)
-    terminal.until("you> ")
-    terminal.type("w1 w2\n")
-    terminal.until("policy> ")
-    terminal.until("you> ")
-    # The arrow up brings back the last line.
-    terminal.type("\x1b[A\n")
-    terminal.until("policy> ")
-    terminal.until("you> ")
-    terminal.type("/hlep\n")
-    terminal.until("nearest: /help")
-    terminal.until("you> ")
-    terminal.type("/quit\n")
-    assert terminal.end() == 0
+    with Terminal(["-c", SESSION, " ".join(arguments), str(out), str(data)], 80) as terminal:
+        terminal.until("NOW CHAT", seconds=300)
+        seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.raw)
+        screen = terminal.screen()
+        # The bar stayed in its place, with step, time left and whole numbers.
+        (bar,) = [line for line in screen if line.startswith("step ")]
+        assert re.fullmatch(r"step 6/6 ━+ 0:00:00 left  [\d.e-]+ s/step", bar)
+        numbers = screen[screen.index(bar) + 1]
+        assert re.match(r"loss [\d.-]+  margin [\d.e-]+  accuracy [\d.]+", numbers)
+        assert re.search(r"step [1-5]/6 .*\d:\d\d:\d\d left", seen)
+        assert "pairs drawn at step 3" in seen
+        table = screen[screen.index("local (value ±standard error)") :]
+        assert not [line for line in table if line.endswith("\\") and "/" not in line]
+        assert "…" not in "\n".join(table)
+        assert any(line.startswith("Verdict on run policy:") for line in screen)
+        terminal.until("you> ")
+        terminal.type("w1 w2\n")
+        terminal.until("policy> ")
+        terminal.until("you> ")
+        # The arrow up brings back the last line.
+        terminal.type("\x1b[A\n")
+        terminal.until("policy> ")
+        terminal.until("you> ")
+        terminal.type("/hlep\n")
+        terminal.until("nearest: /help")
+        terminal.until("you> ")
+        terminal.type("/quit\n")
+        assert terminal.end() == 0
     assert terminal.raw.count("w1 w2") >= 2
     assert "Traceback" not in terminal.raw

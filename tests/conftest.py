@@ -1,3 +1,6 @@
+import contextlib
+import subprocess
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -21,6 +24,19 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAPO_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def start():
+    """Starts a process that does not outlive its test, whatever the test finds."""
+    with contextlib.ExitStack() as running:
+
+        def start(command, **options):
+            process = running.enter_context(subprocess.Popen(command, **options))
+            running.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture

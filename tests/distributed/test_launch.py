@@ -36,16 +36,21 @@ def command(tmp_path):
     ]  # fmt: skip
 
 
-def begin(devices, arguments):
+@pytest.fixture
+def begin(start):
     path = f"{ROOT / 'tests/distributed/on_cpu'}:{ROOT / 'src'}:{ROOT}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.launch_on_cpu", str(devices), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+    def begin(devices, arguments):
+        return start(
+            [sys.executable, "-m", "tests.distributed.launch_on_cpu", str(devices), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return begin
 
 
 def end(started, folder, processes):
@@ -63,7 +68,7 @@ def end(started, folder, processes):
 @pytest.mark.parametrize(
     ("config", "sharding"), [("multi_gpu", "none"), pytest.param("fsdp2", "fsdp2", marks=pytest.mark.slow)]
 )
-def test_the_command_runs_on_every_device(config, sharding, command, tmp_path):
+def test_the_command_runs_on_every_device(config, sharding, command, tmp_path, begin):
     folder = tmp_path / "run"
     started = begin(2, [*command, str(folder), "--accelerate_config", config])
     facts, weights = end([started], folder, 2)
@@ -72,7 +77,7 @@ def test_the_command_runs_on_every_device(config, sharding, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_train_to_what_one_machine_with_as_many_devices_does(command, tmp_path):
+def test_two_machines_train_to_what_one_machine_with_as_many_devices_does(command, tmp_path, begin):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,7 +93,7 @@ def test_two_machines_train_to_what_one_machine_with_as_many_devices_does(comman
 
 
 @pytest.mark.slow
-def test_a_failing_process_is_named_and_its_message_shown(command, tmp_path):
+def test_a_failing_process_is_named_and_its_message_shown(command, tmp_path, begin):
     started = begin(2, [*command, str(tmp_path / "run"), "--accelerate_config", "multi_gpu", "--beta", "0"])
     _, told = started.communicate(timeout=240)
     assert started.returncode == 2
@@ -96,7 +101,7 @@ def test_a_failing_process_is_named_and_its_message_shown(command, tmp_path):
     assert "TrainingError: process" in told
 
 
-def test_a_stop_signal_ends_all_processes_at_the_same_step_with_a_checkpoint(command, tmp_path):
+def test_a_stop_signal_ends_all_processes_at_the_same_step_with_a_checkpoint(command, tmp_path, begin):
     folder = tmp_path / "run"
     started = begin(2, [*command, str(folder), "--accelerate_config", "multi_gpu", "--max_steps", "100000"])
     until = time.monotonic() + 200

@@ -250,10 +250,10 @@ def test_memory_that_runs_out_is_one_line_with_a_way_out(part, step, lower, mode
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path):
+def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path, start):
     out = tmp_path / "run"
     run = [sys.executable, "-m", "sapo", *command(model, data, out, "--max_steps", "100000")]
-    process = subprocess.Popen(
+    process = start(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 120

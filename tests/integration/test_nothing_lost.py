@@ -193,7 +193,7 @@ def test_runs_of_no_steps_and_options_without_effect_are_refused(model, data, tm
 # ---- The lock ----
 
 
-def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, capsys, monkeypatch, start):  # noqa: F811
     out = tmp_path / "run"
     said = []
     monkeypatch.setattr(lock.logger, "warning", said.append)
@@ -201,24 +201,19 @@ def test_a_second_process_is_told_whose_folder_it_is(model, data, tmp_path, caps
         "import sys, time; from pathlib import Path; from sapo.runs.lock import locked\n"
         f"with locked(Path({str(out)!r})): print('held', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        for more in ([], ["--resume_from_checkpoint", "auto"], ["--overwrite_output_dir"]):
-            message = refused(command(model, data, out, *more), capsys)
-            assert f"in use by process {process.pid} on " in message
-        assert [file.name for file in out.iterdir()] == [".lock"]
-        process.kill()
-        process.wait()
-        # The owner is dead: its lock is broken, and that is said.
-        with locked(out):
-            pass
-        assert [f"broke the lock of process {process.pid}" in line for line in said] == [True]
-        assert list(out.iterdir()) == []
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    process = start([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    for more in ([], ["--resume_from_checkpoint", "auto"], ["--overwrite_output_dir"]):
+        message = refused(command(model, data, out, *more), capsys)
+        assert f"in use by process {process.pid} on " in message
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    process.kill()
+    process.wait()
+    # The owner is dead: its lock is broken, and that is said.
+    with locked(out):
+        pass
+    assert [f"broke the lock of process {process.pid}" in line for line in said] == [True]
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(("age", "alive"), [(10, True), (100_000, False)])
@@ -318,21 +313,15 @@ def test_a_restart_takes_a_recipe_of_before_the_first_checkpoint_for_its_own(mod
 # ---- Ctrl-C ----
 
 
-def started(arguments, out):
-    """A run in a process of its own, at its first step."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sapo", *arguments],
+def test_ctrl_c_says_at_once_what_will_happen_and_keeps_the_step(model, data, tmp_path, start):  # noqa: F811
+    out = tmp_path / "run"
+    process = start(
+        [sys.executable, "-m", "sapo", *command(model, data, out, "--max_steps", "100000")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     until = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
-    return process
-
-
-def test_ctrl_c_says_at_once_what_will_happen_and_keeps_the_step(model, data, tmp_path):  # noqa: F811
-    out = tmp_path / "run"
-    process = started(command(model, data, out, "--max_steps", "100000"), out)
     process.send_signal(signal.SIGINT)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

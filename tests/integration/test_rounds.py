@@ -164,11 +164,11 @@ def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, mo
 
 
 @pytest.mark.slow
-def test_a_signal_stops_the_loop_and_it_goes_on_to_the_same_end(whole, model, data, tmp_path):
+def test_a_signal_stops_the_loop_and_it_goes_on_to_the_same_end(whole, model, data, tmp_path, start):
     out = tmp_path / "stopped"
     steps = ("--max_steps", "4")
     run = [sys.executable, "-m", "sapo", *spin(model, data, out, *steps)]
-    process = subprocess.Popen(
+    process = start(
         run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 120

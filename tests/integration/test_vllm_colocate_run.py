@@ -24,7 +24,7 @@ TIMES = ("time/", "memory/", "tokens_per_second", "train_")
 
 
 @pytest.fixture
-def begin(tmp_path):
+def begin(tmp_path, start):
     model(0).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
@@ -40,7 +40,7 @@ def begin(tmp_path):
         ]  # fmt: skip
         own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         with (tmp_path / "errors").open("w") as errors:
-            return subprocess.Popen(
+            return start(
                 [sys.executable, "-m", "sapo", *command],
                 env=os.environ | own,
                 stdout=subprocess.DEVNULL,

@@ -468,6 +468,49 @@ def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, 
     assert same(weights(disturbed), weights(usual))
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("moment", ["load", "tag", "cache", "prompt", "text"])
+def test_no_moment_of_a_restart_changes_what_is_generated(moment, lora, stand_in, folder, servers_of, tmp_path):
+    """Started anew just before the named request is answered: it serves its own weights, and no adapter."""
+    path, body = {
+        "load": ("/v1/load_lora_adapter" if lora else "/collective_rpc", ""),
+        "tag": ("/update_weight_version", "loading"),
+        "cache": ("/reset_prefix_cache", ""),
+        "prompt": ("/v1/completions", "'prompt_logprobs': 0"),
+        "text": ("/v1/completions", "'seed': "),
+    }[moment]
+    torch.manual_seed(3)
+    model = servable_llama()
+    if lora:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "weights")
+    restarts = []
+
+    def fault(asked, given):
+        if asked == path and body in str(given) and not restarts:
+            restarts.append(asked)
+            stand_in.restart()
+
+    servers = servers_of(stand_in.url, adapter=lora)
+    stand_in.fault = fault
+    servers.load(tmp_path / "weights", version())
+    with torch.no_grad():
+        logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
+    (given,) = servers.token_logps(CONTEXTS[2])
+    assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
+    assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
+    assert restarts
+
+
+def test_a_path_that_is_missing_for_good_is_named_at_the_end(stand_in, folder, servers_of):
+    servers = servers_of(stand_in.url)
+    servers.load(folder, version())
+    stand_in.fault = lambda path, body: 404 if path == "/v1/completions" else None
+    with pytest.raises(GenerationError, match=r"failed after 6 attempts .*\(last: \S+completions: 404 as told\)"):
+        servers.generate(CONTEXTS, BUDGETS, SEEDS)
+
+
 def test_another_base_model_under_an_adapter_is_refused(stand_in, make, tmp_path):
     save_servable(tmp_path / "other", 9)
     stand_in._folder = tmp_path / "other"
@@ -493,14 +536,14 @@ def test_no_server_is_an_error_of_one_line(make_trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", ["0", "2"])
 @pytest.mark.parametrize("lora", ["false", "true"])
-def test_run_that_is_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path):
+def test_a_run_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path, start):
     """SIGKILL to both in the middle, sampled text, another start of both."""
     flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
     flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
     command = [sys.executable, "-m", "sapo", "train", "--config", str(recipe), *flags, "--output_dir"]
     real.wait()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    process = start([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint-4" / "sapo_manifest.json").is_file():
         assert process.poll() is None
         time.sleep(0.01)
@@ -558,26 +601,16 @@ def test_serve_says_why_a_server_ended(recipe, tmp_path, capsys):
     assert str(tmp_path / f"run-vllm-{PORT + 1}.log") in shown
 
 
-def test_serve_stops_at_a_signal(recipe, tmp_path):
+def test_serve_stops_at_a_signal(recipe, tmp_path, start):
     """With a server that is none: it sleeps, and would for long."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 300\n")
     python.chmod(0o755)
-    command = [
-        sys.executable,
-        "-m",
-        "sapo",
-        "serve",
-        "--config",
-        str(recipe),
-        "--vllm_python",
-        str(python),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "sapo", "serve", "--config", str(recipe), "--vllm_python", str(python)]
+    process = start(command, stdout=subprocess.PIPE, text=True)
     assert "Starting vLLM" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    process.stdout.close()
 
 
 def test_serve_without_vllm_or_with_clashing_flags_says_so(recipe, capsys, monkeypatch, tmp_path):

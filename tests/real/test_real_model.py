@@ -129,11 +129,11 @@ def test_trains(form, data, runs):
 
 
 @pytest.mark.parametrize("form", ["lora-dpo-float32", "full-orpo-float32"])
-def test_resumes_bit_for_bit_after_a_kill(form, data, runs):
+def test_resumes_bit_for_bit_after_a_kill(form, data, runs, start):
     whole, killed = trained(form, data, runs), runs / f"{form}-killed"
     given = ("--model_name_or_path", MODEL, "--dataset_name", data / "train.jsonl", "--output_dir", killed)
     command = ("train", *given, *SMALL, *FORMS[form], "--max_steps", "3", "--save_steps", "1")
-    child = subprocess.Popen([sys.executable, "-m", "sapo", *map(str, command)], stdout=subprocess.DEVNULL)
+    child = start([sys.executable, "-m", "sapo", *map(str, command)], stdout=subprocess.DEVNULL)
     while child.poll() is None and not (killed / "checkpoint-1").is_dir():
         time.sleep(0.2)
     child.send_signal(signal.SIGKILL)

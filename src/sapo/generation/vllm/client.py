@@ -122,7 +122,8 @@ class VLLMClient:
             GenerationError: it cannot load them.
         """
         # From the first changed weight on, the earlier tag would be wrong.
-        self._tag(f"loading {version}")
+        loading = f"loading {version}"
+        self._tag(loading)
         if isinstance(weights, Mapping):
             self._send(weights)
         elif (weights / "adapter_config.json").is_file():
@@ -134,6 +135,9 @@ class VLLMClient:
         # Otherwise cached keys and values of the earlier weights would be reused silently.
         if self._call("POST", "/reset_prefix_cache").get("success") is False:
             raise ServerUnavailableError(f"{self.url}: could not reset its prefix cache")
+        # Restarted since, it has its own weights again.
+        if self.weight_version() != loading:
+            raise ServerUnavailableError(f"{self.url}: it was restarted while it loaded weights")
         self._tag(version)
 
     def _send(self, weights: Mapping[str, Tensor]) -> None:
@@ -255,6 +259,9 @@ class VLLMClient:
                 f"{self.url}: has no {path}, so the opponent's weights cannot be loaded. Use vLLM 0.30 or newer, and "
                 "start it with sapo serve, or with VLLM_SERVER_DEV_MODE=1 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
             )
+        if answer.status_code == 404 and path == "/v1/completions":
+            # It listed this model, or loaded this adapter, so it was restarted since.
+            raise ServerUnavailableError(f"{self.url}{path}: 404 {_message(answer)}")
         if answer.is_error:
             raise GenerationError(f"{self.url}{path}: {answer.status_code} {_message(answer)}")
         try:

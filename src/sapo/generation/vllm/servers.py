@@ -137,10 +137,17 @@ class VLLMServers:
         Raises:
             GenerationError: a server does not respond in time.
         """
-        return [
-            self._retry(client, lambda client: client.token_logps(tokens, self._model(client)))
-            for client in self._clients
-        ]
+
+        def ask(client: VLLMClient) -> list[float]:
+            trouble: list[str] = []
+            if not self._is_ready(client, trouble):
+                raise ServerUnavailableError(trouble[0])
+            found = client.token_logps(tokens, self._model(client))
+            if not self._still_serves(client):
+                raise ServerUnavailableError(f"{client.url} was restarted")
+            return found
+
+        return [self._retry(client, ask) for client in self._clients]
 
     @property
     def urls(self) -> list[str]:
@@ -254,17 +261,17 @@ class VLLMServers:
         check_request(contexts, max_new_tokens, seeds)
         replies: list[list[int]] = [[] for _ in contexts]
         missing = [row for row, budget in enumerate(max_new_tokens) if budget > 0]
-        attempts = 0
+        attempts, trouble = 0, [""]
         while missing:
             servers = self._servers()
             attempts += 1
             if attempts > _ATTEMPTS:
                 raise GenerationError(
-                    f"{len(missing)} rows failed after {_ATTEMPTS} attempts although the servers report healthy. Raise "
-                    "vllm_request_timeout, or check the servers' logs."
+                    f"{len(missing)} rows failed after {_ATTEMPTS} attempts although the servers report healthy "
+                    f"(last: {trouble[-1]}). Raise vllm_request_timeout, or check the servers' logs."
                 )
             self._check_lengths(servers, missing, contexts, max_new_tokens)
-            found = self._ask(servers, missing, contexts, max_new_tokens, seeds)
+            found = self._ask(servers, missing, contexts, max_new_tokens, seeds, trouble)
             for row, tokens in found.items():
                 replies[row] = tokens
             missing = [row for row in missing if row not in found]
@@ -277,8 +284,12 @@ class VLLMServers:
         contexts: Sequence[Sequence[int]],
         budgets: Sequence[int],
         seeds: Sequence[int],
+        trouble: list[str],
     ) -> dict[int, list[int]]:
-        """Replies to `rows`, divided among the servers; without rows of servers that restarted or failed."""
+        """Replies to `rows`, divided among the servers; without rows of servers that restarted or failed.
+
+        What failed is appended to `trouble`.
+        """
 
         def one(client: VLLMClient, row: int) -> list[int] | ServerUnavailableError:
             try:
@@ -303,6 +314,7 @@ class VLLMServers:
             for row, future in asked[client.url]:
                 tokens = future.result()
                 if isinstance(tokens, ServerUnavailableError):
+                    trouble.append(str(tokens))
                     self._mark_unavailable(client, tokens)
                 else:
                     self._check_tokens(client, tokens)

@@ -64,15 +64,28 @@ def test_the_fused_head_is_trls():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("loss_type", "loss_weights", "count"),
+    [
+        ("sigmoid", None, 4),
+        ("hinge", None, 4),
+        ("ipo", None, 4),
+        (["sigmoid", "hinge", "ipo"], [0.8, 0.3, 0.1], 4),
+        (["sigmoid", "ipo"], None, 4),
+        # One pair: trl averages the likelihood over the tokens of a batch, we over those of a pair, then over pairs.
+        (["sigmoid", "sft"], [0.8, 0.5], 1),
+        (["sft", "hinge"], None, 1),
+    ],
+)
+def test_trl_dpo_loss_equals_ours(loss_type, loss_weights, count, tokenizer, make_trainer, tmp_path):
     policy, reference = tiny_llama(0), tiny_llama(1)
-    rows = tiny_rows(4, paired=True)
+    rows = tiny_rows(count, paired=True)
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "theirs"),
-        loss_type=[loss_type],
+        loss_type=loss_type if isinstance(loss_type, list) else [loss_type],
+        loss_weights=loss_weights,
         beta=0.3,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=count,
         max_steps=1,
         learning_rate=0.0,
         logging_steps=1,
@@ -89,22 +102,23 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
     )
     theirs.train()
     expected = theirs.state.log_history[0]["loss"]
-    options = DataOptions(max_length=64, max_prompt_length=32, paired=True)
-    prepared, _ = prepare_dataset(rows, tokenizer, options, eos_ids=eos_token_ids(tokenizer, 1))
-    batch = collate_pairs([paired(e) for e in collate_examples(list(prepared))["examples"]], pad_token_id=0)
-    with torch.no_grad():
-        ours, frozen = score(tiny_llama(0), batch), score(tiny_llama(1), batch)
-    losses = dpo_loss(
-        ours.chosen_logps,
-        ours.rejected_logps,
-        frozen.chosen_logps,
-        frozen.rejected_logps,
-        beta=0.3,
-        loss_type=loss_type,
-        chosen_lengths=ours.chosen_lengths,
-        rejected_lengths=ours.rejected_lengths,
-    ).losses
-    assert losses.mean().item() == pytest.approx(expected, rel=1e-4)
+    if isinstance(loss_type, str):
+        options = DataOptions(max_length=64, max_prompt_length=32, paired=True)
+        prepared, _ = prepare_dataset(rows, tokenizer, options, eos_ids=eos_token_ids(tokenizer, 1))
+        batch = collate_pairs([paired(e) for e in collate_examples(list(prepared))["examples"]], pad_token_id=0)
+        with torch.no_grad():
+            ours, frozen = score(tiny_llama(0), batch), score(tiny_llama(1), batch)
+        losses = dpo_loss(
+            ours.chosen_logps,
+            ours.rejected_logps,
+            frozen.chosen_logps,
+            frozen.rejected_logps,
+            beta=0.3,
+            loss_type=loss_type,
+            chosen_lengths=ours.chosen_lengths,
+            rejected_lengths=ours.rejected_lengths,
+        ).losses
+        assert losses.mean().item() == pytest.approx(expected, rel=1e-4)
 
     # The whole trainer on the same rows: its reference is the initial model, its policy is moved away from it.
     trainer = make_trainer(
@@ -113,8 +127,9 @@ def test_trl_dpo_loss_equals_ours(loss_type, tokenizer, make_trainer, tmp_path):
         rows=rows,
         pair_source="paired",
         loss_type=loss_type,
+        loss_weights=loss_weights,
         beta=0.3,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=count,
         max_steps=1,
         learning_rate=0.0,
         max_length=64,

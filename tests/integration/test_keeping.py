@@ -51,6 +51,7 @@ CASES = [
     {"pair_source": "paired", "rows": tiny_rows(paired=True), "reference": "none"},
     {"lora": True},
     {"loss_type": "nce", "layout": "plain"},
+    {"loss_type": ["sigmoid", "hinge", "sft"], "loss_weights": [1.0, 0.2, 0.5]},
 ]
 
 
@@ -65,7 +66,7 @@ def test_self_replay_works_with_every_source_and_objective(make_trainer, options
     assert all(pair.row >= 0 for pair in trainer.last_pairs())
 
 
-@pytest.mark.parametrize("options", [{}, ANCHORED, {"loss_type": "nce"}])
+@pytest.mark.parametrize("options", [{}, ANCHORED, {"loss_type": ["sigmoid", "nce"], "loss_weights": [0.5, 1]}])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, options):
     options = {"replay_share": 0.4, "replay_max_new_tokens": 6, "save_strategy": "steps", "save_steps": 3} | options
     whole = make_trainer("run", **options)

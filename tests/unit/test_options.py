@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -132,6 +133,49 @@ def test_a_value_that_is_refused_is_refused_in_python_and_on_the_command_line(na
         with pytest.raises(ConfigurationError) as typed:
             parse([f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)], "sapo train")
         assert str(typed.value) == str(python.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": ["sigmoid", "kto"]}, r"^loss_type=kto: must be one or several of sigmoid, hinge, ipo, nce, sft"),
+        ({"loss_type": []}, r"^loss_type=: must be one or several of"),
+        ({"loss_type": ["hinge", "hinge"]}, "loss_type=hinge hinge: one is there twice"),
+        (
+            {"loss_type": ["hinge", "ipo"], "loss_weights": [1.0]},
+            "loss_weights=1 with loss_type=hinge ipo: must be one",
+        ),
+        ({"loss_type": ["hinge", "ipo"], "loss_weights": [1.0, 0]}, "loss_weights=1 0 with loss_type=hinge ipo"),
+        ({"loss_weights": [-1.0]}, r"loss_weights=-1\.0: must be 0 or more"),
+        ({"loss_weights": [float("nan")]}, "loss_weights=nan: must be a finite number"),
+        ({"loss_type": "sft"}, "loss_type=sft alone: it has no pairs. Set objective to sft"),
+        ({"loss_type": ["sigmoid", "sft"], "chosen_nll_weight": 1.0}, "with chosen_nll_weight=1: both weigh"),
+        ({"loss_type": ["nce", "ipo"]}, "loss_type has nce and ipo"),
+        ({"loss_type": ["sigmoid", "nce"], "dpop_weight": 1.0}, "dpop_weight=1.0 with loss_type=nce"),
+        ({"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "and loss_type=hinge ipo: it is a form of the sig"),
+        ({"objective": "orpo", "loss_weights": [2.0]}, "loss_type=sigmoid and loss_weights with objective=orpo"),
+    ],
+)
+def test_forms_of_the_loss_that_cannot_be_added_up_are_refused(options, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        SAPOConfig(str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(("given", "kept"), [([], None), (["--loss_weights", "0.8", "1", "0.5"], [0.8, 1.0])])
+def test_sft_among_the_forms_of_the_loss_is_the_weight_of_the_likelihood(given, kept, tmp_path):
+    """Typed, in a recipe, and in Python: the same options, and the same again from what is written down."""
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--loss_type", "sigmoid", "nce", "sft"]
+    typed = parse([*flags, *given], "sapo train")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(as_recipe(typed)))
+    python = SAPOConfig(str(tmp_path), use_cpu=True, loss_type=["sigmoid", "nce", "sft"],
+                        loss_weights=[0.8, 1, 0.5] if given else None)  # fmt: skip
+    for config in (typed.config, parse(["--config", str(recipe)], "sapo train").config, python):
+        assert config.loss_type == ["sigmoid", "nce"]
+        assert config.loss_weights == kept
+        assert config.chosen_nll_weight == (0.5 if given else 1.0)
+        assert not config.scores_shared
+    assert SAPOConfig(str(tmp_path), use_cpu=True, loss_type="hinge").loss_type == ["hinge"]
 
 
 def test_the_docstring_of_the_class_has_every_option_of_sapo():

@@ -206,7 +206,7 @@ def _sparkline(curve: list[tuple[int, float]], low: float, high: float) -> str:
 
 
 def _plain(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}"
 
 

@@ -22,6 +22,7 @@ _METAVARS = {
     "str": "TEXT",
     "str_or_false": "TEXT",
     "list": "TEXT",
+    "numbers": "X",
     "mapping": "JSON",
     "mapping_or_file": "FILE",
     "records": "LIST",

@@ -241,7 +241,7 @@ def _run_parser(example: str) -> OneLineParser:
         more: dict[str, Any] = {"type": partial(_typed, one)}
         if one.type in ("bool", "bool_or_auto"):
             more |= {"nargs": "?", "const": True}
-        if one.type == "list":
+        if one.type in ("list", "numbers"):
             more |= {"nargs": "+"} | ({"action": "append"} if one.repeatable else {})
         parser.add_argument(f"--{one.name}", metavar=metavar(one), **more)
         if one.type == "bool_or_auto" or (one.type == "bool" and one.default is True):
@@ -255,13 +255,18 @@ def _typed(one: Option, text: str) -> Any:
     if one.type == "list":
         return text
     try:
-        return convert(one, text)
+        value = convert(one, text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    # Of several values argparse makes the list.
+    return value[0] if one.type == "numbers" and value is not None else value
 
 
 def _flattened(name: str, value: Any) -> Any:
-    return [text for part in value for text in part] if _declared(name).repeatable else value
+    declared = _declared(name)
+    if declared.type == "numbers" and value == [None]:
+        return None
+    return [text for part in value for text in part] if declared.repeatable else value
 
 
 def _declared(name: str) -> Option:

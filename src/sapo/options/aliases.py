@@ -116,7 +116,6 @@ MISSING = {
     "trust_remote_code": "code from a model folder is never run; use an architecture that transformers has",
     "dataloader_shuffle": "use train_sampling_strategy=sequential for the order of the file",
     "f_divergence_type": "only the reverse KL divergence is supported; leave it out",
-    "loss_weights": "chosen_nll_weight=1 adds the likelihood of the chosen response",
     "activation_offloading": "activation offloading is not supported; use gradient_checkpointing and pairs_per_forward",
     "generate_during_eval": "set eval_local=true to sample from the policy at evaluations",
     "dataset_text_field": "the format is found from the columns; `sapo data check` shows what it found",

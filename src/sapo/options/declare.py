@@ -12,7 +12,17 @@ Kind = Literal["own", "inherited", "model", "data"]
 Status = Literal["used", "harmless", "refused"]
 Resume = Literal["fixed", "free"]
 ValueType = Literal[
-    "int", "float", "bool", "bool_or_auto", "str", "str_or_false", "list", "mapping", "mapping_or_file", "records"
+    "int",
+    "float",
+    "bool",
+    "bool_or_auto",
+    "str",
+    "str_or_false",
+    "list",
+    "numbers",
+    "mapping",
+    "mapping_or_file",
+    "records",
 ]
 
 
@@ -50,7 +60,7 @@ class Option:
         section: one of `SECTIONS`.
         type: type of a value. A "mapping" is JSON on the command line; "records" can be given in a recipe only.
         optional: whether None is a value (`none` on the command line, `null` in a recipe).
-        choices: valid values, or None.
+        choices: valid values, of a list its parts; or None.
         low: minimum, inclusive, or None.
         high: maximum, inclusive, or None.
         resume: "fixed" if a resumed run must have the value that its checkpoint was made with.
@@ -101,6 +111,8 @@ class Option:
         """The default in recipe syntax; "unset" for None."""
         if self.default is None or self.default == []:
             return "unset"
+        if isinstance(self.default, list):
+            return " ".join(self.default)
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
@@ -111,7 +123,7 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
         default: default of the field.
         text: help text.
         section: one of `SECTIONS`.
-        more: further attributes of `Option`; name, type, choices and optional follow from the field.
+        more: further attributes of `Option`; name, type, optional and (but for a list) choices follow from the field.
 
     Raises:
         ValueError: no such section.
@@ -123,6 +135,8 @@ def declared(default: Any, text: str, section: str, **more: Any) -> Any:
         "help": text.replace("%", "%%"),
         "option": partial(Option, help=text, section=section, **more),
     }
+    if isinstance(default, list):
+        return field(default_factory=partial(list, default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -146,8 +160,11 @@ def from_field(one: Field[Any], hint: Any) -> Option:
         hint: its type, evaluated.
     """
     default = one.default if one.default is not MISSING else None
+    if one.default_factory is not MISSING:
+        default = one.default_factory()
     kind, optional, choices = value_type(hint)
-    made: Option = one.metadata["option"](name=one.name, default=default, type=kind, optional=optional, choices=choices)
+    more = {} if choices is None else {"choices": choices}
+    made: Option = one.metadata["option"](name=one.name, default=default, type=kind, optional=optional, **more)
     return made
 
 
@@ -165,6 +182,6 @@ def value_type(hint: Any) -> tuple[ValueType, bool, tuple[str, ...] | None]:
     if dict in parts or any(get_origin(part) is dict for part in parts):
         return "mapping", optional, None
     if any(get_origin(part) is list for part in parts):
-        return "list", optional, None
+        return "numbers" if list[float] in parts else "list", optional, None
     names: dict[type, ValueType] = {bool: "bool", int: "int", float: "float", str: "str"}
     return names[parts[0]], optional, None

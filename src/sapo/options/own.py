@@ -14,6 +14,8 @@ PairSourceName = Literal["self_play", "paired", "none"]
 GenerationBackend = Literal["transformers", "vllm_server", "vllm_colocate"]
 Reference = Literal["initial", "opponent_copy", "opponent", "none"]
 
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "nce", "sft")
+
 VLLM_URL = "http://127.0.0.1:8000"
 """Default address of vLLM."""
 
@@ -113,10 +115,18 @@ class OwnOptions(KeepOptions):
         "alone, without an opponent or pairs.",
         common=True,
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "nce"] = _objective(
-        "sigmoid",
-        "Form of the DPO loss. ipo divides log-ratios by the response length, as trl does; nce scores each response "
-        "by itself instead of their margin (SPACE, GSIL, NCA).",
+    loss_type: list[str] = _objective(
+        ["sigmoid"],
+        "Form of the DPO loss, or several to add up. ipo divides log-ratios by the response length, as trl does; nce "
+        "scores each response by itself instead of their margin (SPACE, GSIL, NCA); sft beside another one is trl's "
+        "name for chosen_nll_weight.",
+        needs="objective=dpo",
+        choices=LOSS_TYPES,
+    )
+    loss_weights: list[float] | None = _objective(
+        None,
+        "Weight of each form in loss_type, in its order. Unset: 1 each.",
+        low=0,
         needs="objective=dpo",
     )
     beta: float = _objective(

@@ -29,10 +29,13 @@ class OptionRules(OwnOptions):
         Raises:
             ConfigurationError: an option is out of range, has no effect, or conflicts with another.
         """
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
         for one in fields(self):
             declared = option(one.name)
             if declared is not None:
                 check(declared, getattr(self, one.name))
+        self._settle_loss_type()
         if self.segment_length is not None and self.segment_length >= 1:
             if self.segment_length != int(self.segment_length):
                 raise ConfigurationError(
@@ -99,9 +102,9 @@ class OptionRules(OwnOptions):
 
         In a plain DPO margin they cancel. In both terms of nce they would not, and say nothing about the segment.
         """
-        if self.objective == "dpo" and self.loss_type == "nce":
+        if self.objective == "dpo" and "nce" in self.loss_type:
             return False
-        return bool(self.objective != "dpo" or self.loss_type == "ipo" or self.chosen_nll_weight or self.dpop_weight)
+        return bool(self.objective != "dpo" or "ipo" in self.loss_type or self.chosen_nll_weight or self.dpop_weight)
 
     @property
     def pairs_per_micro_batch(self) -> int:
@@ -134,6 +137,32 @@ class OptionRules(OwnOptions):
                 f"{self.max_prompt_length + tokens}."
             )
 
+    def _settle_loss_type(self) -> None:
+        """A weight for each form, as trl has it; and sft, which is `chosen_nll_weight`."""
+        types, weights = self.loss_type, self.loss_weights
+        if len({*types}) < len(types):
+            raise ConfigurationError(
+                f"loss_type={' '.join(types)}: one is there twice. Give it once, with a larger weight in loss_weights."
+            )
+        if weights is not None and (len(weights) != len(types) or not all(weights)):
+            raise ConfigurationError(
+                f"loss_weights={' '.join(f'{one:g}' for one in weights)} with loss_type={' '.join(types)}: must be one "
+                "positive number for each."
+            )
+        if "sft" not in types:
+            return
+        if types == ["sft"]:
+            raise ConfigurationError("loss_type=sft alone: it has no pairs. Set objective to sft, without loss_type.")
+        if self.chosen_nll_weight:
+            raise ConfigurationError(
+                f"loss_type={' '.join(types)} with chosen_nll_weight={self.chosen_nll_weight:g}: both weigh the "
+                "likelihood of the chosen response. Leave one of the two out."
+            )
+        given = weights or [1.0] * len(types)
+        self.chosen_nll_weight = given[types.index("sft")]
+        self.loss_type = [one for one in types if one != "sft"]
+        self.loss_weights = weights and [weight for one, weight in zip(types, weights, strict=True) if one != "sft"]
+
     def _check_objective(self) -> None:
         if (self.objective == "sft") != (self.pair_source == "none"):
             raise ConfigurationError(
@@ -152,10 +181,11 @@ class OptionRules(OwnOptions):
                     f"reference={self.reference} with objective={self.objective}: no reference is used but the start "
                     "with kl_weight. Leave it out."
                 )
-            if self.loss_type != "sigmoid":
+            if self.loss_type != ["sigmoid"] or self.loss_weights is not None:
+                weights = "" if self.loss_weights is None else " and loss_weights"
                 raise ConfigurationError(
-                    f"loss_type={self.loss_type} with objective={self.objective}: it is a form of the DPO loss. "
-                    "Leave the option out, or set objective to dpo."
+                    f"loss_type={' '.join(self.loss_type)}{weights} with objective={self.objective}: these are forms "
+                    "of the DPO loss. Leave them out, or set objective to dpo."
                 )
             if self.nll_scope == "all" and self.layout == "shared":
                 raise ConfigurationError(
@@ -203,25 +233,31 @@ class OptionRules(OwnOptions):
                 f"pair_source={self.pair_source}: it renews an opponent that is frozen otherwise. Set ema_decay to 1 "
                 "without rounds, or leave it out."
             )
-        if self.loss_type == "nce" and self.dpop_weight:
+        nce = "nce" in self.loss_type
+        if nce and "ipo" in self.loss_type:
+            raise ConfigurationError(
+                "loss_type has nce and ipo: one scores what follows the shared tokens, the other all of a response. "
+                "Leave one of the two out."
+            )
+        if nce and self.dpop_weight:
             raise ConfigurationError(
                 f"dpop_weight={self.dpop_weight} with loss_type=nce: it changes a margin, which nce has not. Leave "
                 "one of the two out."
             )
-        if self.loss_type == "nce" and self.reference == "none":
+        if nce and self.reference == "none":
             raise ConfigurationError(
                 "loss_type=nce with reference=none: both of its terms are relative to what generated the rejected "
                 "response. Leave reference out."
             )
-        if self.label_smoothing and (self.objective != "dpo" or self.loss_type != "sigmoid"):
+        if self.label_smoothing and (self.objective != "dpo" or "sigmoid" not in self.loss_type):
             raise ConfigurationError(
                 f"label_smoothing={self.label_smoothing} with objective={self.objective} and "
-                f"loss_type={self.loss_type}: it is a form of the sigmoid DPO loss. Leave one of the two out."
+                f"loss_type={' '.join(self.loss_type)}: it is a form of the sigmoid DPO loss. Leave one of the two out."
             )
-        if self.loss_type != "nce" and (self.nce_shift, self.nce_negative_weight) != (0.0, 1.0):
+        if not nce and (self.nce_shift, self.nce_negative_weight) != (0.0, 1.0):
             raise ConfigurationError(
                 f"nce_shift={self.nce_shift} and nce_negative_weight={self.nce_negative_weight} with "
-                f"loss_type={self.loss_type}: they belong to loss_type=nce. Leave them out."
+                f"loss_type={' '.join(self.loss_type)}: they belong to loss_type=nce. Leave them out."
             )
         if self.replay_dataset_name is not None and not self.replay_share:
             raise ConfigurationError(

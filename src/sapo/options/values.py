@@ -20,6 +20,7 @@ _WANTED = {
     "str": "text",
     "str_or_false": "text, or false",
     "list": "text, or a list of texts",
+    "numbers": "a number, or a list of numbers",
     "mapping": "a mapping, as JSON such as '{\"key\": 1}'",
     "mapping_or_file": "a file, or a mapping as JSON",
     "records": "a list of mappings",
@@ -34,7 +35,7 @@ def convert(option: Option, given: Any) -> Any:
     """
     text = given.strip() if isinstance(given, str) else None
     if option.choices is not None and text in option.choices:
-        return text
+        return [text] if option.type == "list" else text
     if given is None or (option.optional and text in ("none", "None", "null")):
         if option.optional:
             return None
@@ -55,7 +56,7 @@ def convert(option: Option, given: Any) -> Any:
 def wanted(option: Option) -> str:
     """Description of valid values."""
     if option.choices is not None:
-        return f"one of {', '.join(option.choices)}"
+        return f"{'one or several' if option.type == 'list' else 'one'} of {', '.join(option.choices)}"
     words = _WANTED[option.type] + (f", {option.range}" if option.range else "")
     return f"{words}, or none" if option.optional and option.type in ("int", "float") else words
 
@@ -76,16 +77,19 @@ def check(option: Option, value: Any) -> None:
         raise ConfigurationError(f"{name}={shown}: {option.reason}")
     if isinstance(spelled, str) and spelled in option.refuses:
         raise ConfigurationError(f"{name}={shown}: {option.refuses[spelled]}")
-    if option.choices is not None and spelled not in option.choices:
-        raise ConfigurationError(f"{name}={shown}: must be {wanted(option)}.")
+    if option.choices is not None:
+        foreign = [part for part in (value if isinstance(value, list) else [spelled]) if part not in option.choices]
+        if foreign or value == []:
+            raise ConfigurationError(f"{name}={', '.join(map(str, foreign))}: must be {wanted(option)}.")
     if option.type == "bool_or_auto" and not isinstance(value, bool) and value != "auto":
         raise ConfigurationError(f"{name}={shown}: must be {wanted(option)}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigurationError(f"{name}={value}: must be a finite number.")
-    if isinstance(value, (int, float)) and option.low is not None:
-        high = math.inf if option.high is None else option.high
-        if not option.low <= value <= high:
-            raise ConfigurationError(f"{name}={value}: must be {option.range}.")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigurationError(f"{name}={number}: must be a finite number.")
+        if isinstance(number, (int, float)) and option.low is not None:
+            high = math.inf if option.high is None else option.high
+            if not option.low <= number <= high:
+                raise ConfigurationError(f"{name}={number}: must be {option.range}.")
 
 
 def unmet(option: Option, value: Any, values: Mapping[str, Any]) -> str | None:
@@ -105,6 +109,8 @@ def unmet(option: Option, value: Any, values: Mapping[str, Any]) -> str | None:
     other = values[found[1]]
     spelled = f"{other:g}" if isinstance(other, float) else str(getattr(other, "value", other)).lower()
     met = bool(other) if found[2] is None else spelled in found[2].split(" or ")
+    if isinstance(other, list) and found[2] is not None:
+        met = not {*other}.isdisjoint(found[2].split(" or "))
     return None if met else option.needs
 
 
@@ -145,6 +151,10 @@ def _list(given: Any) -> list[str]:
     return [_str(one) for one in given] if isinstance(given, (list, tuple)) else [_str(given)]
 
 
+def _numbers(given: Any) -> list[float]:
+    return [_float(one) for one in given] if isinstance(given, (list, tuple)) else [_float(given)]
+
+
 def _mapping(given: Any) -> dict[str, Any]:
     found = json.loads(given) if isinstance(given, str) else given
     if not isinstance(found, Mapping):
@@ -170,6 +180,7 @@ _CONVERTERS = {
     "str": _str,
     "str_or_false": _str_or_false,
     "list": _list,
+    "numbers": _numbers,
     "mapping": _mapping,
     "mapping_or_file": _mapping_or_file,
     "records": _records,

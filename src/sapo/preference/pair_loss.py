@@ -17,7 +17,8 @@ class LossOptions(Protocol):
 
     objective: str
     beta: float
-    loss_type: LossType
+    loss_type: Sequence[LossType]
+    loss_weights: Sequence[float] | None
     chosen_nll_weight: float
     dpop_weight: float
     label_smoothing: float
@@ -92,21 +93,25 @@ def pair_loss(
         metrics["nll_loss"] = likelihood if own is None else mean(nll, own)
     else:
         zero = torch.zeros_like(scores.chosen_logps)
-        pair = dpo_loss(
-            scores.chosen_logps,
-            scores.rejected_logps,
-            zero if reference is None else reference.chosen_logps,
-            zero if reference is None else reference.rejected_logps,
-            beta=args.beta,
-            loss_type=args.loss_type,
-            chosen_lengths=scores.chosen_lengths,
-            rejected_lengths=scores.rejected_lengths,
-            dpop_weight=args.dpop_weight,
-            label_smoothing=args.label_smoothing,
-            nce_shift=args.nce_shift,
-            nce_negative_weight=args.nce_negative_weight,
-        )
-        losses = _of_pairs(pair.losses, own)
+        terms = torch.zeros_like(scores.chosen_logps)
+        for loss_type, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
+            pair = dpo_loss(
+                scores.chosen_logps,
+                scores.rejected_logps,
+                zero if reference is None else reference.chosen_logps,
+                zero if reference is None else reference.rejected_logps,
+                beta=args.beta,
+                loss_type=loss_type,
+                chosen_lengths=scores.chosen_lengths,
+                rejected_lengths=scores.rejected_lengths,
+                dpop_weight=args.dpop_weight,
+                label_smoothing=args.label_smoothing,
+                nce_shift=args.nce_shift,
+                nce_negative_weight=args.nce_negative_weight,
+            )
+            # Times 1 and plus 0, a single form stays as it is, to the last bit.
+            terms = terms + weight * pair.losses
+        losses = _of_pairs(terms, own)
         if args.chosen_nll_weight:
             losses = losses + args.chosen_nll_weight * nll
             metrics["nll_loss"] = mean(nll, own)

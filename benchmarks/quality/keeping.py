@@ -95,7 +95,7 @@ ON_GPU = {
 }  # fmt: skip
 TASKS = {
     "chat": Task(
-        "SmolLM2-135M-Instruct", 8, 260, "10", 0, LORA | {"max_length": "192"},
+        "SmolLM2-135M-Instruct", 8, 260, "10", 32, LORA | {"max_length": "192"},
         (
             Stage("narrow", 80, 20, 2, NARROW),
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
@@ -141,6 +141,10 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
     """Train one cell, unless it is done, and keep its curves."""
     folder, what = cell_folder(work, stage, arm, seed), TASKS[task]
     file = folder / "result.json"
+    if file.is_file():
+        # Trained, and stopped before its samples, or from before the task had samples.
+        found = json.loads(file.read_text())
+        return keep(found | {"samples": sampled(folder, model, what)}, file)
     train, test = rows_of(task, data, work, stage.rows)
     guard = {"chosen_nll_weight": what.guard} if stage.arms[arm]["objective"] == "dpo" else {}
     options = COMMON | what.options | guard | stage.arms[arm] | {
@@ -167,21 +171,20 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
     }  # fmt: skip
     # A stop while samples are written leaves the curves.
     keep(found, file)
-    found["samples"] = sampled(folder, model, what) if what.samples else {}
-    keep(found, file)
     for checkpoint in (folder / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return found
+    return keep(found | {"samples": sampled(folder, model, what)}, file) if what.samples else found
 
 
-def keep(found: dict, file: Path) -> None:
+def keep(found: dict, file: Path) -> dict:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1))
     partial.replace(file)
+    return found
 
 
-def finished(file: Path) -> bool:
-    return file.is_file() and json.loads(file.read_text())["samples"] is not None
+def finished(file: Path, what: Task) -> bool:
+    return file.is_file() and bool(json.loads(file.read_text())["samples"] or not what.samples)
 
 
 def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
@@ -319,7 +322,7 @@ def main() -> None:
         if options.arms is None or arm in options.arms
     ]
     for stage, arm, seed in [] if options.table else cells:
-        if finished(cell_folder(work, stage, arm, seed) / "result.json"):
+        if finished(cell_folder(work, stage, arm, seed) / "result.json", TASKS[options.task]):
             continue
         if time.monotonic() > until:
             sys.stdout.write("The time is over; the same command goes on.\n")

@@ -117,12 +117,15 @@ def test_text_pairs_are_cut_at_the_last_role_marker():
         ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yo<end_of_turn>\n"),
         ("<|user|>\nHi</s>\n<|assistant|>\n", "Yo</s>"),
         ("A chat. USER: Hi ASSISTANT:", " Yo"),
-        ("### Human: Hi### Assistant: Yo### Human: Key?### Assistant: ", "Here"),
+        ("### Human: Hi### Assistant: Yo### Human: Key?### Assistant:", " Here"),
         ("Instruct: Hi\nOutput:", " Yo"),
         ("Question: Key?\nAnswer:", " Here"),
         ("user: Hi\nassistant:", " Yo"),
         ("### Instruction:\nAdd.\n\n### Response:\n", "3"),
-        ("### Human: Hi### Assistant: Yo\n### Human: Key?\n### Assistant: ", "Here"),
+        ("### Human: Hi### Assistant: Yo\n### Human: Key?\n### Assistant:", " Here"),
+        ("### Instruction:\nAdd.\n\n### Response:\n", "3\n### Output format\nA number\n## Input\nTwo\n### Question 2"),
+        ("## Instruction:\nAdd.\n## Response:\n", "3\n### Output\n4"),
+        ("\n\nHuman: Write a chat.\n\nAssistant:", " Sure:\nHuman: hi\nAssistant: hello"),
     ],
 )
 def test_rendered_text_is_cut_where_its_last_reply_begins(opening, reply):
@@ -208,6 +211,13 @@ def test_two_system_texts_are_refused():
         {"calculate_loss": 0},
         {"kto_tag": False},
         {"desirable": "false"},
+        {"weight": -1},
+        {"label": -1},
+        {"label": "-1"},
+        {"label": "rejected"},
+        {"kto_tag": "Undesirable"},
+        {"label": "bad"},
+        {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]},
     ],
 )
 def test_marks_of_rows_and_messages_are_honoured(mark):
@@ -217,7 +227,11 @@ def test_marks_of_rows_and_messages_are_honoured(mark):
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 1}, {"train": 1}, {"label": True}, {"label": 1.0}, {"mask": 0}, {"loss_scale": 1.0}]
+    "mark",
+    [
+        *({"weight": 1}, {"train": 1}, {"label": True}, {"label": 1.0}, {"mask": 0}, {"loss_scale": 1.0}),
+        *({"label": "chosen"}, {"kto_tag": "good"}, {"train_detail": [{"begin_offset": 0, "train": True}]}),
+    ],
 )
 def test_marks_that_allow_training_change_nothing(mark):
     use = ColumnUse()
@@ -225,7 +239,7 @@ def test_marks_that_allow_training_change_nothing(mark):
     assert not parse({"messages": [user(Q), assistant(A, **mark)]}).untrained
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan"), "low", [0], -1])
+@pytest.mark.parametrize("value", [0.5, float("nan"), "low", [0], 2])
 def test_what_is_no_mark_is_listed_and_trained_on(value):
     use = ColumnUse()
     assert parse({"prompt": Q, "completion": A, "weight": value, "loss": 0.0}, use=use) == PlainText(Q, A)
@@ -239,7 +253,10 @@ def test_a_rejected_reply_that_is_marked_is_not_trained_on():
 
 @pytest.mark.parametrize(
     ("spelling", "role"),
-    [("Human", "user"), ("USER", "user"), ("bard", "assistant"), ("ChatGPT", "assistant"), ("function", "tool")],
+    [
+        *(("Human", "user"), ("USER", "user"), ("bard", "assistant"), ("ChatGPT", "assistant"), ("function", "tool")),
+        *(("instruction", "user"), ("Output", "assistant"), ("GPT-4", "assistant"), (" claude ", "assistant")),
+    ],
 )
 def test_roles_in_every_spelling(spelling, role):
     found = parse({"conversation": [{"from": "human", "value": "a"}, {"from": spelling, "value": "b"}, assistant("c")]})
@@ -252,6 +269,37 @@ def test_messages_may_be_json_text():
     row = {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[{"role": "assistant", "content": "b"}]'}
     assert said(row) == [("u", "a"), ("a", "b")]
     assert parse({"prompt": "List", "completion": '[{"name": "f"}]'}) == PlainText("List", '[{"name": "f"}]')
+
+
+def test_turns_may_be_pairs_of_input_and_output():
+    use = ColumnUse()
+    row = {"conversation": [{"input": "a", "output": "b", "weight": 0}, {"input": "c", "output": "d"}]}
+    assert said(row, use=use) == [("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")]
+    assert set(parse(row).untrained) == {1}
+
+
+def test_json_text_with_a_duplicate_name_is_no_list_of_messages():
+    stored = '[{"role": "user", "content": "a", "content": "b"}]'
+    with pytest.raises(DatasetError, match=r'"messages" is text and not valid JSON \(one object has'):
+        parse({"messages": stored})
+    assert said({"messages": [user("a"), assistant(stored)]})[1] == ("a", stored)
+
+
+def test_only_a_near_role_is_suggested():
+    for role, advice in (("asistant", "nearest: assistant"), ("narration", "known are assistant, developer")):
+        with pytest.raises(DatasetError, match=f'unknown role "{role}"; {advice}'):
+            parse({"messages": [{"role": role, "content": "a"}]})
+
+
+def test_a_prompt_may_end_with_a_role_in_any_spelling():
+    for role in ("customer", "function_response", " Human "):
+        row = {"conversations": [{"from": role, "value": "a"}], "chosen": "b", "rejected": "c"}
+        assert said(row)[-1] == ("a", "b")
+
+
+def test_columns_with_blanks_around_their_names_are_quoted():
+    with pytest.raises(DatasetError, match="the columns ' completion', prompt"):
+        detect_format({"prompt": Q, " completion": A}, paired=False, source="x")
 
 
 def test_messages_and_parts_may_be_json_text_each():

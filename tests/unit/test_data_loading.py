@@ -89,10 +89,49 @@ def test_row_that_is_no_object_names_its_line():
     assert refused("a.jsonl").startswith("a.jsonl, line 2: is a list; each row must be an object")
     Path("b.json").write_text('[{"a": 1}, 3]', encoding="utf-8")
     assert refused("b.json").startswith("b.json, row 2: is a number")
-    Path("c.json").write_text('{\n"a": 1}', encoding="utf-8")
-    assert "one object with the keys 'a'" in refused("c.json")
     Path("d.json").write_text('"text"', encoding="utf-8")
     assert refused("d.json") == "d.json: is text; expected a list of objects."
+
+
+def test_one_object_is_one_row_on_however_many_lines():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    Path("d").mkdir()
+    for name, indent in (("d/1.json", 2), ("d/2.json", None)):
+        Path(name).write_text(json.dumps(row, indent=indent), encoding="utf-8")
+    assert load_rows("d") == [row, row]
+
+
+def test_json_lines_with_a_list_under_data_are_rows():
+    rows = [{"data": ["x"], "prompt": "a", "completion": "b"}] * 2
+    write_lines("a.json", rows)
+    assert load_rows("a.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.jsonl", '{"p": 1}\n{"p": 1, "c": 2, "p": 3}\n', ", line 2"),
+        ("a.jsonl", '{"p": [{"p": 1, "p": 3}]}\n', ", line 1"),
+        ("a.json", '[\n{"c": 1},\n{"c": {"p": 1,\n"p": 3}}]', ", line 3"),
+        ("a.json", '{"data": [{"p": 1}],\n"p": 1, "p": 2}', ""),
+    ],
+)
+def test_a_duplicate_name_in_an_object_is_refused(name, text, place):
+    Path(name).write_text(text, encoding="utf-8")
+    assert refused(name) == f"{name}{place}: not valid JSON (one object has the name 'p' twice)."
+
+
+def test_a_number_that_python_does_not_read_is_refused():
+    Path("a.jsonl").write_text('{"p": 1}\n{"p": ' + "9" * 5000 + "}\n", encoding="utf-8")
+    assert refused("a.jsonl") == "a.jsonl, line 2: not valid JSON (a number has too many digits)."
+
+
+def test_hidden_files_are_no_data():
+    write_lines("d/train.jsonl")
+    for name in ("d/._train.jsonl", "d/.train.jsonl", "d/train/.0.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"\0")
+    assert load_rows("d") == ROWS
 
 
 def test_broken_utf8_names_line_and_byte():
@@ -343,6 +382,17 @@ def test_the_hubs_own_layouts_are_read():
         write_lines(f"{name}/a/q/x.jsonl", ROWS)
         Path(name, "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {pattern}\n---\n")
         assert load_rows(name) == ROWS, name
+
+
+def test_a_readme_is_read_in_spite_of_a_byte_order_mark_and_its_files_must_be_there():
+    write_lines("a/x.jsonl", ROWS[:2])
+    write_lines("a/y.jsonl")
+    for path in ("x.jsonl", "z.jsonl"):
+        text = f"\ufeff---\nconfigs:\n- config_name: default\n  data_files: {path}\n---\n"
+        Path("a/README.md").write_text(text, encoding="utf-8")
+        if path == "x.jsonl":
+            assert load_rows("a") == ROWS[:2]
+    assert refused("a").startswith("a: the data_files of its README name no file that is here.")
 
 
 def test_lines_that_cannot_be_read_take_their_places_among_the_rows():

@@ -48,6 +48,14 @@ def test_structs_of_arrow_give_no_nulls():
     ]
 
 
+def test_arguments_that_are_broken_json_are_refused_and_other_text_is_kept():
+    for text, reason in (('{"day": 1, "day": 2}', "the name 'day' twice"), ('{"day": ', "Expecting value")):
+        with pytest.raises(DatasetError, match=f'message 2 of "messages" has a tool call .* not valid JSON .*{reason}'):
+            only([{"messages": [*talk("a"), call(text)]}], TOOLS)
+    given, _ = only([{"messages": [*talk("a"), call("print(1)")]}], TOOLS)
+    assert given[0][1] == '<call>{"name": "f", "arguments": "print(1)"}</call><|im_end|>'
+
+
 def test_templates_that_join_arguments_as_text_get_text():
     joining = TOOLS.replace("(c.function | tojson)", "c.function.name + ' ' + c.function.arguments")
     given, _ = only([{"messages": [*talk("a"), call({"day": 0})]}], joining)
@@ -98,6 +106,9 @@ def test_content_that_the_template_changes_is_listed():
         _, report = only([{"messages": talk("abcdef", "abcdef")}], changed)
         assert report.columns.unused == {"messages.content (changed by the chat template)": 1}
         assert report.columns.texts
+    kept = CHATML.replace("m['content']", "('<think> ' + m['content'].split('<think>')[-1])")
+    _, report = only([{"messages": talk("a", "<think>why</think>because of this")}], kept)
+    assert not report.columns.unused
     thought = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     _, report = only([{"messages": talk("a", "<think>why</think>because of this")}], thought)
     assert report.columns.unused == {"messages.content (its reasoning)": 1}
@@ -109,6 +120,9 @@ def test_documents_and_options_reach_the_template():
     given, report = only([row], template)
     assert given[0][0].startswith("[x y]!<|im_start|>user")
     assert report.columns.unused == {"chat_template_kwargs.z": 1}
+    row["chat_template_kwargs"] = {"instructions": "Be kind to all people here."}
+    with pytest.raises(DatasetError, match="chat_template_kwargs has text under 'instructions', which the chat templ"):
+        only([row], template)
 
 
 def test_fields_of_messages_that_are_not_printed_are_listed():
@@ -122,10 +136,10 @@ def test_fields_of_messages_that_are_not_printed_are_listed():
 
 def test_every_field_of_a_message_is_accounted_for():
     row = {"messages": [{**talk("a")[0], "id": 7, "weight": 0.5}, *talk("a", "b", "c", "d")[1:]]}
-    row["messages"][-1] |= {"train_detail": [{"begin": 0, "train": False}], "none": None, "empty": [], "train": True}
+    row["messages"][-1] |= {"spans": [{"begin": 0, "kind": "x"}], "none": None, "empty": [], "train": True}
     _, report = only([row], CHATML, DataOptions(4096, 2048, assistant_turns="all"))
     # Once for the row, whatever the number of its replies.
-    assert report.columns.unused == {"messages.id": 1, "messages.weight": 1, "messages.train_detail": 1}
+    assert report.columns.unused == {"messages.id": 1, "messages.weight": 1, "messages.spans": 1}
     for name in ("tools", "images"):
         held = {"messages": [{**talk("a")[0], name: ["a tool or an image"]}, *talk("a", "b")[1:]]}
         with pytest.raises(

@@ -229,10 +229,16 @@ class Encoder:
             repr(self._tokenizer.decode(ids[position : position + 3])) if position < len(ids) else "nothing"
             for ids in (prompt, whole)
         )
+        way_out = "Use a template that leaves the history unchanged, such as one from trl's get_training_chat_template."
+        if "<think>" in self._tokenizer.decode(prompt[position:]):
+            way_out = (
+                "The prompt opens <think>, and the reply is printed without it: use replies with reasoning and a "
+                "template that keeps it, such as one from trl's get_training_chat_template, or a template that does "
+                "not open it."
+            )
         return TokenizerError(
             f"row {row + 1} of {self._report.source}: the chat template renders the prompt differently "
-            f"once the reply follows: token {position + 1} is {before} without the reply and {after} with it. Use a "
-            "template that leaves the history unchanged, such as one from trl's get_training_chat_template."
+            f"once the reply follows: token {position + 1} is {before} without the reply and {after} with it. {way_out}"
         )
 
     def _start_ids(self) -> list[int]:

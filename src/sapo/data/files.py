@@ -10,7 +10,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
@@ -22,6 +21,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from sapo.data.json_text import InvalidJson, load_json
 from sapo.errors import DatasetError, brief
 
 Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]"
@@ -54,8 +54,8 @@ def plain_name(file: Path) -> Path:
 
 
 def is_data(file: Path) -> bool:
-    """Whether `read_file` supports files with this name."""
-    return plain_name(file).suffix.lower() in SUFFIXES
+    """Whether a file with this name is data: not one that is hidden, as editors and macOS leave them."""
+    return plain_name(file).suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -> Rows:
@@ -194,13 +194,11 @@ def _csv(raw: bytes, file: Path, delimiter: str, *, tolerant: bool) -> list[dict
 
 def _parse(text: str, file: Path, line: int) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{file}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno})."
-        ) from error
-    except RecursionError as error:
-        raise DatasetError(f"{file}, line {line}: JSON nested too deeply to be a conversation.") from error
+        return load_json(text)
+    except InvalidJson as error:
+        place = file if error.line is None else f"{file}, line {line + error.line - 1}"
+        column = "" if error.column is None else f", column {error.column}"
+        raise DatasetError(f"{place}: not valid JSON ({error.reason}{column}).") from error
 
 
 def _json_lines(raw: bytes, file: Path, *, tolerant: bool) -> list[dict[str, Any]]:
@@ -238,12 +236,8 @@ def _json_document(raw: bytes, file: Path, split: str = "train", *, tolerant: bo
     if split != "train" and split not in listed:
         raise _one_split(file, split)
     if isinstance(document, dict):
-        if split not in listed and "data" not in listed:
-            raise DatasetError(
-                f"{file}: is one object with the keys {', '.join(map(repr, document)) or '(none)'}; expected a "
-                'list of rows, a list under the key "data" or "train", or one object per line.'
-            )
-        document = document[split if split in listed else "data"]
+        # Without a list of rows it is one row, on as many lines as its indentation takes.
+        document = document[split if split in listed else "data"] if {split, "data"} & {*listed} else [document]
     if not isinstance(document, list):
         raise DatasetError(f"{file}: is {_kind(document)}; expected a list of objects.")
     rows: list[dict[str, Any]] = []
@@ -258,12 +252,15 @@ def _json_document(raw: bytes, file: Path, split: str = "train", *, tolerant: bo
 
 
 def _is_json_lines(text: str) -> bool:
-    first = next(line for line in text.split("\n") if line.strip())
+    """Whether the first line is a row: an object that is not the only one, or holds no list of rows."""
+    first, _, rest = text.lstrip().partition("\n")
     try:
-        row = json.loads(first)
-    except (json.JSONDecodeError, RecursionError):
+        row = load_json(first)
+    except InvalidJson:
         return False
-    return isinstance(row, dict) and not any(isinstance(row.get(name), list) for name in ("data", "train"))
+    return isinstance(row, dict) and (
+        bool(rest.strip()) or not any(isinstance(row.get(name), list) for name in ("data", "train"))
+    )
 
 
 def _object(value: object, where: str) -> dict[str, Any]:

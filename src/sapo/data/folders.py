@@ -42,6 +42,10 @@ def read_folder(folder: Path, config: str | None, split: str, *, tolerant: bool 
     by_split = _by_name(folder, split) if stated is None else stated
     if not by_split and config is None and (folder / "default").is_dir():
         by_split = _by_name(folder / "default", split)  # the Hub's own conversion to Parquet
+    if stated is not None and not by_split:
+        raise DatasetError(
+            f"{folder}: the data_files of its README name no file that is here. Download them, or use a file's path."
+        )
     if not by_split:
         raise DatasetError(
             f"{folder}: contains no data. Put train.jsonl (or .json, .csv, .parquet, .arrow) there, or use a file."
@@ -121,7 +125,7 @@ def _stated(folder: Path, config: str | None) -> dict[str, list[Path]] | None:
     """Files by split from `configs:` in the README of a Hub snapshot; None without one."""
     readme = folder / "README.md"
     try:
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        text = readme.read_text(encoding="utf-8-sig", errors="replace") if readme.is_file() else ""
     except OSError:
         return None
     header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)

@@ -79,10 +79,16 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
                 return _NAMED.get(f"{base}/{reply}", f"{base}/{reply}")
     if "text" in columns:
         return "text"
+    listed = next((name for name, value in row.items() if _is_rows(value)), None)
+    hint = "" if listed is None else f' If {listed!r} lists the rows, rename it to "data".'
     raise DatasetError(
         f"{source}: unknown format: the first row has the columns {names(columns)}. "
-        f"Accepted are {ACCEPTED}; rename the columns to one of these."
+        f"Accepted are {ACCEPTED}; rename the columns to one of these.{hint}"
     )
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def parse_row(

@@ -14,20 +14,28 @@ _MASKS = frozenset({"mask", "masked", "ignore"})
 """True: not trained on."""
 _WEIGHTS = frozenset({"weight", "loss_weight", "loss_scale", "loss_mask"})
 """0: not trained on."""
-_WORDS = {"true": True, "yes": True, "1": 1, "1.0": 1, "false": False, "no": False, "0": 0, "0.0": 0}
-"""Values as CSV has them."""
+_SPANS = frozenset({"train_detail", "training_detail"})
+"""Parts of a reply, each with such a field. Replies are trained on in full, so one such part excludes the reply."""
+_SIGNED = _WEIGHTS | {"label"}
+"""Below 0: not trained on."""
+_WORDS = {"true": True, "yes": True, "1": 1, "1.0": 1, "false": False, "no": False, "0": 0, "0.0": 0, "-1": -1}
+_WORDS |= {"good": True, "chosen": True, "desirable": True, "bad": False, "rejected": False, "undesirable": False}
+"""Values as CSV has them, and labels in words."""
+_KNOWN = _SWITCHES | _MASKS | _WEIGHTS | _SPANS
 
 
 def untrained_mark(fields: Mapping[str, Any]) -> str | None:
     """The field that excludes a row or a message from training, such as `weight: 0`; None if there is none.
 
-    Recognized, in any case, are `weight`, `loss_weight`, `loss_scale` and `loss_mask` 0; `train`, `training`,
+    Recognized, in any case, are `weight`, `loss_weight`, `loss_scale` and `loss_mask` 0 or below; `train`, `training`,
     `trainable`, `train_on_turn`, `loss`, `calculate_loss`, `label`, `kto_tag` and `desirable` false; `mask`, `masked`
-    and `ignore` true. False and true may be 0 and 1, or text.
+    and `ignore` true. False and true may be 0 and 1, text, or a label in words such as `rejected`; `label` may be -1.
+    A reply is excluded too if a part of it is, in `train_detail` or `training_detail`.
     """
     for name, trained in _marks(fields):
         if not trained:
-            return f"marked {name}: {str(fields[name]).lower()}"
+            value = "in part" if name.lower() in _SPANS else str(fields[name]).lower()
+            return f"marked {name}: {value}"
     return None
 
 
@@ -39,12 +47,18 @@ def honoured(fields: Mapping[str, Any]) -> set[str]:
 def _marks(fields: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for name, value in fields.items():
         kind = name.lower()
-        if kind not in _SWITCHES | _MASKS | _WEIGHTS or value is None:
+        if kind not in _KNOWN or value is None:
+            continue
+        if kind in _SPANS:
+            if isinstance(value, (list, tuple)):
+                yield name, not any(untrained_mark(span) for span in value if isinstance(span, Mapping))
             continue
         if isinstance(value, str):
             value = _WORDS.get(value.strip().lower(), value)
-        if not isinstance(value, (bool, int, float)) or math.isnan(value) or value not in (0, 1):
+        if not isinstance(value, (bool, int, float)) or math.isnan(value):
+            continue
+        if (max(value, 0) if kind in _SIGNED else value) not in (0, 1):
             continue
         if kind == "loss" and isinstance(value, float):
             continue  # a measured loss, not a switch
-        yield name, bool(value) != (kind in _MASKS)
+        yield name, (value > 0) != (kind in _MASKS)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from sapo.data.json_text import InvalidJson, load_json
 from sapo.errors import DatasetError, brief
 
 Message: TypeAlias = dict[str, Any]
@@ -17,8 +18,17 @@ ROLE_SPELLINGS = {
     "human": "user",
     "prompter": "user",
     "customer": "user",
+    "instruction": "user",
+    "question": "user",
+    "input": "user",
+    "response": "assistant",
+    "answer": "assistant",
+    "output": "assistant",
     "gpt": "assistant",
+    "gpt4": "assistant",
+    "gpt-4": "assistant",
     "chatgpt": "assistant",
+    "claude": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "bard": "assistant",
@@ -96,23 +106,41 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list of messages.')
+        raise DatasetError(f'{where}: "{column}" is {kind(value)}{_fault(value)}; it must be a list of messages.')
     if not value:
         raise DatasetError(f'{where}: "{column}" is an empty list; it must contain at least one message.')
-    return [
-        _message(from_json_text(item), f'message {number} of "{column}"', where) for number, item in enumerate(value, 1)
-    ]
+    items = [part for item in value for part in _turn(from_json_text(item))]
+    return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(items, 1)]
+
+
+def _turn(item: object) -> list[object]:
+    """A message; or the two of an object with input and output, as in Capybara."""
+    if not isinstance(item, Mapping) or item.keys() & _KEYS or not item.keys() >= {"input", "output"}:
+        return [item]
+    rest = {key: value for key, value in item.items() if key not in ("input", "output")}
+    return [{"role": "user", "content": item["input"]}, {**rest, "role": "assistant", "content": item["output"]}]
 
 
 def from_json_text(value: object) -> object:
     """A list or an object that was stored as JSON text; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            found = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+            found = load_json(value)
+        except InvalidJson:
             return value
         return found if isinstance(found, (list, dict)) else value
     return value
+
+
+def _fault(value: object) -> str:
+    """Why text that looks like JSON is none, for an error."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return ""
+    try:
+        load_json(value)
+    except InvalidJson as error:
+        return f" and not valid JSON ({error.reason})"
+    return ""
 
 
 def from_stored(value: object) -> object:
@@ -133,6 +161,12 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def known_role(given: object) -> str | None:
+    """The role that a spelling stands for; None if unknown."""
+    spelling = given.strip().lower() if isinstance(given, str) else ""
+    return spelling if spelling in ROLES else ROLE_SPELLINGS.get(spelling)
+
+
 def _message(item: object, name: str, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise DatasetError(f"{where}: {name} is {kind(item)}; it must be an object with role and content.")
@@ -141,12 +175,12 @@ def _message(item: object, name: str, where: str) -> Message:
         if key in fields and known not in fields:
             fields[known] = fields.pop(key)
     given = fields.get("role")
-    given_role = given.strip().lower() if isinstance(given, str) else None
-    role = given_role if given_role in ROLES else ROLE_SPELLINGS.get(given_role or "")
+    given_role = given.strip().lower() if isinstance(given, str) else ""
+    role = known_role(given)
     if role is None:
         found = "no role" if given is None else f"the unknown role {brief(json.dumps(given, default=str), 60)}"
         known = f"known are {names(ROLES)}, and ShareGPT's {names(ROLE_SPELLINGS)}"
-        close = difflib.get_close_matches(given_role or "", [*ROLES, *ROLE_SPELLINGS], n=1)
+        close = difflib.get_close_matches(given_role, [*ROLES, *ROLE_SPELLINGS], n=1, cutoff=0.8)
         raise DatasetError(f"{where}: {name} has {found}; {f'nearest: {close[0]}' if close else known}.")
     if "content" not in item and "value" not in item and not fields.keys() & {"tool_calls", "function_call"}:
         raise DatasetError(f"{where}: {name} has no content; its fields are {names(fields)}.")
@@ -199,10 +233,10 @@ def _tool_calls(calls: object, name: str, where: str) -> list[Any]:
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise DatasetError(f"{where}: {name} has {kind(calls)} as tool_calls; it must be a list of objects.")
-    return [_tool_call(call) for call in calls]
+    return [_tool_call(call, name, where) for call in calls]
 
 
-def _tool_call(call: object) -> Any:
+def _tool_call(call: object, name: str, where: str) -> Any:
     """A call with its arguments as an object: templates would quote JSON text a second time."""
     if not isinstance(call, Mapping):
         return call
@@ -220,6 +254,9 @@ def _tool_call(call: object) -> Any:
             given = {}
         # Nulls in JSON text are intended; nulls in a struct come from Arrow.
         made["arguments"] = from_json_text(given) if isinstance(given, str) else without_nulls(given)
+        text = made["arguments"]
+        if isinstance(text, str) and text.lstrip().startswith("{"):
+            raise DatasetError(f"{where}: {name} has a tool call whose arguments are text{_fault(text)}.")
     return {**without_nulls({key: value for key, value in call.items() if key != "function"}), "function": made}
 
 
@@ -231,10 +268,9 @@ def parse_tools(value: object, column: str, where: str) -> list[Any] | None:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = getattr(error, "msg", "nested too deeply")
-            raise DatasetError(f'{where}: "{column}" is text but not valid JSON ({problem}).') from error
+            value = load_json(value) if value.strip() else None
+        except InvalidJson as error:
+            raise DatasetError(f'{where}: "{column}" is text but not valid JSON ({error.reason}).') from error
     if value is not None and not isinstance(value, list):
         raise DatasetError(f'{where}: "{column}" is {kind(value)}; it must be a list, or JSON text of one.')
     # An item may be JSON text too: columns of one type hold tools of any shape.
@@ -256,8 +292,9 @@ def same_message(mine: Message, theirs: Message) -> bool:
 
 
 def names(given: Collection[str]) -> str:
-    """Sorted names, for an error."""
-    return brief(", ".join(sorted(given)) or "nothing")
+    """Sorted names, for an error; those that are empty or have blanks around them in quotes."""
+    shown = (name if name and name == name.strip() else repr(name) for name in sorted(given))
+    return brief(", ".join(shown) or "nothing")
 
 
 def kind(value: object) -> str:

@@ -16,6 +16,7 @@ from sapo.data.messages import (
     from_stored,
     is_empty,
     kind,
+    known_role,
     parse_messages,
     same_message,
 )
@@ -33,8 +34,7 @@ def is_prompt(value: object) -> bool:
     value = from_stored(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value or not isinstance(value[-1], Mapping):
         return False
-    last = value[-1].get("role", value[-1].get("from"))
-    return isinstance(last, str) and last.lower() in ("user", "human", "prompter", "tool", "observation", "system")
+    return known_role(value[-1].get("role", value[-1].get("from"))) not in (None, "assistant")
 
 
 def text_of(fields: Fields, name: str) -> str:

@@ -29,6 +29,8 @@ _CHUNK = 256
 _BLOCK = 8 * _CHUNK
 """Rows that a process prepares at a time."""
 
+_NO_ROOM = "no tokens left for a response after the prompt"
+
 
 def prepare_dataset(
     rows: datasets.Dataset | Iterable[dict[str, Any]],
@@ -105,9 +107,10 @@ def prepare_dataset(
     if not report.kept:
         reasons = [f"{count} for: {reason}" for reason, count in sorted(report.dropped.items())]
         refused = [] if report.faults is None else report.faults.lines()
+        too_long = report.too_long or _NO_ROOM in report.dropped
         raise DatasetError(
             f"{source}: none of its {report.rows} rows can be used (dropped {', '.join(reasons) or 'none'}"
-            f"{''.join(f'; {line}' for line in refused)}). Fix the rows, or raise max_length if they are too long."
+            f"{''.join(f'; {line}' for line in refused)}). Fix the rows{', or raise max_length' if too_long else ''}."
         )
     prepared = table.dataset()
     if kept_as and cache_folder is not None and not (report.faults and (report.faults.counts or report.faults.of_all)):
@@ -239,7 +242,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         prompt_truncation=options.prompt_truncation,
     )
     if not response:
-        report.drop("no tokens left for a response after the prompt", row)
+        report.drop(_NO_ROOM, row)
         return None
     cut = [side[: len(response)] for side in sides]
     if len(cut) == 2 and cut[0] == cut[1]:

@@ -127,8 +127,13 @@ class Renderer:
                         f'{where}: the chat template does not print its "{column}". Use a template that does, or '
                         "remove the column."
                     )
-        for name in talk.template_options:
+        for name, value in talk.template_options.items():
             if name not in self._template(tools=bool(talk.tools)):
+                if talks(value):
+                    raise DatasetError(
+                        f"{where}: chat_template_kwargs has text under {name!r}, which the chat template does not "
+                        "print. Put it into a message, or remove it."
+                    )
                 self._columns.note(f"chat_template_kwargs.{name}", where=where)
 
     def _check_reply(
@@ -139,7 +144,7 @@ class Renderer:
         if content and (len(content) < _CHANCE or not _prints(content, body)):
             if self._same((*before, {**reply, "content": ""}), talk, whole):
                 raise Unprinted("the chat template does not print the reply")
-        elif content not in body and "</think>" in content:
+        elif "</think>" in content and not all(part.strip() in body for part in re.split("</?think>", content)):
             self._columns.note(_REASONING, text=True, where=where)
         if calls and not _tells(calls, body):
             silent = {key: value for key, value in reply.items() if key != "tool_calls"}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+_HEADER = r"(?::(?:[ \t]*\n)?|[ \t]*(?:\n|$))"
+"""What follows the word of a role: a colon or the end of the line. A space before a reply belongs to the reply."""
+
 _FAMILIES = tuple(
     (re.compile(assistant), re.compile(other))
     for assistant, other in (
@@ -18,12 +21,16 @@ _FAMILIES = tuple(
         (r"<[|\uff5c]Assistant[|\uff5c]>", r"<[|\uff5c]User[|\uff5c]>"),
         (r"<\|CHATBOT_TOKEN\|>", r"<\|(?:USER|SYSTEM)_TOKEN\|>"),
         (
-            # In Guanaco a turn may begin on the line of another.
-            r"(?:^|\n)###? ?(?:Response|Assistant|Output|Answer):?[ \t]*(?:\n|(?=\S)|$)"
-            r"|### (?:Assistant|Response):[ \t]*",
-            r"(?:^|\n)###? ?(?:Instruction|Input|Human|User|System|Question):?|### (?:Human|User|Instruction):",
+            # In Guanaco a turn may begin on the line of another. A heading goes on after the word, or has other hashes.
+            rf"(?:^|\n)### ?(?:Response|Assistant|Output|Answer){_HEADER}|### (?:Assistant|Response):(?:[ \t]*\n)?",
+            rf"(?:^|\n)### ?(?:Instruction|Input|Human|User|System|Question){_HEADER}|### (?:Human|User|Instruction):",
+        ),
+        (
+            rf"(?:^|\n)## ?(?:Response|Assistant|Output|Answer){_HEADER}",
+            rf"(?:^|\n)## ?(?:Instruction|Input|Human|User|System|Question){_HEADER}",
         ),
         (r"\bASSISTANT:", r"\b(?:USER|HUMAN|SYSTEM):"),
+        (r"\n\nAssistant:", r"\n\nHuman:"),  # hh-rlhf, where a reply may quote a dialogue without blank lines
         (r"(?:^|\n)(?:[Aa]ssistant|GPT|gpt|AI|Bot|bot):", r"(?:^|\n)(?:[Hh]uman|[Uu]ser|[Ss]ystem):"),
         (r"(?:^|\n)Output:", r"(?:^|\n)(?:Instruct|Input):"),
         (r"(?:^|\n)(?:Answer|A):", r"(?:^|\n)(?:Question|Q):"),
@@ -50,15 +57,16 @@ def last_reply(text: str) -> int | None:
     Returns:
         The index in `text`; its length if the conversation ends with another role; None if no marker opens a reply.
     """
-    found = [(match.start(), family) for family in _FAMILIES for match in _first(family, text)]
-    if not found:
-        return None
-    assistant, other = min(found, key=lambda pair: pair[0])[1]
-    opened = [match.end() for match in assistant.finditer(text)]
-    if not opened:
-        return None
-    rest = other.search(text, opened[-1])
-    return opened[-1] if rest is None else len(text)
+    found = [(match.start(), order) for order, family in enumerate(_FAMILIES) for match in _first(family, text)]
+    for _, order in sorted(found):
+        assistant, other = _FAMILIES[order]
+        opened = [match.end() for match in assistant.finditer(text)]
+        if opened:
+            rest = other.search(text, opened[-1])
+            return opened[-1] if rest is None else len(text)
+        if order < _SPECIAL:
+            return None
+    return None
 
 
 def _first(family: tuple[re.Pattern[str], re.Pattern[str]], text: str) -> list[re.Match[str]]:

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sapo.data import loading
 from sapo.data.folders import split_name
 from sapo.data.loading import evaluation_split, load_rows
 from sapo.errors import DatasetError
@@ -167,6 +168,7 @@ def test_hub_failure_gives_the_way_out(monkeypatch):
         raise ConnectionError("Couldn't reach\n'org/talks' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(loading, "hub_fault", lambda: None)
     message = refused("org/talks", config="en", split="test", streaming=True)
     assert message.startswith(
         "org/talks (en), split test: no such local file or folder, and loading from the Hub failed"

@@ -16,6 +16,7 @@ import datasets
 from sapo.data.files import COMPRESSED, SUFFIXES, Rows, one_line, read_file
 from sapo.data.folders import join, read_folder, splits_of
 from sapo.errors import DatasetError
+from sapo.network import hub_fault, hub_or_cache
 
 _FOREIGN_SUFFIXES = (*COMPRESSED, ".txt", ".zip", ".tar", ".yaml", ".yml", ".pkl")
 
@@ -88,9 +89,16 @@ def load_hub(name: str, config: str | None, split: str, streaming: bool, **files
         DatasetError: the dataset could not be loaded, or it has no rows.
     """
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming, **files)
+        with hub_or_cache(name):
+            rows = datasets.load_dataset(name, config, split=split, streaming=streaming, **files)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
+        if (fault := hub_fault()) is not None:
+            found = "" if isinstance(error, ConnectionError) else f" ({one_line(error)})"
+            raise DatasetError(
+                f"{wanted}: no such local file or folder, not in the cache of datasets on this machine{found}, and the "
+                f"Hub cannot be reached ({fault}). Use a local file, or connect this machine."
+            ) from error
         raise DatasetError(
             f"{wanted}: no such local file or folder, and loading from the Hub failed ({one_line(error)}). Check "
             "the name, configuration and split; offline, use a local file; for private data "

@@ -90,6 +90,6 @@ def _asked(what: str, ask: Callable[[], Any]) -> Any:
         return ask()
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, httpx2.HTTPError) as error:
         raise ConfigurationError(
-            f"push_to_hub: cannot {what}: {brief(error)}. Log in with `hf auth login`, or set --hub_token, and check "
-            "--hub_model_id."
+            f"push_to_hub: cannot {what}: {brief(error)}. Check the connection, log in with `hf auth login` or "
+            "set --hub_token, and check --hub_model_id."
         ) from error

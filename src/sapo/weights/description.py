@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import is_torch_available, logging
 
 from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
+from sapo.network import hub_or_cache
 from sapo.weights.source import (
     TOKENIZER_FILES,
     ModelSource,
@@ -70,7 +71,8 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
     if path is None:
         path, options = source.base_path, source.base_options
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        with hub_or_cache(path):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except LOADING_ERRORS as error:
         raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
 
@@ -146,7 +148,8 @@ def load_generation_config(name: str, revision: str = "main", config: Any = None
     source = find(name, revision)
     if not source.is_gguf:
         try:
-            return GenerationConfig.from_pretrained(source.base, revision=source.revision)
+            with hub_or_cache(source.base):
+                return GenerationConfig.from_pretrained(source.base, revision=source.revision)
         except OSError:
             pass  # there is none
         except LOADING_ERRORS as error:
@@ -244,7 +247,8 @@ def _may_be_adapter(source: ModelSource) -> bool:
 def _resolved(source: ModelSource) -> tuple[ModelSource, Any]:
     """A source, on the Hub perhaps an adapter that is downloaded, and the configuration of its base."""
     try:
-        config = AutoConfig.from_pretrained(source.base_path, trust_remote_code=False, **source.base_options)
+        with hub_or_cache(source.base_path):
+            config = AutoConfig.from_pretrained(source.base_path, trust_remote_code=False, **source.base_options)
     except LOADING_ERRORS as error:
         adapter = (
             _may_be_adapter(source) and not_in_repository(error) and download_adapter(source.name, source.revision)

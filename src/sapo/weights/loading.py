@@ -27,6 +27,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError
+from sapo.network import hub_or_cache
 from sapo.weights.description import (
     LOADING_ERRORS,
     config_of,
@@ -281,7 +282,7 @@ def _load_model(
     if source.is_gguf:
         given["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        with _without_load_report():
+        with _without_load_report(), hub_or_cache(source.base_path):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.base_path, trust_remote_code=False, output_loading_info=True, **given
             )

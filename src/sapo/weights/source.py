@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from sapo.errors import ModelError, brief, pip_line, require
+from sapo.network import hub_fault, hub_or_cache
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -180,7 +181,8 @@ def download_adapter(name: str, revision: str) -> bool:
         ModelError: it cannot be downloaded.
     """
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES)
+        with hub_or_cache(name):
+            folder = snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES)
     except (HfHubHTTPError, OSError) as error:
         raise loading_error("adapter", ModelSource(name, name, None, revision), error) from error
     return (Path(folder) / ADAPTER_FILE).is_file()
@@ -318,7 +320,7 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
     if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in causes):
         return ModelError(
             f"{name}: no such folder, not in the hub's cache on this machine, and the hub cannot be reached "
-            f"({brief(causes[-1], 100)}). Give a local folder, or connect this machine."
+            f"({hub_fault() or brief(causes[-1], 100)}). Give a local folder, or connect this machine."
         )
     if any(isinstance(cause, EntryNotFoundError) for cause in causes):
         return ModelError(f"{name}: the {what} is incomplete on the hub ({reason}).")

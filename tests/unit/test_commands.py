@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -130,11 +131,18 @@ def test_examples_parse():
         ("chat", "MODEL|RUN is missing"),
         ("compare --lr 1 run", "unknown option --lr."),
         ("demo --max_steps none", "whole number"),
+        ("TRAN --help", "nearest: sapo train"),
+        ("chat model --temperature hot", "--temperature: hot is not valid; must be a number."),
+        ("serve --port 8000", "use --vllm_server_url"),
+        ("report pyproject.toml", "pyproject.toml: is a file. Use the output folder of a run."),
+        ("train --config src", "src: is a folder. Use a recipe file."),
+        ("train --config src/sapo/recipes", "src/sapo/recipes: is a folder. Use a file, such as src/sapo/recipes/"),
         ("serve --vllm_pyton x", "nearest: --vllm_python"),
         ("estimate --gpus h100", "nearest: --gpu"),
     ],
 )
-def test_a_mistyped_line_names_the_way_out(typed, message, capsys):
+def test_a_mistyped_line_names_the_way_out(typed, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     if message is None:
         assert main(typed.split()) == 0
         return
@@ -165,6 +173,11 @@ def recipe_error(tmp_path, text):
         ("use_cpu: maybe\n", "must be true or false"),
         ("seed: 1\nlr: 1\n", "line 2: unknown option lr; use `learning_rate: 1e-6`"),
         ("betta: 1\n", "nearest: beta"),
+        (
+            "base_model: m\nseed: 1\nsequence_len: 64\nval_set_size: 0.1\n",
+            ": 3 unknown options. line 1: base_model, use `model_name_or_path: my-sft-model`; line 3: sequence_len, "
+            "use `max_length: 2048`; line 4: val_set_size: put the rows",
+        ),
         ("? [a, b]\n: 1\n", "unknown option"),
         ("- beta\n", "is a YAML list; a recipe consists of `option: value` lines, without dashes"),
         ("", "is empty; a recipe consists of `option: value` lines"),

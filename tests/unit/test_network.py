@@ -33,15 +33,17 @@ def tries(monkeypatch, tmp_path):
     network.hub_fault.cache_clear()
 
 
-def test_an_unreachable_hub_is_said_in_one_line_after_one_try(tries):
+def test_an_unreachable_hub_is_said_in_one_line_after_one_try(tries, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
     began = time.monotonic()
     for asked in (read_config, load_tokenizer):
-        with pytest.raises(
-            ModelError, match=r"^org/model: no such folder, not in the .* reached \(no route to host\)"
-        ):
+        with pytest.raises(ModelError, match=r"^org/model: no such folder, not in the .* reached \(no route to host\)"):
             asked("org/model")
     with pytest.raises(DatasetError, match=r"^org/rows, split train: no such .* reached \(no route to host\)"):
         load_rows("org/rows")
+    with pytest.raises(DatasetError, match=r"\(did you mean 'rows.jsonl'\?\), not in the cache"):
+        load_rows("rows.jsnol")
     assert time.monotonic() - began < 5
     assert tries == [(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)]
     assert not constants.HF_HUB_OFFLINE  # for what comes later, such as a push

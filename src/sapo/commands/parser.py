@@ -45,6 +45,10 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith(left):
             words = message.removeprefix(left)
             raise ConfigurationError(f"unexpected argument {brief(words, 80)}. Example: {self.example}")
+        number = re.fullmatch(r"(\S+): invalid (int|float) value: '(.*)'", message)
+        if number is not None:
+            kind = "a whole number" if number[2] == "int" else "a number"
+            raise ConfigurationError(f"{number[1]}: {brief(number[3], 80)} is not valid; must be {kind}.")
         choice = re.fullmatch(r"(\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
         if choice is not None:
             listed = choice[3].replace("'", "")

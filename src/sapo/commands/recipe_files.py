@@ -54,20 +54,39 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _options(file: Path, loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    _refuse_unknown(file, node)
     found: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         where = f"{file}, line {line}"
-        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        name = key.value
         declared = option(name)
-        if declared is None:
-            raise ConfigurationError(f"{where}: {unknown(brief(name, 80))}")
+        assert declared is not None, name
         if name in lines:
             raise ConfigurationError(f"{where}: {name} is set in line {lines[name]} already. Remove one of the two.")
         lines[name] = line
         found[name] = _value(where, declared, loader, value)
     return found
+
+
+def _refuse_unknown(file: Path, node: yaml.MappingNode) -> None:
+    """Name all unknown options at once: in a recipe of another tool there are many.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    names = [(key.start_mark.line + 1, key.value if isinstance(key, yaml.ScalarNode) else "?") for key, _ in node.value]
+    messages = [(line, unknown(brief(name, 80))) for line, name in names if option(name) is None]
+    if len(messages) == 1:
+        line, message = messages[0]
+        raise ConfigurationError(f"{file}, line {line}: {message}")
+    if messages:
+        listed = "; ".join(
+            f"line {line}: {message.removeprefix('unknown option ').rstrip('.').replace('; ', ', ')}"
+            for line, message in messages
+        )
+        raise ConfigurationError(f"{file}: {len(messages)} unknown options. {listed}.")
 
 
 def _value(where: str, declared: Option, loader: yaml.SafeLoader, node: yaml.Node) -> Any:

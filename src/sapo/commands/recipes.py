@@ -55,6 +55,11 @@ def find_recipe(name: str) -> Path:
     found = shipped.get(wanted) or shipped.get(short.get(name, ""))
     if found is not None:
         return found
+    if os.path.isdir(name):
+        within = sorted(file.glob("*.yaml"))
+        example = next((path for path in within if path.name == "recipe.yaml"), within[0] if within else None)
+        advice = "Use a recipe file" if example is None else f"Use a file, such as {example}"
+        raise ConfigurationError(f"{brief(name, 80)}: is a folder. {advice}.")
     folder = file.parent if os.path.isdir(file.parent) else Path()
     # By their stems: all files here end in .yaml, which alone would make two names look alike.
     stems = {str(path.with_suffix("")): str(path) for path in folder.glob("*.yaml")}

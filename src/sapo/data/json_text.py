@@ -33,7 +33,8 @@ def load_json(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise InvalidJson(error.msg, error.lineno, error.colno) from error
+        # json ends some sentences with the words before a position, which stands apart here.
+        raise InvalidJson(error.msg.removesuffix(" starting at"), error.lineno, error.colno) from error
     except RecursionError as error:
         raise InvalidJson("nested too deeply", _line(text)) from error
     except ValueError as error:

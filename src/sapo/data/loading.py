@@ -93,14 +93,16 @@ def load_hub(name: str, config: str | None, split: str, streaming: bool, **files
             rows = datasets.load_dataset(name, config, split=split, streaming=streaming, **files)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         wanted = f"{name}{f' ({config})' if config else ''}, split {split}"
+        near = None if "/" in name else _similar(name, Path())
+        missing = f"no such local file or folder{f' (did you mean {near!r}?)' if near else ''}"
         if (fault := hub_fault()) is not None:
             found = "" if isinstance(error, ConnectionError) else f" ({one_line(error)})"
             raise DatasetError(
-                f"{wanted}: no such local file or folder, not in the cache of datasets on this machine{found}, and the "
-                f"Hub cannot be reached ({fault}). Use a local file, or connect this machine."
+                f"{wanted}: {missing}, not in the cache of datasets on this machine{found}, and the Hub "
+                f"cannot be reached ({fault}). Use a local file, or connect this machine."
             ) from error
         raise DatasetError(
-            f"{wanted}: no such local file or folder, and loading from the Hub failed ({one_line(error)}). Check "
+            f"{wanted}: {missing}, and loading from the Hub failed ({one_line(error)}). Check "
             "the name, configuration and split; offline, use a local file; for private data "
             "run `hf auth login`."
         ) from error
@@ -123,13 +125,18 @@ def _not_found(name: str, path: Path) -> str:
         folder = folder.parent
     # Compare with the siblings of the first missing part: the typo may be in a folder's name.
     wanted = path.relative_to(folder).parts[0]
-    # By their stems: files of one folder often share an ending, which alone would make two names look alike.
-    stems = {entry.name.partition(".")[0]: entry.name for entry in sorted(folder.iterdir())}
-    near = difflib.get_close_matches(wanted.partition(".")[0], stems, n=1, cutoff=0.7)
-    if near:
-        found = str(folder / stems[near[0]])
+    found = _similar(wanted, folder)
+    if found is not None:
         return f"no file or folder {name!r}; did you mean {found!r}?"
     return f"no file or folder {name!r}; no similar name in {str(folder.absolute())!r}. Check the path."
+
+
+def _similar(name: str, folder: Path) -> str | None:
+    """The entry of a folder whose name is most like `name`; None if none is."""
+    # By their stems: files of one folder often share an ending, which alone would make two names look alike.
+    stems = {entry.name.partition(".")[0]: entry.name for entry in sorted(folder.iterdir())}
+    near = difflib.get_close_matches(name.partition(".")[0], stems, n=1, cutoff=0.7)
+    return str(folder / stems[near[0]]) if near else None
 
 
 def _load_local(path: Path, config: str | None, split: str, *, tolerant: bool) -> Rows:

@@ -105,12 +105,13 @@ def prepare_dataset(
     report.kept = len(table)
     _check_lengths(options, report)
     if not report.kept:
-        reasons = [f"{count} for: {reason}" for reason, count in sorted(report.dropped.items())]
+        reasons = ", ".join(f"{count} for: {reason}" for reason, count in sorted(report.dropped.items()))
+        dropped = [f"dropped {reasons}"] if reasons else []
         refused = [] if report.faults is None else report.faults.lines()
         too_long = report.too_long or _NO_ROOM in report.dropped
         raise DatasetError(
-            f"{source}: none of its {report.rows} rows can be used (dropped {', '.join(reasons) or 'none'}"
-            f"{''.join(f'; {line}' for line in refused)}). Fix the rows{', or raise max_length' if too_long else ''}."
+            f"{source}: none of its {report.rows} rows can be used ({'; '.join(dropped + refused)}). Fix the "
+            f"rows{', or raise max_length' if too_long else ''}."
         )
     prepared = table.dataset()
     if kept_as and cache_folder is not None and not (report.faults and (report.faults.counts or report.faults.of_all)):

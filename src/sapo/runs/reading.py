@@ -166,7 +166,8 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         if not folder.is_dir():
-            raise ConfigurationError(f"{folder}: no such folder. Use the output folder of a run.")
+            what = "is a file" if folder.exists() else "no such folder"
+            raise ConfigurationError(f"{folder}: {what}. Use the output folder of a run.")
         raise ConfigurationError(f"{folder}: contains no {METRICS_FILE}. Use the output folder of a run.")
     return Run(
         path=folder,

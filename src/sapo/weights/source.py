@@ -348,7 +348,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _refuse_missing_folder(name: str) -> None:
-    """Say at once that a folder is missing, before the hub is asked, which retries for most of a minute."""
+    """Say at once that a folder is missing, before the hub is asked."""
+    if Path(name).is_file():
+        raise ModelError(f"{name}: is a file. Give the folder of a model or adapter, or a GGUF file.")
     if "/" not in name:
         raise ModelError(
             f"{name}: no such model folder here. A model of the hub is named with its owner, such as "

@@ -52,7 +52,7 @@ demo-chat: install
 	$(BIN)/sapo demo --chat
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The quick suite: what breaks first when a library changes. About five minutes on two cores.
 QUICK := tests/contract tests/golden tests/package tests/unit tests/integration/test_trainer.py \
@@ -102,7 +102,7 @@ test-real: $(VENV)/.installed-test
 
 # 120 kills, 2,000 steps twice, 12,000 rows, 1,000 checkpoints, 750 recipes; about half an hour.
 test-faults: $(VENV)/.installed-test
-	SAPO_FAULT_TRIALS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	SAPO_FAULT_TRIALS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "slow or not slow"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks docs

@@ -29,7 +29,7 @@ def newest(folder):
     return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_that_was_not(lora, tmp_path, capfd):
     rng = random.Random(int(lora))
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -26,7 +26,7 @@ class Held(TrainerCallback):
             self.seen[state.global_step] = held
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_files_and_threads_do_not_grow(lora, tmp_path, capsys):
     # A small buffer, so that it is full long before the first look.
     trainer = build(

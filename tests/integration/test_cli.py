@@ -249,7 +249,7 @@ def test_memory_that_runs_out_is_one_line_with_a_way_out(part, step, lower, mode
     assert line.endswith("go on with --resume_from_checkpoint true.")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signal_writes_a_checkpoint_and_ends_cleanly(number, model, data, tmp_path, start):
     out = tmp_path / "run"
     run = [sys.executable, "-m", "sapo", *command(model, data, out, "--max_steps", "100000")]

@@ -137,7 +137,15 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "while pairs are written",
+        pytest.param("between parts and their file", marks=pytest.mark.slow),
+        "while a policy trains",
+        pytest.param("before a round is marked as done", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_iterations_equal_uninterrupted_ones(place, whole, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr("sapo.commands.generate.ROWS_A_PART", 5)
     name, at = PLACES[place]
@@ -295,7 +303,13 @@ def test_a_server_writes_the_same_pairs_as_this_process(model, data, server, tmp
     assert any(path == "/v1/completions" for path, _ in server.asked)
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param([], id="dense"),
+        pytest.param(["--use_peft", "--lora_target_modules", "all-linear"], id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_rounds_on_a_server_equal_rounds_in_this_process(lora, model, data, server, tmp_path):
     assert main(spin(model, data, tmp_path / "here", *lora)) == 0
     assert main(spin(model, data, tmp_path / "there", *lora, *on(server))) == 0

@@ -427,8 +427,8 @@ def make(make_trainer, folder):
     [
         {},
         {"lora": True},
-        {"vllm_weights_transfer": "stream"},
-        {"sync_opponent_steps": 2, "max_staleness": 3},
+        pytest.param({"vllm_weights_transfer": "stream"}, marks=pytest.mark.slow),
+        pytest.param({"sync_opponent_steps": 2, "max_staleness": 3}, marks=pytest.mark.slow),
         {"sync_opponent_steps": 2, "max_staleness": 2, "vllm_weights_transfer": "stream"},
     ],
 )

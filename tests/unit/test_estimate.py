@@ -37,6 +37,8 @@ LLAMA = CONFIGS / "llama-3-8b.json"
 SHIPPED = [*sorted(FOLDER.glob("*.yaml")), *sorted((FOLDER / "presets").glob("*.yaml"))]
 RECIPES = [file for file in SHIPPED if not file.stem.endswith("trl-sft")]
 LENGTHS = Lengths(prompt=20, before=4, segment=8, after=8)
+# Layers are alike, and each takes its time to trace.
+MODELS = ARCHITECTURES | {"llama": LlamaConfig(**SMALL | {"num_hidden_layers": 2}), "deep": ARCHITECTURES["llama"]}
 
 
 def options(**more):
@@ -46,7 +48,7 @@ def options(**more):
 
 def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, **more):
     args, strategy = options(**more), strategy or Strategy()
-    roles = build_run_models(ARCHITECTURES[name], ModelConfig(**(model or {})), args, strategy)
+    roles = build_run_models(MODELS[name], ModelConfig(**(model or {})), args, strategy)
     return trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
 
 
@@ -66,7 +68,7 @@ def test_the_account_holds_what_lives_and_forgets_what_is_freed():
 
 
 def test_products_of_a_pass_are_those_known_by_formula():
-    config = ARCHITECTURES["llama"]
+    config = MODELS["llama"]
     found = passes(lengths=Lengths(20, 0, 8, 8))
     tokens, scored = 4 * (36 + 17), 4 * 2 * 16
     hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -100,7 +102,7 @@ def test_the_traced_pass_is_the_real_one():
 @pytest.mark.parametrize("lora", [False, True])
 def test_each_memory_option_saves_what_it_is_for(lora):
     model = {"use_peft": True, "lora_target_modules": "all-linear"} if lora else {}
-    long = {"lengths": Lengths(100, 0, 60, 60), "model": model}
+    long = {"name": "deep" if not lora else "llama", "lengths": Lengths(100, 0, 60, 60), "model": model}
     base = passes(**long).training.most["activations"]
     assert passes(gradient_checkpointing=True, **long).training.most["activations"] < base / 2
     assert passes(pairs=1, pairs_per_forward=1, **long).training.most["activations"] < base / 3
@@ -113,7 +115,7 @@ def test_the_fused_head_holds_no_logits():
     fused = passes(fused=True, **long)
     assert not fused.training.most["logits"]
     # Its backward pass forms the logits again.
-    config = ARCHITECTURES["llama"]
+    config = MODELS["llama"]
     again = 2 * 4 * 2 * 120 * config.hidden_size * config.vocab_size
     assert fused.training.flops - passes(**long).training.flops == pytest.approx(again, rel=0.05)
 
@@ -121,12 +123,12 @@ def test_the_fused_head_holds_no_logits():
 def test_sharded_gradients_leave_the_device_as_they_are_formed():
     assert not passes(strategy=Strategy("fsdp2", 4)).training.most["gradients"]
     args = options()
-    trained = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy()).trained
+    trained = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy()).trained
     assert passes().training.most["gradients"] == sum(4 * weight.numel() for weight in trained)
 
 
 def test_keys_and_values_are_counted_with_the_room_for_what_is_written():
-    config = ARCHITECTURES["llama"]
+    config = MODELS["llama"]
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert passes().cache == 4 * each * (LENGTHS.context + 1 + 128)
 
@@ -141,7 +143,7 @@ def test_parts_that_a_run_does_not_have_are_not_estimated():
 def test_the_published_likelihood_term_and_flash_attention_take_the_plain_layout():
     assert passes(objective="orpo", nll_scope="all").why_plain == "nll_scope=all"
     args = options()
-    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
+    roles = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy())
     given = {"pairs": 4, "rows": 0, "fused_lm_head": False}
     found = trace_passes(roles, args, Strategy(), LENGTHS, attention="flash_attention_2", **given)
     assert (found.layout, found.why_plain) == ("plain", "attn_implementation is flash_attention_2")
@@ -157,7 +159,7 @@ def test_lengths_are_the_longest_and_seconds_those_of_the_middle():
 
 def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
     args = options(max_length=64, segment_length=8)
-    given = (ARCHITECTURES["llama"], ModelConfig(), args)
+    given = (MODELS["llama"], ModelConfig(), args)
     lengths = longest(args)
     slow, fast = (estimate(*given, DEVICES[name], Strategy(), lengths) for name in ("rtx3090", "b200"))
     trace = passes().training
@@ -169,8 +171,14 @@ def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
     assert pooled.seconds["generation"] < 0.5 * fast.seconds["generation"]
 
 
-def test_this_machine_can_be_measured():
-    device = measure()
+@pytest.fixture(scope="module")
+def here():
+    """This machine, measured once."""
+    return measure()
+
+
+def test_this_machine_can_be_measured(here):
+    device = here
     assert device.overlaps == torch.cuda.is_available()
     assert 1e9 < device.float_rate < 1e15
     assert 1e8 < device.bandwidth < 1e14
@@ -211,7 +219,7 @@ def test_an_operation_takes_a_least_time_in_a_graph_too():
 
 
 def small(tmp_path, **more):
-    ARCHITECTURES["llama"].save_pretrained(tmp_path / "model")
+    MODELS["llama"].save_pretrained(tmp_path / "model")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
     lengths = {"--max_length": "64", "--segment_length": "8"}
     return [
@@ -219,7 +227,8 @@ def small(tmp_path, **more):
     ]
 
 
-def test_a_folder_with_a_configuration_alone_is_enough(tmp_path, capsys):
+def test_a_folder_with_a_configuration_alone_is_enough(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sapo.estimate.devices.measure", lambda: here)
     assert main(["estimate", *small(tmp_path), "--profile", "--json", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
     assert "It fits" in shown
@@ -275,13 +284,13 @@ def test_every_recipe_is_estimated(recipe, tmp_path):
     "more", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"], ["--dtype", "bfloat16"]], ids=str
 )
 def test_experts_are_estimated_in_any_precision(more, tmp_path):
-    experts = MixtralConfig(**SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2})
+    experts = MixtralConfig(**SMALL | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2})
     experts.save_pretrained(tmp_path / "model")
     lengths = ["--max_length", "64", "--segment_length", "8"]
     one = reported("--model_name_or_path", str(tmp_path / "model"), "--gpu", "h100", *lengths, *more)
     # Each token goes through two experts of three products each.
     tokens = 8 * (64 + 9)
-    products = 2 * 2 * tokens * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"] * SMALL["num_hidden_layers"]
+    products = 2 * 2 * tokens * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"] * experts.num_hidden_layers
     assert one.result.flops["reference"] > products
 
 
@@ -289,13 +298,13 @@ def test_gathered_copies_generate_in_the_precision_of_the_run():
     whole, half = (passes(strategy=Strategy(name, 2), bf16=True).cache for name in ("multi_gpu", "fsdp2"))
     assert half == whole == passes().cache // 2
     # Beside float32 weights a cast of all of them, where they are not gathered in bfloat16 anyway.
-    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), options(), Strategy())
+    roles = build_run_models(MODELS["llama"], ModelConfig(), options(), Strategy())
     assert passes(bf16=True).cast == 2 * sum(weight.numel() for weight in roles.trained)
     assert passes(strategy=Strategy("fsdp2", 2), bf16=True).cast == passes().cast == 0
 
 
 def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
-    config = LlamaConfig(**SMALL | {"num_hidden_layers": 4})
+    config = MODELS["llama"]
     model_args, args = ModelConfig(), options(max_length=200, segment_length=8, gradient_checkpointing="auto")
     found = memory_without_recomputation(config, model_args, args, Strategy(), on_gpu=False)
     plain = options(max_length=200, segment_length=8, gradient_checkpointing=False)
@@ -318,7 +327,7 @@ def test_auto_becomes_a_truth_value_before_the_model_is_made_ready(free, expecte
 def test_tokens_of_a_pass_bound_its_memory():
     long = {"lengths": Lengths(100, 0, 60, 60)}
     args = options(tokens_per_forward=700)
-    roles = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, Strategy())
+    roles = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy())
     # 220 tokens, and a branch of 121.
     assert pairs_of_a_pass(roles, args, long["lengths"]) == 2
     assert pairs_of_a_pass(roles, options(tokens_per_forward=10), long["lengths"]) == 1
@@ -349,7 +358,7 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
 
 
 def test_what_does_not_fit_fits_on_more_devices_as_it_is():
-    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2})
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
     args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
     device, lengths = DEVICES["h100"], longest(args)
     four = estimate(config, model_args, args, device, Strategy("zero3", 4), lengths).needed
@@ -359,7 +368,7 @@ def test_what_does_not_fit_fits_on_more_devices_as_it_is():
 
 
 def test_lower_precision_is_advised_last_and_with_a_master():
-    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
     args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
     lengths, nothing = longest(args), dataclasses.replace(DEVICES["h100"], memory=0)
     before = estimate(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths)
@@ -372,7 +381,7 @@ def test_lower_precision_is_advised_last_and_with_a_master():
 
 
 def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes():
-    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512})
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
     args, model_args = options(max_length=256, segment_length=8), ModelConfig()
     lengths = longest(args)
     given = (config, model_args, args)

@@ -381,10 +381,22 @@ def test_ratings_decide_and_ties_are_dropped():
     assert parse(row(3, 5, 1), paired=True).rejected["content"] == "r2"
     assert parse(row(3, 3), paired=True) == Dropped("chosen and rejected have the same score")
     for missing in (None, float("nan"), "N/A"):
-        with pytest.raises(DatasetError, match=r'item 1 of "completions" has no numeric overall_score'):
-            parse(row(missing))
+        assert parse(row(5, missing)) == Dropped("a completion without a score")
+    with pytest.raises(DatasetError, match=r'"completions" have no overall_score or score'):
+        parse({"instruction": Q, "completions": [{"response": A, "rank": 1}]})
+    scales = [{"fine-grained_score": 4.5}, {"overall_score": 9, "fine-grained_score": 3}]
+    replies = [{"response": text, **scores} for text, scores in zip((A, B), scales, strict=True)]
+    assert said({"instruction": Q, "completions": replies})[1] == ("a", A)
     empty = {"instruction": Q, "completions": [{"response": None, "score": 1}, {"response": A, "score": 2}]}
     assert said(empty)[1] == ("a", A)
+
+
+def test_a_prompt_column_is_compared_with_both_full_sides():
+    sides = {"chosen": [user(Q), assistant(A)], "rejected": [user(Q), assistant(B)]}
+    found = parse({"prompt": f"{Q}\n", **sides}, paired=True)
+    assert (found.messages[-1]["content"], found.rejected["content"]) == (A, B)
+    with pytest.raises(DatasetError, match="the columns prompt belong to the prompt"):
+        parse({"prompt": f"In French: {Q}", **sides}, paired=True)
 
 
 def test_incomplete_rows_are_dropped_like_empty_ones():

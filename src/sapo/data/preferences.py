@@ -139,6 +139,8 @@ def prompt_and_reply(
         if messages[0]["role"] == "assistant":
             fields.used.add(base)
             messages = [*opening, *messages]
+        else:
+            opening = messages[:-1]
     other = None
     if rejected is not None:
         other = _rejected_side(rejected, opening, messages, fields)
@@ -207,12 +209,24 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
     replies = from_json_text(fields.get("completions"))
     if not isinstance(replies, Sequence) or isinstance(replies, str):
         raise DatasetError(f'{fields.where}: "completions" is {kind(replies)}; it must be a list of rated replies.')
-    found = [_rated(reply, number, fields.where) for number, reply in enumerate(replies, 1)]
+    texts = [_reply_text(reply, number, fields.where) for number, reply in enumerate(replies, 1)]
     base = next((name for name in BASES if isinstance(fields.peek(name), str)), None)
     if base is None:
         raise DatasetError(f"{fields.where}: completions need a prompt or instruction column with text. Add it.")
-    if not found:
+    if not texts:
         return Dropped("no completions")
+    given = [name for name in _SCORES if any(name in reply for reply in replies)]
+    if not given:
+        raise DatasetError(
+            f'{fields.where}: "completions" have no {" or ".join(_SCORES[:3])}, so the best reply is unknown. Add the '
+            "scores, or use prompt, chosen and rejected."
+        )
+    # Two kinds of scores are two scales, so all replies need the same one.
+    scales = ([_number(reply.get(name)) for reply in replies] for name in given)
+    scores = next((scale for scale in scales if None not in scale), None)
+    if scores is None:
+        return Dropped("a completion without a score")
+    found = list(zip(scores, texts, strict=True))
     best, worst = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
     if paired and best[0] == worst[0]:
         return Dropped("chosen and rejected have the same score")
@@ -221,20 +235,18 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
     return flat(fields, base, best[1], worst[1] if paired else None, chat=chat, plain=False)
 
 
-def _rated(reply: object, number: int, where: str) -> tuple[float, str]:
+def _reply_text(reply: object, number: int, where: str) -> str:
     text = next((reply[key] or "" for key in _REPLY_KEYS if key in reply), None) if isinstance(reply, Mapping) else None
     if not isinstance(text, str) or not isinstance(reply, Mapping):
         raise DatasetError(
             f'{where}: item {number} of "completions" has no response. Use objects with a response field.'
         )
-    for key in _SCORES:
-        try:
-            score = float(reply[key])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if not math.isnan(score):
-            return score, text
-    raise DatasetError(
-        f'{where}: item {number} of "completions" has no numeric {" or ".join(_SCORES[:3])}, so the best reply is '
-        "unknown. Add the scores, or use prompt, chosen and rejected."
-    )
+    return text
+
+
+def _number(score: object) -> float | None:
+    try:
+        number = float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number

@@ -17,8 +17,11 @@ _MARKS = (
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _EMPHASIS = r"[*_`\"'“”]*"
 _LABEL = rf"\b(?:rating|score|grade|verdict){_EMPHASIS}\s*[:=]\s*{_EMPHASIS}\s*"
+_CRITERION = rf"^\W*(\w[\w -]*?){_EMPHASIS}\s*[:=]\s*{_EMPHASIS}"
+_OVERALL = ("overall", "final", "total", "average")
 _EXAMPLE = re.compile(
     r"(?:for example|for instance|e\.g\.|such as|format|template|in the form|instructed|\bas in)[^.\n]{0,60}$"
+    r"|\b(?:would (?:earn|get|receive|deserve|merit|have)|could have|if (?:it|this|the|only)|had it)\b[^.\n]{0,60}$"
     r"|\bout of\s*$",
     re.IGNORECASE,
 )
@@ -44,10 +47,12 @@ def rating(verdict: str) -> float | None:
 
     Given is a number in double brackets after "Rating:" (or score, grade, verdict), alone on a line, or at the end of
     the text; the last one counts. Not given is one within marks of reasoning, or one that is quoted from the rubric
-    ("for example: [[5]]", "[[1]] is the worst"). Single brackets count where there are no double ones.
+    ("for example: [[5]]", "[[1]] is the worst"), or one of what might have been ("would earn [[10]]"). Single brackets
+    count where there are no double ones.
 
     Returns:
-        None if none is given, if it is out of range, or if a rating with a label is followed by another without.
+        None if none is given, if it is out of range, if a rating with a label is followed by another without, or if the
+        last is only that of one criterion of several ("Style: [[5]]").
     """
     text = without_thinking(verdict)
     return _rating(text, rf"\[\[{_NUMBER}\]\]") if "[[" in text else _rating(text, rf"(?<!\[)\[{_NUMBER}\](?!\])")
@@ -61,6 +66,9 @@ def _rating(text: str, form: str) -> float | None:
         # With two of them it speaks of the scale.
         alone += _given(text, rf"{form}{_EMPHASIS}[\s.!]*\Z")
     if not labelled and not alone:
+        return None
+    criteria = [label.lower() for label, _ in re.findall(rf"(?m){_CRITERION}{form}", text)]
+    if not labelled and len({*criteria}) > 1 and not criteria[-1].startswith(_OVERALL):
         return None
     last = max(labelled or alone)
     if labelled and any(place > last[0] and value != last[1] for place, value in alone):

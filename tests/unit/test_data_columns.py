@@ -155,6 +155,7 @@ def test_text_without_a_reply_is_not_trained_on():
         ({"messages": [user(Q), assistant(A)], "image_path": "cat.png"}, "image_path"),
         ({"messages": [user(Q), assistant(A)], "audio": {"bytes": "x", "path": None}}, "audio"),
         ({"question": Q, "answer": A, "choices": ["Here", "There"]}, "choices"),
+        ({"messages": [user(Q), assistant(A)], "available_tools": '[{"name": "f"}]'}, "available_tools"),
     ],
 )
 def test_a_column_of_the_prompt_is_refused_where_it_cannot_be_used(row, names):
@@ -316,6 +317,7 @@ def test_messages_and_parts_may_be_json_text_each():
 def test_nan_is_a_missing_text():
     assert parse({"prompt": Q, "completion": A, "note": float("nan")}, use=(use := ColumnUse())) == PlainText(Q, A)
     assert not use.unused
+    assert parse({"messages": [user("a"), assistant(float("nan"))]}) == Dropped("empty reply")
     given = {"prompt": Q, "completion": float("nan")}
     assert parse_row(given, "prompt/completion", paired=False, chat=True, where=WHERE) == Dropped("no completion")
 

@@ -103,6 +103,7 @@ def test_last_message_must_be_the_assistants():
         ([{"role": 3, "content": "x"}], "unknown role 3; known are assistant"),
         ([user([{"type": "image_url"}]), assistant("b")], 'message 1 .* a part of type "image_url" in its content'),
         ([user([{"type": "text"}]), assistant("b")], 'message 1 .* a part of type "text" in its content'),
+        ([user([{"degrees": 20}]), assistant("b")], "message 1 .* an object as a part in its content"),
         ([user([7]), assistant("b")], "has the int 7 as a part in its content"),
         ([{"role": "user", "text": "hi"}, assistant("b")], "message 1 .* has no content; its fields are role, text"),
         ([user(7), assistant("b")], "has the int 7 as content"),

@@ -19,7 +19,7 @@ _PROMPT_COLUMNS = frozenset(
         *("system_instructions", "developer", "developer_prompt", "dialogue_history", "dialog_history"),
         *("prompt", "prompts", "question", "query", "instruction", "instructions", "input", "inputs"),
         *("context", "contexts", "passage", "passages", "background", "article", "document", "documents"),
-        *("choices", "options", "tools", "functions", "chat_template_kwargs"),
+        *("choices", "options", "tools", "functions", "available_tools", "tool_definitions", "chat_template_kwargs"),
         *("messages", "conversation", "conversations", "dialog", "dialogue"),
     }
 )

@@ -208,15 +208,15 @@ def _content(content: object, name: str, where: str) -> str:
         content = stored
     elif isinstance(content, Mapping) and _is_text_part(content):
         content = [content]
-    if content is None:
+    if content is None or content != content:  # NaN
         return ""
     if not isinstance(content, Sequence):
         raise DatasetError(f"{where}: {name} has {kind(content)} as content; it must be text.")
     texts = []
     for part in content:
         fields = {"type": "text", "text": part} if isinstance(part, str) else part
-        sort = fields.get("type", "text") if isinstance(fields, Mapping) else None
-        text = fields.get("text") if isinstance(fields, Mapping) and sort in _TEXT_PARTS else None
+        sort = fields.get("type") if isinstance(fields, Mapping) else None
+        text = fields.get("text") if isinstance(fields, Mapping) and sort in (None, *_TEXT_PARTS) else None
         if not isinstance(text, str):
             found = f"a part of type {brief(json.dumps(sort, default=str), 40)}" if sort else f"{kind(part)} as a part"
             raise DatasetError(f"{where}: {name} has {found} in its content; only text can be trained on.")

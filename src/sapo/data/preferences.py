@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sapo.data.columns import ColumnUse, Fields
 from sapo.data.marks import untrained_mark
@@ -223,7 +224,7 @@ def rated(fields: Fields, *, paired: bool, chat: bool, use: ColumnUse | None) ->
         )
     # Two kinds of scores are two scales, so all replies need the same one.
     scales = ([_number(reply.get(name)) for reply in replies] for name in given)
-    scores = next((scale for scale in scales if None not in scale), None)
+    scores = next((scale for scale in scales if not any(map(math.isnan, scale))), None)
     if scores is None:
         return Dropped("a completion without a score")
     found = list(zip(scores, texts, strict=True))
@@ -244,9 +245,8 @@ def _reply_text(reply: object, number: int, where: str) -> str:
     return text
 
 
-def _number(score: object) -> float | None:
+def _number(score: Any) -> float:
     try:
-        number = float(score)  # type: ignore[arg-type]
+        return float(score)
     except (TypeError, ValueError):
-        return None
-    return None if math.isnan(number) else number
+        return math.nan

@@ -166,7 +166,7 @@ class DataReport:
         if self.boundary_merges:
             lines.append(
                 f"{self.boundary_merges} replies tokenized separately because a token would span prompt and reply; "
-                "move a space at the end of the prompts to the start of the completions"
+                "start the completions, not end the prompts, with the space or line break between them"
             )
         return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sapo.__main__ import run
 from sapo.commands.arguments import parse
 from sapo.commands.catalog import COMMANDS, GPUS
 from sapo.commands.completion import script
@@ -307,3 +308,14 @@ sys.stderr.write(f"\\nCPU {{used.ru_utime + used.ru_stime}}\\n")
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sapo", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sapo ")
+
+
+def test_ctrl_c_while_the_package_is_imported_is_one_line(monkeypatch, capsys):
+    class Importing:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "sapo.commands.main", Importing())
+    assert run() == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    assert 'sapo = "sapo.__main__:run"' in (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

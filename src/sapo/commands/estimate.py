@@ -200,6 +200,7 @@ def as_dictionary(report: Report) -> dict[str, Any]:
         "num_gpus": report.strategy.processes,
         "fits": report.fits,
         "needed": report.result.needed,
+        "at_worst": report.result.at_worst,
         "memory": {**memory.lasting, **memory.passing},
         "phases": memory.phases,
         "seconds": report.result.seconds,
@@ -279,8 +280,8 @@ def _show(report: Report, console: Console) -> None:
         memory.add_row(name, f"{size / factor:.2f}")
     memory.add_section()
     memory.add_row(f"peak ({result.memory.worst})", f"{result.memory.most / factor:.2f}")
-    if result.needed > result.memory.most:
-        memory.add_row("with driver and allocator", f"{result.needed / factor:.2f}")
+    others = "driver and allocator" if device.overlaps else "Python and libraries"
+    memory.add_row(f"with {others}", f"{result.needed / factor:.2f}")
     console.print(memory)
     console.print(_seconds_table(result))
     say(console, *_time(report), *_verdict(report))
@@ -339,8 +340,14 @@ def _time(report: Report) -> list[str]:
 
 def _verdict(report: Report) -> list[str]:
     if report.fits:
-        share = report.result.needed / report.device.memory
-        return [f"It fits: {bytes_text(report.result.needed)} of {bytes_text(report.device.memory)} ({share:.0%})."]
+        needed, there, at_worst = report.result.needed, report.device.memory, report.result.at_worst
+        lines = [f"It fits: {bytes_text(needed)} of {bytes_text(there)} ({needed / there:.0%})."]
+        if at_worst > needed:
+            lines.append(
+                f"Where the lengths of rows differ, a CPU's allocator keeps more: expect up to {bytes_text(at_worst)}"
+                f"{', which does not fit' if at_worst > there else ''}."
+            )
+        return lines
     lacking = report.result.needed - report.device.memory
     lines = [f"It does not fit: {bytes_text(lacking)} too much."]
     if report.gpus is not None:

@@ -26,6 +26,15 @@ from sapo.weights.footprint import (
 RESERVED = 1e9
 """Bytes of a GPU that its driver and libraries are assumed to take."""
 
+LIBRARIES = 0.65e9
+"""Bytes of a CPU's memory that Python, torch and transformers take, measured when training begins."""
+
+KEPT = 0.8
+"""Share of a CPU's transient memory that its allocator keeps besides at worst, where the lengths of rows differ.
+
+Measured: 0.5 and 0.8 in two runs of glibc; next to none where all blocks have the same size (docs/estimate.md).
+"""
+
 POLICY, OPTIMIZER = "policy, forward and backward", "optimizer and moving average"
 """Parts of a step that others than this module name."""
 
@@ -57,6 +66,11 @@ class Memory:
         """The phase of that time."""
         return max(self.phases, key=lambda phase: self.phases[phase])
 
+    @property
+    def transient(self) -> int:
+        """Bytes at the worst time of what does not last."""
+        return self.most - sum(self.lasting.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -74,7 +88,8 @@ class Estimate:
         why_plain: what keeps them from being shared.
         parameters: of the policy.
         trained: of these.
-        needed: bytes, with what driver and allocator take of a GPU.
+        needed: bytes, with what driver and allocator take of a GPU, and Python and its libraries of a CPU's memory.
+        at_worst: bytes, with what the allocator of a CPU may keep; of a GPU the same.
         recomputes: whether activations are computed again in the backward pass.
     """
 
@@ -89,6 +104,7 @@ class Estimate:
     parameters: int
     trained: int
     needed: float
+    at_worst: float
     recomputes: bool
 
 
@@ -160,7 +176,11 @@ def estimate(
     limits, flops = step.limits()
     launches = None if timed.token is None else 1 if step.graph else len(timed.token.work)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
-    needed = memory.most * (1 + FRAGMENTED) + RESERVED if device.overlaps else float(memory.most)
+    if device.overlaps:
+        at_worst = needed = memory.most * (1 + FRAGMENTED) + RESERVED
+    else:
+        needed = memory.most + LIBRARIES
+        at_worst = needed + KEPT * memory.transient
     return Estimate(
         memory=memory,
         seconds=step.seconds(),
@@ -173,6 +193,7 @@ def estimate(
         parameters=sum(weight.numel() for weight in weights.values()),
         trained=sum(weight.numel() for weight in roles.trained),
         needed=needed,
+        at_worst=at_worst,
         recomputes=recomputes(args),
     )
 

@@ -91,6 +91,11 @@ def test_evaluations_stand_in_the_comparison_and_settings_with_their_meaning(run
     assert "loss ↓" in shown
 
 
+def test_runs_of_the_same_settings_are_said_to_be(runs, capsys):
+    assert main(["compare", str(runs / "one"), str(runs / "one")]) == 0
+    assert "The settings of these runs are the same." in capsys.readouterr().out
+
+
 def test_one_run_alone_has_no_settings_that_differ(runs, capsys):
     assert main(["compare", str(runs / "one")]) == 0
     assert "settings that differ" not in capsys.readouterr().out

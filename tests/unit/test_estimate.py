@@ -236,9 +236,8 @@ def test_a_folder_with_a_configuration_alone_is_enough(here, tmp_path, capsys, m
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["fits"]
     assert found["needed"] == max(found["phases"].values()) + LIBRARIES
-    transient = max(found["phases"].values()) - sum(
-        size for part, size in found["memory"].items() if part in ("policy", "opponent", "optimizer")
-    )
+    lasting = sum(found["memory"][part] for part in ("policy", "opponent", "reference", "optimizer"))
+    transient = max(found["phases"].values()) - lasting
     assert found["at_worst"] == pytest.approx(found["needed"] + KEPT * transient)
     assert "a CPU's allocator keeps more: expect up to" in " ".join(shown.split())
     assert set(found["seconds"]) == {

@@ -60,6 +60,8 @@ def run_compare(given: Parsed) -> None:
         if len(rows) > 1:
             tables[f"{distance.name}, nats per token, at equal gain"] = rows
     console = terminal()
+    if len(runs) > 1 and len(settings) == 1:
+        console.print("The settings of these runs are the same.\n")
     for title, rows in tables.items():
         if len(rows) == 1:
             continue
@@ -138,9 +140,9 @@ def _costs(runs: Mapping[str, Run]) -> Rows:
     wanted = {
         "steps": [str(cost.steps) for cost in costs],
         "wall time, s": [_number(cost.wall_seconds) for cost in costs],
-        "of it generation, s": [_number(cost.generate_seconds) for cost in costs],
+        "of which generation, s": [_number(cost.generate_seconds) for cost in costs],
         "CPU time, s": [_number(cost.cpu_seconds) for cost in costs],
-        "CPU time, times the first": [_ratio(cost, costs[0]) for cost in costs],
+        "CPU time, first run = 1": [_ratio(cost, costs[0]) for cost in costs],
         "tokens trained on": ["-" if cost.tokens is None else f"{cost.tokens:,}" for cost in costs],
         "peak memory, MB": [_number(cost.peak_mb) for cost in costs],
         "peak on the device, MB": [_number(cost.device_peak_mb) for cost in costs],

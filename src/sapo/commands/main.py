@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.stderr.write(f"{type(error).__name__}: {error}. Free some space, then --resume_from_checkpoint true.\n")
+        again = ", then --resume_from_checkpoint true" if given[:1] == ["train"] else ""
+        sys.stderr.write(f"{type(error).__name__}: {error}. Free some space{again}.\n")
         return 2
     except RuntimeError as error:
         # torch's, by name: torch is not imported for the commands that do without it.

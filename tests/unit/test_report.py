@@ -18,7 +18,7 @@ from sapo.report.charts import CHARTS, POINTS, axes, thin
 from sapo.report.page import report_data, script_json, write_report
 from sapo.report.pair_texts import pack, shorten
 from sapo.report.serve import make_server
-from sapo.report.summary import sentences, warnings
+from sapo.report.summary import sentences, unjudged, warnings
 from sapo.runs.metrics import METRICS
 from sapo.runs.origin import command_line, commit_of
 from sapo.runs.reading import read_run, short_names
@@ -178,11 +178,21 @@ def test_a_calm_run_gives_no_warning(tmp_path):
         ("The rejected responses become shorter", {"self_play/rejected_length": lambda step: 200.0 - step}),
         ("The rejected responses become longer", {"self_play/rejected_length": lambda step: 200.0 + step}),
         ("The pairs have become easy", {"rewards/accuracies": lambda step: 1.0}),
+        ("The loss is not finite", {"loss": lambda step: float("nan") if step > 50 else 1.0}),
         ("Steps without a finite loss or gradient", {"nonfinite_step_fraction": lambda step: float(step == 50)}),
     ],
 )
 def test_what_goes_wrong_is_warned_of(title, changed, tmp_path):
     assert titles(write_run(tmp_path / "run", **changed)) == [title]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(0, "Nothing was"), (1, "One log line"), (4, "but some"), (2000, "")])
+def test_few_pairs_are_not_called_free_of_problems(steps, said, tmp_path):
+    run = read_run(write_run(tmp_path / "run", steps=steps))
+    assert unjudged(run).find(said) in range(20)
+    assert bool(unjudged(run)) == bool(said)
+    if steps == 1:
+        assert any(text == "The loss was 0.303 at the only log line." for text in sentences(run))
 
 
 @pytest.mark.parametrize(

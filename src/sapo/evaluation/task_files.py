@@ -83,6 +83,9 @@ def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--suite {file}: cannot be read ({error}).") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ConfigurationError(f"--suite {file}{line}: not valid YAML ({brief(error.problem)}).") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"--suite {file}: not valid YAML ({brief(error)}).") from error
     if not isinstance(content, dict):

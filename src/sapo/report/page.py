@@ -18,7 +18,7 @@ from typing import Any
 
 from sapo.report.charts import CHARTS, curves
 from sapo.report.pair_texts import BUDGET, pack
-from sapo.report.summary import figures, sentences, warnings
+from sapo.report.summary import figures, sentences, unjudged, warnings
 from sapo.runs.files import write_atomically
 from sapo.runs.gain_curves import DISTANCES, gain_curve
 from sapo.runs.reading import Run, read_run, short_names
@@ -56,6 +56,7 @@ def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
         "sentences": sentences(run),
         "figures": [dataclasses.asdict(figure) for figure in figures(run)],
         "warnings": [dataclasses.asdict(warn) for warn in warnings(run)],
+        "unjudged": unjudged(run),
         "ended": bool(run.end),
         **curves(run, CHARTS),
         "gain": {one.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from statistics import fmean
 from typing import Literal
 
@@ -153,6 +154,9 @@ def _what_ran(run: Run) -> str:
 def _what_changed(run: Run) -> str:
     loss, right, margin = change_of(run, LOSS), change_of(run, ACCURACY), change_of(run, MARGIN)
     if loss is None:
+        last = run.last(LOSS)
+        if last is not None:
+            return f"The loss was {number_text(last)} at the only log line{'' if run.end else ' so far'}."
         return "Nothing was logged." if run.end else "Not enough log lines yet."
     went = f"The loss went from {number_text(loss.first)} to {number_text(loss.last)}"
     if right is None or margin is None:
@@ -234,11 +238,26 @@ def _of(total: int | None) -> str:
     return f"of {total:,}" if total else ""
 
 
+def unjudged(run: Run) -> str:
+    """Why a run without warnings is not called free of problems; empty if it is."""
+    if not run.train:
+        return "Nothing was logged." if run.end else "Nothing logged yet."
+    change = change_of(run, LOSS)
+    if change is None:
+        return "One log line is too little to look for problems."
+    if not change.is_certain:
+        return (
+            f"No problems found, but some are looked for only where {ENOUGH_PAIRS} pairs or more are behind the start "
+            "and the end of a run."
+        )
+    return ""
+
+
 def warnings(run: Run) -> list[Warn]:
     """Problems of a run, the worst first."""
     found = [
         warn
-        for look in (_stopped, _bad_steps, _fall, _worse_eval, _far, _caught_up, _drift, _saturated)
+        for look in (_stopped, _bad_steps, _not_finite, _fall, _worse_eval, _far, _caught_up, _drift, _saturated)
         if (warn := look(run)) is not None
     ]
     return sorted(found, key=lambda warn: warn.level != "bad")
@@ -258,6 +277,18 @@ def _bad_steps(run: Run) -> Warn | None:
         "Steps without a finite loss or gradient",
         f"{fmean(values):.2%} of the steps were skipped. trace-*.jsonl lists their pairs; lower the learning "
         "rate, or train in bfloat16 or float32 if this is float16.",
+    )
+
+
+def _not_finite(run: Run) -> Warn | None:
+    steps = [step for step, value in run.curve(LOSS) if not isfinite(value)]
+    if not steps:
+        return None
+    return Warn(
+        "bad",
+        "The loss is not finite",
+        f"It was NaN or infinite at {len(steps)} log line{'' if len(steps) == 1 else 's'}, first at step {steps[0]:,}. "
+        "Lower the learning rate, or train in bfloat16 or float32 if this is float16.",
     )
 
 

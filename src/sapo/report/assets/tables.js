@@ -5,9 +5,7 @@ function summaryOf(run, index, several) {
     ? h("ul", { class: "warnings", "aria-label": "Warnings" }, run.warnings.map((warn) => h("li", { class: warn.level },
       h("span", { class: "sign", "aria-hidden": "true" }, warn.level === "bad" ? "!" : "?"),
       h("div", {}, h("strong", {}, warn.title), h("p", {}, warn.text)))))
-    : run.train.steps.length
-      ? h("p", { class: "fine" }, h("span", { class: "sign", "aria-hidden": "true" }, "✓"), "No problems found.")
-      : h("p", { class: "fine" }, run.ended ? "Nothing was logged." : "Nothing logged yet.");
+    : h("p", { class: "fine" }, run.unjudged || [h("span", { class: "sign", "aria-hidden": "true" }, "✓"), "No problems found."]);
   return h("article", { class: several ? "card run" : "card run alone" },
     h("div", {},
       several ? h("h3", {}, h("span", { class: `key r${(index % 8) + 1}` }), run.name) : null,

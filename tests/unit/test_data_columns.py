@@ -3,7 +3,7 @@
 import pytest
 
 from sapo.data.columns import ColumnUse
-from sapo.data.formats import detect_format, parse_row
+from sapo.data.formats import detect_format, format_of, parse_row
 from sapo.data.messages import Conversation, Dropped, PlainText
 from sapo.errors import DatasetError
 
@@ -163,6 +163,11 @@ def test_a_column_of_the_prompt_is_refused_where_it_cannot_be_used(row, names):
         parse(row)
 
 
+def test_media_are_not_to_be_put_into_the_prompt():
+    with pytest.raises(DatasetError, match="Only text can be trained on: remove these rows"):
+        parse({"messages": [user(Q), assistant(A)], "image": "cat.png"})
+
+
 def test_columns_that_repeat_the_conversation_or_are_empty_are_no_loss():
     use = ColumnUse()
     row = {"prompt": Q, "messages": [user(Q), assistant(A)], "history": [], "system": "", "images": None}
@@ -219,6 +224,11 @@ def test_two_system_texts_are_refused():
         {"kto_tag": "Undesirable"},
         {"label": "bad"},
         {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]},
+        {"loss_mask": [1, 0, 1]},
+        {"weights": [0]},
+        {"train": [True, False]},
+        {"sample_weight": 0.0},
+        {"output_with_loss": False},
     ],
 )
 def test_marks_of_rows_and_messages_are_honoured(mark):
@@ -232,6 +242,7 @@ def test_marks_of_rows_and_messages_are_honoured(mark):
     [
         *({"weight": 1}, {"train": 1}, {"label": True}, {"label": 1.0}, {"mask": 0}, {"loss_scale": 1.0}),
         *({"label": "chosen"}, {"kto_tag": "good"}, {"train_detail": [{"begin_offset": 0, "train": True}]}),
+        *({"loss_mask": [1, 1]}, {"masked": [False]}),
     ],
 )
 def test_marks_that_allow_training_change_nothing(mark):
@@ -240,7 +251,7 @@ def test_marks_that_allow_training_change_nothing(mark):
     assert not parse({"messages": [user(Q), assistant(A, **mark)]}).untrained
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan"), "low", [0], 2])
+@pytest.mark.parametrize("value", [0.5, float("nan"), "low", ["low"], [[0.5]], 2])
 def test_what_is_no_mark_is_listed_and_trained_on(value):
     use = ColumnUse()
     assert parse({"prompt": Q, "completion": A, "weight": value, "loss": 0.0}, use=use) == PlainText(Q, A)
@@ -277,6 +288,17 @@ def test_turns_may_be_pairs_of_input_and_output():
     row = {"conversation": [{"input": "a", "output": "b", "weight": 0}, {"input": "c", "output": "d"}]}
     assert said(row, use=use) == [("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")]
     assert set(parse(row).untrained) == {1}
+    row["conversation"][0]["system"] = "s"
+    assert said(row)[0] == ("s", "s")
+
+
+def test_the_format_is_that_of_the_first_row_that_has_one():
+    rows = [{"prompt": Q, "chosen": A, "rejected": None}, {"prompt": Q, "chosen": A, "rejected": B}]
+    stream = iter([{"note": "of the authors"}, *rows, {}])
+    assert format_of(stream, paired=True, source="x") == ("chosen", [{"note": "of the authors"}, *rows])
+    assert list(stream) == [{}]
+    with pytest.raises(DatasetError, match="x: has the columns note, but"):
+        format_of([{"note": "a"}, {"other": "b"}], paired=True, source="x")
 
 
 def test_json_text_with_a_duplicate_name_is_no_list_of_messages():

@@ -34,8 +34,12 @@ _CHANCE = 16
 
 def belongs_to_prompt(name: str) -> bool:
     """Whether a column of this name, in any spelling, is part of a prompt wherever it occurs."""
-    plain = re.sub(r"[-_ .]+|(?<=[a-z0-9])(?=[A-Z])", "_", name.strip()).lower()
+    plain = _plain(name)
     return plain in _PROMPT_COLUMNS or _MEDIA.fullmatch(plain) is not None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ .]+|(?<=[a-z0-9])(?=[A-Z])", "_", name.strip()).lower()
 
 
 @dataclass
@@ -132,9 +136,15 @@ class Fields:
             if use is not None:
                 use.note(name, text=text and name not in known and talks(value))
         if lost:
+            media = any(_MEDIA.fullmatch(_plain(name)) for name in lost)
+            way_out = (
+                "Only text can be trained on: remove these rows."
+                if media
+                else "Put their text into the prompt, or remove these columns."
+            )
             raise DatasetError(
                 f"{self.where}: the columns {names(lost)} belong to the prompt, but the format {row_format} does "
-                "not use them. Put their text into the prompt, or remove these columns."
+                f"not use them. {way_out}"
             )
 
 

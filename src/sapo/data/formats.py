@@ -6,11 +6,13 @@ row; a well-formed row without anything to train on (an empty reply) becomes a `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeAlias
 
 from sapo.data import preferences
 from sapo.data.columns import ColumnUse, Fields
+from sapo.data.files import Unreadable
 from sapo.data.marks import honoured, untrained_mark
 from sapo.data.messages import (
     Conversation,
@@ -38,10 +40,35 @@ _TALKS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 _PAIRS = {"chosen": ("chosen", "rejected"), "real/generated": ("real", "generated")}
 _PAIRS["preferred_output"] = ("preferred_output", "non_preferred_output")
 _NAMED = {"instruction/output": "alpaca"}
+_SEARCHED = 100
+
+
+def format_of(rows: Iterable[Row], *, paired: bool, source: str) -> tuple[Format, list[Row]]:
+    """The format of the first row that has one, and the rows read until then.
+
+    Args:
+        rows: read no further than needed; the first may lack a value, or be `Unreadable`.
+        paired: see `detect_format`.
+        source: name of the dataset in messages.
+
+    Raises:
+        DatasetError: what is wrong with the first row, if none of the first 100 has a format; or there are no rows.
+    """
+    head: list[Row] = []
+    problem: DatasetError | None = None
+    for row in islice(rows, _SEARCHED):
+        head.append(row)
+        try:
+            if isinstance(row, Unreadable):
+                raise row.error
+            return detect_format(row, paired=paired, source=source), head
+        except DatasetError as error:
+            problem = problem or error
+    raise problem or DatasetError(f"{source}: has no rows. Use another dataset or split.")
 
 
 def detect_format(row: Row, *, paired: bool, source: str) -> Format:
-    """Detect the format of a dataset from the columns of its first row; a column with None counts as absent.
+    """Detect the format of a dataset from the columns of one row; a column with None counts as absent.
 
     Preference datasets often have `messages` as well as `chosen`, with the same conversation; `messages` is used unless
     `paired`.

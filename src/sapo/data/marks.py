@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SWITCHES = frozenset(
-    {"train", "training", "trainable", "train_on_turn", "loss", "calculate_loss", "label", "kto_tag", "desirable"}
+    {"train", "training", "trainable", "train_on_turn", "loss", "calculate_loss", "output_with_loss"}
+    | {"label", "kto_tag", "desirable"}
 )
 """False: not trained on."""
 _MASKS = frozenset({"mask", "masked", "ignore"})
 """True: not trained on."""
-_WEIGHTS = frozenset({"weight", "loss_weight", "loss_scale", "loss_mask"})
+_WEIGHTS = frozenset({"weight", "weights", "sample_weight", "loss_weight", "loss_scale", "loss_mask"})
 """0: not trained on."""
 _SPANS = frozenset({"train_detail", "training_detail"})
-"""Parts of a reply, each with such a field. Replies are trained on in full, so one such part excludes the reply."""
+"""Parts of a reply, each with such a field."""
 _SIGNED = _WEIGHTS | {"label"}
 """Below 0: not trained on."""
 _WORDS = {"true": True, "yes": True, "1": 1, "1.0": 1, "false": False, "no": False, "0": 0, "0.0": 0, "-1": -1}
@@ -27,15 +28,16 @@ _KNOWN = _SWITCHES | _MASKS | _WEIGHTS | _SPANS
 def untrained_mark(fields: Mapping[str, Any]) -> str | None:
     """The field that excludes a row or a message from training, such as `weight: 0`; None if there is none.
 
-    Recognized, in any case, are `weight`, `loss_weight`, `loss_scale` and `loss_mask` 0 or below; `train`, `training`,
-    `trainable`, `train_on_turn`, `loss`, `calculate_loss`, `label`, `kto_tag` and `desirable` false; `mask`, `masked`
-    and `ignore` true. False and true may be 0 and 1, text, or a label in words such as `rejected`; `label` may be -1.
-    A reply is excluded too if a part of it is, in `train_detail` or `training_detail`.
+    Recognized, in any case, are `weight`, `weights`, `sample_weight`, `loss_weight`, `loss_scale` and `loss_mask` 0 or
+    below; `train`, `training`, `trainable`, `train_on_turn`, `loss`, `calculate_loss`, `output_with_loss`, `label`,
+    `kto_tag` and `desirable` false; `mask`, `masked` and `ignore` true. False and true may be 0 and 1, text, or a label
+    in words such as `rejected`; `label` may be -1. A list of such values, or `train_detail` and `training_detail` with
+    parts of a reply, exclude a row or a message if they exclude a part of it.
     """
     for name, trained in _marks(fields):
         if not trained:
-            value = "in part" if name.lower() in _SPANS else str(fields[name]).lower()
-            return f"marked {name}: {value}"
+            value = fields[name]
+            return f"marked {name}: {'in part' if isinstance(value, (list, tuple)) else str(value).lower()}"
     return None
 
 
@@ -49,9 +51,11 @@ def _marks(fields: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         kind = name.lower()
         if kind not in _KNOWN or value is None:
             continue
-        if kind in _SPANS:
-            if isinstance(value, (list, tuple)):
-                yield name, not any(untrained_mark(span) for span in value if isinstance(span, Mapping))
+        if isinstance(value, (list, tuple)):
+            # Marks of parts or of turns. What is trained on is trained on in full, so one of them excludes it.
+            parts = [part if isinstance(part, Mapping) else {name: part} for part in value]
+            if kind != "label" and (kind in _SPANS or any(set(_marks(part)) for part in parts)):
+                yield name, not any(map(untrained_mark, parts))
             continue
         if isinstance(value, str):
             value = _WORDS.get(value.strip().lower(), value)

@@ -114,11 +114,13 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
 
 
 def _turn(item: object) -> list[object]:
-    """A message; or the two of an object with input and output, as in Capybara."""
+    """A message; or those of an object with input, output and perhaps system, as in Capybara and for XTuner."""
     if not isinstance(item, Mapping) or item.keys() & _KEYS or not item.keys() >= {"input", "output"}:
         return [item]
-    rest = {key: value for key, value in item.items() if key not in ("input", "output")}
-    return [{"role": "user", "content": item["input"]}, {**rest, "role": "assistant", "content": item["output"]}]
+    rest = {key: value for key, value in item.items() if key not in ("system", "input", "output")}
+    system = [{"role": "system", "content": item["system"]}] if item.get("system") else []
+    asked = {"role": "user", "content": item["input"]}
+    return [*system, asked, {**rest, "role": "assistant", "content": item["output"]}]
 
 
 def from_json_text(value: object) -> object:

@@ -14,7 +14,7 @@ from sapo.data import cache
 from sapo.data.encoding import Draft, Encoder
 from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, is_prepared
 from sapo.data.files import Unreadable
-from sapo.data.formats import detect_format, parse_row
+from sapo.data.formats import format_of, parse_row
 from sapo.data.messages import Dropped, PlainText
 from sapo.data.parallel import in_order, processes_for
 from sapo.data.report import SHOWN_ROWS, Faults
@@ -79,24 +79,15 @@ def prepare_dataset(
             report.faults = Faults() if count_faults else None
             _check_lengths(options, report)
             return prepared, report
-    numbered = enumerate(rows)
-    head = []
-    for item in numbered:
-        head.append(item)
-        if not isinstance(item[1], Unreadable):
-            break
-    if not head:
-        raise DatasetError(f"{source}: has no rows. Use another dataset or split.")
-    if isinstance(head[-1][1], Unreadable):
-        raise head[0][1].error
-    row_format = detect_format(head[-1][1], paired=options.paired, source=source)
+    stream = iter(rows)
+    row_format, head = format_of(stream, paired=options.paired, source=source)
     preparation = _Preparation(tokenizer, options, tuple(sorted(eos_ids)), source, row_format, count_faults)
     report = preparation.report()
     table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
     if num_proc is None:
         num_proc = processes_for(len(rows)) if isinstance(rows, (list, datasets.Dataset)) else 1
     seen: set[int] = set()
-    for turns, part in in_order(preparation, _blocks(chain(head, numbered)), num_proc):
+    for turns, part in in_order(preparation, _blocks(enumerate(chain(head, stream))), num_proc):
         report.add(part)
         for number, turn in turns:
             table.add(first_row + number, turn)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
-from sapo.data.formats import detect_format, parse_row
+from sapo.data.formats import Row, format_of, parse_row
 from sapo.data.messages import Conversation, Dropped, Message, PlainText
 from sapo.data.mixture import Member
 
@@ -47,11 +47,10 @@ def prompt_texts(members: Iterable[Member], *, chat: bool) -> PromptTexts:
     rows: dict[int, Conversation | PlainText] = {}
     number = 0
     for member in members:
-        row_format = None
-        for row in member.rows:
-            content: dict[str, Any] = row
-            row_format = row_format or detect_format(content, paired=False, source=member.name)
-            parsed = parse_row(content, row_format, paired=False, chat=chat, where=f"row {number + 1} of {member.name}")
+        stream: Iterator[Row] = iter(member.rows)
+        row_format, head = format_of(stream, paired=False, source=member.name)
+        for row in chain(head, stream):
+            parsed = parse_row(row, row_format, paired=False, chat=chat, where=f"row {number + 1} of {member.name}")
             if not isinstance(parsed, Dropped):
                 rows[number] = parsed
             number += 1

@@ -242,14 +242,11 @@ def unjudged(run: Run) -> str:
     """Why a run without warnings is not called free of problems; empty if it is."""
     if not run.train:
         return "Nothing was logged." if run.end else "Nothing logged yet."
-    change = change_of(run, LOSS)
-    if change is None:
+    if change_of(run, LOSS) is None:
         return "One log line is too little to look for problems."
-    if not change.is_certain:
-        return (
-            f"No problems found, but some are looked for only where {ENOUGH_PAIRS} pairs or more are behind the start "
-            "and the end of a run."
-        )
+    pairs = run.last_step * run.pairs_per_step
+    if pairs < ENOUGH_PAIRS:
+        return f"No problems found in {pairs} pairs, which are too few to look for all."
     return ""
 
 

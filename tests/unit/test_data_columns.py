@@ -186,6 +186,13 @@ def test_other_columns_are_listed_and_talk_among_them_is_warned_of():
     assert "warning: note looks like text of the conversation" in use.lines()[1]
 
 
+@pytest.mark.parametrize("text", ["\u4f60\u662f\u4e00\u4e2a\u6d77\u76d7", "\u0e04\u0e38\u0e13\u0e04\u0e37\u0e2d"])
+def test_talk_in_a_script_without_spaces_is_warned_of_too(text):
+    use = ColumnUse()
+    parse({"prompt": Q, "completion": A, "persona": text, "key": "b2f0-99ea-4c"}, use=use)
+    assert use.texts == {"persona"}
+
+
 def test_two_system_texts_are_refused():
     with pytest.raises(DatasetError, match="a system column and another system message"):
         parse({"system": "Be rude.", "messages": [*EARLIER, assistant(A)]})
@@ -281,6 +288,15 @@ def test_messages_may_be_json_text():
     row = {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[{"role": "assistant", "content": "b"}]'}
     assert said(row) == [("u", "a"), ("a", "b")]
     assert parse({"prompt": "List", "completion": '[{"name": "f"}]'}) == PlainText("List", '[{"name": "f"}]')
+
+
+def test_messages_may_be_an_object_with_a_list_per_field():
+    stored = {"role": ["user", "assistant"], "content": ["a", "b"]}
+    assert said({"messages": stored}) == [("u", "a"), ("a", "b")]
+    asked = {"from": ["human"], "value": ["a"]}
+    assert said({"conversations": asked, "chosen": "b", "rejected": "c"}) == [("u", "a"), ("a", "b")]
+    with pytest.raises(DatasetError, match="unknown role"):
+        parse({"messages": {"role": ["user", "assistant"], "content": ["a"]}})
 
 
 def test_turns_may_be_pairs_of_input_and_output():

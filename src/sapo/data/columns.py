@@ -28,6 +28,10 @@ _MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_(?:path|url|uri|file|by
 _WORDS = 5
 """From this many words on, text in an unused column looks like part of the conversation."""
 
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+"""A word; a character of the scripts that put no spaces between words."""
+
 _CHANCE = 16
 """From this many characters on, a text is not contained in another one by chance."""
 
@@ -188,4 +192,4 @@ def texts_in(value: object) -> Iterator[str]:
 
 def talks(value: object) -> bool:
     """Whether a value contains text that looks like part of a conversation."""
-    return any(len(text.split()) >= _WORDS for text in texts_in(from_json_text(value)))
+    return any(len(_WORD.findall(text)) >= _WORDS for text in texts_in(from_json_text(value)))

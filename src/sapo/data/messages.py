@@ -102,7 +102,7 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
     Raises:
         DatasetError: it is something else, or an item is not a message.
     """
-    value = from_json_text(value)
+    value = _rows_of(from_json_text(value))
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -111,6 +111,16 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
         raise DatasetError(f'{where}: "{column}" is an empty list; it must contain at least one message.')
     items = [part for item in value for part in _turn(from_json_text(item))]
     return [_message(item, f'message {number} of "{column}"', where) for number, item in enumerate(items, 1)]
+
+
+def _rows_of(value: object) -> object:
+    """A list of messages for an object with a list per field, as a `Sequence` of `datasets` gives it."""
+    if not isinstance(value, Mapping) or not value.keys() & _KEYS:
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
 
 
 def _turn(item: object) -> list[object]:
@@ -147,7 +157,7 @@ def _fault(value: object) -> str:
 
 def from_stored(value: object) -> object:
     """Messages that were stored as JSON text; other text stays text, even if it is JSON, as some replies are."""
-    found = from_json_text(value)
+    found = _rows_of(from_json_text(value))
     items = [found] if isinstance(found, Mapping) else found
     if isinstance(items, list) and items and all(isinstance(item, Mapping) and item.keys() & _KEYS for item in items):
         return found

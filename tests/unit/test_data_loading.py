@@ -127,6 +127,12 @@ def test_a_number_that_python_does_not_read_is_refused():
     assert refused("a.jsonl") == "a.jsonl, line 2: not valid JSON (a number has too many digits)."
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv", "a.json.gz"])
+def test_a_pointer_of_git_lfs_is_not_taken_for_data(name):
+    Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", encoding="utf-8")
+    assert refused(name) == f"{name}: is a pointer of Git LFS, not the data. Run in its folder: git lfs pull"
+
+
 def test_hidden_files_are_no_data():
     write_lines("d/train.jsonl")
     for name in ("d/._train.jsonl", "d/.train.jsonl", "d/train/.0.jsonl"):

@@ -31,6 +31,7 @@ CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
+_POINTER = b"version https://git-lfs"
 
 
 class Unreadable(dict[str, Any]):
@@ -70,6 +71,7 @@ def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -
         DatasetError: the file cannot be read; the message names the line if there is one.
     """
     suffix = plain_name(file).suffix.lower()
+    _check_pointer(file)
     if suffix == ".json":
         return _json_document(_bytes(file), file, split or "train", tolerant=tolerant)
     if split not in (None, "train"):
@@ -93,6 +95,17 @@ def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -
     )
 
 
+def _check_pointer(file: Path) -> None:
+    """Refuse the file that a clone without Git LFS has in place of the data."""
+    try:
+        with file.open("rb") as source:
+            pointer = source.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+    if pointer:
+        raise DatasetError(f"{file}: is a pointer of Git LFS, not the data. Run in its folder: git lfs pull")
+
+
 def _arrow_table(file: Path | io.BytesIO) -> pyarrow.Table:
     """`datasets` writes the streaming form of Arrow, other programs the file form."""
     with pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.PythonFile(file, "r") as source:
@@ -105,10 +118,7 @@ def _arrow_table(file: Path | io.BytesIO) -> pyarrow.Table:
 
 def _bytes(file: Path) -> bytes:
     suffix = file.suffix.lower()
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+    raw = file.read_bytes()
     if suffix in COMPRESSED:
         raw = _unpacked(raw, file, suffix)
     return raw.removeprefix(b"\xef\xbb\xbf")

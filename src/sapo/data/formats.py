@@ -180,7 +180,7 @@ def _incomplete(row: Row, missing: list[str], row_format: Format, *, paired: boo
             return Dropped(f"no {names(missing)}")
     present = {name for name, value in row.items() if value is not None}
     raise DatasetError(
-        f"{where}: lacks {names(missing)}, which the first row has; it has {names(present)}"
+        f"{where}: lacks {names(missing)}, which other rows have; it has {names(present)}"
         f"{f', the format {other}' if other else ''}. A dataset has one format, here {row_format}: complete the row or "
         "remove it."
     )

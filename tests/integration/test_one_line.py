@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
+import warnings
 from importlib import machinery
 from pathlib import Path
 
 import pytest
+import transformers
 
 from sapo.commands.main import main
+from sapo.commands.notices import held_notices
 from sapo.errors import EXTRAS, ConfigurationError
 from sapo.options import option, options
 from tests.integration.test_cli import command, data, model  # noqa: F401 - fixtures
@@ -258,6 +262,48 @@ def test_a_fault_of_this_package_keeps_its_traceback(model, data, tmp_path, monk
     monkeypatch.setattr("sapo.commands.train.load_inputs", None)
     with pytest.raises(TypeError, match="not callable"):
         main(command(model, data, tmp_path / "run"))
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_nothing_and_says_the_error_first(model, data, tmp_path):  # noqa: F811
+    kind = transformers.OpenAIGPTConfig(vocab_size=63, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.OpenAIGPTLMHeadModel(kind).save_pretrained(model)  # it has no cache to decode with
+    out = tmp_path / "run"
+    said = alone("no_such_package", command(model, data, out), tmp_path)
+    assert "no key-value cache" in said
+    assert list(out.iterdir()) == []
+    (out / "notes.txt").write_text("mine")
+    alone("no_such_package", command(model, data, out, "--overwrite_output_dir"), tmp_path)
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_notices_wait_for_an_error(capfd):
+    def fail():
+        logging.getLogger("of.a.library").warning("before")
+        warnings.warn("before too", stacklevel=1)
+        raise ConfigurationError("first")
+
+    with pytest.raises(ConfigurationError), held_notices():
+        fail()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("default")
+def test_notices_are_shown_in_their_order_once_released():
+    script = (
+        "import logging, sys, warnings\n"
+        "from sapo.commands.notices import held_notices\n"
+        "with held_notices() as notices:\n"
+        "    logging.getLogger('a').warning('one')\n"
+        "    warnings.warn('two')\n"
+        "    sys.stderr.write('at once\\n')\n"
+        "    notices.release()\n"
+        "    logging.getLogger('a').warning('three')\n"
+        "    1 / 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    places = [done.stderr.index(text) for text in ("at once", "one", "two", "three", "ZeroDivisionError")]
+    assert places == sorted(places)
 
 
 def test_a_library_that_fails_after_the_first_step_keeps_its_traceback():

@@ -16,7 +16,7 @@ from sapo.data.loading import load_rows
 from sapo.data.parallel import processes_for
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
-from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
+from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer, tiny_llama, tiny_rows, tiny_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -538,3 +538,33 @@ def test_as_many_processes_as_pay(monkeypatch):
     assert [processes_for(rows) for rows in (10, 19_999, 20_000, 40_000, 10**6)] == [1, 1, 2, 4, 8]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert processes_for(10**6) == 2
+
+
+# ---- Tokens beyond the embeddings ----
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_a_trainer_given_rows_refuses_tokens_beyond_the_embeddings(column, make_trainer, tokenizer):
+    """The same check as of the command line, which prepares rows before it has a model."""
+    rows = [*tiny_rows(3), {"prompt": "w1 w2", "chosen": " w3 w4"}]
+    rows[3][column] = " w1 w59"
+    options = DataOptions(32, 16)
+    prepared, _ = prepare_dataset(rows, tokenizer, options, eos_ids=[1])
+    small = tiny_llama(vocab_size=len(tokenizer) - 1)
+    for shape in (rows, prepared):
+        with pytest.raises(TokenizerError, match=r"row 4 of \w+: token 62 .*beyond the 62 embeddings"):
+            make_trainer(rows=shape, model=small)
+    with pytest.raises(TokenizerError, match="row 4 of eval_dataset"):
+        make_trainer(rows=rows[:2], eval_rows=rows, model=small)
+    with pytest.raises(TokenizerError, match="row 4 of"):
+        prepare_dataset(rows, tokenizer, DataOptions(32, 16, embeddings=62), eos_ids=[1], first_row=100)
+    make_trainer(rows=rows[:2], model=small)
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+def test_an_eos_or_pad_token_beyond_the_embeddings_is_refused(name):
+    other = tiny_tokenizer()
+    other.add_special_tokens({name: "<new>"})
+    rows = [{"prompt": "w1", "chosen": " w2<eos>"}]
+    with pytest.raises(TokenizerError, match=rf"the {'EOS' if name == 'eos_token' else 'pad'} token of the tokenizer"):
+        prepare_dataset(rows, other, DataOptions(32, 16, embeddings=63), eos_ids=[1])

@@ -19,6 +19,8 @@ from transformers import (
     BertLMHeadModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -282,6 +284,109 @@ def test_a_tokenizer_that_is_not_there_is_a_tokenizer_error(folder):
         loading.load_tokenizer(str(folder))
 
 
+def reweigh(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {**weights, "model.layers.2.mlp.up_proj.weight": torch.zeros(3)},
+        lambda weights: {**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(16)},
+        lambda weights: {name.replace("lm_head", "output"): weight for name, weight in weights.items()},
+        lambda weights: {f"module.{name}": weight for name, weight in weights.items()},
+    ],
+    ids=["another layer", "a bias", "another name", "a prefix"],
+)
+def test_weights_that_the_model_would_leave_out_of_itself_are_refused(change, folder, args):
+    reweigh(folder, change)
+    with pytest.raises(ModelError, match=r"(layers\.2|q_proj\.bias|output\.weight|module\.lm_head).*no place"):
+        loading.load_policy(named(folder), args)
+
+
+def test_weights_beside_the_model_are_left_out_and_said(folder, args, caplog):
+    change(folder / "config.json", architectures=["LlamaWithSeveralHeads"])
+    reweigh(folder, lambda weights: {**weights, "heads.0.linear.weight": torch.zeros(3)})
+    loading.load_policy(named(folder), args)
+    assert "saved as LlamaWithSeveralHeads, which transformers lacks; used as LlamaForCausalLM" in caplog.text
+    assert "1 weights of the checkpoint are not used, such as heads.0.linear.weight" in caplog.text
+
+
+def test_a_head_of_its_own_is_said_in_the_configuration(folder, args, tmp_path):
+    change(folder / "config.json", tie_word_embeddings=True)
+    model, _ = loading.load_policy(named(folder), args)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, folder, args):
+    def spoil(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        return weights
+
+    reweigh(folder, spoil)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        SAPOTrainer(str(folder), args, tiny_rows())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(file, folder, args):
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises((ModelError, TokenizerError), match=rf"{file}: .*git lfs pull"):
+        SAPOTrainer(str(folder), args, tiny_rows())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": "16"}, "expected int, got str"),
+        ({"num_attention_heads": 5}, "not a multiple"),
+        ({"hidden_act": "gelu_super"}, "gelu_super"),
+        ({"dtype": "float17"}, "float17"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(changes, says, folder, args):
+    change(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=rf"{folder}.*{says}.*Correct config\.json\."):
+        loading.check_model(named(folder), args)
+
+
+def test_codes_in_a_file_of_torch_are_refused(folder, args):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    loading.check_model(named(folder), args)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: model\.layers\.0\.mlp\.up_proj\.weight is stored as I8"):
+        loading.check_model(named(folder), args)
+
+
+def test_a_model_stored_quantized_is_not_quantized_again_and_may_generate(folder, args):
+    change(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ConfigurationError, match=r"load_in_4bit with .*gptq.*Leave it out"):
+        loading.check_model(named(folder, use_peft=True, load_in_4bit=True), args)
+    loading.check_model(named(folder), args, trains=False)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_type_of_weights_has_two_names(name, folder, args):
+    args.model_init_kwargs = {name: "bfloat16"}
+    assert loading.load_policy(named(folder, dtype="float32"), args)[0].dtype == torch.bfloat16
+
+
+def test_a_generation_config_that_cannot_be_read_is_not_one_that_is_missing(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1')
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read.*remove it"):
+        loading.load_generation_config(str(folder))
+    (folder / "generation_config.json").unlink()
+    assert loading.load_generation_config(str(folder)).eos_token_id == 1
+
+
 def test_nothing_to_train_is_refused(args):
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing would be trained"):
@@ -326,6 +431,52 @@ def test_an_adapter_without_some_of_its_weights_is_refused(adapter):
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="missing adapter keys"):
         loading.load_frozen(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING.*Use a LoRA adapter"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING.*Use a LoRA adapter"),
+        ({"peft_type": "SUPERLORA"}, "no adapters of type SUPERLORA.*--upgrade peft"),
+        ({"task_type": "SEQ_CLS"}, "task_type is SEQ_CLS"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_every_loader(changes, says, adapter, args):
+    change(adapter / "adapter_config.json", **changes)
+    for load in (lambda: loading.load_policy(named(adapter), args), lambda: loading.load_frozen(str(adapter))):
+        with pytest.raises(ModelError, match=says):
+            load()
+
+
+def test_an_adapter_of_lora_with_biases_says_what_to_do(folder, args, tmp_path):
+    model = get_peft_model(loading.load_frozen(str(folder)), LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
+    model.save_pretrained(tmp_path / "biased")
+    with pytest.raises(ConfigurationError, match=r"LORA with bias=all.*--adapter merge"):
+        SAPOTrainer(str(tmp_path / "biased"), args, tiny_rows()).train()
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, args, tmp_path):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    more = {
+        name.replace("layers.1", "layers.2"): weight.clone() for name, weight in weights.items() if "layers.1" in name
+    }
+    save_file(weights | more, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"no place for .*layers\.2.* and 1 more weights of the adapter"):
+        loading.load_frozen(str(adapter))
+    config = GPTNeoXConfig(
+        vocab_size=63, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "other")
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ModelError, match=r"does not fit .*other .*no module q_proj.*adapter_config\.json"):
+        loading.check_model(named(adapter), args)
+
+
+def test_an_adapter_without_a_file_of_weights_is_refused_without_asking_the_hub(adapter, args):
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks adapter_model\.safetensors"):
+        loading.check_model(named(adapter), args)
 
 
 def test_the_base_of_an_adapter_is_checked(adapter, tmp_path):

@@ -20,7 +20,7 @@ from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
 from sapo.weights.description import positions_of
-from sapo.weights.embeddings import fit_model
+from sapo.weights.embeddings import fit_model, known_tokens
 from sapo.weights.loading import load_adapter, load_frozen, load_template_tokenizer, load_tokenizer
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import find_source, holds_model
@@ -181,6 +181,7 @@ def reply(
 
     Raises:
         ConversationFullError: the conversation leaves no tokens for a reply.
+        TokenizerError: it holds a token that the model has no embedding for.
     """
     pieces: list[str] = []
 
@@ -197,7 +198,7 @@ def reply(
                 f"the conversation has {len(prompt)} tokens, and {chat_model.name} takes {positions}. Start a new one."
             )
         ends = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
-        inputs = torch.tensor([prompt], device=model.device)
+        inputs = torch.tensor([known_tokens(prompt, tokenizer, model)], device=model.device)
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         config = GenerationConfig(
             max_new_tokens=room,

@@ -89,7 +89,7 @@ def run_generate(given: Parsed) -> None:
     _check_output(run, file, (".parquet", ".jsonl"))
     console = Console(quiet=run.config.process_index > 0)
     check_packages(run)
-    check_model(run.model, run.config)
+    check_model(run.model, run.config, trains=False)
     inputs = load_inputs(run)
     for line in inputs.lines():
         console.print(line, markup=False, highlight=False)
@@ -127,15 +127,17 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
     if config.world_size > 1:
         raise ConfigurationError("sapo generate --self_replay runs in one process. Leave the launcher out.")
     check_packages(run)
-    check_model(run.model, config)
+    check_model(run.model, config, trains=False)
     name = str(run.model.model_name_or_path)
     tokenizer = load_tokenizer(name, run.model.model_revision)
     use_chat_template(tokenizer, config.chat_template_path, load_template_tokenizer)
-    ends = eos_token_ids(tokenizer, generation_eos_ids(name, run.model.model_revision, load_config(run.model)))
+    model_config = load_config(run.model)
+    ends = eos_token_ids(tokenizer, generation_eos_ids(name, run.model.model_revision, model_config))
     rows = (
         [{"instruction": one.text} for one in shipped_prompts("replay")] if prompts == SHIPPED else load_rows(prompts)
     )
-    asked, ids = encode_prompts(rows, tokenizer, DataOptions.of(config), eos_ids=ends, source=prompts)
+    options = DataOptions.of(config, getattr(model_config.get_text_config(), "vocab_size", None))
+    asked, ids = encode_prompts(rows, tokenizer, options, eos_ids=ends, source=prompts)
     generator = _generator(run, tokenizer, ends, None, "self-replay")
     limit = config.max_new_tokens or _REPLY_TOKENS
     seeds = [derive_seed(config.seed, "self-replay", place) for place in range(len(ids))]

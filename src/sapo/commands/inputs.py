@@ -21,13 +21,13 @@ from sapo.commands.data_arguments import RunDescription
 from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
-from sapo.data.examples import DataOptions, largest_token
+from sapo.data.examples import DataOptions
 from sapo.data.loading import evaluation_split, load_rows
 from sapo.data.mixture import Member, load_mixture, prepare_mixture, split_rows
 from sapo.data.parallel import ROWS_THAT_PAY
-from sapo.data.report import DataReport, row_name
+from sapo.data.report import DataReport
 from sapo.data.texts import PromptTexts, prompt_texts
-from sapo.errors import CheckpointError, ConfigurationError, DatasetError, TokenizerError
+from sapo.errors import CheckpointError, ConfigurationError, DatasetError
 from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
 from sapo.runs.user_cache import user_cache
@@ -89,12 +89,12 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
         text_config.vocab_size = max(text_config.vocab_size, new_tokens[-1] + 1)
     if prints_date(tokenizer):
         config.template_date = template_date(config)
-    options = DataOptions.of(config)
+    options = DataOptions.of(config, getattr(model_config.get_text_config(), "vocab_size", None))
     eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
 
     def prepare(members: list[Member]) -> tuple[datasets.Dataset, list[DataReport]]:
         with _bar(members) as progress:
-            prepared, reports = prepare_mixture(
+            return prepare_mixture(
                 members,
                 tokenizer,
                 options,
@@ -104,8 +104,6 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
                 cache_folder=user_cache("rows") if _rows(members) >= ROWS_THAT_PAY else None,
                 progress=progress,
             )
-        check_tokens(prepared, reports, tokenizer, model_config)
-        return prepared, reports
 
     train, train_reports = prepare(_training_rows(run, tolerant=count_faults))
     aside: datasets.Dataset | None = None
@@ -173,28 +171,6 @@ def _date_of_checkpoint(config: OptionRules) -> str | None:
         if isinstance(found, str):
             return found
     return None
-
-
-def check_tokens(prepared: datasets.Dataset, reports: list[DataReport], tokenizer: Any, model_config: Any) -> None:
-    """Refuse tokens that the model has no embedding for: they would end the run at the first batch that holds one.
-
-    Raises:
-        TokenizerError: names the token, and a row that holds it.
-    """
-    size = getattr(model_config.get_text_config(), "vocab_size", None)
-    if size is None:
-        return
-    largest, row = largest_token(prepared)
-    where = row_name(row, reports)
-    pad = tokenizer.pad_token_id
-    if largest < size and pad is not None and pad >= size:
-        largest, where = pad, "the pad token"
-    if largest >= size:
-        raise TokenizerError(
-            f"{where}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the {size} embeddings "
-            "of the model. Take the tokenizer that belongs to it, or save the model again after "
-            f"model.resize_token_embeddings({max(len(tokenizer), largest + 1)})."
-        )
 
 
 def load_texts(run: RunDescription, inputs: Inputs) -> tuple[PromptTexts, PromptTexts | None]:

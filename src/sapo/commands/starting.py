@@ -113,7 +113,7 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
 
     Args:
         options: that differ from their defaults; those that an error names are named with it.
-        begun: whether the first step has begun.
+        begun: whether the first step is done.
 
     Raises:
         ConfigurationError: in place of the library's error.
@@ -133,7 +133,8 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
         ]
         meant = f" Given here: {', '.join(named)}." if named else ""
         raise ConfigurationError(
-            f"the run cannot start: {_said(error)}{meant} `sapo train --help NAME` explains an option."
+            f"the run cannot start: {_said(error)}{meant} `sapo train --help NAME` explains an option, --debug shows "
+            "where it failed."
         ) from error
 
 

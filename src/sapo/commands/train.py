@@ -14,6 +14,7 @@ from rich.console import Console
 from sapo.commands.arguments import RunArguments, as_recipe, build
 from sapo.commands.closing import Ending, closing_lines, quoted
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
+from sapo.commands.notices import held_notices
 from sapo.commands.parser import Parsed
 from sapo.commands.rounds import rounds
 from sapo.commands.starting import check_libraries, check_packages, library_errors
@@ -62,8 +63,9 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
     def begin() -> None:
         nonlocal begun
         begun = True
+        notices.release()
 
-    with library_errors(as_recipe(run), lambda: begun):
+    with held_notices() as notices, library_errors(as_recipe(run), lambda: begun):
         check_packages(run)
         if config.num_rounds is not None:
             quiet_libraries()
@@ -103,7 +105,7 @@ def _train(
         model: the policy.
         peft_config: of a new adapter, or None.
         console: to print on.
-        begin: called before the first step.
+        begin: called after the first step.
         recipe: of all rounds.
 
     Raises:

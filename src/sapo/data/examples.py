@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from sapo.data.clock import parse_date
 from sapo.data.report import DataReport
-from sapo.errors import ConfigurationError, DatasetError
+from sapo.errors import ConfigurationError, DatasetError, TokenizerError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -76,6 +76,7 @@ class DataOptions:
         assistant_turns: train on the last reply, on a random one per epoch, or on all.
         paired: read both the chosen and the rejected reply.
         date: the date for chat templates that print one; None for today.
+        embeddings: number of embeddings of the model; a token beyond them is refused. None if it is not known.
     """
 
     max_length: int
@@ -85,6 +86,7 @@ class DataOptions:
     assistant_turns: Literal["last", "random", "all"] = "last"
     paired: bool = False
     date: datetime.date | None = None
+    embeddings: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2 or self.max_prompt_length < 1:
@@ -99,8 +101,8 @@ class DataOptions:
             )
 
     @classmethod
-    def of(cls, config: RunOptions) -> DataOptions:
-        """The data options of a run's configuration."""
+    def of(cls, config: RunOptions, embeddings: int | None = None) -> DataOptions:
+        """The data options of a run's configuration, and the number of embeddings of its model."""
         return cls(
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length or config.max_length,
@@ -109,6 +111,7 @@ class DataOptions:
             assistant_turns=config.assistant_turns,
             paired=config.pair_source == "paired",
             date=None if config.template_date is None else parse_date(config.template_date),
+            embeddings=embeddings,
         )
 
 
@@ -172,6 +175,35 @@ def is_prepared(rows: Any) -> bool:
     )
 
 
+def check_tokens(prepared: datasets.Dataset, tokenizer: Any, embeddings: int | None, source: str, first: int) -> None:
+    """Refuse tokens that the model has no embedding for: they would end the run at the first batch that holds one.
+
+    Args:
+        prepared: rows.
+        tokenizer: that made them; its EOS and pad tokens are checked too.
+        embeddings: of the model; None if the number is not known.
+        source: name of the rows in messages.
+        first: number of the first row.
+
+    Raises:
+        TokenizerError: names the token, and a row that holds it.
+    """
+    if embeddings is None:
+        return
+    largest, row = largest_token(prepared)
+    where = f"row {row - first + 1} of {source}"
+    for name in ("pad", "eos"):
+        own = getattr(tokenizer, f"{name}_token_id")
+        if largest < embeddings and own is not None and own >= embeddings:
+            largest, where = own, f"the {'EOS' if name == 'eos' else name} token of the tokenizer"
+    if largest >= embeddings:
+        raise TokenizerError(
+            f"{where}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the {embeddings} "
+            "embeddings of the model. Take the tokenizer that belongs to it, or save the model again after "
+            f"model.resize_token_embeddings({max(len(tokenizer), largest + 1)})."
+        )
+
+
 def largest_token(prepared: datasets.Dataset) -> tuple[int, int]:
     """The largest token id of a prepared dataset, and the number of a row that contains it."""
     largest, row = -1, 0
@@ -229,6 +261,7 @@ __all__ = [
     "Example",
     "ExampleTable",
     "Turn",
+    "check_tokens",
     "collate_examples",
     "dataset_digest",
     "is_prepared",

@@ -12,7 +12,7 @@ import datasets
 
 from sapo.data import cache
 from sapo.data.encoding import Draft, Encoder
-from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, is_prepared
+from sapo.data.examples import DataOptions, DataReport, ExampleTable, Turn, check_tokens, is_prepared
 from sapo.data.files import Unreadable
 from sapo.data.formats import format_of, parse_row
 from sapo.data.messages import Dropped, PlainText
@@ -68,7 +68,8 @@ def prepare_dataset(
     Raises:
         DatasetError: a malformed row; a row that is too long if `max_length_policy="error"`, or more than half of them
             if "auto"; or no row left.
-        TokenizerError: no chat template, no EOS token, or a template that changes the history.
+        TokenizerError: no chat template, no EOS token, a template that changes the history, or a token beyond the
+            model's embeddings.
     """
     kept_as = ""
     if cache_folder is not None and isinstance(rows, (list, datasets.Dataset)):
@@ -105,6 +106,7 @@ def prepare_dataset(
             f"rows{', or raise max_length' if too_long else ''}."
         )
     prepared = table.dataset()
+    check_tokens(prepared, tokenizer, options.embeddings, source, first_row)
     if kept_as and cache_folder is not None and not (report.faults and (report.faults.counts or report.faults.of_all)):
         cache.store(cache_folder, kept_as, prepared, report)
     return prepared, report
@@ -247,23 +249,30 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     return Turn(turn.index, tuple(kept), cut[0], cut[1] if len(cut) == 2 else None)
 
 
-def prepare_datasets(rows: Any, *, source: str, reports: dict[str, DataReport], **options: Any) -> Any:
+def prepare_datasets(
+    rows: Any, tokenizer: Any, options: DataOptions, *, source: str, reports: dict[str, DataReport], **more: Any
+) -> Any:
     """`prepare_dataset` for one dataset or several by name; prepared datasets and None are returned as they are.
 
     Args:
         rows: a dataset, or a mapping of datasets.
+        tokenizer: the model's.
+        options: lengths, turns, pairs, and the number of embeddings, which prepared datasets are compared with too.
         source: name in errors and reports; prefix of the names if there are several.
         reports: receives each report by name.
-        options: passed to `prepare_dataset`.
+        more: passed to `prepare_dataset`.
     """
-    if rows is None or is_prepared(rows):
+    if rows is None:
+        return rows
+    if is_prepared(rows):
+        check_tokens(rows, tokenizer, options.embeddings, source, 0)
         return rows
     if isinstance(rows, Mapping):
         return {
-            name: prepare_datasets(own, source=f"{source}_{name}", reports=reports, **options)
+            name: prepare_datasets(own, tokenizer, options, source=f"{source}_{name}", reports=reports, **more)
             for name, own in rows.items()
         }
-    prepared, reports[source] = prepare_dataset(rows, source=source, **options)
+    prepared, reports[source] = prepare_dataset(rows, tokenizer, options, source=source, **more)
     return prepared
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
-from sapo.errors import brief
+from sapo.errors import ConfigurationError, brief
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, longest, training_memory
 from sapo.text.numbers import bytes_text
 from sapo.weights.description import is_causal
@@ -34,8 +34,20 @@ def resolve_checkpointing(args: SAPOConfig, model: Any, peft_config: Any = None)
         args: of the run; changed.
         model: the policy, loaded, before a new adapter is added.
         peft_config: of the new adapter, if there is one.
+
+    Raises:
+        ConfigurationError: it is true, and the model has no such thing.
     """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    supported = inner.supports_gradient_checkpointing
     if args.gradient_checkpointing != "auto":
+        if args.gradient_checkpointing and not supported:
+            raise ConfigurationError(
+                f"gradient_checkpointing=true: {type(inner).__name__} does not support it. Set it to false."
+            )
+        return
+    if not supported:
+        set_checkpointing(args, False)
         return
     decided = [_needs_recomputation(args, model, peft_config) if args.process_index == 0 else True]
     if args.world_size > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.data.examples import DataOptions, Turn, collate_examples, largest_token
+from sapo.data.examples import DataOptions, Turn, collate_examples
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError
@@ -140,11 +140,10 @@ def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
     prepared, report = prepare_dataset(
         load_rows(name, split=options.dataset_split),
         loaded.tokenizer,
-        DataOptions(max_length=length, max_prompt_length=max(1, length - length // 4)),
+        DataOptions(length, max(1, length - length // 4), embeddings=loaded.embeddings),
         eos_ids=loaded.eos_ids,
         source=name,
     )
-    loaded.checked([largest_token(prepared)[0]])
     wanted = min(options.limit or ROWS, len(prepared))
     # Evenly spread: files are often sorted by topic.
     places = [place * len(prepared) // wanted for place in range(wanted)]

@@ -194,7 +194,7 @@ def _prompts_of(session: Session, loaded: LoadedModel, name: str) -> list[tuple[
 
 def _data_options(session: Session, loaded: LoadedModel) -> DataOptions:
     length = _length(session, loaded)
-    return DataOptions(max_length=length, max_prompt_length=max(1, length - length // 4))
+    return DataOptions(length, max(1, length - length // 4), embeddings=loaded.embeddings)
 
 
 def _length(session: Session, loaded: LoadedModel) -> int:

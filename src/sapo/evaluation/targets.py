@@ -16,7 +16,7 @@ from sapo.runs.files import file_digest, folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
 from sapo.weights.description import positions_of
-from sapo.weights.embeddings import fit_model
+from sapo.weights.embeddings import embedding_rows, fit_model, known_tokens
 from sapo.weights.loading import load_frozen, load_template_tokenizer, load_tokenizer, read_config
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import ADAPTER_FILE, find_source, read_adapter_config
@@ -68,20 +68,14 @@ class LoadedModel:
     pad_token_id: int
     positions: int | None
 
-    def checked(self, ids: list[int]) -> list[int]:
-        """`ids`, if the model has an embedding for each.
+    @property
+    def embeddings(self) -> int:
+        """Number of tokens that the model has an embedding for."""
+        return embedding_rows(self.model)
 
-        Raises:
-            TokenizerError: it has not; on a GPU such a token would end the process.
-        """
-        size = self.model.get_input_embeddings().weight.shape[0]
-        if max(ids, default=0) >= size:
-            raise TokenizerError(
-                f"{self.model.name_or_path}: its tokenizer gives token {max(ids)} "
-                f"({self.tokenizer.convert_ids_to_tokens(max(ids))!r}), and the model has {size} embeddings. Take the "
-                "tokenizer that belongs to it."
-            )
-        return ids
+    def checked(self, ids: list[int]) -> list[int]:
+        """`ids`, if the model has an embedding for each; else a `TokenizerError`."""
+        return known_tokens(ids, self.tokenizer, self.model)
 
 
 def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Target]:

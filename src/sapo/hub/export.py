@@ -161,9 +161,15 @@ def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: s
     config = read_config(origin.model, origin.revision)
     method = quantization_method(config)
     if method is not None:
+        adapter = source.adapter is not None
         raise ModelError(
-            f"{origin.model}: its {'base' if source.adapter else 'weights'} is stored quantized ({method}) and cannot "
-            "be merged or cast. Serve the adapter beside its base (vllm serve BASE --enable-lora)."
+            f"{origin.model}: {'its base is' if adapter else 'its weights are'} stored quantized ({method}) and cannot "
+            "be merged or cast. "
+            + (
+                "Serve the adapter beside its base (vllm serve BASE --enable-lora)."
+                if adapter
+                else "Serve it as it is."
+            )
         )
     stored = config.dtype or torch.float32
     wanted: torch.dtype = stored if dtype == "auto" else getattr(torch, dtype)

@@ -40,6 +40,11 @@ logger = logging.get_logger(__name__)
 
 _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
+_EARLY = (
+    METRICS_FILE, TRACE_FILE.format(process="*") + "*",
+    *(form.format(name) for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES) for form in ("{}", ".{}.partial")),
+)  # fmt: skip
+"""What a run writes before its first checkpoint."""
 STAGING = ".saving"
 """In the run folder: where models and checkpoints are written before they get their names."""
 _OLD = ".old"
@@ -131,6 +136,18 @@ class RunFolder:
         for pattern in (METRICS_FILE, *REPORT_FILES, *kept, *per_process):
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
+
+    @contextmanager
+    def undone_unless(self, begun: Callable[[], bool]) -> Iterator[None]:
+        """Leave nothing of a run that fails before it has `begun`: the next start finds the folder as this one did."""
+        try:
+            yield
+        except Exception:
+            if self._world.first and not begun():
+                for pattern in (*_EARLY, f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN):
+                    for file in self.path.glob(pattern):
+                        file.unlink()
+            raise
 
     def begin(self, step: int, options: dict[str, Any]) -> None:
         """Write the resolved `options`, and drop metrics of steps after `step`, which will be run again."""
@@ -228,10 +245,7 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
     check_unlocked(path)
     present = sorted(file.name for file in path.iterdir() if file.name != LOCK_FILE) if path.is_dir() else []
     if restarted:
-        early = [METRICS_FILE, TRACE_FILE.format(process="*") + "*", ".rehearsal-*"]
-        for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES):
-            early += [name, f".{name}.partial"]
-        present = [name for name in present if not any(fnmatch(name, pattern) for pattern in early)]
+        present = [name for name in present if not any(fnmatch(name, pattern) for pattern in (*_EARLY, ".rehearsal-*"))]
     if present and not overwrite:
         raise ConfigurationError(
             f"output_dir={path} is not empty (it holds {present[0]}). Choose another, continue with "

@@ -170,7 +170,7 @@ class StopOnSignal(TrainerCallback):
     further step begins. Before the first step there is nothing to keep: the run ends at once.
 
     Args:
-        begin: called before each step.
+        begin: called after each step.
     """
 
     def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
@@ -218,7 +218,6 @@ class StopOnSignal(TrainerCallback):
         """From here on a stop keeps something."""
         self._begun = True
         self._kept = state.global_step if stops_within(args) else 0
-        self._begin()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -236,6 +235,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """Ask for a checkpoint and the end; in all processes at the same step, whichever of them was told when."""
         self._kept = 0
+        self._begin()
         if self.is_told(args):
             control.should_save = True
             control.should_training_stop = True

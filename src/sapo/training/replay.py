@@ -24,6 +24,7 @@ from sapo.runs.layout import SELF_REPLAY_FILE
 from sapo.runs.reply_cache import start_replies
 from sapo.training.context import RunContext
 from sapo.weights.digest import weights_digest
+from sapo.weights.embeddings import embedding_rows
 
 
 def with_self_replay(
@@ -70,7 +71,7 @@ def _replies(context: RunContext, folder: RunFolder, checkpoint: Path | None) ->
 
 
 def _of_rows(context: RunContext, name: str) -> list[Reply]:
-    options = DataOptions.of(context.args)
+    options = DataOptions.of(context.args, embedding_rows(context.roles.policy()))
     prepared, _ = prepare_dataset(load_rows(name), context.tokenizer, options, eos_ids=context.eos_ids, source=name)
     turns = [one.turns[-1] for one in collate_examples(list(prepared))["examples"]]
     return [(turn.prompt_ids, turn.response_ids) for turn in turns]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from sapo.config import SAPOConfig
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
+from sapo.data.examples import DataOptions
 from sapo.errors import ConfigurationError
 from sapo.estimate.checkpointing import resolve_checkpointing
 from sapo.weights.description import positions_of
@@ -23,12 +24,14 @@ class Start(NamedTuple):
         tokenizer: with the chat template of the run.
         eos_ids: tokens that end a response.
         use_cache: of the configuration, before Trainer changes it.
+        data: options to prepare rows with.
     """
 
     policy: Any
     tokenizer: Any
     eos_ids: frozenset[int]
     use_cache: bool
+    data: DataOptions
 
 
 def prepare_start(model: Any, args: SAPOConfig, tokenizer: Any, peft_config: Any) -> Start:
@@ -62,4 +65,5 @@ def prepare_start(model: Any, args: SAPOConfig, tokenizer: Any, peft_config: Any
     if args.disable_dropout:
         disable_dropout(policy)
     eos_ids = eos_token_ids(tokenizer, policy.generation_config.eos_token_id)
-    return Start(policy, tokenizer, eos_ids, bool(policy.config.to_dict().get("use_cache", True)))
+    use_cache = bool(policy.config.to_dict().get("use_cache", True))
+    return Start(policy, tokenizer, eos_ids, use_cache, DataOptions.of(args, embedding_rows(policy)))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
-from sapo.data.examples import DataOptions, DataReport, collate_examples, is_prepared
+from sapo.data.examples import DataReport, collate_examples, is_prepared
 from sapo.data.prepare import prepare_datasets
 from sapo.errors import ConfigurationError
 from sapo.generation.forward import unwrapped
@@ -103,10 +103,10 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SAPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-SAPO")
-        policy, processing_class, eos_ids, use_cache = prepare_start(model, args, processing_class, peft_config)
+        policy, processing_class, eos_ids, use_cache, data = prepare_start(model, args, processing_class, peft_config)
         self.data_reports: dict[str, DataReport] = {}
         self._prepare = partial(
-            prepare_datasets, tokenizer=processing_class, options=DataOptions.of(args), eos_ids=eos_ids,
+            prepare_datasets, tokenizer=processing_class, options=data, eos_ids=eos_ids,
             num_proc=args.dataset_num_proc or 1,
         )  # fmt: skip
         super().__init__(
@@ -385,7 +385,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                 )
             else:
                 self._run_state.check(checkpoint)
-            return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+            with self.run_folder.undone_unless(lambda: checkpoint is not None or self.state.global_step > 0):
+                return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _start(self, checkpoint: Path | None) -> None:
         self._look_ahead.clear()

@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
@@ -22,6 +23,7 @@ from transformers.utils import is_torch_available, logging
 from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.network import hub_or_cache
 from sapo.weights.source import (
+    GENERATION_FILE,
     TOKENIZER_FILES,
     ModelSource,
     download_adapter,
@@ -46,6 +48,7 @@ LOADING_ERRORS = (
     ImportError,
     RuntimeError,
     SafetensorError,
+    StrictDataclassError,
     UnpicklingError,
     struct.error,
 )
@@ -150,11 +153,14 @@ def load_generation_config(name: str, revision: str = "main", config: Any = None
         try:
             with hub_or_cache(source.base):
                 return GenerationConfig.from_pretrained(source.base, revision=source.revision)
-        except OSError:
-            pass  # there is none
+        except OSError as error:
+            if (Path(source.base) / GENERATION_FILE).is_file():
+                raise ModelError(
+                    f"{source.base}: {GENERATION_FILE} cannot be read ({brief(error)}). Correct or remove it."
+                ) from error  # without the file, there is none
         except LOADING_ERRORS as error:
             raise ModelError(
-                f"{source.base}: generation_config.json cannot be used ({brief(error)}). Correct or remove it."
+                f"{source.base}: {GENERATION_FILE} cannot be used ({brief(error)}). Correct or remove it."
             ) from error
     return GenerationConfig.from_model_config(config_of(source) if config is None else config)
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, TokenizerError
 from sapo.seeds import derive_seed, random_state_restored
 
 _RESIZED = "The new "
@@ -70,6 +70,22 @@ def embedding_rows(model: Any) -> int:
     """Number of rows of the input embeddings, also where ZeRO-3 has partitioned them."""
     weight = model.get_input_embeddings().weight
     return int(weight.ds_shape[0] if hasattr(weight, "ds_shape") else weight.shape[0])
+
+
+def known_tokens(ids: list[int], tokenizer: Any, model: Any) -> list[int]:
+    """`ids`, if the model has an embedding for each.
+
+    Raises:
+        TokenizerError: it has not; on a GPU such a token would end the process.
+    """
+    size = embedding_rows(model)
+    if max(ids, default=0) >= size:
+        raise TokenizerError(
+            f"{model.name_or_path}: its tokenizer gives token {max(ids)} "
+            f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), and the model has {size} embeddings. Take the tokenizer "
+            "that belongs to it."
+        )
+    return ids
 
 
 def refuse_new_rows(tokenizer: Any, rows: int, backend: str) -> None:

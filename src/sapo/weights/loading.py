@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 import logging as standard_logging
 import os
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, prepare_model_for_kbit_training
+import transformers
+from peft import PeftModel, PeftType, get_peft_model_state_dict, prepare_model_for_kbit_training
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -26,7 +29,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, ModelError
+from sapo.errors import ConfigurationError, ModelError, SapoError
 from sapo.network import hub_or_cache
 from sapo.weights.description import (
     LOADING_ERRORS,
@@ -76,11 +79,19 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
+_NUMBER = re.compile(r"\.\d+\.")
+"""Of a layer, in the name of a weight."""
+
 # ---- Models ----
 
 
-def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
+def check_model(model_args: ModelConfig, args: SAPOConfig, *, trains: bool = True) -> None:
     """Find out before data or weights are read whether the model can be trained here.
+
+    Args:
+        model_args: names the model.
+        args: of the run.
+        trains: whether it is trained; else it only generates, and its weights may be stored quantized.
 
     Raises:
         ModelError: the folder is missing, incomplete, or its weights cannot be trained.
@@ -92,10 +103,32 @@ def check_model(model_args: ModelConfig, args: SAPOConfig) -> None:
     config = load_config(model_args)
     described = with_stored_adapter(model_args, merge=args.adapter == "merge")
     source = source_of(model_args)
-    _check_trainable(source, config, adapter=described.use_peft)
+    if trains:
+        _check_trainable(source, config, adapter=described.use_peft)
+    else:
+        _check_readable(source, config)
+    method = quantization_method(config)
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and method not in (None, "bitsandbytes"):
+        raise ConfigurationError(
+            f"load_in_{4 if model_args.load_in_4bit else 8}bit with {source.base}, which is stored quantized already "
+            f"({method}). Leave it out, or use the unquantized checkpoint."
+        )
     check_start(source, model_args, args)
-    if not args.skip_memory_check:
+    if args.skip_memory_check:
+        return
+    try:
         check_memory(config, described, args)
+    except ConfigurationError as error:
+        if described is model_args or not str(error).startswith(("lora_", "the adapter does not fit")):
+            raise
+        raise ModelError(
+            f"{source.adapter}: does not fit {source.base} ({str(error).rstrip('.')}). Name the model that it was "
+            "trained on in adapter_config.json."
+        ) from error
+    except SapoError:
+        raise
+    except LOADING_ERRORS as error:
+        raise loading_error("model", source, error) from error
 
 
 def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None = None) -> tuple[Any, Any]:
@@ -185,7 +218,13 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
     Raises:
         ModelError: it cannot be read, or lacks weights.
     """
-    rows = trained_rows(read_adapter_config(Path(folder)))
+    stored = read_adapter_config(Path(folder))
+    rows = trained_rows(stored)
+    if stored.get("peft_type") not in PeftType.__members__:
+        raise ModelError(
+            f"{folder}: this version of peft has no adapters of type {stored.get('peft_type')}. Run: pip install "
+            "--upgrade peft"
+        )
     if not isinstance(model, PeftModel):
         # What new rows begin with does not matter: the adapter holds them all.
         grow(model, rows)
@@ -195,11 +234,28 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
-                return model
-            loaded: PeftModel = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-            return loaded
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
     except (*LOADING_ERRORS, UserWarning) as error:
         raise loading_error("adapter", ModelSource(folder, folder, None, "main"), error) from error
+    _check_adapter_used(model, folder, name)
+    return model
+
+
+def _check_adapter_used(model: PeftModel, folder: str, name: str) -> None:
+    """Refuse an adapter that has weights for modules which its base lacks: peft leaves them out without a word."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as content:
+        stored = set(content.keys())
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    unused = sorted(stored - own.keys() - model.state_dict().keys())
+    if unused:
+        raise ModelError(
+            f"{folder}: the base model has no place for {_and_more(unused)} of the adapter, so it was trained on "
+            "another one. Name that in adapter_config.json."
+        )
 
 
 def with_stored_adapter(model_args: ModelConfig, *, merge: bool) -> ModelConfig:
@@ -289,6 +345,7 @@ def _load_model(
     except LOADING_ERRORS as error:
         raise loading_error("model", source, error) from error
     _check_complete(source, model, report)
+    _follow_ties(model)
     switch_off_router_logits(model.config)
     if trainable and hasattr(model.config, "vision_config"):
         logger.warning(
@@ -319,16 +376,50 @@ def _check_complete(source: ModelSource, model: Any, report: Mapping[str, Any]) 
         )
     # A weight of another shape is replaced by random numbers like one that is missing, if transformers is told so.
     missing = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
-    if missing or report["error_msgs"]:
-        more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        what = f"{missing[0]}{more}" if missing else str(report["error_msgs"][0])
-        raise ModelError(
-            f"{source.base}: the checkpoint lacks {what}, which would be random. Use a complete checkpoint of this "
-            "architecture; a missing lm_head may mean tie_word_embeddings is wrong in config.json."
-        )
     unused = sorted(report["unexpected_keys"])
+    if missing or report["error_msgs"]:
+        what = _and_more(missing) if missing else str(report["error_msgs"][0])
+        instead = f" It has {_and_more(unused)}, which the model has no place for." if unused else ""
+        tied = " A missing lm_head may mean tie_word_embeddings is wrong in config.json." if not unused else ""
+        raise ModelError(
+            f"{source.base}: the checkpoint lacks {what}, which would be random.{instead} Use a complete checkpoint of "
+            f"this architecture, with the names that transformers gives its weights.{tied}"
+        )
+    parts = _parts_of(model, unused)
+    if parts:
+        raise ModelError(
+            f"{source.base}: the checkpoint has {_and_more(parts)}, for which the model of config.json has no place: "
+            "it would compute something else. Use the config.json that belongs to the checkpoint."
+        )
+    saved_as = (getattr(model.config, "architectures", None) or [""])[0]
+    if saved_as and not hasattr(transformers, saved_as):
+        logger.warning(f"{source.base}: saved as {saved_as}, which transformers lacks; used as {type(model).__name__}.")
     if unused:
         logger.warning(f"{source.base}: {len(unused)} weights of the checkpoint are not used, such as {unused[0]}.")
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more weights" if len(names) > 1 else "")
+
+
+def _parts_of(model: Any, names: Sequence[str]) -> list[str]:
+    """Those of `names` that belong to a layer which the model has, or would have if it were deeper."""
+    modules, own = dict(model.named_modules()), model.state_dict().keys()
+
+    def is_part(name: str) -> bool:
+        owner, _, last = name.rpartition(".")
+        if last in ("weight", "bias") and owner in modules and "weight" in modules[owner]._parameters:
+            return True
+        return _NUMBER.search(name) is not None and _NUMBER.sub(".0.", name) in own
+
+    return [name for name in names if is_part(name)]
+
+
+def _follow_ties(model: Any) -> None:
+    """Let the configuration say what was loaded: a head of its own, where the checkpoint has one."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    if text.tie_word_embeddings and head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 @contextmanager

@@ -201,9 +201,13 @@ class AdapterCopy(_Unsharded):
 
     def __init__(self, policy: PeftModel, name: str) -> None:
         config = policy.peft_config[POLICY_ADAPTER]
-        if config.peft_type != PeftType.LORA:
+        if config.peft_type != PeftType.LORA or config.bias != "none":
+            kind = PeftType(config.peft_type).value
+            what = kind if kind != "LORA" else f"LORA with bias={config.bias}"
             raise ConfigurationError(
-                f"the adapter is of type {config.peft_type}: opponent and reference adapters need LoRA."
+                f"the adapter is of type {what}, and opponent and reference are adapters beside it, which needs LORA "
+                "without biases. Add --adapter merge to merge it into its base and train that (with --use_peft, by an "
+                "adapter of LoRA)."
             )
         self._policy = policy
         self._switch = AdapterSwitch(policy)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
-from sapo.errors import ConfigurationError, TokenizerError, brief
+from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.weights.description import switch_off_router_logits
 from sapo.weights.generation_settings import repair_generation_config
 
@@ -43,7 +43,10 @@ def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
     for name in ("device_map", "output_loading_info"):
         if name in given:
             raise ConfigurationError(f"model_init_kwargs sets {name}, which follows from the run. Leave it out.")
-    return {name: value for name, value in given.items() if name not in _REFUSED_KEYWORDS}
+    if "torch_dtype" in given:
+        # transformers has renamed it, and lets the new name win.
+        given = {"dtype": given["torch_dtype"]} | given
+    return {name: value for name, value in given.items() if name not in (*_REFUSED_KEYWORDS, "torch_dtype")}
 
 
 def with_adapter(
@@ -56,6 +59,7 @@ def with_adapter(
     Raises:
         ConfigurationError: the model has an adapter already and another is asked for, the adapter's target modules
             are not in the model, or every weight is frozen.
+        ModelError: a weight is not finite.
     """
     repaired = repair_generation_config(model.get_base_model() if isinstance(model, PeftModel) else model)
     if repaired is not None:
@@ -79,12 +83,25 @@ def with_adapter(
             "every weight of the model is frozen, so nothing would be trained. Pass a peft_config (--use_peft), load "
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
+    _check_finite(model)
     switch_off_router_logits(model.config)
     _check_quantized(model, args)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
         # Only the adapters train, so nothing before the first of them would carry a gradient to recompute for.
         model.enable_input_require_grads()
     return model
+
+
+def _check_finite(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        # Shards of other processes have no elements, and codes of quantized weights are always finite.
+        if weight.is_meta or not weight.numel() or not weight.is_floating_point() or weight.element_size() < 2:
+            continue
+        if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):
+            raise ModelError(
+                f"{model.config.name_or_path or 'the model'}: {name} holds NaN or infinite values, with which nothing "
+                "can be trained. Use a checkpoint without them; bfloat16 weights converted to float16 may overflow."
+            )
 
 
 def _check_quantized(model: Any, args: SAPOConfig) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 
 from sapo.errors import ModelError, brief, pip_line, require
@@ -26,7 +27,15 @@ from sapo.network import hub_fault, hub_or_cache
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
+GENERATION_FILE = "generation_config.json"
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WITHOUT_WEIGHTS_OF_THE_MODEL = (
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",
+)  # fmt: skip
+"""Types of adapters that lengthen the input and change no weight: neither merged, nor passed over one by one."""
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".gguf")
+_POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000
 """Bytes; as the reader of safetensors allows."""
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
@@ -127,6 +136,7 @@ def find_source(name: str, revision: str = "main") -> ModelSource:
 def _adapter_source(name: str, folder: Path, revision: str) -> ModelSource:
     """The adapter in `folder` on its base model; a base that is an adapter itself is merged into its own base."""
     content = read_adapter_config(folder)
+    _check_kind(folder, content)
     base = content.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder / ADAPTER_FILE}: base_model_name_or_path is missing. Name the adapter's base model.")
@@ -139,6 +149,20 @@ def _adapter_source(name: str, folder: Path, revision: str) -> ModelSource:
     except RecursionError as error:
         raise ModelError(f"{folder / ADAPTER_FILE}: the base models name each other. Name a full model.") from error
     return replace(found, name=name, adapter=str(folder))
+
+
+def _check_kind(folder: Path, content: Mapping[str, Any]) -> None:
+    kind, task = content.get("peft_type"), content.get("task_type")
+    if kind in _WITHOUT_WEIGHTS_OF_THE_MODEL:
+        raise ModelError(
+            f"{folder}: an adapter of type {kind}, which lengthens the input and changes no weights of the model, is "
+            "not supported. Use a LoRA adapter, or the base model."
+        )
+    if task not in (None, "CAUSAL_LM"):
+        raise ModelError(
+            f"{folder / ADAPTER_FILE}: task_type is {task}, so the adapter is not one of a model that generates text. "
+            "Use an adapter with task_type CAUSAL_LM, or the base model."
+        )
 
 
 def _gguf_source(name: str, file: Path, revision: str) -> ModelSource:
@@ -219,6 +243,9 @@ def check_weights(source: ModelSource) -> None:
     Raises:
         ModelError: names the file that is missing.
     """
+    for adapter in (*source.merged, source.adapter):
+        if adapter is not None and not any((Path(adapter) / name).is_file() for name in _ADAPTER_WEIGHTS):
+            raise ModelError(f"{adapter}: lacks {_ADAPTER_WEIGHTS[0]}. Download or save the adapter again.")
     folder = Path(source.base)
     if not folder.is_dir():
         return
@@ -251,8 +278,9 @@ def check_stored_types(source: ModelSource, config: Any) -> None:
     """
     if quantization_method(config) is not None or not Path(source.base).is_dir():
         return
-    for file in sorted(Path(source.base).glob("*.safetensors")):
-        types = _stored_types(file)
+    files = [file for ending in ("safetensors", "bin") for file in Path(source.base).glob(f"*.{ending}")]
+    for file in sorted(files):
+        types = _stored_types(file) if file.suffix == ".safetensors" else _pickled_types(file)
         scaled = any("scale" in name for name in types)
         for name, stored in types.items():
             if name.endswith(".weight") and (stored in _INTEGERS or (stored.startswith("F8") and scaled)):
@@ -270,6 +298,22 @@ def _stored_types(file: Path) -> dict[str, str]:
     except ValueError:
         return {}  # loading says what is wrong with it
     return {name: str(about["dtype"]) for name, about in header.items() if name != "__metadata__"}
+
+
+def _pickled_types(file: Path) -> dict[str, str]:
+    """The type of each tensor in a file of torch, by the names of safetensors; nothing if it has to be read for it."""
+    import torch  # not needed by commands without weights
+
+    try:
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception:  # noqa: BLE001 - whatever it is, loading says it
+        return {}
+    tensors = {name: one for name, one in found.items() if isinstance(one, torch.Tensor)} if type(found) is dict else {}
+    letters = {torch.uint8: "U", torch.int8: "I", torch.int16: "I", torch.int32: "I", torch.int64: "I"}
+    return {
+        name: f"{letters[one.dtype]}{8 * one.element_size()}" if one.dtype in letters else str(one.dtype)
+        for name, one in tensors.items()
+    }
 
 
 def quantization_method(config: Any) -> str | None:
@@ -291,6 +335,12 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             f"{name}: the {what} needs code of its own (auto_map), and code from a model is never run. Use a model "
             "that transformers has by itself; one whose code you trust can be loaded in Python and passed as an object."
         )
+    pointer = _pointer_in(source)
+    if pointer is not None:
+        return ModelError(
+            f"{pointer}: not the file itself, but a pointer of Git LFS to it. Run `git lfs pull` in the folder, or "
+            "download the model with `hf download`."
+        )
     if "ignore_mismatched_sizes" in str(error):
         return ModelError(
             f"{name}: the weights have other shapes than config.json says. Use the config.json that belongs to them."
@@ -301,11 +351,12 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             "converted from."
         )
     if isinstance(error, ImportError) or Path(source.base).is_dir():
-        advice = (
-            _install(str(error))
-            if isinstance(error, (ImportError, TypeError))
-            else " Check that the folder is complete."
-        )
+        if isinstance(error, (ImportError, TypeError)):
+            advice = _install(error)
+        elif isinstance(error, (StrictDataclassError, KeyError, AttributeError)):
+            advice = f" Correct {CONFIG_FILE}." if what == "model" else " Check the files that describe it."
+        else:
+            advice = " Check that the folder is complete."
         return ModelError(f"{name}: the {what} cannot be loaded ({reason}).{advice}")
     causes = tuple(_causes(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -333,10 +384,24 @@ _PACKAGES = {
 }
 
 
-def _install(said: str) -> str:
+def _install(error: BaseException) -> str:
     """How to install the package that a library misses."""
-    found = next((line for name, line in _PACKAGES.items() if name in said.lower()), "")
+    said = str(error).lower()
+    found = next((line for name, line in _PACKAGES.items() if name in said), "")
+    if not found and isinstance(error, ModuleNotFoundError) and error.name:
+        found = pip_line(error.name.partition(".")[0])
     return f" Run: {found}" if found else ""
+
+
+def _pointer_in(source: ModelSource) -> Path | None:
+    """A file of a local model or adapter that Git LFS has not downloaded."""
+    for folder in (source.base_path, source.adapter, *source.merged):
+        for file in sorted(Path(folder).iterdir()) if folder is not None and Path(folder).is_dir() else ():
+            if file.suffix in _OF_A_MODEL and file.is_file():
+                with file.open("rb") as content:
+                    if content.read(len(_POINTER)) == _POINTER:
+                        return file
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,0 +1,75 @@
+"""What libraries print on standard error while a command starts waits, so that an error is the first thing there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from sapo.errors import SapoError
+
+
+class Notices:
+    """Log records and warnings that wait to be shown."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], Any]] | None = []
+
+    def hold(self, show: Callable[[], Any]) -> bool:
+        """Whether something waits; after `release` nothing does."""
+        if self._waiting is None:
+            return False
+        self._waiting.append(show)
+        return True
+
+    def release(self) -> None:
+        """Show what has waited; from now on everything is shown at once."""
+        waiting, self._waiting = self._waiting, None
+        for show in waiting or ():
+            show()
+
+
+@contextmanager
+def held_notices() -> Iterator[Notices]:
+    """Keep log records and warnings off the terminal until they are released, or the block ends.
+
+    A `SapoError` drops them: the command ends with that one line. What is written to `sys.stderr` itself, such as a
+    progress bar, is shown at once.
+    """
+    notices = Notices()
+    loggers = [
+        logging.root,
+        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
+    ]
+    found = [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]
+    handlers = {one for one in found if isinstance(one, logging.StreamHandler) and one.stream is sys.stderr}
+    filters = {one: partial(_passes, notices, one) for one in handlers}
+    show = warnings.showwarning
+
+    def show_later(*given: Any, **more: Any) -> None:
+        if not notices.hold(partial(show, *given, **more)):
+            show(*given, **more)
+
+    for handler, passes in filters.items():
+        handler.addFilter(passes)
+    warnings.showwarning = show_later
+    try:
+        yield notices
+        notices.release()
+    except SapoError:
+        raise
+    except BaseException:
+        notices.release()
+        raise
+    finally:
+        for handler, passes in filters.items():
+            handler.removeFilter(passes)
+        warnings.showwarning = show
+
+
+def _passes(notices: Notices, handler: logging.Handler, record: logging.LogRecord) -> bool:
+    return not notices.hold(partial(handler.handle, record))

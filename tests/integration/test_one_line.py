@@ -22,6 +22,7 @@ from tests.integration.test_cli import command, data, model  # noqa: F401 - fixt
 IMPLAUSIBLE = {
     "int": ["-7", "much"],
     "float": ["-7.5", "much"],
+    "numbers": ["-7.5,1", "much"],
     "bool": ["perhaps"],
     "bool_or_auto": ["perhaps"],
     "str": ["nonsense"],

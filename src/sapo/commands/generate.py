@@ -161,26 +161,12 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
         raise DatasetError(
             f"{prompts}: the model's replies are all empty. Raise max_new_tokens, or check the template."
         )
-    kinds = {tuple(row) for row in written}
-    if len(kinds) > 1:
-        written = [_as_messages(row) for row in written]
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
         datasets.Dataset.from_list(written).to_parquet(str(partial))
     notes = f", {empty} empty ones left out" if empty else ""
     notes += f", {cut} cut off at {limit} tokens (as rows they end there)" if cut else ""
     say(console, f"{file}: {len(written)} replies{notes}")
-
-
-def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in row:
-        return row
-    return {
-        "messages": [
-            {"role": "user", "content": row["instruction"]},
-            {"role": "assistant", "content": row["output"]},
-        ]
-    }
 
 
 def write_pairs(

@@ -8,7 +8,10 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from sapo.data.columns import belongs_to_prompt
 from sapo.data.examples import DataOptions, collate_examples
+from sapo.data.formats import parse_row, without_nan
+from sapo.data.messages import Dropped, Message, PlainText, from_stored, parse_messages
 from sapo.data.prepare import prepare_dataset
 from sapo.data.prompts import BASES
 from sapo.errors import DatasetError
@@ -18,35 +21,61 @@ if TYPE_CHECKING:
 
 _PLACEHOLDER = "."
 """Stands for the missing reply while a row is encoded."""
+_TALKS = ("messages", "conversations", "conversation", "prompt")
 
 
 def unanswered(rows: Iterable[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Rows with a placeholder for the reply: `messages`, or a text column such as `prompt` or `instruction`.
+    """Rows with a placeholder for the reply: all with `messages`, or all with `instruction` and `output`.
 
     Args:
-        rows: with or without replies, which are left out.
+        rows: with or without replies, which are left out: messages in any spelling, or a text column such as `prompt`
+            or `instruction`, with the columns that belong to it, such as `system`.
         source: name of the rows in messages.
 
     Raises:
-        DatasetError: a row without a prompt.
+        DatasetError: a row without a prompt, or with a column that belongs to it and is not kept, such as `tools`.
     """
-    return [_unanswered(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
+    asked = [_unanswered(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
+    return asked if len({*map(tuple, asked)}) < 2 else [_as_messages(row) for row in asked]
 
 
 def _unanswered(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    messages = row.get("messages") or row.get("prompt")
-    if isinstance(messages, list):
-        kept = list(messages)
-        while kept and kept[-1]["role"] == "assistant":
-            kept.pop()
-        if kept:
-            return {"messages": [*kept, {"role": "assistant", "content": _PLACEHOLDER}]}
-    text = next((row[name] for name in BASES if isinstance(row.get(name), str) and row[name].strip()), None)
-    if text is None:
-        raise DatasetError(f"{where}: has no prompt. Give messages, or text in one of {', '.join(BASES)}.")
-    if row.get("input") and "instruction" in row:
-        text = f"{text}\n\n{row['input']}"
-    return {"instruction": text, "output": _PLACEHOLDER}
+    given = {name: value for name, value in without_nan(row).items() if belongs_to_prompt(name)}
+    messages: list[Message] = []
+    for name in _TALKS:
+        if given.get(name) and not isinstance(from_stored(given[name]), str):
+            messages = parse_messages(given.pop(name), name, where)
+            break
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if messages:
+        given["messages"] = [*messages, {"role": "assistant", "content": _PLACEHOLDER}]
+        layout = "messages"
+    else:
+        base = next((name for name in BASES if isinstance(given.get(name), str) and given[name].strip()), None)
+        if base is None:
+            raise DatasetError(f"{where}: has no prompt. Give messages, or text in one of {', '.join(BASES)}.")
+        given["response"] = _PLACEHOLDER
+        layout = f"{base}/response"
+    parsed = parse_row(given, layout, paired=False, chat=True, where=where)
+    if isinstance(parsed, Dropped):
+        raise DatasetError(f"{where}: cannot be asked: {parsed.reason}. Fix the row, or remove it.")
+    if isinstance(parsed, PlainText):
+        return {"instruction": parsed.prompt, "output": _PLACEHOLDER}
+    if parsed.tools or parsed.documents or parsed.template_options:
+        raise DatasetError(
+            f"{where}: has tools, documents or chat_template_kwargs, which are not kept. Remove these columns."
+        )
+    if layout != "messages" and len(parsed.messages) == 2:
+        return {"instruction": parsed.messages[0]["content"], "output": _PLACEHOLDER}
+    return {"messages": list(parsed.messages)}
+
+
+def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    if "messages" in row:
+        return row
+    asked = {"role": "user", "content": row["instruction"]}
+    return {"messages": [asked, {"role": "assistant", "content": row["output"]}]}
 
 
 def encode_prompts(

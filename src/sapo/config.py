@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import transformers
 import trl
 from packaging.version import Version
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from sapo.errors import ConfigurationError, brief, require
 from sapo.options import own_options, resume_fixed
@@ -65,6 +67,7 @@ class SAPOConfig(OptionRules, TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         if self.deepspeed:
             require(f"deepspeed={brief(self.deepspeed, 80)}", "deepspeed")
+        _check_optimizer(self.optim)
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
@@ -113,6 +116,16 @@ class SAPOConfig(OptionRules, TrainingArguments):
             )
         if self.fp16 and not torch.accelerator.is_available():
             raise ConfigurationError("fp16=true: no accelerator on this machine. Leave the option out.")
+
+
+def _check_optimizer(name: Any) -> None:
+    known = [one.value for one in OptimizerNames]
+    if getattr(name, "value", name) not in known:
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
+        nearest = f"; nearest: {close[0]}" if close else ""
+        raise ConfigurationError(
+            f"optim={brief(name, 80)}: not an optimizer of transformers{nearest}. It has {', '.join(known)}."
+        )
 
 
 def _as_json(value: Any) -> Any:

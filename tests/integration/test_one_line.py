@@ -15,6 +15,8 @@ import transformers
 
 from sapo.commands.main import main
 from sapo.commands.notices import held_notices
+from sapo.commands.starting import check_libraries
+from sapo.config import SAPOConfig
 from sapo.errors import EXTRAS, ConfigurationError
 from sapo.options import option, options
 from tests.integration.test_cli import command, data, model  # noqa: F401 - fixtures
@@ -43,7 +45,6 @@ MISSING = {
     "flash_attn": ("--attn_implementation", "flash_attention_2"),
     "liger_kernel": ("--use_liger_kernel",),
     "torchao": ("--optim", "adamw_torch_4bit"),
-    "galore_torch": ("--optim", "galore_adamw"),
     "schedulefree": ("--optim", "schedule_free_adamw"),
     "deepspeed_config": ("--deepspeed", "no-such-file.json"),
 }
@@ -59,6 +60,11 @@ CLASHES = (
     ("--use_peft", "--lora_modules_to_save", "w_pack"),
     ("--use_peft", "--lora_task_type", "DANCING"),
     ("--load_best_model_at_end",),
+    ("--optim", "galore_adamw"),
+    ("--optim", "adamw_torch", "--optim_args", "speed=3"),
+    ("--optim", "sgd", "--optim_args", "momentum=0.9,nesterovv=True"),
+    ("--use_peft", "--lora_task_type", "SEQ_CLS"),
+    ("--use_peft", "--lora_target_modules", "q_proj", "--lora_target_parameters", "w_pack"),
     ("--output_dir", "/dev/null/run"),
     ("--dataloader_prefetch_factor", "2"),
     ("--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"speed": 7}'),
@@ -251,6 +257,25 @@ def test_every_extra_is_asked_without_its_packages():
 @pytest.mark.parametrize("more", CLASHES, ids=" ".join)
 def test_what_a_library_refuses(more, model, data, tmp_path, capfd):  # noqa: F811
     assert one_line(command(model, data, tmp_path / "run", *more), capfd)
+
+
+def test_arguments_that_an_optimizer_takes_are_taken(tmp_path):
+    for optim, given in (("sgd", "momentum=0, nesterov=False"), ("adamw_torch", None)):
+        check_libraries(SAPOConfig(str(tmp_path), use_cpu=True, report_to="none", optim=optim, optim_args=given))
+
+
+def test_a_mistyped_optimizer_is_answered_with_the_nearest(model, data, tmp_path, capfd):  # noqa: F811
+    assert main(command(model, data, tmp_path / "run", "--optim", "adamw_hf")) == 2
+    said = capfd.readouterr().err
+    assert "optim=adamw_hf: not an optimizer of transformers; nearest: adamw_" in said
+    assert "adafactor" in said
+
+
+def test_an_output_dir_that_cannot_be_one_is_refused_before_anything_is_loaded(model, data, tmp_path, capfd):  # noqa: F811
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "folder")
+    for name, says in (("link", "is a link to .*gone/folder, which is not there"), ("x" * 300, "File name too long")):
+        assert main(command(model, data, tmp_path / name)) == 2
+        assert re.match(f"ConfigurationError: output_dir=.*{says}", capfd.readouterr().err)
 
 
 def test_models_of_another_kind_are_refused(model, data, tmp_path, capfd):  # noqa: F811

@@ -126,7 +126,9 @@ def next_commands(
         length = f" --max_length {run.config.max_length}"
         lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {quoted(evaluation)}{length}{note}")
     lines.append(f"Compare:   sapo compare {name}")
-    lines.append(f"Export:    sapo export {name} {quoted(folder.name + '-export')}")
+    # In front of a dash, which would begin a flag.
+    here = "./" if folder.name.startswith("-") else ""
+    lines.append(f"Export:    sapo export {name} {quoted(here + folder.name + '-export')}")
     if unfinished:
         lines.append(f"Continue:  {again}")
     elif recipe.parent == folder:

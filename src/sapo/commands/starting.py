@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import traceback
@@ -22,7 +23,7 @@ from sapo.errors import ConfigurationError, SapoError, brief, pip_line, require
 from sapo.generation.vllm.installed import refuse_absent_servers
 
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "clearml", "trackio", "swanlab")
-_NEED_THE_MODEL = ("lomo", "galore", "apollo")
+_NEED_THE_MODEL = ("lomo",)
 """Optimizers that transformers does not make without the model."""
 
 
@@ -66,10 +67,16 @@ def check_libraries(config: SAPOConfig) -> None:
                     callback()
     weight = nn.Parameter(torch.zeros(2, 2))
     optim = str(getattr(config.optim, "value", config.optim))
+    if any(name in optim for name in ("galore", "apollo")):
+        raise ConfigurationError(
+            f"optim={optim}: optimizers for parts of the model (GaLore, APOLLO) are not supported. "
+            "Use adamw_torch or adamw_8bit, or train fewer weights with --use_peft."
+        )
     with _of("optim", optim, "optim_args", config.optim_args):
         if not any(name in optim for name in _NEED_THE_MODEL):
             kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
             kind([weight], **options)
+    _check_optimizer_arguments(config)
     scheduler = str(config.lr_scheduler_type.value)
     if scheduler in ("reduce_lr_on_plateau", "greedy") and config.eval_strategy == "no":
         raise ConfigurationError(f"lr_scheduler_type={scheduler} follows evaluations. Set eval_strategy to steps.")
@@ -83,6 +90,31 @@ def check_libraries(config: SAPOConfig) -> None:
         )
     if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
         _check_checkpointing(config.gradient_checkpointing_kwargs)
+
+
+def _check_optimizer_arguments(config: SAPOConfig) -> None:
+    """Refuse an argument that changes nothing, whatever its value: transformers leaves out those it does not know.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    given = [one.partition("=") for one in (config.optim_args or "").replace(" ", "").split(",") if one]
+
+    def made(optim_args: str | None) -> object:
+        changed = copy.copy(config)
+        changed.optim_args = optim_args
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(changed)
+        except Exception as error:  # noqa: BLE001 - it has read the value, and refuses it
+            return type(error)
+
+    without = made(None)
+    for name, _, value in given:
+        if all(made(f"{name}={tried}") == without for tried in (value, "0.123", "7", "False")):
+            raise ConfigurationError(
+                f"optim_args={config.optim_args}: {getattr(config.optim, 'value', config.optim)} takes no {name}. "
+                "Leave it out; weight_decay, adam_beta1, adam_beta2 and adam_epsilon are options of their own."
+            )
 
 
 def _check_checkpointing(given: Any) -> None:

@@ -239,6 +239,14 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         ConfigurationError: `path` is not an empty folder, and may not be overwritten; it cannot be written; or another
             process writes in it.
     """
+    try:
+        link = path.readlink() if path.is_symlink() and not path.exists() else None
+    except OSError as error:
+        raise ConfigurationError(f"output_dir={path}: {error.strerror}. Name another folder.") from error
+    if link is not None:
+        raise ConfigurationError(
+            f"output_dir={path} is a link to {link}, which is not there. Make that folder, or name another."
+        )
     if path.exists() and not path.is_dir():
         raise ConfigurationError(f"output_dir={path} is a file. Name a folder.")
     _check_writable(path)

@@ -132,7 +132,18 @@ def _check_quantized(model: Any, args: SAPOConfig) -> None:
 
 def _check_target_modules(model: nn.Module, peft_config: Any) -> None:
     """Refuse a name that no module has; peft accepts it as long as another name matches."""
+    task = getattr(peft_config.task_type, "value", peft_config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigurationError(
+            f"lora_task_type={task}: the adapter of a model that generates text is CAUSAL_LM. Leave it out."
+        )
     modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in getattr(peft_config, "target_parameters", None) or ():
+        if not any(own == name or own.endswith(f".{name}") for own in parameters):
+            raise ConfigurationError(
+                f"lora_target_parameters: the model has no parameter {name}. It has names such as {parameters[-1]}."
+            )
     for option in ("target_modules", "modules_to_save"):
         wanted = getattr(peft_config, option, None) or ()
         unknown = sorted(

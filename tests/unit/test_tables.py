@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.table import direction, show, verdict
+from sapo.evaluation.table import direction, is_significant, show, verdict
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
 from sapo.text.numbers import error_text
-from sapo.text.terminal import print_table
+from sapo.text.terminal import print_table, say_wrapped
 
 
 def printed(width, rows, encoding="utf-8"):
@@ -74,7 +74,10 @@ def test_the_verdict_follows_what_changed_beyond_chance():
     mixed = verdict("local", {"nll": down, "ended": down, "loops": down})
     assert re.match(r"mixed: the likelihood.* and .*loop.* improved, but .*responses that end .* worsened", mixed)
     assert "better than the start: sums (+0.100 ±0.010)" in verdict("sums", {"sums": up})
-    assert "errors themselves are rough" in verdict("local", {"nll": estimate(-0.1, count=4)})
+    assert "errors themselves are rough" in verdict("local", {"nll": estimate(-0.1, count=8)})
+    few = estimate(-0.1, count=4)
+    assert verdict("local", {"nll": few}) == "none, 4 examples are too few. Evaluate on 30 rows or more."
+    assert not is_significant(few)
 
 
 def test_measures_of_length_have_no_better_side():
@@ -103,3 +106,12 @@ def test_the_table_of_models_has_what_decides_first_and_each_datum_once():
     assert "ended_data" not in text
     assert text.index("Verdict on run policy: better than the start") < text.index("↓ nll")
     assert "a note" in text
+
+
+def test_sentences_are_wrapped_at_words_on_a_terminal_alone():
+    for terminal, most in ((True, 20), (False, 40)):
+        out = io.StringIO()
+        say_wrapped(Console(file=out, width=20, force_terminal=terminal), "Nine words that do not fit into [one] line")
+        assert max(map(len, out.getvalue().splitlines())) >= most - 8
+        assert (len(out.getvalue().splitlines()) == 1) is not terminal
+        assert " ".join(out.getvalue().split()) == "Nine words that do not fit into [one] line"

@@ -29,6 +29,8 @@ _MEANINGS = {"nll": "the likelihood of held-out responses", "ended": "the share 
 _NORMAL_95 = 1.96
 _FEW = 30
 """Examples below which the errors themselves are rough."""
+_TOO_FEW = 8
+"""Examples below which no change is told from chance: their standard error is hardly known."""
 
 
 def direction(suite: str, measure: str) -> Direction:
@@ -85,6 +87,8 @@ def verdict(suite: str, change: Mapping[str, Estimate]) -> str:
             sides[improved].append(f"{meaning} ({name} {shown})" if meaning != name else f"{name} ({shown})")
     count = min((one.count for one in change.values()), default=0)
     rough = f" With {count} examples the errors themselves are rough." if count < _FEW else ""
+    if count < _TOO_FEW:
+        return f"none, {count} example{' is' if count == 1 else 's are'} too few. Evaluate on {_FEW} rows or more."
     better, worse = sides[True], sides[False]
     if not better and not worse:
         return f"no change from the start beyond chance, on {count} examples.{rough}"
@@ -96,8 +100,10 @@ def verdict(suite: str, change: Mapping[str, Estimate]) -> str:
 
 
 def is_significant(change: Estimate) -> bool:
-    """Whether the 95% interval of a change excludes 0."""
-    return change.stderr is not None and abs(change.value) > _NORMAL_95 * change.stderr
+    """Whether the 95% interval of a change excludes 0, and there are enough examples to say so."""
+    if change.stderr is None or change.count < _TOO_FEW:
+        return False
+    return abs(change.value) > _NORMAL_95 * change.stderr
 
 
 def _rows(

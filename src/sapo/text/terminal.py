@@ -33,6 +33,12 @@ def say(console: Console, *lines: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_wrapped(console: Console, *lines: str) -> None:
+    """Print sentences, wrapped at words on a terminal; to a file or a pipe as they are."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 def print_table(
     console: Console, title: str, rows: Sequence[Sequence[str]], *, right: bool = False, strong: int = 0
 ) -> None:

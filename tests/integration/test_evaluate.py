@@ -342,7 +342,7 @@ def test_tokens_beyond_the_embeddings_are_one_line(suite, evaluate, model, held_
     more = ("--dataset_name", held_out)
     if suite == "mt_bench":
         more = ("--mt_bench_dir", mt_bench, "--judge_model", "j", "--judge_base_url", "http://127.0.0.1:9/v1")
-    one_line(evaluate(model, "--suite", suite, *more, expect=2), "the model has 8 embeddings")
+    one_line(evaluate(model, "--suite", suite, *more, expect=2), "8 embeddings")
 
 
 def test_no_judge(evaluate, model, mt_bench):

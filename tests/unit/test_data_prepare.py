@@ -217,6 +217,18 @@ def test_row_numbers_survive_drops(chatml):
     assert (report.rows, report.kept) == (5, 2)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Hi", "completion": 3}, '"completion" is the int 3; it must be text or a list of messages'),
+        ({"messages": 3}, '"messages" is the int 3; it must be a list of messages'),
+    ],
+)
+def test_a_number_in_place_of_a_reply_is_told_what_may_stand_there(row, said, chatml):
+    with pytest.raises(DatasetError, match=said):
+        prepare([row], chatml)
+
+
 def test_nothing_left_says_why(chatml):
     with pytest.raises(DatasetError, match=r"none of its 3 rows can be used \(dropped 3 for: empty reply\)"):
         prepare([{"messages": talk("a", "")}] * 3, chatml)

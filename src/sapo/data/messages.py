@@ -106,7 +106,8 @@ def parse_messages(value: object, column: str, where: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DatasetError(f'{where}: "{column}" is {kind(value)}{_fault(value)}; it must be a list of messages.')
+        text = "" if column in ("messages", "conversation", "conversations") else "text or "
+        raise DatasetError(f'{where}: "{column}" is {kind(value)}{_fault(value)}; it must be {text}a list of messages.')
     if not value:
         raise DatasetError(f'{where}: "{column}" is an empty list; it must contain at least one message.')
     items = [part for item in value for part in _turn(from_json_text(item))]

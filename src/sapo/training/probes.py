@@ -51,7 +51,7 @@ class EvaluationPairs:
 
 DEFAULT_PROBE = 16
 """Maximum number of examples that are followed where no number is asked for."""
-_LEAST_PROBE, _PROBED_SHARE, _PROBED_PER_PAIR = 4, 25, 12
+_LEAST_PROBE, _PROBED_SHARE, _PROBED_PER_PAIR = 4, 40, 16
 """By default at least so many, at most one in so many of the pairs that the run trains on, and this many pairs trained
 on between two looks at one example: the forward pass of an example takes an eighth of the time of a pair's step."""
 

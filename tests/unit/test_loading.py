@@ -379,6 +379,12 @@ def test_the_type_of_weights_has_two_names(name, folder, args):
     assert loading.load_policy(named(folder, dtype="float32"), args)[0].dtype == torch.bfloat16
 
 
+def test_a_revision_is_named_once_for_all_parts_of_a_model(folder, args):
+    args.model_init_kwargs = {"revision": "v2"}
+    with pytest.raises(ConfigurationError, match=r"model_init_kwargs sets revision.*--model_revision v2"):
+        loading.load_policy(named(folder), args)
+
+
 def test_a_generation_config_that_cannot_be_read_is_not_one_that_is_missing(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": 1')
     with pytest.raises(ModelError, match=r"generation_config\.json cannot be read.*remove it"):

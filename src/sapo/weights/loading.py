@@ -317,10 +317,16 @@ def _check_trainable(source: ModelSource, config: Any, *, adapter: bool) -> None
 
 def _options(model_args: ModelConfig, args: SAPOConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for the model of a run."""
+    given = model_keyword_arguments(args)
+    if "revision" in given:
+        raise ConfigurationError(
+            "model_init_kwargs sets revision, which tokenizer and configuration would not follow. Use "
+            f"--model_revision {given['revision']} instead."
+        )
     options: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **model_keyword_arguments(args),
+        **given,
         "device_map": device_map(args),
     }
     quantization = get_quantization_config(model_args)

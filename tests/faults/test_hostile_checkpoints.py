@@ -79,7 +79,7 @@ def same_manifest(file, before):
         return False
 
 
-@settings(max_examples=trials(20, 250), deadline=None, derandomize=True)
+@settings(max_examples=trials(12, 250), deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**63))
 def test_a_forged_checkpoint_is_refused_or_trains_on_with_finite_weights(original, tmp_path_factory, seed):
     rng = random.Random(seed)

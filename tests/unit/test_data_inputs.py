@@ -80,7 +80,9 @@ def test_tokens_beyond_the_embeddings_are_named_before_a_model_loads(tmp_path):
     ):
         run(small, data, tmp_path)
     padded = save(tmp_path / "padded", vocabulary=size, pad="<fill>")
-    with pytest.raises(TokenizerError, match=rf"^the pad token: token {size} \('<fill>'\) .*embeddings\({size + 1}\)"):
+    with pytest.raises(
+        TokenizerError, match=rf"^the pad token of the tokenizer: token {size} \('<fill>'\) .*embeddings\({size + 1}\)"
+    ):
         run(padded, data, tmp_path)
     run(save(tmp_path / "wide", vocabulary=size + 64), data, tmp_path)
 

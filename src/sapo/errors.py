@@ -7,6 +7,7 @@ The command line prints that line and exits with status 2; anything else is a bu
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from sapo.text.escape import visible
 
@@ -23,6 +24,16 @@ EXTRAS = {
     "vllm": "vllm",
 }
 """Packages that this one imports only when they are asked for, with the extra that installs each."""
+
+
+def yaml_fault(error: Any) -> str:
+    """What follows a file's name where its YAML is wrong, on one line: PyYAML's own text quotes the line below a caret.
+
+    Args:
+        error: a `yaml.MarkedYAMLError`.
+    """
+    line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+    return f"{line}: not valid YAML ({brief(error.problem)})"
 
 
 def brief(text: object, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: one short try, before libraries that would retry each file for half a minute."""
+"""Whether the Hub can be reached, by one short try before libraries retry each file; whether Git LFS has delivered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sapo.errors import brief
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in place of its content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as content:
+        return content.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 @functools.cache

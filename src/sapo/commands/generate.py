@@ -33,6 +33,7 @@ from sapo.seeds import derive_seed
 from sapo.text.terminal import say
 from sapo.training.generators import checked_servers, self_play
 from sapo.training.pair_files import PairsReport, PairWriter, move_to_json_lines
+from sapo.weights.description import vocabulary_of
 from sapo.weights.embeddings import fit_model, refuse_new_rows
 from sapo.weights.loading import (
     check_model,
@@ -136,7 +137,7 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
     rows = (
         [{"instruction": one.text} for one in shipped_prompts("replay")] if prompts == SHIPPED else load_rows(prompts)
     )
-    options = DataOptions.of(config, getattr(model_config.get_text_config(), "vocab_size", None))
+    options = DataOptions.of(config, vocabulary_of(model_config))
     asked, ids = encode_prompts(rows, tokenizer, options, eos_ids=ends, source=prompts)
     generator = _generator(run, tokenizer, ends, None, "self-replay")
     limit = config.max_new_tokens or _REPLY_TOKENS

@@ -37,6 +37,7 @@ from sapo.weights.description import (
     load_template_tokenizer,
     load_tokenizer,
     positions_of,
+    vocabulary_of,
 )
 
 _ROWS_WITH_BAR = 5000
@@ -89,7 +90,7 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
         text_config.vocab_size = max(text_config.vocab_size, new_tokens[-1] + 1)
     if prints_date(tokenizer):
         config.template_date = template_date(config)
-    options = DataOptions.of(config, getattr(model_config.get_text_config(), "vocab_size", None))
+    options = DataOptions.of(config, vocabulary_of(model_config))
     eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
 
     def prepare(members: list[Member]) -> tuple[datasets.Dataset, list[DataReport]]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sapo.commands.recipes import find_recipe
-from sapo.errors import ConfigurationError, brief
+from sapo.errors import ConfigurationError, brief, yaml_fault
 from sapo.options import Option, option
 from sapo.options.aliases import unknown
 from sapo.options.values import check, convert
@@ -44,10 +44,8 @@ def read_recipe(name: str) -> dict[str, Any]:
             )
         return _options(file, loader, node)
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise ConfigurationError(
-            f"--config {file}{line}: not valid YAML ({brief(error.problem)}). Check indentation, colons and quotes "
-            "there."
+            f"--config {file}{yaml_fault(error)}. Check indentation, colons and quotes there."
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"--config {file}: not valid YAML ({brief(error)}).") from error

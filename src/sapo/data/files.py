@@ -23,6 +23,7 @@ import pyarrow.parquet
 
 from sapo.data.json_text import InvalidJson, load_json
 from sapo.errors import DatasetError, brief
+from sapo.network import is_lfs_pointer
 
 Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]"
 
@@ -31,7 +32,6 @@ CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
-_POINTER = b"version https://git-lfs"
 
 
 class Unreadable(dict[str, Any]):
@@ -98,8 +98,7 @@ def read_file(file: Path, split: str | None = None, *, tolerant: bool = False) -
 def _check_pointer(file: Path) -> None:
     """Refuse the file that a clone without Git LFS has in place of the data."""
     try:
-        with file.open("rb") as source:
-            pointer = source.read(len(_POINTER)) == _POINTER
+        pointer = is_lfs_pointer(file)
     except OSError as error:
         raise DatasetError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
     if pointer:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sapo.data.loading import load_rows
-from sapo.errors import ConfigurationError, DatasetError, brief
+from sapo.errors import ConfigurationError, DatasetError, brief, yaml_fault
 from sapo.evaluation.generate import (
     chat_ids,
     finish_reason,
@@ -84,8 +84,7 @@ def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--suite {file}: cannot be read ({error}).") from error
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise ConfigurationError(f"--suite {file}{line}: not valid YAML ({brief(error.problem)}).") from error
+        raise ConfigurationError(f"--suite {file}{yaml_fault(error)}.") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"--suite {file}: not valid YAML ({brief(error)}).") from error
     if not isinstance(content, dict):

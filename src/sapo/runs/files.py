@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sapo.errors import ConfigurationError, SapoError, brief
+from sapo.errors import ConfigurationError, SapoError, brief, yaml_fault
 
 _BLOCK = 1 << 20
 
@@ -140,9 +140,7 @@ def read_object(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except yaml.MarkedYAMLError as found:
-        # Its own text quotes the line with a caret below it, which one line cannot show.
-        line = f", line {found.problem_mark.line + 1}" if found.problem_mark is not None else ""
-        raise ConfigurationError(f"{file}{line}: not valid YAML ({brief(found.problem)}). Restore the file.") from found
+        raise ConfigurationError(f"{file}{yaml_fault(found)}. Restore the file.") from found
     except (ValueError, yaml.YAMLError, RecursionError) as found:
         raise ConfigurationError(f"{file}: cannot be read ({brief(found)}). Restore the file.") from found
     if not isinstance(content, dict):

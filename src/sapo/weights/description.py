@@ -134,6 +134,16 @@ def positions_of(config: Any) -> int | None:
     return positions
 
 
+def vocabulary_of(config: Any) -> int | None:
+    """The number of tokens that a model has embeddings for; None if its configuration does not say.
+
+    Args:
+        config: of the model; of its text part where it has several.
+    """
+    size: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return size
+
+
 def generation_eos_ids(name: str, revision: str, config: Any) -> int | list[int] | None:
     """`eos_token_id` of the generation configuration that the model will have once it is loaded."""
     eos_ids: int | list[int] | None = load_generation_config(name, revision, config).eos_token_id

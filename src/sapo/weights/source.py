@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from sapo.errors import ModelError, brief, pip_line, require
-from sapo.network import hub_fault, hub_or_cache
+from sapo.network import hub_fault, hub_or_cache, is_lfs_pointer
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -35,7 +35,6 @@ _WITHOUT_WEIGHTS_OF_THE_MODEL = (
 )  # fmt: skip
 """Types of adapters that lengthen the input and change no weight: neither merged, nor passed over one by one."""
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".gguf")
-_POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000
 """Bytes; as the reader of safetensors allows."""
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
@@ -397,10 +396,8 @@ def _pointer_in(source: ModelSource) -> Path | None:
     """A file of a local model or adapter that Git LFS has not downloaded."""
     for folder in (source.base_path, source.adapter, *source.merged):
         for file in sorted(Path(folder).iterdir()) if folder is not None and Path(folder).is_dir() else ():
-            if file.suffix in _OF_A_MODEL and file.is_file():
-                with file.open("rb") as content:
-                    if content.read(len(_POINTER)) == _POINTER:
-                        return file
+            if file.suffix in _OF_A_MODEL and file.is_file() and is_lfs_pointer(file):
+                return file
     return None
 
 

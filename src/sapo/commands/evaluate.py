@@ -36,7 +36,7 @@ def run_evaluate(given: Parsed) -> None:
     suite, run, settings = _suite(options)
     session = Session(options, find_targets(options.models, start=options.start), partial(say, console))
     found = run(session)
-    whole = results.as_json(suite, settings(session), session.targets, session.fingerprints, found)
+    whole = results.as_json(settings(session), session.targets, session.fingerprints, found)
     file = results.write(session.folder, suite, whole)
     table.show(console, suite, session.targets, found)
     say(console, f"Results: {file}")

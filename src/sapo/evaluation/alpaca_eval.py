@@ -17,19 +17,20 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError, EvaluationError
-from sapo.evaluation.generate import (
-    chat_ids,
-    finish_reason,
-    generator_of,
-    max_reply_tokens,
-    require_chat_template,
-    text_of,
-)
+from sapo.evaluation.generate import chat_ids, finish_notes, replies
 from sapo.evaluation.judge import Judge, JudgeRequest
-from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
+from sapo.evaluation.judged import (
+    answer_and_judge,
+    ask,
+    empty_answers,
+    file_name,
+    judge_notes,
+    judge_settings,
+    require_judge,
+)
 from sapo.evaluation.length_control import DEPARTURES, length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
+from sapo.evaluation.session import Session
 from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.generation.sampling import Sampling
@@ -39,8 +40,10 @@ from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 2048
 """Maximum tokens of a model's answer."""
-TEMPERATURE = 0.7
+SAMPLING = Sampling(0.7, 0, 1.0)
 """Of a model's answers."""
+ANSWERS = ("alpaca_eval", "model_outputs")
+"""Folder of the answers."""
 TOP_LOGPROBS = 5
 FIRST, SECOND = "m", "M"
 """What the judge answers for the first and for the second of the two, as in the published prompt."""
@@ -159,17 +162,16 @@ def settings(session: Session) -> dict[str, Any]:
         "judge_orders": options.judge_orders,
         "limit": options.limit,
         "max_new_tokens": options.max_new_tokens or MAX_NEW_TOKENS,
-        "temperature": TEMPERATURE if options.temperature is None else options.temperature,
+        "temperature": options.sampling(SAMPLING).temperature,
         "seed": options.seed,
     }
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Answer with every model, then compare every answer with the baseline's.
+    """Answer with every model, then compare every answer with the baseline's; answers and verdicts are kept.
 
     Raises:
-        ConfigurationError, DatasetError, TokenizerError: what is wrong, before the first token.
-        EvaluationError: the judge; answers and verdicts until then are kept.
+        SapoError: what is wrong.
     """
     require_judge(session)
     options = session.options
@@ -180,21 +182,17 @@ def run(session: Session) -> dict[str, SuiteResult]:
         )
     instructions = load_instructions(Path(options.alpaca_eval_data), options.limit)
     prompt = load_prompt(Path(options.judge_prompt) if options.judge_prompt else None)
-    judge = make_judge(session)  # a missing key or package shows before anything is generated
-    answers = {target.name: _answers(session, target, instructions) for target in session.targets}
-    session.release()
-    return {
-        target.name: _compare(session, judge, target, instructions, prompt, answers[target.name])
-        for target in session.targets
-    }
+    return answer_and_judge(
+        session,
+        lambda target: _answers(session, target, instructions),
+        lambda judge, target, answers: _compare(session, judge, target, instructions, prompt, answers),
+    )
 
 
 def _answers(session: Session, target: Target, instructions: Sequence[Instruction]) -> list[dict[str, Any]]:
-    parts = session.parts("alpaca_eval", "model_outputs", f"{target.slug}.jsonl")
     options = session.options
     budget = options.max_new_tokens or MAX_NEW_TOKENS
-    temperature = TEMPERATURE if options.temperature is None else options.temperature
-    sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
+    sampling = options.sampling(SAMPLING)
     keys = [
         facts_digest(
             suite="alpaca_eval",
@@ -207,27 +205,27 @@ def _answers(session: Session, target: Target, instructions: Sequence[Instructio
         )
         for place, one in enumerate(instructions)
     ]
-    for span in chunks(4 * options.batch_size, len(keys)):
-        missing = [place for place in span if keys[place] not in parts]
-        if not missing:
-            continue
+
+    def compute(missing: list[int]) -> list[dict[str, Any]]:
         loaded = session.load(target)
-        require_chat_template(loaded, target.path)
-        prompts = [chat_ids(loaded, [{"role": "user", "content": instructions[place].text}]) for place in missing]
-        budgets = [max_reply_tokens(loaded, one, budget) for one in prompts]
+        asked = [instructions[place] for place in missing]
+        prompts = [chat_ids(loaded, target.path, [{"role": "user", "content": one.text}]) for one in asked]
         seeds = [derive_seed(options.seed, "alpaca_eval", place) for place in missing]
-        replies = generator_of(loaded, sampling, options.batch_size).generate(prompts, budgets, seeds)
-        for place, tokens, own in zip(missing, replies, budgets, strict=True):
-            record = {
-                "instruction": instructions[place].text,
-                "output": text_of(loaded, tokens).strip(),
+        found = replies(loaded, prompts, seeds, sampling, max_new_tokens=budget, batch_size=options.batch_size)
+        return [
+            {
+                "instruction": one.text,
+                "output": reply.text.strip(),
                 "generator": target.slug,
-                "dataset": instructions[place].dataset,
-                "finish": finish_reason(loaded, tokens, own),
+                "dataset": one.dataset,
+                "finish": reply.finish,
             }
-            parts.add(keys[place], record)
-        session.say(f"{target.name}: {span.stop} of {len(keys)} answers")
-    return [parts.get(key) or {} for key in keys]
+            for one, reply in zip(asked, found, strict=True)
+        ]
+
+    return session.parts(*ANSWERS, f"{target.slug}.jsonl").complete(
+        keys, 4 * options.batch_size, compute, lambda done: session.say(f"{target.name}: {done} of {len(keys)} answers")
+    )
 
 
 def _compare(
@@ -238,9 +236,8 @@ def _compare(
     prompt: Sequence[tuple[str, str]],
     answers: Sequence[Mapping[str, Any]],
 ) -> SuiteResult:
-    file = session.parts("alpaca_eval", "model_outputs", f"{target.slug}.jsonl").file
-    empty = require_some_answers(target.name, [answer["output"] for answer in answers], file)
-    judge.begin()
+    file = session.folder.joinpath(*ANSWERS, f"{target.slug}.jsonl")
+    empty = empty_answers(target.name, [answer["output"] for answer in answers], file)
     asked = [
         (place, model_first, comparison(prompt, one, answers[place]["output"], model_first=model_first))
         for place, one in enumerate(instructions)
@@ -270,10 +267,7 @@ def _compare(
             f"{unparsable} verdicts name neither answer; their {len(found) - len(wins)} instructions are left out, "
             "never guessed."
         )
-    if empty:
-        result.notes.append(empty)
-    result.notes += finish_notes([answer["finish"] for answer in answers])
-    result.notes += judge_notes(judge)
+    result.notes += [*empty, *finish_notes([answer["finish"] for answer in answers]), *judge_notes(judge)]
     if session.options.judge_prompt is None:
         result.notes.append("Judged with this package's own prompt; --judge_prompt FILE takes the published one.")
     result.notes.append(DEPARTURES)

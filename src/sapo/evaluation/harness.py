@@ -45,28 +45,21 @@ class Benchmark:
     Attributes:
         name: task or group in the harness.
         shots: number of few-shot examples, as published.
-        metrics: metric names in the harness, with their names in the table.
-        main: the metric that enters the average.
+        metrics: metric names in the harness, with their names in the table; the first enters the average.
     """
 
     name: str
     shots: int
     metrics: Mapping[str, str]
-    main: str
 
 
 LEADERBOARD = (
-    Benchmark("arc_challenge", 25, {"acc_norm,none": "arc_challenge"}, "arc_challenge"),
-    Benchmark("hellaswag", 10, {"acc_norm,none": "hellaswag"}, "hellaswag"),
-    Benchmark("mmlu", 5, {"acc,none": "mmlu"}, "mmlu"),
-    Benchmark("truthfulqa_mc2", 0, {"acc,none": "truthfulqa_mc2"}, "truthfulqa_mc2"),
-    Benchmark("winogrande", 5, {"acc,none": "winogrande"}, "winogrande"),
-    Benchmark(
-        "gsm8k",
-        5,
-        {"exact_match,strict-match": "gsm8k", "exact_match,flexible-extract": "gsm8k (flexible)"},
-        "gsm8k",
-    ),
+    Benchmark("arc_challenge", 25, {"acc_norm,none": "arc_challenge"}),
+    Benchmark("hellaswag", 10, {"acc_norm,none": "hellaswag"}),
+    Benchmark("mmlu", 5, {"acc,none": "mmlu"}),
+    Benchmark("truthfulqa_mc2", 0, {"acc,none": "truthfulqa_mc2"}),
+    Benchmark("winogrande", 5, {"acc,none": "winogrande"}),
+    Benchmark("gsm8k", 5, {"exact_match,strict-match": "gsm8k", "exact_match,flexible-extract": "gsm8k (flexible)"}),
 )
 """Tasks, shots and metrics of the Open LLM Leaderboard v1, as in section 4.1 of the paper."""
 
@@ -80,7 +73,6 @@ IFEVAL = (
             "prompt_level_loose_acc,none": "prompt loose",
             "inst_level_loose_acc,none": "instruction loose",
         },
-        "prompt strict",
     ),
 )
 
@@ -131,7 +123,8 @@ def run(session: Session, suite: str) -> dict[str, SuiteResult]:
             records = [parts.get(keys[leaf]) or {} for leaf in leaves[one.name]]
             truncated += sum(record["truncated"] for record in records)
             _add(result, one, records, session.options.seed)
-        _average(result, benchmarks)
+        if len(benchmarks) == len(LEADERBOARD):
+            result.measures["average"] = average(result, benchmarks)
         result.notes += _notes(session, suite, chat=runner.chat, truncated=truncated)
         results[target.name] = result
     return results
@@ -151,7 +144,7 @@ def _benchmarks(session: Session, suite: str) -> list[Benchmark]:
 
 def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFacts]) -> None:
     """Refuse tasks whose responses alone would fill the model's context: the harness would fail in the middle."""
-    positions = _positions(target)
+    positions = positions_of(read_config(target.path))
     for task, known in facts.items():
         asked = session.options.max_new_tokens or known.generates
         if known.generates and positions is not None and asked >= positions:
@@ -159,11 +152,6 @@ def _require_room(session: Session, target: Target, facts: Mapping[str, TaskFact
                 f"{target.path} has {positions} positions, and {task} generates up to {asked} tokens. Lower that: "
                 f"--max_new_tokens {positions // 2}."
             )
-
-
-def _positions(target: Target) -> int | None:
-    """The model's context length in tokens; None if its configuration has none."""
-    return positions_of(read_config(target.path))
 
 
 def _chat(session: Session, target: Target, suite: str) -> bool:
@@ -193,26 +181,24 @@ def _require_tokens(session: Session, target: Target) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
 class _Runner:
     """Runs tasks on one model, in a separate process."""
 
-    def __init__(
-        self, session: Session, target: Target, parts: FinishedParts, chat: bool, include: Path | None
-    ) -> None:
-        self._session = session
-        self._target = target
-        self._parts = parts
-        self._include = include
-        self.chat = chat
+    session: Session
+    target: Target
+    parts: FinishedParts
+    chat: bool
+    include: Path | None
 
     def key(self, leaf: str, benchmark: Benchmark, identity: str) -> str:
         """Key of one task's result: everything it depends on."""
         import lm_eval
 
-        options = self._session.options
+        options = self.session.options
         return facts_digest(
             suite="lm_eval",
-            **self._session.identity(self._target),
+            **self.session.identity(self.target),
             task=leaf,
             data=identity,
             shots=benchmark.shots,
@@ -229,28 +215,28 @@ class _Runner:
         Raises:
             EvaluationError: the harness failed; finished tasks are kept.
         """
-        missing = [task for task in tasks if task[0] not in self._parts]
+        missing = [task for task in tasks if task[0] not in self.parts]
         if not missing:
-            return self._parts
-        self._session.release()
-        self._session.say(f"{self._target.name}: {', '.join(leaf for _, leaf, _ in missing)}")
+            return self.parts
+        self.session.release()
+        self.session.say(f"{self.target.name}: {', '.join(leaf for _, leaf, _ in missing)}")
         request = self._request(missing)
-        file = self._parts.file.with_suffix(".request.json")
+        file = self.parts.file.with_suffix(".request.json")
         write_result(file, json.dumps(request, indent=1) + "\n")
         status, last = _run_child(file)
-        parts = FinishedParts(self._parts.file)
+        parts = FinishedParts(self.parts.file)
         left = [leaf for key, leaf, _ in missing if key not in parts]
         if status or left:
             raise EvaluationError(
                 f"lm-evaluation-harness exited with status {status} at {left[0] if left else 'its end'} of "
-                f"{self._target.path} ({last}). {len(missing) - len(left)} of {len(missing)} tasks "
+                f"{self.target.path} ({last}). {len(missing) - len(left)} of {len(missing)} tasks "
                 f"are kept in {parts.file}; the same command continues from them."
             )
         file.unlink()
         return parts
 
     def _request(self, missing: Sequence[tuple[str, str, Benchmark]]) -> dict[str, Any]:
-        session, target = self._session, self._target
+        session, target = self.session, self.target
         options = session.options
         # Set explicitly, because the harness's default may change.
         model_args = {"pretrained": target.base or target.path, "dtype": options.dtype, "trust_remote_code": False}
@@ -266,9 +252,9 @@ class _Runner:
             "gen_kwargs": {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
             "chat": self.chat,
             "chat_template": None if session.template is None else session.template.text,
-            "include_path": None if self._include is None else str(self._include),
-            "parts": str(self._parts.file),
-            "positions": _positions(target),
+            "include_path": None if self.include is None else str(self.include),
+            "parts": str(self.parts.file),
+            "positions": positions_of(read_config(target.path)),
             "tasks": [
                 {"key": key, "task": leaf, "shots": benchmark.shots, "metrics": list(benchmark.metrics)}
                 for key, leaf, benchmark in missing
@@ -313,8 +299,7 @@ def _of_task(record: Mapping[str, Any], metric: str) -> Estimate:
     value = float(record["metrics"][metric])
     error = record["metrics"].get(f"{base}_stderr,{filter_name}")
     stderr = float(error) if error is not None and math.isfinite(error) else None
-    low, high = (None, None) if stderr is None else (value - 1.96 * stderr, value + 1.96 * stderr)
-    return Estimate(value, stderr, low, high, record["examples"])
+    return Estimate.normal(value, stderr, record["examples"])
 
 
 def _of_instructions(samples: Mapping[str, Sequence[float]], seed: int) -> Estimate:
@@ -328,18 +313,14 @@ def _of_instructions(samples: Mapping[str, Sequence[float]], seed: int) -> Estim
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
     """Unweighted mean of independent estimates."""
     count = len(estimates)
-    value = sum(one.value for one in estimates) / count
-    errors = [one.stderr for one in estimates]
-    if any(error is None for error in errors):
-        return Estimate(value, None, None, None, sum(one.count for one in estimates))
-    stderr = math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / count
-    examples = sum(one.count for one in estimates)
-    return Estimate(value, stderr, value - 1.96 * stderr, value + 1.96 * stderr, examples)
+    errors = [one.stderr for one in estimates if one.stderr is not None]
+    stderr = math.hypot(*errors) / count if len(errors) == count else None
+    return Estimate.normal(sum(one.value for one in estimates) / count, stderr, sum(one.count for one in estimates))
 
 
-def _average(result: SuiteResult, benchmarks: Sequence[Benchmark]) -> None:
-    if len(benchmarks) == len(LEADERBOARD):
-        result.measures["average"] = _mean([result.measures[one.main] for one in benchmarks])
+def average(result: SuiteResult, benchmarks: Sequence[Benchmark]) -> Estimate:
+    """Unweighted mean of the benchmarks' first metrics."""
+    return _mean([result.measures[next(iter(one.metrics.values()))] for one in benchmarks])
 
 
 def _notes(session: Session, suite: str, *, chat: bool, truncated: int) -> list[str]:

@@ -86,11 +86,6 @@ class JudgeRequest:
             top_logprobs=self.top_logprobs,
         )
 
-    @property
-    def characters(self) -> int:
-        """Length of the prompt."""
-        return sum(len(text) for _, text in self.messages)
-
 
 @dataclass
 class JudgeTally:
@@ -177,7 +172,8 @@ class Judge:
         new = {request.key(self.options): request for request in requests}
         there = len(new)
         new = {key: request for key, request in new.items() if key not in self.parts}
-        tokens_in = sum(request.characters for request in new.values()) // _CHARACTERS_PER_TOKEN
+        characters = sum(len(text) for request in new.values() for _, text in request.messages)
+        tokens_in = characters // _CHARACTERS_PER_TOKEN
         tokens_out = sum(request.max_tokens for request in new.values())
         line = (
             f"Judge {self.options.model}: {len(new)} calls ({there - len(new)} of {there} verdicts are there already), "

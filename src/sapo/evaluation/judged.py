@@ -1,15 +1,18 @@
-"""What both judged benchmarks do: make the judge, say what it will cost, tell what it left out."""
+"""What both judged benchmarks do: answer, make the judge, say what it will cost, tell what it left out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, EvaluationError
 from sapo.evaluation.judge import Judge, JudgeOptions, JudgeRequest
+from sapo.evaluation.results import SuiteResult
 from sapo.evaluation.session import Session
+from sapo.evaluation.targets import Target
 
 
 def require_judge(session: Session) -> JudgeOptions:
@@ -26,10 +29,22 @@ def require_judge(session: Session) -> JudgeOptions:
     return session.options.judge
 
 
-def make_judge(session: Session) -> Judge:
-    """The judge, with the verdicts it has given before."""
+def answer_and_judge(
+    session: Session,
+    answer: Callable[[Target], list[dict[str, Any]]],
+    judged: Callable[[Judge, Target, list[dict[str, Any]]], SuiteResult],
+) -> dict[str, SuiteResult]:
+    """Answer with every model, then judge the answers of each; verdicts that were given before are kept."""
     options = require_judge(session)
-    return Judge(options, session.parts("judge", f"{file_name(options.model)}.jsonl"), session.say)
+    # First: a missing key or package shows before anything is generated.
+    judge = Judge(options, session.parts("judge", f"{file_name(options.model)}.jsonl"), session.say)
+    answers = {target.name: answer(target) for target in session.targets}
+    session.release()
+    results = {}
+    for target in session.targets:
+        judge.begin()
+        results[target.name] = judged(judge, target, answers[target.name])
+    return results
 
 
 def file_name(text: str) -> str:
@@ -49,6 +64,21 @@ def ask(session: Session, judge: Judge, requests: Sequence[JudgeRequest]) -> dic
         also = f" {kept} verdicts were there already." if kept else ""
         session.say(f"{sent} requests sent, {again} of them again after a failure.{also}")
     return answers
+
+
+def empty_answers(name: str, answers: Sequence[str], file: Path) -> list[str]:
+    """A note about empty answers, if there are any.
+
+    Raises:
+        EvaluationError: all answers are empty.
+    """
+    empty = sum(not answer.strip() for answer in answers)
+    if answers and empty == len(answers):
+        raise EvaluationError(
+            f"{name}: all {empty} answers are empty, so there is nothing to judge; they are kept in {file}. Check "
+            "the chat template and the EOS token of the model."
+        )
+    return [f"{empty} of {len(answers)} answers are empty; they are judged as empty answers."] if empty else []
 
 
 def judge_notes(judge: Judge) -> list[str]:

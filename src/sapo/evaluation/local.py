@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.data.examples import DataOptions, Turn, collate_examples
+from sapo.data.examples import Turn, collate_examples
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError
-from sapo.evaluation.generate import generator_of, in_use
+from sapo.evaluation.generate import generator_of
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks
+from sapo.evaluation.session import Session
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.generation.sampling import Sampling
-from sapo.measures.measure import LocalOptions, Measured, measure, summarize, wins
-from sapo.measures.text import ends_in_loop, seq_rep
+from sapo.measures.measure import LocalOptions, Measured, measure, row_values, summarize
 from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
 from sapo.text.numbers import duration_text
@@ -37,7 +37,8 @@ class _Data:
 
 def settings(session: Session) -> dict[str, Any]:
     """Settings that the results depend on, besides the model."""
-    options, sampling = session.options, _sampling(session)
+    options = session.options
+    sampling = options.sampling(Sampling())
     return {
         "dataset_name": _dataset(session),
         "dataset_split": options.dataset_split,
@@ -77,38 +78,37 @@ def _measure(
     data = _held_out(session, target, loaded)
     options = LocalOptions(
         max_new_tokens=session.options.max_new_tokens or MAX_NEW_TOKENS,
-        max_length=min(session.options.max_length, loaded.positions or session.options.max_length),
+        max_length=loaded.max_length(session.options.max_length),
         batch_size=session.options.batch_size,
         seed=session.options.seed,
     )
+    generator = generator_of(loaded, session.options.sampling(Sampling()), options.batch_size)
     parts = session.parts("local", f"{target.slug}.jsonl")
-    generator = generator_of(loaded, _sampling(session), options.batch_size)
-    found: list[Measured] = []
     keys = [_key(session, target, options, data, place, opponent) for place in range(len(data.rows))]
     todo, done, began = sum(key not in parts for key in keys), 0, time.monotonic()
+
+    def compute(missing: list[int]) -> list[dict[str, Any]]:
+        nonlocal done
+        done += len(missing)
+        rows = [data.rows[place] for place in missing]
+        measured = measure(
+            lambda: nullcontext(loaded.model),
+            generator,
+            rows,
+            [data.turns[place] for place in missing],
+            options,
+            pad_token_id=loaded.pad_token_id,
+            opponent=None if opponent is None else [opponent[row].own for row in rows],
+        )
+        return [{"measured": one.as_dict()} for one in measured]
+
+    def say(so_far: int) -> None:
+        left = duration_text((time.monotonic() - began) / done * (todo - done))
+        session.say(f"{target.name}: {so_far} of {len(keys)} rows{f', {left} left' if done < todo else ''}")
+
     # A CPU takes a minute for this many rows: somebody is waiting for a sign of life.
-    for span in chunks((2 if session.device == "cpu" else 4) * options.batch_size, len(keys)):
-        missing = [place for place in span if keys[place] not in parts]
-        if missing:
-            turns = [data.turns[place] for place in missing]
-            rows = [data.rows[place] for place in missing]
-            others = None if opponent is None else [opponent[row].own for row in rows]
-            measured = measure(
-                lambda: in_use(loaded),
-                generator,
-                rows,
-                turns,
-                options,
-                pad_token_id=loaded.pad_token_id,
-                opponent=others,
-            )
-            for place, one in zip(missing, measured, strict=True):
-                parts.add(keys[place], {"measured": one.as_dict()})
-            done += len(missing)
-            left = duration_text((time.monotonic() - began) / done * (todo - done))
-            session.say(f"{target.name}: {span.stop} of {len(keys)} rows{f', {left} left' if done < todo else ''}")
-        found += [Measured.of((parts.get(keys[place]) or {})["measured"]) for place in span]
-    return found, data, loaded
+    records = parts.complete(keys, (2 if session.device == "cpu" else 4) * options.batch_size, compute, say)
+    return [Measured.of(record["measured"]) for record in records], data, loaded
 
 
 def _key(
@@ -119,7 +119,7 @@ def _key(
     place: int,
     opponent: dict[int, Measured] | None,
 ) -> str:
-    row, turn, sampling = data.rows[place], data.turns[place], _sampling(session)
+    row, turn, sampling = data.rows[place], data.turns[place], session.options.sampling(Sampling())
     return facts_digest(
         suite="local",
         **session.identity(target),
@@ -136,11 +136,11 @@ def _key(
 
 def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
     name, options = _dataset(session), session.options
-    length = min(options.max_length, loaded.positions or options.max_length)
+    length = loaded.max_length(options.max_length)
     prepared, report = prepare_dataset(
         load_rows(name, split=options.dataset_split),
         loaded.tokenizer,
-        DataOptions(length, max(1, length - length // 4), embeddings=loaded.embeddings),
+        loaded.data_options(options.max_length),
         eos_ids=loaded.eos_ids,
         source=name,
     )
@@ -168,27 +168,13 @@ def _result(session: Session, found: list[Measured], data: _Data, loaded: Loaded
         max_new_tokens=budget,
         seed=session.options.seed,
     )
-    names = ("nll", "ended", "length", "seq_rep_4", "loops", "prefers_data_to_own", "gap_to_own")
-    items: dict[str, dict[str, float]] = {name: {} for name in names}
+    items: dict[str, dict[str, float]] = {}
     for one in found:
-        row = str(one.row)
-        items["nll"][row] = -one.data_logp
-        items["prefers_data_to_own"][row] = wins(one.data_logp - one.own_logp)
-        if one.own:
-            items["gap_to_own"][row] = one.data_logp / one.data_tokens - one.own_logp / len(one.own)
-        ended = bool(one.own) and one.own[-1] in loaded.eos_ids
-        bare = one.own[:-1] if ended else one.own
-        items["ended"][row] = float(ended)
-        items["length"][row] = float(len(one.own))
-        items["loops"][row] = float(ends_in_loop(bare))
-        repeated = seq_rep(bare)
-        if repeated is not None:
-            items["seq_rep_4"][row] = repeated
+        for name, value in row_values(one, loaded.eos_ids).items():
+            items.setdefault(name, {})[str(one.row)] = value
     notes = list(data.notes)
-    crowded = sum(
-        len(turn.prompt_ids) + budget > min(session.options.max_length, loaded.positions or session.options.max_length)
-        for turn in data.turns
-    )
+    length = loaded.max_length(session.options.max_length)
+    crowded = sum(len(turn.prompt_ids) + budget > length for turn in data.turns)
     if crowded:
         notes.append(
             f"{crowded} prompts leave fewer than max_new_tokens={budget} tokens: their samples were truncated earlier."
@@ -208,13 +194,4 @@ def _dataset(session: Session) -> str:
     raise ConfigurationError(
         "suite local requires held-out rows: set --dataset_name to a file, a folder or a Hub id with rows that the "
         "model was not trained on."
-    )
-
-
-def _sampling(session: Session) -> Sampling:
-    options, usual = session.options, Sampling()
-    return Sampling(
-        usual.temperature if options.temperature is None else options.temperature,
-        usual.top_k if options.top_k is None else options.top_k,
-        usual.top_p if options.top_p is None else options.top_p,
     )

@@ -16,18 +16,19 @@ from typing import Any
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError
-from sapo.evaluation.generate import (
-    chat_ids,
-    finish_reason,
-    generator_of,
-    max_reply_tokens,
-    require_chat_template,
-    text_of,
-)
+from sapo.evaluation.generate import chat_ids, finish_notes, replies
 from sapo.evaluation.judge import Judge, JudgeRequest
-from sapo.evaluation.judged import ask, file_name, judge_notes, judge_settings, make_judge, require_judge
+from sapo.evaluation.judged import (
+    answer_and_judge,
+    ask,
+    empty_answers,
+    file_name,
+    judge_notes,
+    judge_settings,
+    require_judge,
+)
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks, finish_notes, require_some_answers
+from sapo.evaluation.session import Session
 from sapo.evaluation.store import write_result
 from sapo.evaluation.targets import Target
 from sapo.evaluation.verdicts import rating
@@ -38,6 +39,8 @@ from sapo.seeds import derive_seed
 
 MAX_NEW_TOKENS = 1024
 """Maximum tokens of a model's answer, as published."""
+ANSWERS = ("mt_bench", "model_answer")
+"""Folder of the answers."""
 JUDGE_TOKENS = 2048
 """Maximum tokens of the judge's answer."""
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -137,11 +140,10 @@ def settings(session: Session) -> dict[str, Any]:
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Answer with every model, then grade every answer.
+    """Answer with every model, then grade every answer; answers and verdicts are kept.
 
     Raises:
-        ConfigurationError, DatasetError, TokenizerError: what is wrong, before the first token.
-        EvaluationError: the judge; answers and verdicts until then are kept.
+        SapoError: what is wrong.
     """
     require_judge(session)
     if session.options.mt_bench_dir is None:
@@ -150,17 +152,15 @@ def run(session: Session) -> dict[str, SuiteResult]:
             "reference_answer*.jsonl of FastChat's llm_judge."
         )
     files = load_files(Path(session.options.mt_bench_dir), session.options.limit)
-    judge = make_judge(session)  # a missing key or package shows before anything is generated
-    answers = {target.name: _answers(session, target, files) for target in session.targets}
-    session.release()
-    results = {}
-    for target in session.targets:
-        results[target.name] = _grade(session, judge, target, files, answers[target.name])
-    return results
+    return answer_and_judge(
+        session,
+        lambda target: _answers(session, target, files),
+        lambda judge, target, answers: _grade(session, judge, target, files, answers),
+    )
 
 
 def _answers(session: Session, target: Target, files: Files) -> list[dict[str, Any]]:
-    parts = session.parts("mt_bench", "model_answer", f"{target.slug}.jsonl")
+    parts = session.parts(*ANSWERS, f"{target.slug}.jsonl")
     budget = session.options.max_new_tokens or MAX_NEW_TOKENS
     questions = files.questions
     keys, temperatures = [], []
@@ -182,36 +182,38 @@ def _answers(session: Session, target: Target, files: Files) -> list[dict[str, A
         )
     for temperature in sorted(set(temperatures)):
         alike = [place for place in range(len(keys)) if temperatures[place] == temperature]
-        for span in chunks(4 * session.options.batch_size, len(alike)):
-            missing = [alike[index] for index in span if keys[alike[index]] not in parts]
-            if missing:
-                chosen = [questions[place] for place in missing]
-                for place, record in zip(missing, _two_turns(session, target, chosen, temperature), strict=True):
-                    parts.add(keys[place], record)
-                session.say(f"{target.name}: {len(parts)} of {len(questions)} answers")
-    return [parts.get(key) or {} for key in keys]
+
+        def compute(
+            missing: list[int], alike: list[int] = alike, temperature: float = temperature
+        ) -> list[dict[str, Any]]:
+            return _two_turns(session, target, [questions[alike[index]] for index in missing], temperature)
+
+        parts.complete(
+            [keys[place] for place in alike],
+            4 * session.options.batch_size,
+            compute,
+            lambda _: session.say(f"{target.name}: {len(parts)} of {len(questions)} answers"),
+        )
+    return [parts[key] for key in keys]
 
 
 def _two_turns(
     session: Session, target: Target, questions: Sequence[Mapping[str, Any]], temperature: float
 ) -> list[dict[str, Any]]:
-    loaded = session.load(target)
-    require_chat_template(loaded, target.path)
-    options = session.options
-    sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
-    generator = generator_of(loaded, sampling, options.batch_size)
+    loaded, options = session.load(target), session.options
+    sampling = options.sampling(Sampling(temperature, 0, 1.0))
+    budget = options.max_new_tokens or MAX_NEW_TOKENS
     talks: list[list[dict[str, str]]] = [[] for _ in questions]
     finishes: list[list[str]] = [[] for _ in questions]
     for turn in (0, 1):
         for talk, question in zip(talks, questions, strict=True):
             talk.append({"role": "user", "content": question["turns"][turn]})
-        prompts = [chat_ids(loaded, talk) for talk in talks]
-        budgets = [max_reply_tokens(loaded, prompt, options.max_new_tokens or MAX_NEW_TOKENS) for prompt in prompts]
+        prompts = [chat_ids(loaded, target.path, talk) for talk in talks]
         seeds = [derive_seed(options.seed, "mt_bench", str(one["question_id"]), turn) for one in questions]
-        replies = generator.generate(prompts, budgets, seeds)
-        for talk, finish, tokens, budget in zip(talks, finishes, replies, budgets, strict=True):
-            talk.append({"role": "assistant", "content": text_of(loaded, tokens).strip()})
-            finish.append(finish_reason(loaded, tokens, budget))
+        found = replies(loaded, prompts, seeds, sampling, max_new_tokens=budget, batch_size=options.batch_size)
+        for talk, finish, reply in zip(talks, finishes, found, strict=True):
+            talk.append({"role": "assistant", "content": reply.text.strip()})
+            finish.append(reply.finish)
     return [
         {
             "question_id": question["question_id"],
@@ -228,10 +230,9 @@ def _two_turns(
 def _grade(
     session: Session, judge: Judge, target: Target, files: Files, answers: Sequence[Mapping[str, Any]]
 ) -> SuiteResult:
-    file = session.parts("mt_bench", "model_answer", f"{target.slug}.jsonl").file
+    file = session.folder.joinpath(*ANSWERS, f"{target.slug}.jsonl")
     texts = [turn for answer in answers for turn in answer["choices"][0]["turns"]]
-    empty = require_some_answers(target.name, texts, file)
-    judge.begin()
+    empty = empty_answers(target.name, texts, file)
     asked = [
         (place, turn, grading(files, question, answers[place]["choices"][0]["turns"], turn))
         for place, question in enumerate(files.questions)
@@ -253,9 +254,7 @@ def _grade(
     name = f"{file_name(judge.options.model)}_single-{target.slug}.jsonl"
     write_result(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = _summary(files, scores, session.options.seed)
-    if empty:
-        result.notes.append(empty)
-    result.notes += finish_notes([finish for answer in answers for finish in answer["finish"]])
+    result.notes += [*empty, *finish_notes([finish for answer in answers for finish in answer["finish"]])]
     if unparsable:
         result.notes.append(f"{unparsable} of {len(lines)} verdicts state no rating; they are left out, never guessed.")
     result.notes += judge_notes(judge)

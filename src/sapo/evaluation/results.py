@@ -57,15 +57,23 @@ def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
     return found
 
 
+def changes_from_start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> dict[str, dict[str, Estimate]]:
+    """By name of the model, `changes` from the start model; empty for that itself, and where there is none."""
+    start = next((target.name for target in targets if target.role == "start"), None)
+    return {
+        target.name: {} if start in (None, target.name) else changes(results[target.name], results[str(start)])
+        for target in targets
+    }
+
+
 def as_json(
-    suite: str,
     settings: Mapping[str, Any],
     targets: Sequence[Target],
     fingerprints: Mapping[str, str],
     results: Mapping[str, SuiteResult],
 ) -> dict[str, Any]:
     """Everything about one suite, for results.json."""
-    before = _start(targets, results)
+    moved = changes_from_start(targets, results)
     return {
         "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "packages": package_versions(),
@@ -77,11 +85,7 @@ def as_json(
                 "base": target.base,
                 "fingerprint": fingerprints[target.name],
                 "measures": {name: one.as_dict() for name, one in results[target.name].measures.items()},
-                "change_from_start": {
-                    name: one.as_dict() for name, one in changes(results[target.name], results[before]).items()
-                }
-                if before is not None and before != target.name
-                else {},
+                "change_from_start": {name: one.as_dict() for name, one in moved[target.name].items()},
                 "notes": results[target.name].notes,
             }
             for target in targets
@@ -108,7 +112,3 @@ def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
     whole["suites"][suite] = found
     write_result(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return file
-
-
-def _start(targets: Sequence[Target], results: Mapping[str, SuiteResult]) -> str | None:
-    return next((target.name for target in targets if target.role == "start" and target.name in results), None)

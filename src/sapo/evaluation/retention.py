@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sapo.data.examples import DataOptions
 from sapo.data.loading import load_rows
 from sapo.data.unanswered import encode_prompts, general_prompts
 from sapo.errors import ConfigurationError, EvaluationError
@@ -30,7 +29,7 @@ from sapo.measures.retention import (
     states_of,
     summarize_retention,
 )
-from sapo.measures.text import ends_in_loop
+from sapo.measures.text import reply_values
 from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
 from sapo.runs.reply_cache import start_replies
@@ -38,7 +37,6 @@ from sapo.weights.digest import weights_digest
 
 TASK_ROWS = 200
 """Prompts of the task unless `--limit` says otherwise."""
-_GROUPS = ("general", "task")
 
 
 def settings(session: Session) -> dict[str, Any]:
@@ -78,9 +76,11 @@ def run(session: Session) -> dict[str, SuiteResult]:
             "whose start is on this machine."
         )
     loaded = session.load(first)
-    forced = {"general": _general(session, loaded)}
-    if _dataset(session) is not None:
-        forced["task"] = _task(session, loaded)
+    limit, dataset = session.options.limit, _dataset(session)
+    general = _prompts(session, loaded, session.options.prompts)
+    forced = {"general": _start_replies(session, loaded, general, limit or len(general))}
+    if dataset is not None:
+        forced["task"] = _start_replies(session, loaded, _prompts(session, loaded, dataset), limit or TASK_ROWS)
     start = _Start(forced, loaded.model.config.get_text_config().vocab_size, {})
     order = sorted(session.targets, key=lambda target: target is not first)
     results = {target.name: _measure(session, target, first, start) for target in order}
@@ -94,10 +94,9 @@ def _measure(session: Session, target: Target, first: Target, start: _Start) -> 
         _keep_states(session, first, start)
         _compute(session, target, start, parts, key)
         session.say(f"{target.name}: {sum(map(len, start.forced.values()))} replies of the start")
-    record = parts.get(key) or {}
+    record = parts[key]
     scores = {name: [ForcedScore(*one) for one in rows] for name, rows in record["scores"].items()}
-    samples = [tuple(tokens) for tokens in record["samples"]]
-    return _result(session, scores, samples, frozenset(record["eos"]))
+    return _result(session, scores, [reply_values(tokens, record["eos"]) for tokens in record["samples"]])
 
 
 def _key(session: Session, target: Target, first: Target, forced: dict[str, list[Forced]]) -> str:
@@ -146,12 +145,14 @@ def _compute(session: Session, target: Target, start: _Start, parts: FinishedPar
 
 def _replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     generator = generator_of(loaded, REPLY_SAMPLING, max(16, session.options.batch_size))
-    limits = {"max_new_tokens": _reply_tokens(session), "max_length": _length(session, loaded)}
-    return generate_replies(generator, prompts, **limits)
+    length = loaded.max_length(session.options.max_length)
+    return generate_replies(generator, prompts, max_new_tokens=_reply_tokens(session), max_length=length)
 
 
-def _start_replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[Forced]:
-    """Replies of the start, from the cache of an earlier run or evaluation of the same weights if there is one."""
+def _start_replies(
+    session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int
+) -> list[Forced]:
+    """The start's replies to `wanted` of the prompts, from the cache of an earlier run or evaluation if it has them."""
 
     def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
         session.say(f"The start replies to {len(fitting)} prompts, once for this model")
@@ -159,46 +160,23 @@ def _start_replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequ
 
     kept = start_replies(
         session.folder / "retention",
-        prompts,
+        [prompts[place] for place in spread(wanted, len(prompts))],
         generate,
         model=weights_digest(loaded.model),
         eos_ids=loaded.eos_ids,
         max_new_tokens=_reply_tokens(session),
-        max_length=_length(session, loaded),
+        max_length=loaded.max_length(session.options.max_length),
     )
     return [Forced(prompt, tuple(reply)) for prompt, reply in kept]
 
 
-def _general(session: Session, loaded: LoadedModel) -> list[Forced]:
-    options = session.options
-    if options.prompts is not None:
-        prompts = _prompts_of(session, loaded, options.prompts)
-    else:
-        prompts = general_prompts(loaded.tokenizer, loaded.eos_ids, _data_options(session, loaded))
-    wanted = spread(options.limit or len(prompts), len(prompts))
-    return _start_replies(session, loaded, [prompts[place] for place in wanted])
-
-
-def _task(session: Session, loaded: LoadedModel) -> list[Forced]:
-    prompts = _prompts_of(session, loaded, str(_dataset(session)))
-    wanted = spread(session.options.limit or TASK_ROWS, len(prompts))
-    return _start_replies(session, loaded, [prompts[place] for place in wanted])
-
-
-def _prompts_of(session: Session, loaded: LoadedModel, name: str) -> list[tuple[int, ...]]:
-    """The prompts of the rows in a file, as the training makes them."""
+def _prompts(session: Session, loaded: LoadedModel, name: str | None) -> list[tuple[int, ...]]:
+    """The prompts of the rows in a file, as the training makes them; None for the shipped ones."""
+    options = loaded.data_options(session.options.max_length)
+    if name is None:
+        return general_prompts(loaded.tokenizer, loaded.eos_ids, options)
     rows = load_rows(name, split=session.options.dataset_split)
-    options = _data_options(session, loaded)
     return encode_prompts(rows, loaded.tokenizer, options, eos_ids=loaded.eos_ids, source=name)[1]
-
-
-def _data_options(session: Session, loaded: LoadedModel) -> DataOptions:
-    length = _length(session, loaded)
-    return DataOptions(length, max(1, length - length // 4), embeddings=loaded.embeddings)
-
-
-def _length(session: Session, loaded: LoadedModel) -> int:
-    return min(session.options.max_length, loaded.positions or session.options.max_length)
 
 
 def _reply_tokens(session: Session) -> int:
@@ -216,28 +194,19 @@ def _dataset(session: Session) -> str | None:
     return None
 
 
-def _result(
-    session: Session,
-    scores: dict[str, list[ForcedScore]],
-    samples: Sequence[Sequence[int]],
-    eos_ids: frozenset[int],
-) -> SuiteResult:
-    measures = summarize_retention(scores, samples, eos_ids, seed=session.options.seed)
+def _result(session: Session, scores: dict[str, list[ForcedScore]], samples: Sequence[dict[str, float]]) -> SuiteResult:
+    measures = summarize_retention(scores, samples, seed=session.options.seed)
     items: dict[str, dict[str, float]] = {}
     weights: dict[str, dict[str, float]] = {}
-    for group in _GROUPS:
-        rows = {str(place): one for place, one in enumerate(scores.get(group, []))}
-        for name, values in (
-            (f"kl_{group}", {place: one.kl or 0.0 for place, one in rows.items()}),
-            (f"nll_{group}", {place: -one.logp for place, one in rows.items()}),
-        ):
-            items[name] = values
-            weights[name] = {place: float(one.tokens) for place, one in rows.items()}
-    for place, tokens in enumerate(samples):
-        ended = bool(tokens) and tokens[-1] in eos_ids
-        items.setdefault("ended", {})[str(place)] = float(ended)
-        items.setdefault("length", {})[str(place)] = float(len(tokens))
-        items.setdefault("loops", {})[str(place)] = float(ends_in_loop(tokens[:-1] if ended else tokens))
+    for group, found in scores.items():
+        rows = {str(place): one for place, one in enumerate(found)}
+        items[f"kl_{group}"] = {place: one.kl or 0.0 for place, one in rows.items()}
+        items[f"nll_{group}"] = {place: -one.logp for place, one in rows.items()}
+        tokens = {place: float(one.tokens) for place, one in rows.items()}
+        weights |= {f"kl_{group}": tokens, f"nll_{group}": tokens}
+    for place, values in enumerate(samples):
+        for name, value in values.items():
+            items.setdefault(name, {})[str(place)] = value
     notes = [
         "kl_*: KL(start ‖ model) per token over the full vocabulary, on replies of the start; ended, length and loops: "
         f"of the model's own replies to the same prompts, at temperature 1 and at most {_reply_tokens(session)} tokens."

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sapo.data.chat_template import read_chat_template, template_digest
-from sapo.errors import ConfigurationError, EvaluationError
+from sapo.errors import ConfigurationError
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
 from sapo.evaluation.targets import LoadedModel, Target, borrowed_tokenizer, check_target, fingerprint, load_target
+from sapo.generation.sampling import Sampling
 from sapo.weights.loading import default_device, load_template_tokenizer
 
 
@@ -47,6 +48,14 @@ class EvaluateOptions:
     judge_prompt: str | None = None
     judge_orders: str = "both"
     judge: JudgeOptions | None = None
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """`usual` with what the options set."""
+        return Sampling(
+            usual.temperature if self.temperature is None else self.temperature,
+            usual.top_k if self.top_k is None else self.top_k,
+            usual.top_p if self.top_p is None else self.top_p,
+        )
 
 
 class Session:
@@ -121,36 +130,3 @@ class Session:
         if self.template is not None:
             template = self.template.text
         return {"model": self.fingerprints[target.name], "dtype": dtype, "chat_template": template}
-
-
-def chunks(size: int, total: int) -> list[range]:
-    """Ranges of at most `size` that cover `total`."""
-    return [range(first, min(first + size, total)) for first in range(0, total, size)]
-
-
-def finish_notes(finishes: Sequence[str]) -> list[str]:
-    """Notes about responses that did not end with an EOS token; see `generate.finish_reason`."""
-    notes = []
-    for finish, meaning in (
-        ("length", "reached max_new_tokens or the end of the context"),
-        ("no_room", "had no tokens left after the prompt"),
-    ):
-        count = sum(one == finish for one in finishes)
-        if count:
-            notes.append(f"{count} of {len(finishes)} responses {meaning}.")
-    return notes
-
-
-def require_some_answers(name: str, answers: list[str], file: Path) -> str | None:
-    """A note about empty answers, None if there are none.
-
-    Raises:
-        EvaluationError: all answers are empty.
-    """
-    empty = sum(not answer.strip() for answer in answers)
-    if answers and empty == len(answers):
-        raise EvaluationError(
-            f"{name}: all {empty} answers are empty, so there is nothing to judge; they are kept in {file}. Check "
-            "the chat template and the EOS token of the model."
-        )
-    return f"{empty} of {len(answers)} answers are empty; they are judged as empty answers." if empty else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class FinishedParts:
     def __contains__(self, key: str) -> bool:
         return key in self._parts
 
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._parts[key]
+
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of a finished part, or None."""
         return self._parts.get(key)
@@ -59,6 +62,33 @@ class FinishedParts:
                 append_line(self.file, line)
             self._parts[key] = kept
         return kept
+
+    def complete(
+        self,
+        keys: Sequence[str],
+        size: int,
+        compute: Callable[[list[int]], Iterable[Mapping[str, Any]]],
+        say: Callable[[int], None],
+    ) -> list[dict[str, Any]]:
+        """The records of all parts, those that are missing computed and saved, at most `size` at a time.
+
+        Args:
+            keys: of the parts.
+            size: parts computed together.
+            compute: the records of the parts at these indices.
+            say: told after each computation how many parts of the list are done.
+
+        Raises:
+            EvaluationError: the file cannot be written.
+        """
+        for first in range(0, len(keys), size):
+            span = range(first, min(first + size, len(keys)))
+            missing = [place for place in span if keys[place] not in self]
+            if missing:
+                for place, record in zip(missing, compute(missing), strict=True):
+                    self.add(keys[place], record)
+                say(span.stop)
+        return [self._parts[key] for key in keys]
 
     def _read(self) -> None:
         remedy = "Fix or remove the line, or evaluate into another --output_dir."

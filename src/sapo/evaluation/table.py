@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
-from sapo.evaluation.results import SuiteResult, changes
+from sapo.evaluation.results import SuiteResult, changes_from_start
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
 from sapo.text.numbers import error_text
@@ -46,11 +46,7 @@ def show(console: Console, suite: str, targets: Sequence[Target], results: Mappi
     Of models that a start model is known for, the paired change from it stands below the value, with a star where its
     95% interval excludes 0.
     """
-    start = next((target.name for target in targets if target.role == "start" and target.name in results), None)
-    moved = {
-        target.name: changes(results[target.name], results[start]) if start not in (None, target.name) else {}
-        for target in targets
-    }
+    moved = changes_from_start(targets, results)
     for target in targets:
         if moved[target.name]:
             text = verdict(suite, moved[target.name])
@@ -70,12 +66,7 @@ def show(console: Console, suite: str, targets: Sequence[Target], results: Mappi
 
 
 def verdict(suite: str, change: Mapping[str, Estimate]) -> str:
-    """What changed from the start beyond chance, in one sentence.
-
-    Args:
-        suite: name of the suite.
-        change: paired changes from the start, by measure.
-    """
+    """What changed from the start beyond chance, in one sentence; `change` has paired changes by measure."""
     names = [name for name in DECISIVE if name in change] if suite == "local" else list(change)
     sides: dict[bool, list[str]] = {True: [], False: []}
     for name in names:

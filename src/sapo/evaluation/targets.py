@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
+from sapo.data.examples import DataOptions
 from sapo.errors import ModelError, TokenizerError
 from sapo.runs.files import file_digest, folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
@@ -68,10 +69,14 @@ class LoadedModel:
     pad_token_id: int
     positions: int | None
 
-    @property
-    def embeddings(self) -> int:
-        """Number of tokens that the model has an embedding for."""
-        return embedding_rows(self.model)
+    def max_length(self, wanted: int) -> int:
+        """`wanted` tokens, or the model's context length if that is less."""
+        return min(wanted, self.positions or wanted)
+
+    def data_options(self, wanted: int) -> DataOptions:
+        """Limits of rows of at most `wanted` tokens, a quarter of them for the response."""
+        length = self.max_length(wanted)
+        return DataOptions(length, max(1, length - length // 4), embeddings=embedding_rows(self.model))
 
     def checked(self, ids: list[int]) -> list[int]:
         """`ids`, if the model has an embedding for each; else a `TokenizerError`."""
@@ -143,7 +148,7 @@ def _with_unlike_names(targets: list[Target]) -> list[Target]:
         name, count = target.name, 2
         while any(other.name == name for other in unlike):
             name, count = f"{target.name} ({count})", count + 1
-        unlike.append(Target(name, target.path, target.role, target.base, target.run))
+        unlike.append(replace(target, name=name))
     return unlike
 
 
@@ -174,7 +179,7 @@ def check_for_other_loaders(target: Target) -> None:
         )
 
 
-def fingerprint(target: Target, revision: str = "main") -> str:
+def fingerprint(target: Target) -> str:
     """Hash that identifies a model: of its files for a folder, of the commit for a Hub id.
 
     Raises:
@@ -188,21 +193,19 @@ def fingerprint(target: Target, revision: str = "main") -> str:
         own = folder_digest(folder, _MODEL_FILES, without=_OTHER_FILES) if folder.is_dir() else None
         if folder.is_file():
             own = file_digest(folder)
-        digest.update((own or f"{path}@{read_config(path, revision)._commit_hash or revision}").encode())
+        digest.update((own or f"{path}@{read_config(path)._commit_hash or 'main'}").encode())
     return digest.hexdigest()[:16]
 
 
-def borrowed_tokenizer(target: Target, revision: str = "main") -> Any | None:
+def borrowed_tokenizer(target: Target) -> Any | None:
     """The run's tokenizer, for the start of a run that has no chat template of its own; None for every other model."""
-    if target.role != "start" or target.run is None or load_tokenizer(target.path, revision).chat_template:
+    if target.role != "start" or target.run is None or load_tokenizer(target.path).chat_template:
         return None
     found = load_tokenizer(target.run)
     return found if found.chat_template else None
 
 
-def load_target(
-    target: Target, *, device: str, dtype: str, chat_template_path: str | None = None, revision: str = "main"
-) -> LoadedModel:
+def load_target(target: Target, *, device: str, dtype: str, chat_template_path: str | None) -> LoadedModel:
     """Load a model with its tokenizer.
 
     The start of a run that has no chat template of its own is given the run's: both are asked the same.
@@ -212,17 +215,14 @@ def load_target(
         device: where to.
         dtype: of the weights; "auto" as they are stored.
         chat_template_path: the template to use instead of the model's; see `use_chat_template`.
-        revision: of a Hub id.
 
     Raises:
         ModelError, TokenizerError: it cannot be loaded.
     """
-    tokenizer = load_tokenizer(target.path, revision)
-    borrowed = borrowed_tokenizer(target, revision) if chat_template_path is None else None
-    if borrowed is not None:
-        tokenizer = borrowed
+    borrowed = borrowed_tokenizer(target) if chat_template_path is None else None
+    tokenizer = load_tokenizer(target.path) if borrowed is None else borrowed
     use_chat_template(tokenizer, chat_template_path, load_template_tokenizer)
-    model = load_frozen(target.path, revision=revision, dtype=dtype, device=device)
+    model = load_frozen(target.path, dtype=dtype, device=device)
     if chat_template_path is not None or borrowed is not None:
         fit_model(model, tokenizer, seed=0)
     try:

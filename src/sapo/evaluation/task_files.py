@@ -11,17 +11,9 @@ import yaml
 
 from sapo.data.loading import load_rows
 from sapo.errors import ConfigurationError, DatasetError, brief, yaml_fault
-from sapo.evaluation.generate import (
-    chat_ids,
-    finish_reason,
-    generator_of,
-    max_reply_tokens,
-    plain_ids,
-    require_chat_template,
-    text_of,
-)
+from sapo.evaluation.generate import chat_ids, finish_notes, plain_ids, replies
 from sapo.evaluation.results import SuiteResult
-from sapo.evaluation.session import Session, chunks, finish_notes
+from sapo.evaluation.session import Session
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.evaluation.verifiers import Verifier, make_verifier, missing_field
 from sapo.generation.sampling import Sampling
@@ -152,7 +144,7 @@ def run(session: Session, tasks: list[Task]) -> dict[str, SuiteResult]:
 
 
 def _run_task(session: Session, target: Target, task: Task, result: SuiteResult) -> None:
-    parts = session.parts("tasks", f"{target.slug}.jsonl")
+    options, name = session.options, task.name
     keys = [
         facts_digest(
             suite="task",
@@ -162,44 +154,47 @@ def _run_task(session: Session, target: Target, task: Task, result: SuiteResult)
             max_new_tokens=task.max_new_tokens,
             temperature=task.temperature,
             chat=task.chat,
-            seed=session.options.seed,
+            seed=options.seed,
         )
         for number, row in enumerate(task.rows)
     ]
-    size = 4 * session.options.batch_size
-    for span in chunks(size, len(keys)):
-        missing = [place for place in span if keys[place] not in parts]
-        if not missing:
-            continue
+
+    def compute(missing: list[int]) -> list[dict[str, Any]]:
         loaded = session.load(target)
-        prompts = [_prompt(loaded, target, task, task.rows[place]) for place in missing]
-        budgets = [max_reply_tokens(loaded, prompt, task.max_new_tokens) for prompt in prompts]
-        generator = generator_of(loaded, Sampling(task.temperature, 0, 1.0), session.options.batch_size)
-        seeds = [derive_seed(session.options.seed, "task", place) for place in missing]
-        for place, tokens, budget in zip(missing, generator.generate(prompts, budgets, seeds), budgets, strict=True):
-            finish = finish_reason(loaded, tokens, budget)
-            parts.add(
-                keys[place],
-                {"task": task.name, "row": place, "response": text_of(loaded, tokens), "finish": finish},
-            )
-        session.say(f"{target.name}, {task.name}: {span.stop} of {len(keys)} rows")
-    records = [parts.get(key) or {} for key in keys]
+        found = replies(
+            loaded,
+            [_prompt(loaded, target, task, task.rows[place]) for place in missing],
+            [derive_seed(options.seed, "task", place) for place in missing],
+            Sampling(task.temperature, 0, 1.0),
+            max_new_tokens=task.max_new_tokens,
+            batch_size=options.batch_size,
+        )
+        return [
+            {"task": name, "row": place, "response": reply.text, "finish": reply.finish}
+            for place, reply in zip(missing, found, strict=True)
+        ]
+
+    records = session.parts("tasks", f"{target.slug}.jsonl").complete(
+        keys,
+        4 * options.batch_size,
+        compute,
+        lambda done: session.say(f"{target.name}, {name}: {done} of {len(keys)} rows"),
+    )
     scores = {
         str(place): task.verify(_truncate(record["response"], task.stop), task.rows[place])
         for place, record in enumerate(records)
     }
-    estimate = bootstrap_ratio(list(scores.values()), seed=session.options.seed)
+    estimate = bootstrap_ratio(list(scores.values()), seed=options.seed)
     if estimate is not None:
-        result.measures[task.name] = estimate
-    result.items[task.name] = scores
-    result.notes += [f"{task.name}: {note}" for note in finish_notes([record["finish"] for record in records])]
+        result.measures[name] = estimate
+    result.items[name] = scores
+    result.notes += [f"{name}: {note}" for note in finish_notes([record["finish"] for record in records])]
 
 
 def _prompt(loaded: LoadedModel, target: Target, task: Task, row: Mapping[str, Any]) -> list[int]:
     chat = bool(loaded.tokenizer.chat_template) if task.chat is None else task.chat
     if "messages" in row or chat:
-        require_chat_template(loaded, target.path)
-        return chat_ids(loaded, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
+        return chat_ids(loaded, target.path, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
     return plain_ids(loaded, row["prompt"])
 
 

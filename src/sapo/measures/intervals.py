@@ -43,9 +43,15 @@ class Estimate:
         return cls(**stored)
 
     @classmethod
+    def normal(cls, value: float, stderr: float | None, count: int) -> Estimate:
+        """With the interval of a normal distribution; without a standard error, with none."""
+        low, high = (None, None) if stderr is None else (value - 1.96 * stderr, value + 1.96 * stderr)
+        return cls(value, stderr, low, high, count)
+
+    @classmethod
     def exact(cls, value: float, count: int) -> Estimate:
         """A number without uncertainty, such as a mean length of the data."""
-        return cls(float(value), None, None, None, count)
+        return cls.normal(float(value), None, count)
 
 
 def bootstrap_ratio(
@@ -72,7 +78,7 @@ def bootstrap_ratio(
         return None
     value = float(above.sum() / below.sum())
     if len(above) == 1 or not resamples:
-        return Estimate(value, None, None, None, len(above))
+        return Estimate.normal(value, None, len(above))
     drawn = np.random.default_rng(seed).multinomial(len(above), np.full(len(above), 1 / len(above)), size=resamples)
     totals = drawn @ below
     ratios = (drawn @ above)[totals != 0] / totals[totals != 0]
@@ -81,17 +87,10 @@ def bootstrap_ratio(
 
 
 def paired_change(
-    after: Sequence[float], before: Sequence[float], *, weights: Sequence[float] | None = None, seed: int = 0
+    after: Sequence[float], before: Sequence[float], *, weights: Sequence[float] | None = None
 ) -> Estimate | None:
-    """Mean of after - before over the same examples: common effects cancel.
-
-    Args:
-        after: one per example.
-        before: for the same examples.
-        weights: common denominators if both are numerators.
-        seed: seed of the resampling.
-    """
-    return bootstrap_ratio(np.subtract(after, before).tolist(), weights, seed=seed)
+    """Mean of after - before over the same examples, in which common effects cancel; `weights` are denominators."""
+    return bootstrap_ratio(np.subtract(after, before).tolist(), weights)
 
 
 def over_halves(
@@ -122,5 +121,4 @@ def over_halves(
             values.append(value)
     if len(values) < 2:
         return None
-    value, error = float(np.mean(values)), float(np.std(values, ddof=1))
-    return Estimate(value, error, value - 1.96 * error, value + 1.96 * error, size)
+    return Estimate.normal(float(np.mean(values)), float(np.std(values, ddof=1)), size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from sapo.data.examples import Turn
 from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
-from sapo.measures.text import distinct, ends_in_loop, jensen_shannon, ngram_counts, seq_rep
+from sapo.measures.text import distinct, jensen_shannon, ngram_counts, reply_values, seq_rep, without_end
 from sapo.preference.batches import collate_responses
 from sapo.preference.scoring import summed_logps
 from sapo.seeds import derive_seed
@@ -152,6 +152,18 @@ def measure(
     ]
 
 
+def row_values(one: Measured, eos_ids: Collection[int]) -> dict[str, float]:
+    """What a row adds to measures of the local suite, by their names, without undefined ones; `nll` is a sum."""
+    values = {"nll": -one.data_logp, **reply_values(one.own, eos_ids)}
+    repeated = seq_rep(without_end(one.own, eos_ids))
+    if repeated is not None:
+        values["seq_rep_4"] = repeated
+    values["prefers_data_to_own"] = wins(one.data_logp - one.own_logp)
+    if one.own:
+        values["gap_to_own"] = one.data_logp / one.data_tokens - one.own_logp / len(one.own)
+    return values
+
+
 def summarize(
     measured: Sequence[Measured],
     responses: Sequence[Sequence[int]],
@@ -179,19 +191,19 @@ def summarize(
     def mean(name: str, values: Sequence[float | None]) -> None:
         found[name] = bootstrap([value for value in values if value is not None])
 
-    own = [one.own for one in measured]
-    bare = [_without_end(tokens, eos_ids) for tokens in own]
-    bare_data = [_without_end(tokens, eos_ids) for tokens in responses]
-    found["nll"] = bootstrap([-one.data_logp for one in measured], [one.data_tokens for one in measured])
-    mean("ended", [float(bool(tokens) and tokens[-1] in eos_ids) for tokens in own])
+    rows = [row_values(one, eos_ids) for one in measured]
+    bare = [without_end(one.own, eos_ids) for one in measured]
+    bare_data = [without_end(tokens, eos_ids) for tokens in responses]
+    found["nll"] = bootstrap([row["nll"] for row in rows], [one.data_tokens for one in measured])
+    mean("ended", [row["ended"] for row in rows])
     mean("ended_data", [float(len(t) <= max_new_tokens and t[-1] in eos_ids) for t in responses])
-    mean("length", [float(len(tokens)) for tokens in own])
+    mean("length", [row["length"] for row in rows])
     mean("length_data", [float(len(tokens)) for tokens in responses])
-    found["length_ratio"] = bootstrap([len(t) for t in own], [len(t) for t in responses])
-    mean("seq_rep_4", [seq_rep(tokens) for tokens in bare])
+    found["length_ratio"] = bootstrap([len(one.own) for one in measured], [len(t) for t in responses])
+    mean("seq_rep_4", [row.get("seq_rep_4") for row in rows])
     mean("seq_rep_4_data", [seq_rep(tokens) for tokens in bare_data])
-    mean("loops", [float(ends_in_loop(tokens)) for tokens in bare])
-    found |= _corpus(bare, bare_data, partial(over_halves, len(own), seed=seed, halves=halves))
+    mean("loops", [row["loops"] for row in rows])
+    found |= _corpus(bare, bare_data, partial(over_halves, len(rows), seed=seed, halves=halves))
     found |= _gap("own", measured, [one.own_logp for one in measured], [len(one.own) for one in measured], bootstrap)
     faced = [one for one in measured if one.opponent_logp is not None]
     others = [one.opponent_logp or 0.0 for one in faced]
@@ -246,7 +258,3 @@ def _gap(
 def wins(difference: float) -> float:
     """1 for a preference, 0 for the opposite, a half for none."""
     return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
-
-
-def _without_end(tokens: Sequence[int], eos_ids: frozenset[int]) -> Sequence[int]:
-    return tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens

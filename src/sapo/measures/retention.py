@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
-from sapo.measures.intervals import RESAMPLES, Estimate, bootstrap_ratio
-from sapo.measures.text import ends_in_loop
+from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.preference.batches import collate_responses
 from sapo.preference.objectives import token_logps
 from sapo.preference.token_distributions import Head, hidden_at, position_chunks, token_kl
@@ -80,17 +78,17 @@ class ForcedScore:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
 class StartStates:
-    """The start on fixed replies: hidden states on the host, and the head that makes logits of them.
+    """The start on fixed replies.
 
-    Args:
-        hidden: of each reply, `[tokens, H]`.
+    Attributes:
+        hidden: states before the head, on the host, of each reply, `[tokens, H]`.
         head: the start's, which training does not change: see `fixed_head`.
     """
 
-    def __init__(self, hidden: Sequence[Tensor], head: Head) -> None:
-        self.hidden = list(hidden)
-        self.head = head
+    hidden: tuple[Tensor, ...] | list[Tensor]
+    head: Head
 
 
 def states_of(model: nn.Module, rows: Sequence[Forced], *, pad_token_id: int, batch_size: int) -> list[Tensor]:
@@ -194,30 +192,19 @@ def gain_estimate(after: Sequence[ForcedScore], before: Sequence[ForcedScore], *
 
 
 def summarize_retention(
-    scores: Mapping[str, Sequence[ForcedScore]],
-    samples: Sequence[Sequence[int]],
-    eos_ids: frozenset[int],
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    scores: Mapping[str, Sequence[ForcedScore]], samples: Sequence[Mapping[str, float]], *, seed: int
 ) -> dict[str, Estimate]:
     """The measures of the retention suite by name, without undefined ones.
 
     Args:
         scores: "general" and perhaps "task", the scores on the start's replies.
-        samples: the model's own replies to the general prompts, with an EOS token if there is one.
-        eos_ids: EOS tokens.
+        samples: `reply_values` of the model's own replies to the general prompts.
         seed: seed of the resampling.
-        resamples: number of bootstrap resamples.
     """
-    bootstrap = partial(bootstrap_ratio, seed=seed, resamples=resamples)
     found: dict[str, Estimate | None] = {}
     for group, rows in scores.items():
-        found[f"kl_{group}"] = kl_estimate(rows, seed=seed, resamples=resamples)
-        found[f"nll_{group}"] = nll_estimate(rows, seed=seed, resamples=resamples)
-    ended = [bool(tokens) and tokens[-1] in eos_ids for tokens in samples]
-    bare = [tokens[:-1] if end else tokens for tokens, end in zip(samples, ended, strict=True)]
-    found["ended"] = bootstrap([float(end) for end in ended])
-    found["length"] = bootstrap([float(len(tokens)) for tokens in samples])
-    found["loops"] = bootstrap([float(ends_in_loop(tokens)) for tokens in bare])
+        found[f"kl_{group}"] = kl_estimate(rows, seed=seed)
+        found[f"nll_{group}"] = nll_estimate(rows, seed=seed)
+    for name in ("ended", "length", "loops"):
+        found[name] = bootstrap_ratio([values[name] for values in samples], seed=seed)
     return {name: estimate for name, estimate in found.items() if estimate is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from math import log2, sqrt
 from typing import TypeAlias
@@ -35,29 +35,31 @@ def seq_rep(tokens: Sequence[int], n: int = 4) -> float | None:
     return 1 - len(set(found)) / len(found) if found else None
 
 
-def ends_in_loop(
-    tokens: Sequence[int],
-    *,
-    repeats: int = LOOP_REPEATS,
-    covered: int = LOOP_TOKENS,
-    longest_block: int = LOOP_BLOCK,
-) -> bool:
-    """Whether the sequence ends with a repeated block of tokens.
-
-    Args:
-        tokens: without the EOS token.
-        repeats: minimum number of consecutive occurrences.
-        covered: minimum tokens of all occurrences together.
-        longest_block: maximum block length in tokens.
-    """
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether a sequence (without its EOS token) ends with a repeated block of tokens."""
     length = len(tokens)
-    for period in range(1, min(longest_block, length // repeats) + 1):
-        wanted = max(repeats * period, covered)
+    for period in range(1, min(LOOP_BLOCK, length // LOOP_REPEATS) + 1):
+        wanted = max(LOOP_REPEATS * period, LOOP_TOKENS)
         if wanted <= length and all(
             tokens[place] == tokens[place - period] for place in range(length - wanted + period, length)
         ):
             return True
     return False
+
+
+def without_end(tokens: Sequence[int], eos_ids: Collection[int]) -> Sequence[int]:
+    """A response without its EOS token, if it has one."""
+    return tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
+
+
+def reply_values(tokens: Sequence[int], eos_ids: Collection[int]) -> dict[str, float]:
+    """Of one response: whether it ended with an EOS token, its tokens, and whether it ends in a loop."""
+    bare = without_end(tokens, eos_ids)
+    return {
+        "ended": float(len(bare) < len(tokens)),
+        "length": float(len(tokens)),
+        "loops": float(ends_in_loop(bare)),
+    }
 
 
 def distinct(responses: Iterable[Sequence[int]], n: int, *, limit: int | None = None) -> float | None:

@@ -18,14 +18,20 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sapo.commands.main import main as sapo
+from sapo.data.encoding import eos_token_ids
+from sapo.demo.house_style import heldout_rows, training_rows
+from sapo.demo.style_score import StyleScorer
 from sapo.runs.cost import cost_of
 from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
 from sapo.runs.reading import read_run
+from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.policy import padding_token_id
 
 SEEDS = (1, 2, 3)
 COMMON = {
@@ -65,6 +71,7 @@ MORE = {
     "NCE": SAPO | {"loss_type": "nce"},
     "SFT, anchor, replay": SFT | ANCHOR | REPLAY,
 }
+STYLE = {"SFT, anchor": SFT | ANCHOR, "SFT, replay": SFT | REPLAY, "SAPO": SAPO, "SAPO, replay": SAPO | REPLAY}
 OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
 
@@ -74,9 +81,10 @@ class Task:
 
     Attributes:
         evaluated: general prompts, training prompts and evaluation rows that each evaluation measures on.
-        longest: maximum characters of question and answer together.
+        longest: maximum characters of question and answer together; 0: the built-in house style, without a file.
         guard: `chosen_nll_weight` of self-play: about beta times the tokens of a response.
-        samples: general prompts that the model at the end replies to, for loops and endings; 0 for none.
+        samples: general prompts that the model at the end replies to, for loops and endings; 0 for none. On the
+            house style: held-out questions that it replies to at temperature 1, for the share in style.
     """
 
     model: str
@@ -102,6 +110,9 @@ TASKS = {
             Stage("more", 80, 20, 2, MORE),
         ),
     ),
+    "style": Task(
+        "SmolLM2-135M-Instruct", 8, 0, "10", 96, LORA | {"max_length": "256"}, (Stage("style", 400, 30, 2, STYLE),)
+    ),
     "chat-gpu": Task(
         "SmolLM2-135M-Instruct", 64, 420, "10", 64, LORA | ON_GPU | {"max_length": "224"},
         (
@@ -125,6 +136,11 @@ def rows_of(task: str, data: Path, work: Path, count: int) -> tuple[Path, Path]:
     """The first `count` short rows of the task's file, and rows to evaluate on from behind all of them."""
     train, test = work / f"train-{count}.jsonl", work / "evaluation.jsonl"
     if not (train.is_file() and test.is_file()):
+        if not TASKS[task].longest:
+            work.mkdir(parents=True, exist_ok=True)
+            for file, part in ((train, training_rows(count)), (test, heldout_rows(TASKS[task].evaluated, seed=1))):
+                file.write_text("".join(json.dumps(row.as_row()) + "\n" for row in part))
+            return train, test
         if task.startswith("chat"):
             lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
             rows = [{"instruction": row["question"], "output": row["answer"]} for row in map(json.loads, lines)]
@@ -187,8 +203,22 @@ def finished(file: Path, what: Task) -> bool:
     return file.is_file() and bool(json.loads(file.read_text())["samples"] or not what.samples)
 
 
+def styled(folder: Path, count: int) -> dict[str, dict[str, float]]:
+    """Share of the policy's replies to held-out questions that keep the house style, greedy and at temperature 1."""
+    run = str(folder / "run")
+    model, tokenizer = load_frozen(run, dtype="float32", device="cpu"), load_tokenizer(run)
+    eos_ids = eos_token_ids(tokenizer, model.generation_config.eos_token_id)
+    context, padding = partial(contextlib.nullcontext, model), padding_token_id(tokenizer, eos_ids)
+    rows = heldout_rows(count)
+    scorer = StyleScorer(None, tokenizer, eos_ids=eos_ids, pad_token_id=padding, rows=rows)
+    shares = {f"in_style_{t:g}": scorer.replies(context, temperature=t).in_style / count for t in (0.0, 1.0)}
+    return {"policy": shares}
+
+
 def sampled(folder: Path, model: Path, what: Task) -> dict[str, dict[str, float]]:
-    """Loops, endings and lengths of the replies of start and policy to general prompts, at temperature 1."""
+    """What the model at the end replies: shares in house style, or loops, endings and lengths of start and policy."""
+    if not what.longest:
+        return styled(folder, what.samples)
     flags = {"start": model, "limit": what.samples, "max_length": what.options["max_length"], "max_new_tokens": 128}
     device = "cpu" if what.options.get("use_cpu", "true") == "true" else "cuda"
     flags |= {"suite": "retention", "output_dir": folder / "samples", "device": device}
@@ -252,7 +282,12 @@ def tables(task: str, work: Path) -> str:
         samples = {
             arm: [cell["samples"] for cell in cells.values() if cell.get("samples")] for arm, cells in done.items()
         }
-        if any(samples.values()):
+        if stage.name == "style":
+            parts += ["", "| arm | in style, greedy | in style, temperature 1 |", "| --- " * 3 + "|"]
+            for arm, found in samples.items():
+                row = [spread_text([one["policy"][name] for one in found]) for name in ("in_style_0", "in_style_1")]
+                parts.append(f"| {arm} | {' | '.join(row)} |")
+        elif any(samples.values()):
             parts += ["", "| arm | loops | ended | length |", "| --- " * 4 + "|"]
             start = next(found for found in samples.values() if found)[0]["start"]
             parts.append(f"| start | {start['loops']:.4f} | {start['ended']:.4f} | {start['length']:.1f} |")

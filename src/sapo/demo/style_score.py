@@ -71,7 +71,8 @@ class StyleScorer:
     """Measures models with the same prompts and random numbers.
 
     Args:
-        start: opens a context that yields the model before training, which answers the general prompts.
+        start: opens a context that yields the model before training, which answers the general prompts; None where
+            only style is measured.
         tokenizer: of all models.
         eos_ids: EOS tokens.
         pad_token_id: pads prompts.
@@ -80,7 +81,7 @@ class StyleScorer:
 
     def __init__(
         self,
-        start: ModelContext,
+        start: ModelContext | None,
         tokenizer: Any,
         *,
         eos_ids: frozenset[int],
@@ -89,14 +90,20 @@ class StyleScorer:
     ) -> None:
         self.rows = list(rows)
         self._tokenizer, self._eos_ids, self._pad = tokenizer, eos_ids, pad_token_id
+        self._forced: list[Forced] = []
+        if start is not None:
+            self._prepare(start)
+
+    def _prepare(self, start: ModelContext) -> None:
+        """Let the start answer the general prompts, and keep what it predicts there."""
         options = DataOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - REPLY_TOKENS)
-        prompts = general_prompts(tokenizer, eos_ids, options)
+        prompts = general_prompts(self._tokenizer, self._eos_ids, options)
         prompts = [prompts[place] for place in spread(GENERAL, len(prompts))]
         limits = {"max_new_tokens": REPLY_TOKENS, "max_length": MAX_LENGTH}
         replies = generate_replies(self._generator(start, REPLY_SAMPLING), prompts, **limits)
         self._forced = [Forced(prompt, tuple(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
         with start() as model:
-            states = states_of(model, self._forced, pad_token_id=pad_token_id, batch_size=8)
+            states = states_of(model, self._forced, pad_token_id=self._pad, batch_size=8)
             self._start = StartStates(states, fixed_head(model))
 
     def replies(self, model: ModelContext, *, temperature: float) -> Replies:
@@ -118,7 +125,9 @@ class StyleScorer:
         return [self._tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
 
     def divergence(self, model: ModelContext) -> Estimate | None:
-        """KL(start || model) in nats per token of the start's replies to general prompts."""
+        """KL(start || model) in nats per token of the start's replies to general prompts; None without a start."""
+        if not self._forced:
+            return None
         with model() as loaded:
             return kl_estimate(score_forced(loaded, self._forced, self._start, pad_token_id=self._pad, batch_size=8))
 

@@ -2,6 +2,7 @@
 
 import codecs
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -14,6 +15,8 @@ import time
 
 import pytest
 
+from sapo.commands.catalog import COMMANDS
+from sapo.options import options
 from tests.integration.test_cli import command, data, model  # noqa: F401 - fixtures
 from tests.reports import write_run
 
@@ -101,19 +104,34 @@ class Terminal:
                 column += 1
         return [line.rstrip() for line in lines]
 
+    def broken(self):
+        """Words that the terminal broke at its edge; of a path that is longer than a line nothing else is possible."""
+        screen = self.screen()
+        ends = [
+            (line[:-1].split(" ")[-1], below.split(" ")[0]) for line, below in itertools.pairwise(screen)
+            if len(line) == self.width + 1 and line.endswith("\\")
+        ]  # fmt: skip
+        return [head + tail for head, tail in ends if head and tail and "/" not in head + tail]
+
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_and_help_fit_and_lose_nothing(width, tmp_path):
     runs = [str(write_run(tmp_path / name, steps=30)) for name in ("one", "another", "third")]
-    lines = ["--help", "train --help", "train --help beta", "data", f"compare {' '.join(runs)}", "report nowhere"]
+    helped = [f"train --help {one.name}" for one in options()]
+    lines = [
+        "--help",
+        *(f"{name} --help" for name in COMMANDS),
+        *helped,
+        "train --help-all",
+        "data",
+        "train",
+        "recipes",
+    ]
+    lines += ["train --lr 1", "train --beta much", f"compare {' '.join(runs)}", "report nowhere"]
     with Terminal(["-c", LIGHT, ";".join(lines)], width) as terminal:
         assert terminal.end() == 0
-    screen = terminal.screen()
-    shown = "\n".join(screen)
-    # Examples are folded as a shell folds them.
-    folded = ("$ ", "  sapo ", "      --")
-    typed = {number for number, line in enumerate(screen) if line.startswith(folded) or "/" in line}
-    assert not [line for number, line in enumerate(screen) if line.endswith("\\") and number not in typed]
+    shown = "\n".join(terminal.screen())
+    assert not terminal.broken()
     assert "…" not in shown
     assert "Traceback" not in shown
     assert "another" in shown
@@ -126,6 +144,7 @@ import sys
 from sapo.commands.main import main
 train, run = sys.argv[1].split(), sys.argv[2]
 assert main(train) == 0
+assert main(["export", run, f"{run}-exported"]) == 0
 assert main(["evaluate", run, "--suite", "local", "--dataset_name", sys.argv[3], "--max_length", "32", "--limit", "8",
              "--max_new_tokens", "4"]) == 0
 print("NOW CHAT", flush=True)
@@ -135,13 +154,18 @@ sys.exit(main(["chat", run, "--max_new_tokens", "3"]))
 
 def test_a_run_its_evaluation_and_a_talk_at_80_columns(model, data, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    arguments = command(model, data, out, "--max_steps", "6", "--log_pairs_steps", "3")
+    evaluated = ("--eval_strategy", "steps", "--eval_steps", "2", "--eval_dataset_name", str(data), "--eval_local")
+    never = ("--eval_local_max_time_fraction", "0.00001")
+    arguments = command(model, data, out, "--max_steps", "6", "--log_pairs_steps", "3", *evaluated, *never)
     with Terminal(["-c", SESSION, " ".join(arguments), str(out), str(data)], 80) as terminal:
         terminal.until("NOW CHAT", seconds=300)
+        # A warning of the run, above the bar.
+        assert "they are left out, except" in " ".join(terminal.screen())
+        assert not terminal.broken()
         seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.raw)
         screen = terminal.screen()
         # The bar stayed in its place, with step, time left and whole numbers.
-        (bar,) = [line for line in screen if line.startswith("step ")]
+        (bar,) = [line for line in screen if re.match(r"step \d+/6 ━", line)]
         assert re.fullmatch(r"step 6/6 ━+ 0:00:00 left  [\d.e-]+ s/step", bar)
         numbers = screen[screen.index(bar) + 1]
         assert re.match(r"loss [\d.-]+  margin [\d.e-]+  accuracy [\d.]+", numbers)

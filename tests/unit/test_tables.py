@@ -11,7 +11,7 @@ from sapo.evaluation.table import direction, is_significant, show, verdict
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
 from sapo.text.numbers import error_text
-from sapo.text.terminal import print_table, say_wrapped
+from sapo.text.terminal import print_table, say
 
 
 def printed(width, rows, encoding="utf-8"):
@@ -96,7 +96,7 @@ def test_the_table_of_models_has_what_decides_first_and_each_datum_once():
     roles = {"start": "start", "run policy": "policy", "run opponent": "opponent"}
     targets = [Target(name, name, role, run="run") for name, role in roles.items()]
     out = io.StringIO()
-    console = Console(file=out, width=80)
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
     show(console, "local", targets, {target.name: result(-place) for place, target in enumerate(targets)})
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
@@ -111,7 +111,15 @@ def test_the_table_of_models_has_what_decides_first_and_each_datum_once():
 def test_sentences_are_wrapped_at_words_on_a_terminal_alone():
     for terminal, most in ((True, 20), (False, 40)):
         out = io.StringIO()
-        say_wrapped(Console(file=out, width=20, force_terminal=terminal), "Nine words that do not fit into [one] line")
+        say(Console(file=out, width=20, force_terminal=terminal), "Nine words that do not fit into [one] line")
         assert max(map(len, out.getvalue().splitlines())) >= most - 8
         assert (len(out.getvalue().splitlines()) == 1) is not terminal
         assert " ".join(out.getvalue().split()) == "Nine words that do not fit into [one] line"
+
+
+def test_a_distance_from_the_start_is_neither_better_nor_worse():
+    change = {"kl_general": estimate(0.3), "nll_general": estimate(0.3), "ended": estimate(0.1), "loops": estimate(0.1)}
+    text = verdict("retention", change)
+    assert text.startswith("moved 0.3 nats per token on general prompts from the start; its own replies: mixed: ended")
+    assert direction("retention", "kl_general") == direction("retention", "loops") == "lower"
+    assert direction("retention", "length") == ""

@@ -71,8 +71,12 @@ def closing_lines(run: RunArguments, ending: Ending, recipe: Path | None) -> lis
     lines += next_commands(run, folder, recipe, unfinished, longer, plain=ending.plain)
     load = "AutoPeftModelForCausalLM" if ending.adapter else "AutoModelForCausalLM"
     package = "peft" if ending.adapter else "transformers"
-    lines.append(f"Python:    from {package} import {load}; model = {load}.from_pretrained({str(folder)!r})")
-    return lines
+    return [
+        *lines,
+        "In Python:",
+        f"from {package} import {load}",
+        f"model = {load}.from_pretrained({str(folder)!r})",
+    ]
 
 
 def results(run: Run) -> list[str]:
@@ -119,12 +123,13 @@ def next_commands(
     name = quoted(folder)
     again = f"sapo train --config {quoted(recipe)} --resume_from_checkpoint true"
     evaluation = run.data.eval_dataset_name or run.data.dataset_name
-    note = "" if run.data.eval_dataset_name else "  # better: rows that it was not trained on"
     lines = [f"Page:      {folder / REPORT_FILE}", f"Report:    sapo report {name} --serve"]
     lines.append(f"Chat:      sapo chat {name}{' --plain' if plain else ''}")
     if evaluation:
         length = f" --max_length {run.config.max_length}"
-        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {quoted(evaluation)}{length}{note}")
+        lines.append(f"Evaluate:  sapo evaluate {name} --suite local --dataset_name {quoted(evaluation)}{length}")
+        if not run.data.eval_dataset_name:
+            lines.append("           (better on rows that it was not trained on)")
     lines.append(f"Compare:   sapo compare {name}")
     # In front of a dash, which would begin a flag.
     here = "./" if folder.name.startswith("-") else ""

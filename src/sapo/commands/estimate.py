@@ -26,7 +26,7 @@ from sapo.estimate.estimate import Estimate, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text, duration_text
-from sapo.text.terminal import say_wrapped
+from sapo.text.terminal import say
 from sapo.weights.description import positions_of
 from sapo.weights.footprint import Strategy, StrategyName
 from sapo.weights.loading import load_config, with_stored_adapter
@@ -268,7 +268,7 @@ def _show(report: Report, console: Console) -> None:
     if report.checkpointing == "auto":
         chosen = "true, since it would not fit without" if result.recomputes else "false, since it fits without"
         lines.append(f"gradient_checkpointing=auto: {chosen}.")
-    say_wrapped(console, *lines, "")
+    say(console, *lines, "")
     unit, factor = ("GB", 1e9) if result.needed >= 1e9 else ("MB", 1e6)
     memory = Table(title="memory of one device", title_justify="left")
     memory.add_column("part")
@@ -284,7 +284,7 @@ def _show(report: Report, console: Console) -> None:
     memory.add_row(f"with {others}", f"{result.needed / factor:.2f}")
     console.print(memory)
     console.print(_seconds_table(result))
-    say_wrapped(console, *_time(report), *_verdict(report))
+    say(console, *_time(report), *_verdict(report))
 
 
 _EXPECTED_ON_CPU, _EXPECTED_ON_GPU = (1.1, 1.7), (2, 3)

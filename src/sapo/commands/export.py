@@ -14,6 +14,7 @@ from sapo.hub.gguf import Tools, check, convert, find_tools
 from sapo.hub.ollama import modelfile
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text
+from sapo.text.terminal import say
 from sapo.weights.loading import load_generation_config
 
 MODELFILE = "Modelfile"
@@ -28,7 +29,6 @@ def run_export(given: Parsed) -> None:
     own = given.own
     out: Path = own.out
     quiet_libraries()
-    console = Console(highlight=False, soft_wrap=True)
     tools = None if own.gguf is None else find_tools(own.gguf, own.llama_cpp, out)
     origin = find_origin(own.target, own.which, own.revision)
     lines: list[str] = []
@@ -41,8 +41,7 @@ def run_export(given: Parsed) -> None:
             lines.append(_convert(exported, file, own.gguf, tools, out))
         if own.ollama:
             lines.append(_write_modelfile(exported, staging, file, out))
-    for line in [*lines, "", *_uses(out, None if file is None else out / file.name, ollama=own.ollama)]:
-        console.print(line, markup=False)
+    say(Console(), *lines, "", *_uses(out, None if file is None else out / file.name, ollama=own.ollama))
 
 
 def _described(exported: Exported, note: str, out: Path) -> list[str]:
@@ -72,12 +71,10 @@ def _write_modelfile(exported: Exported, folder: Path, file: Path | None, out: P
 
 
 def _uses(out: Path, file: Path | None, *, ollama: bool) -> list[str]:
-    lines = [
-        f"Serve:     vllm serve {out}",
-        f'Load:      from transformers import pipeline; pipeline("text-generation", model="{out}")',
-    ]
+    lines = [f"Serve:     vllm serve {out}"]
     if file is not None:
         lines.append(f"llama.cpp: llama-cli -m {file}")
     if ollama:
         lines.append(f"Ollama:    ollama create {out.absolute().name.lower()} -f {out / MODELFILE}")
-    return lines
+    loaded = f'pipe = pipeline("text-generation", model="{out}")'
+    return [*lines, "In Python:", "from transformers import pipeline", loaded]

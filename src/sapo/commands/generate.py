@@ -92,8 +92,7 @@ def run_generate(given: Parsed) -> None:
     check_packages(run)
     check_model(run.model, run.config, trains=False)
     inputs = load_inputs(run)
-    for line in inputs.lines():
-        console.print(line, markup=False, highlight=False)
+    say(console, *inputs.lines())
     texts, _ = load_texts(run, inputs)
     # Parquet first: it has the tokens, and what a killed run is continued by.
     pairs = file if file.suffix == ".parquet" else file.with_name(f".{file.name}.parquet")

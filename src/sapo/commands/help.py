@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
-import textwrap
 from collections.abc import Sequence
 
 from sapo.options import Option, accepted, sections
 from sapo.options.values import wanted
+from sapo.text.fitted import fitted
 
 _LONGEST = 40
 """Characters of choices in the place of a value; a longer list stands in the text."""
@@ -63,7 +63,7 @@ def formatted(
                 nargs="?" if one.type in ("bool", "bool_or_auto") else None,
                 help=f"{one.help}{_listed(one)}{_default(one.default_text)}".replace("%", "%%"),
             )
-    lines = [f"Example:\n  {_folded(example)}"]
+    lines = [f"Example:\n{fitted(f'  {example}', _width())}"]
     if takes_options and len(shown) < len(accepted()):
         lines.append(
             f"These are the most used options. sapo {name} --help-all lists all {len(accepted())},\n"
@@ -79,10 +79,10 @@ def explained(option: Option) -> str:
     """All that is declared of one option, and the other options of its section."""
     lines = [f"--{option.name} {metavar(option)}    ({option.section})", ""]
     if option.status == "refused":
-        lines += [_filled(f"Not supported: {option.reason}"), f"Only its default passes: {option.default_text}."]
-        return "\n".join(lines) + "\n"
-    lines += [_filled(option.help), "", f"Default: {option.default_text}", f"Value: {wanted(option)}"]
-    lines += [_filled(f"Refused: {value}: {reason}") for value, reason in option.refuses.items()]
+        lines += [f"Not supported: {option.reason}", f"Only its default passes: {option.default_text}."]
+        return fitted("\n".join(lines), _width()) + "\n"
+    lines += [option.help, "", f"Default: {option.default_text}", f"Value: {wanted(option)}"]
+    lines += [f"Refused: {value}: {reason}" for value, reason in option.refuses.items()]
     if option.needs:
         lines.append(f"Needs: {option.needs}")
     if option.one_start:
@@ -95,8 +95,8 @@ def explained(option: Option) -> str:
     if option.since is not None:
         lines.append(f"Requires: transformers {option.since} or newer")
     neighbours = [one.name for one in accepted() if one.section == option.section and one.name != option.name]
-    lines += ["", "In the same section:", _wrapped(neighbours)]
-    return "\n".join(lines) + "\n"
+    lines += ["", "In the same section:", "  " + " ".join(f"--{name}" for name in neighbours)]
+    return fitted("\n".join(lines), _width()) + "\n"
 
 
 def explained_flag(command: str, name: str, action: argparse.Action) -> str:
@@ -105,7 +105,8 @@ def explained_flag(command: str, name: str, action: argparse.Action) -> str:
     text = (action.help or "").replace("%%", "%")
     default = "" if action.default in (None, False, argparse.SUPPRESS) else f"\nDefault: {action.default}"
     choices = f"\nValue: one of {', '.join(map(str, action.choices))}" if action.choices else ""
-    return f"{flag}    (sapo {command})\n\n{_filled(f'{text[:1].upper()}{text[1:]}.')}{default}{choices}\n"
+    shown = f"{flag}    (sapo {command})\n\n{text[:1].upper()}{text[1:]}.{default}{choices}\n"
+    return fitted(shown, _width())
 
 
 def _default(text: str) -> str:
@@ -148,24 +149,5 @@ def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) ->
         group._add_action(shown)
 
 
-def _folded(command: str) -> str:
-    """A command over several lines of a shell where one is too narrow."""
-    return command if len(command) < _width() - 1 else command.replace(" --", " \\\n      --")
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, _width(), break_long_words=False, break_on_hyphens=False)
-
-
 def _width() -> int:
     return min(shutil.get_terminal_size().columns, 100) - 1
-
-
-def _wrapped(names: Sequence[str]) -> str:
-    width, lines, line = _width(), [], " "
-    for name in names:
-        if len(line) + len(name) + 3 > width:
-            lines.append(line)
-            line = " "
-        line += f" --{name}"
-    return "\n".join([*lines, line])

@@ -18,6 +18,7 @@ import datasets
 from transformers.utils import logging
 
 from sapo.commands.data_arguments import RunDescription
+from sapo.commands.notices import fit_messages
 from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
@@ -221,7 +222,8 @@ def _evaluation_rows(run: RunDescription, *, tolerant: bool = False) -> Member:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars and notices of the libraries off the terminal."""
+    """Keep the bars and notices of the libraries off the terminal, and break what they report between words."""
+    fit_messages()
     # peft 0.21 reads a name that transformers 5.23 has deprecated: nothing that a user of a command can change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # peft, of a base that is a merged adapter or a GGUF file: there is no configuration to compare the vocabulary with.

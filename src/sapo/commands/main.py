@@ -13,6 +13,7 @@ from sapo._version import __version__
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
+from sapo.text.fitted import fitted, width_of
 
 _INTRODUCTION = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)
@@ -65,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SapoError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {brief(error, 2000)}\n")
+        _complain(f"{type(error).__name__}: {brief(error, 2000)}")
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         again = ", then --resume_from_checkpoint true" if given[:1] == ["train"] else ""
-        sys.stderr.write(f"{type(error).__name__}: {error}. Free some space{again}.\n")
+        _complain(f"{type(error).__name__}: {error}. Free some space{again}.")
         return 2
     except RuntimeError as error:
         # torch's, by name: torch is not imported for the commands that do without it.
@@ -79,11 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"OutOfMemoryError: {_what_was_short(error)}. {_way_out_of_memory(error, given[0])}\n")
+        _complain(f"OutOfMemoryError: {_what_was_short(error)}. {_way_out_of_memory(error, given[0])}")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+
+
+def _complain(line: str) -> None:
+    sys.stderr.write(f"{fitted(line, width_of(sys.stderr))}\n")
 
 
 def _what_was_short(error: RuntimeError) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from sapo.errors import SapoError
+from sapo.text.fitted import fitted, width_of
 
 
 class Notices:
@@ -33,6 +34,39 @@ class Notices:
             show()
 
 
+class _Fitted(logging.Formatter):
+    """Another formatter's text, broken between words."""
+
+    def __init__(self, own: logging.Formatter | None, width: int) -> None:
+        super().__init__()
+        self._own, self._width = own or logging.Formatter(), width
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(self._own.format(record), self._width)
+
+
+def fit_messages() -> None:
+    """Break log records and warnings between words where standard error is a terminal."""
+    width = width_of(sys.stderr)
+    if width is None:
+        return
+    for handler in _handlers():
+        if not isinstance(handler.formatter, _Fitted):
+            handler.setFormatter(_Fitted(handler.formatter, width))
+    # The path and the line of code that Python adds say nothing to the user of a command.
+    warnings.formatwarning = lambda message, category, *_, **__: f"{fitted(f'{category.__name__}: {message}', width)}\n"
+
+
+def _handlers() -> set[logging.StreamHandler]:
+    """Handlers that write to standard error."""
+    loggers = [
+        logging.root,
+        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
+    ]
+    found = [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]
+    return {one for one in found if isinstance(one, logging.StreamHandler) and one.stream is sys.stderr}
+
+
 @contextmanager
 def held_notices() -> Iterator[Notices]:
     """Keep log records and warnings off the terminal until they are released, or the block ends.
@@ -41,13 +75,7 @@ def held_notices() -> Iterator[Notices]:
     progress bar, is shown at once.
     """
     notices = Notices()
-    loggers = [
-        logging.root,
-        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
-    ]
-    found = [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]
-    handlers = {one for one in found if isinstance(one, logging.StreamHandler) and one.stream is sys.stderr}
-    filters = {one: partial(_passes, notices, one) for one in handlers}
+    filters = {one: partial(_passes, notices, one) for one in _handlers()}
     show = warnings.showwarning
 
     def show_later(*given: Any, **more: Any) -> None:

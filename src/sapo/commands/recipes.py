@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
 import sys
 import textwrap
 from pathlib import Path
 
 from sapo.errors import ConfigurationError, brief
+from sapo.text.fitted import width_of
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CLUSTER = FOLDER / "cluster"
@@ -25,11 +25,12 @@ def run_recipes(name: str | None) -> None:
         ConfigurationError: no such recipe.
     """
     if name is None:
-        sys.stdout.write(_listing(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+        sys.stdout.write(_listing(width_of(sys.stdout)))
     elif name in (files := _other_files()):
         sys.stdout.write(files[name].read_text(encoding="utf-8"))
     else:
-        sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+        width, text = width_of(sys.stdout), find_recipe(name).read_text(encoding="utf-8")
+        sys.stdout.write(text if width is None else "".join(f"{_fitted(line, width)}\n" for line in text.splitlines()))
 
 
 def find_recipe(name: str) -> Path:
@@ -72,6 +73,15 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def _fitted(line: str, width: int) -> str:
+    """A line of a recipe whose comment goes on in lines of comment below."""
+    place = line.find("# ")
+    if place < 0 or len(line) <= width:
+        return line
+    further = f"{' ' * place}# " if place <= width // 2 else "#   "
+    return textwrap.fill(line, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
+
+
 def _other_files() -> dict[str, Path]:
     """Job files for clusters and chat templates, each by its path in the folder of recipes; the first by name too."""
     cluster, templates = sorted(CLUSTER.iterdir()), sorted((FOLDER / "templates").glob("*.jinja"))
@@ -101,5 +111,5 @@ def _listing(width: int | None) -> str:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     if width is None or sum(widths) + 4 + max(len(text) for _, _, text in rows) <= width:
         return "".join(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {text}\n" for name, machine, text in rows)
-    folded = [textwrap.indent(textwrap.fill(text, width - 5), "    ") for _, _, text in rows]
+    folded = [textwrap.indent(textwrap.fill(text, width - 5, break_on_hyphens=False), "    ") for _, _, text in rows]
     return "".join(f"{name}  ({machine})\n{text}\n" for (name, machine, _), text in zip(rows, folded, strict=True))

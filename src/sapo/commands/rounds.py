@@ -72,8 +72,7 @@ def rounds(run: RunArguments, console: Console) -> Iterator[Round]:
     _begin(run, root)
     check_model(run.model, config)
     inputs = load_inputs(run)
-    for line in inputs.lines():
-        console.print(line, markup=False, highlight=False)
+    say(console, *inputs.lines())
     with locked(root) if config.process_index == 0 else nullcontext():
         yield from _rounds(run, inputs, root, console)
 

@@ -83,13 +83,8 @@ def run_serve(given: Parsed) -> int:
         running.wait_until_ready()
         if own.train:
             return running.during([sys.executable, "-m", "sapo", "train", *given.rest])
-        console.print(
-            f"Ready: {', '.join(server.url for server in servers)}. Ctrl-C stops. In another terminal: sapo train "
-            f"{shlex.join(given.rest)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        urls = ", ".join(server.url for server in servers)
+        say(console, f"Ready: {urls}. Ctrl-C stops. In another terminal: sapo train {shlex.join(given.rest)}")
         running.forever()
     return 0
 

@@ -82,8 +82,7 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
         check_libraries(config)
         check_model(run.model, config)
         inputs = load_inputs(run)
-        for line in inputs.lines():
-            console.print(line, markup=False, highlight=False)
+        say(console, *inputs.lines())
         _train(run, inputs, *load_policy(run.model, config), console, begin=begin)
 
 
@@ -128,7 +127,7 @@ def _train(
             console,
             inputs.tokenizer,
             trainer.last_pairs,
-            log_pairs_steps=config.log_pairs_steps,
+            log_pairs_steps=0 if config.objective == "sft" else config.log_pairs_steps,
             pairs=config.num_pairs_to_print,
         )
         trainer.add_callback(KeepRecipe(folder, as_recipe(run), lambda: _rehearse(folder.path)))

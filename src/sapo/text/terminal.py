@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sapo.text.escape import visible
+from sapo.text.fitted import fitted
 
 WIDTH_OF_FILES = 240
 """Width of a table that goes to a file or a pipe, where nobody's window is too narrow."""
@@ -27,16 +28,11 @@ def terminal() -> Console:
     return console
 
 
-def say(console: Console, *lines: str) -> None:
-    """Print lines as they are: nothing in them is markup, none is broken."""
+def say(console: Console, *lines: str, style: str | None = None) -> None:
+    """Print lines without markup: broken between words on a terminal, as they are to a file or a pipe."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def say_wrapped(console: Console, *lines: str) -> None:
-    """Print sentences, wrapped at words on a terminal; to a file or a pipe as they are."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        text = fitted(line, console.width if console.is_terminal else None)
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(
@@ -54,7 +50,7 @@ def print_table(
     head, *body = [[visible(cell, console.encoding) for cell in row] for row in rows]
     widths = [max(_longest(row[place]) for row in (head, *body)) for place in range(len(head))]
     first = min(widths[0], _FIRST)
-    console.print(Text(visible(title, console.encoding), style="bold"), soft_wrap=True)
+    say(console, visible(title, console.encoding), style="bold")
     for group in _groups(widths[1:], console.width - first - _GAP):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0), pad_edge=False, collapse_padding=True)
         table.add_column(Text(head[0]), overflow="fold", max_width=first)

@@ -303,8 +303,7 @@ def test_a_recipe_names_its_files_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_the_list_of_recipes_fits_a_terminal_of_80_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sapo.commands.recipes.width_of", lambda stream: 80)
     run_recipes(None)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) < 80

@@ -14,7 +14,7 @@ from sapo.data.chat_template import template_digest, use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
-from sapo.weights.loading import load_template_tokenizer
+from sapo.weights.description import load_template_tokenizer
 from tests.bases import BASES, CONVERSATION, save_base
 
 SMALLER = (

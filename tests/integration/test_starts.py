@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sapo.commands.chat_models import load_chat_models
 from sapo.commands.main import main
 from sapo.errors import ModelError
-from sapo.weights import loading, source
+from sapo.weights import description, loading, source
 from tests.integration.pages import TEMPLATE
 from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
 
@@ -164,11 +164,11 @@ def test_the_hub_is_asked_for_an_adapter_where_there_is_no_model(adapter, monkey
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", lacking)
     monkeypatch.setattr(source, "snapshot_download", download)
-    assert loading.read_config("someone/sft").model_type == "llama"
+    assert description.read_config("someone/sft").model_type == "llama"
     cached.clear()
     monkeypatch.setattr(source, "snapshot_download", lambda name, revision, allow_patterns: str(adapter.parent))
     with pytest.raises(ModelError, match="incomplete on the hub"):
-        loading.read_config("someone/sft")
+        description.read_config("someone/sft")
 
 
 # ---- GGUF ----
@@ -269,14 +269,14 @@ def test_gguf_files_that_cannot_be_read_are_one_line(made, tmp_path):
     for start in (b"nothing", b"GGUF"):
         (folder / "two.gguf").write_bytes(start)
         with pytest.raises(ModelError, match="cannot be read from this GGUF file"):
-            loading.read_config(str(folder / "two.gguf"))
+            description.read_config(str(folder / "two.gguf"))
     with pytest.raises(ModelError, match=r"holds 2 GGUF files.*one\.gguf"):
-        loading.read_config(str(folder))
+        description.read_config(str(folder))
     (folder / "big-00001-of-00002.gguf").write_bytes(b"half")
     with pytest.raises(ModelError, match="llama-gguf-split"):
-        loading.read_config(str(folder / "big-00001-of-00002.gguf"))
+        description.read_config(str(folder / "big-00001-of-00002.gguf"))
     with pytest.raises(ModelError, match="no such model folder"):
-        loading.read_config(str(folder / "three.gguf"))
+        description.read_config(str(folder / "three.gguf"))
 
 
 def test_an_exported_gguf_is_read_again(made, tmp_path, capsys, monkeypatch):

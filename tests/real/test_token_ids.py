@@ -14,7 +14,7 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.demo.house_style import training_rows
-from sapo.weights.loading import load_generation_config, load_tokenizer
+from sapo.weights.description import load_generation_config, load_tokenizer
 
 MODELS = [name for name in os.environ.get("SAPO_TEST_REAL_MODEL", "").split(os.pathsep) if name]
 

@@ -8,8 +8,8 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, TokenizerError
+from sapo.weights.description import load_template_tokenizer, load_tokenizer
 from sapo.weights.embeddings import fit_model, grow, refuse_new_rows, train_tokens
-from sapo.weights.loading import load_template_tokenizer, load_tokenizer
 from tests.bases import BASES, CONVERSATION, llama_model, llama_tokenizer, mistral_tokenizer, save_base
 
 FORMS = [("llama", "chatml"), ("mistral", "zephyr"), ("llama", "zephyr")]

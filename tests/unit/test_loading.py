@@ -36,7 +36,7 @@ from trl import ModelConfig
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.runs.files import folder_digest
-from sapo.weights import loading
+from sapo.weights import description, loading
 from sapo.weights.policy import disable_dropout, with_adapter
 from sapo.weights.source import find_source
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_damaged_weights_are_one_line(file, folder, args):
 def test_a_missing_folder_is_said_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)
     with pytest.raises(ModelError, match="no such model folder"):
-        loading.read_config(name)
+        description.read_config(name)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_the_hub_answers_decides_the_advice(cause, says, never, monkeypatch
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", answer)
     with pytest.raises(ModelError, match=says) as caught:
-        loading.read_config("owner/name")
+        description.read_config("owner/name")
     assert never not in str(caught.value)
     assert "folder is complete" not in str(caught.value)
 
@@ -193,7 +193,7 @@ def test_a_model_of_another_kind_is_refused_by_every_loader(kind, tmp_path, args
         change(tmp_path / "model" / "config.json", architectures=None)
     for call in (
         lambda: loading.check_model(named(tmp_path / "model"), args),
-        lambda: loading.read_config(str(tmp_path / "model")),
+        lambda: description.read_config(str(tmp_path / "model")),
         lambda: loading.load_frozen(str(tmp_path / "model")),
     ):
         with pytest.raises(ModelError, match=rf"{said}.*Use a model that generates text"):
@@ -205,7 +205,7 @@ def test_a_bidirectional_model_made_a_decoder_is_taken(tmp_path):
         vocab_size=63, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
     )
     BertLMHeadModel(config).save_pretrained(tmp_path / "model")
-    assert loading.read_config(str(tmp_path / "model")).is_decoder
+    assert description.read_config(str(tmp_path / "model")).is_decoder
 
 
 @pytest.mark.parametrize("method", ["modelopt", "no-such", None])
@@ -274,14 +274,14 @@ def test_a_vision_language_model_trains_as_text_and_says_so(tmp_path, args, capl
 def test_a_generation_config_that_is_none_is_one_line(content, said, folder):
     (folder / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=said):
-        loading.generation_eos_ids(str(folder), "main", loading.read_config(str(folder)))
+        description.generation_eos_ids(str(folder), "main", description.read_config(str(folder)))
 
 
 def test_a_tokenizer_that_is_not_there_is_a_tokenizer_error(folder):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
     with pytest.raises(TokenizerError, match="tokenizer"):
-        loading.load_tokenizer(str(folder))
+        description.load_tokenizer(str(folder))
 
 
 def reweigh(folder, change):
@@ -388,9 +388,9 @@ def test_a_revision_is_named_once_for_all_parts_of_a_model(folder, args):
 def test_a_generation_config_that_cannot_be_read_is_not_one_that_is_missing(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": 1')
     with pytest.raises(ModelError, match=r"generation_config\.json cannot be read.*remove it"):
-        loading.load_generation_config(str(folder))
+        description.load_generation_config(str(folder))
     (folder / "generation_config.json").unlink()
-    assert loading.load_generation_config(str(folder)).eos_token_id == 1
+    assert description.load_generation_config(str(folder)).eos_token_id == 1
 
 
 def test_nothing_to_train_is_refused(args):
@@ -612,7 +612,7 @@ def test_router_logits_are_switched_off(tmp_path, args):
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     model, _ = loading.load_policy(named(tmp_path / "moe"), args)
     assert model.config.output_router_logits is False
-    assert loading.read_config(str(tmp_path / "moe")).output_router_logits is False
+    assert description.read_config(str(tmp_path / "moe")).output_router_logits is False
     # Also of a model that the user has loaded.
     model.config.output_router_logits = True
     assert with_adapter(model, None, args).config.output_router_logits is False

@@ -19,9 +19,9 @@ from sapo.errors import ConfigurationError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
-from sapo.weights.description import positions_of
+from sapo.weights.description import load_template_tokenizer, load_tokenizer, positions_of
 from sapo.weights.embeddings import fit_model, known_tokens
-from sapo.weights.loading import load_adapter, load_frozen, load_template_tokenizer, load_tokenizer
+from sapo.weights.loading import load_adapter, load_frozen
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import find_source, holds_model
 

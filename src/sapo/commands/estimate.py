@@ -27,9 +27,9 @@ from sapo.estimate.passes import Lengths
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text, duration_text
 from sapo.text.terminal import say
-from sapo.weights.description import positions_of
+from sapo.weights.description import load_config, positions_of
 from sapo.weights.footprint import Strategy, StrategyName
-from sapo.weights.loading import load_config, with_stored_adapter
+from sapo.weights.loading import with_stored_adapter
 from sapo.weights.source import find_source
 
 

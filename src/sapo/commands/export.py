@@ -15,7 +15,7 @@ from sapo.hub.ollama import modelfile
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text
 from sapo.text.terminal import say
-from sapo.weights.loading import load_generation_config
+from sapo.weights.description import load_generation_config
 
 MODELFILE = "Modelfile"
 

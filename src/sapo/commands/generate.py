@@ -33,16 +33,15 @@ from sapo.seeds import derive_seed
 from sapo.text.terminal import say
 from sapo.training.generators import checked_servers, self_play
 from sapo.training.pair_files import PairsReport, PairWriter, move_to_json_lines
-from sapo.weights.description import vocabulary_of
-from sapo.weights.embeddings import fit_model, refuse_new_rows
-from sapo.weights.loading import (
-    check_model,
+from sapo.weights.description import (
     generation_eos_ids,
     load_config,
-    load_generating,
     load_template_tokenizer,
     load_tokenizer,
+    vocabulary_of,
 )
+from sapo.weights.embeddings import fit_model, refuse_new_rows
+from sapo.weights.loading import check_model, load_generating
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import find_source
 

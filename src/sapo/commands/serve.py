@@ -26,7 +26,8 @@ from sapo.generation.vllm.installed import HOW_TO_INSTALL, find_vllm
 from sapo.generation.vllm.limits import max_lora_rank
 from sapo.generation.vllm.weight_stream import RECEIVER
 from sapo.text.terminal import say
-from sapo.weights.loading import load_config, with_stored_adapter
+from sapo.weights.description import load_config
+from sapo.weights.loading import with_stored_adapter
 
 RESTARTS = 3
 """Times that a server which has died is started again, in all."""

@@ -32,7 +32,8 @@ from sapo.text.numbers import duration_text
 from sapo.text.terminal import print_table, say
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
-from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.description import load_tokenizer
+from sapo.weights.loading import load_frozen
 from sapo.weights.policy import padding_token_id
 
 STEPS: Final = 60

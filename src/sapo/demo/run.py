@@ -20,7 +20,8 @@ from sapo.generation.scripted import ScriptedGenerator
 from sapo.text.terminal import say
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
-from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.description import load_tokenizer
+from sapo.weights.loading import load_frozen
 
 HELDOUT = 1000
 STEPS = 80

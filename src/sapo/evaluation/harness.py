@@ -29,8 +29,7 @@ from sapo.evaluation.targets import Target, check_for_other_loaders
 from sapo.measures.intervals import Estimate, bootstrap_ratio
 from sapo.runs.files import facts_digest
 from sapo.text.escape import visible
-from sapo.weights.description import positions_of
-from sapo.weights.loading import load_tokenizer, read_config
+from sapo.weights.description import load_tokenizer, positions_of, read_config
 from sapo.weights.source import read_adapter_config, trained_rows
 
 TASKS_FOLDER = "lm_eval_tasks"

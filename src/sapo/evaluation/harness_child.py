@@ -112,7 +112,7 @@ def _too_long(request: Mapping[str, Any], arguments: Any) -> int:
     """Number of questions plus choices longer than the model's context, which the harness truncates silently."""
     if not arguments or request["positions"] is None:
         return 0
-    from sapo.weights.loading import load_tokenizer
+    from sapo.weights.description import load_tokenizer
 
     tokenizer = load_tokenizer(request["model_args"]["pretrained"])
     wholes = [context + choice for context, choice in arguments]

@@ -15,7 +15,8 @@ from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.store import FinishedParts
 from sapo.evaluation.targets import LoadedModel, Target, borrowed_tokenizer, check_target, fingerprint, load_target
 from sapo.generation.sampling import Sampling
-from sapo.weights.loading import default_device, load_template_tokenizer
+from sapo.weights.description import load_template_tokenizer
+from sapo.weights.loading import default_device
 
 
 @dataclass(frozen=True)

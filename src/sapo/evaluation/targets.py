@@ -16,9 +16,9 @@ from sapo.errors import ModelError, TokenizerError
 from sapo.runs.files import file_digest, folder_digest
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, start_of
-from sapo.weights.description import positions_of
+from sapo.weights.description import load_template_tokenizer, load_tokenizer, positions_of, read_config
 from sapo.weights.embeddings import embedding_rows, fit_model, known_tokens
-from sapo.weights.loading import load_frozen, load_template_tokenizer, load_tokenizer, read_config
+from sapo.weights.loading import load_frozen
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import ADAPTER_FILE, find_source, read_adapter_config
 

@@ -23,7 +23,8 @@ from sapo.runs.layout import OPPONENT_FOLDER, STATE_FILE
 from sapo.runs.origin import package_versions
 from sapo.runs.reading import is_run, recipe_option, start_of
 from sapo.runs.tensors import read_tensors
-from sapo.weights.loading import load_frozen, load_tokenizer, read_config
+from sapo.weights.description import load_tokenizer, read_config
+from sapo.weights.loading import load_frozen
 from sapo.weights.opponent import policy_tensors
 from sapo.weights.policy import repair_generation_config
 from sapo.weights.source import find_source, holds_model, quantization_method

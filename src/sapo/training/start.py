@@ -10,9 +10,9 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions
 from sapo.errors import ConfigurationError
 from sapo.estimate.checkpointing import resolve_checkpointing
-from sapo.weights.description import positions_of
+from sapo.weights.description import load_template_tokenizer, load_tokenizer, positions_of
 from sapo.weights.embeddings import embedding_rows, fit_model, refuse_new_rows, train_tokens
-from sapo.weights.loading import load_named_policy, load_template_tokenizer, load_tokenizer, use_one_device
+from sapo.weights.loading import load_named_policy, use_one_device
 from sapo.weights.policy import disable_dropout, model_keyword_arguments, with_adapter
 
 

@@ -59,11 +59,7 @@ _OTHER_HEADS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardMod
 
 
 def load_tokenizer(name: str, revision: str = "main") -> Any:
-    """The tokenizer of a model; of an adapter its own, else that of its base model.
-
-    Args:
-        name: model folder, adapter folder or Hub id.
-        revision: of a Hub id.
+    """The tokenizer of a model folder or Hub id; of an adapter its own, else that of its base model.
 
     Raises:
         ModelError: there is no such model.
@@ -96,11 +92,7 @@ def load_template_tokenizer(name: str) -> Any:
 
 
 def read_config(name: str, revision: str = "main") -> Any:
-    """The configuration of a model, of an adapter that of its base model, without weights.
-
-    Args:
-        name: model folder, adapter folder or Hub id.
-        revision: of a Hub id.
+    """The configuration of a model folder or Hub id, of an adapter that of its base model, without weights.
 
     Raises:
         ModelError: it cannot be found or read, needs code of its own, or is not of a causal language model.
@@ -125,21 +117,13 @@ def load_config(model_args: ModelConfig) -> Any:
 
 
 def positions_of(config: Any) -> int | None:
-    """The number of positions of a model, its greatest context in tokens; None if its configuration has none.
-
-    Args:
-        config: of the model; of its text part where it has several.
-    """
+    """The number of positions of a model, its greatest context in tokens; None if its configuration has none."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
 
 
 def vocabulary_of(config: Any) -> int | None:
-    """The number of tokens that a model has embeddings for; None if its configuration does not say.
-
-    Args:
-        config: of the model; of its text part where it has several.
-    """
+    """The number of tokens that a model has embeddings for; None if its configuration does not say."""
     size: int | None = getattr(config.get_text_config(), "vocab_size", None)
     return size
 
@@ -176,31 +160,18 @@ def load_generation_config(name: str, revision: str = "main", config: Any = None
 
 
 def source_of(model_args: ModelConfig) -> ModelSource:
-    """Where the model of a run comes from.
-
-    Raises:
-        ConfigurationError: no model is named.
-        ModelError: as for `find`.
-    """
+    """Where the model of a run comes from; see `find`."""
     return find(_name(model_args), model_args.model_revision)
 
 
 def find(name: str, revision: str) -> ModelSource:
-    """`find_source`; the Hub is asked whether a name that is not in its cache is an adapter.
-
-    Raises:
-        ModelError: as for `find_source`, or what the Hub answers.
-    """
+    """`find_source`; the Hub is asked whether a name that is not in its cache is an adapter."""
     source = find_source(name, revision)
     return _resolved(source)[0] if _may_be_adapter(source) else source
 
 
 def config_of(source: ModelSource) -> Any:
-    """The configuration of a model; under an adapter, with as many embeddings as it needs.
-
-    Raises:
-        ModelError: as for `read_config`.
-    """
+    """The configuration of a model; under an adapter, with as many embeddings as it needs; see `read_config`."""
     source, config = _resolved(source)
     _refuse_other_kinds(source.base, config)
     switch_off_router_logits(config)
@@ -229,11 +200,7 @@ def switch_off_router_logits(config: Any) -> None:
 
 
 def _refuse_other_kinds(name: str, config: Any) -> None:
-    """Refuse what is no causal language model, or was saved as something else: transformers would make heads up.
-
-    Raises:
-        ModelError: says what it is.
-    """
+    """Refuse what is no causal language model, or was saved as something else: transformers would make heads up."""
     kind = f"model_type {config.model_type} is not a causal language model in transformers"
     saved_as = (getattr(config, "architectures", None) or [""])[0] or ""
     other = next((end for end in _OTHER_HEADS if saved_as.endswith(end)), None)

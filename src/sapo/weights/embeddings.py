@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging as standard_logging
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,28 +11,20 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sapo.errors import ConfigurationError, TokenizerError
 from sapo.seeds import derive_seed, random_state_restored
-
-_RESIZED = "The new "
-"""How transformers' notices on the initialization of new rows begin."""
+from sapo.weights.sharding import will_shard_weights
 
 
 def fit_model(model: Any, tokenizer: Any, *, seed: int) -> tuple[int, ...]:
-    """Give a model the EOS token of `tokenizer`, and embeddings for all of its tokens.
+    """Give a model the EOS token of `tokenizer`, and embeddings for all of its tokens; returns the ids of new rows.
 
     New rows begin at the mean of the others, as transformers initializes them, alike in every process and every run of
-    a seed. The generation configuration keeps the model's other EOS tokens.
+    `seed`. The generation configuration keeps the model's other EOS tokens.
 
-    Args:
-        model: with an adapter, one whose embeddings are large enough.
-        tokenizer: with the chat template to use.
-        seed: of the new rows.
-
-    Returns:
-        Ids of the rows that were added.
+    Raises:
+        ConfigurationError: the embeddings of a model with an adapter are too small.
     """
     eos = tokenizer.eos_token_id
     if eos is not None:
@@ -60,7 +51,8 @@ def grow(model: Any, size: int, *, seed: int = 0) -> tuple[int, ...]:
             f"the tokenizer has {size} tokens and the model under the adapter {rows} embeddings. Grow the base model "
             "before the adapter is put on it, or use a chat template whose tokens the model has."
         )
-    with random_state_restored(), _without_notices():
+    # transformers tells at length how new rows are initialized.
+    with random_state_restored(), without_messages("The new "):
         set_seed(derive_seed(seed, "rows of new tokens") % 2**32)
         model.resize_token_embeddings(size)
     return tuple(range(rows, size))
@@ -73,11 +65,7 @@ def embedding_rows(model: Any) -> int:
 
 
 def known_tokens(ids: list[int], tokenizer: Any, model: Any) -> list[int]:
-    """`ids`, if the model has an embedding for each.
-
-    Raises:
-        TokenizerError: it has not; on a GPU such a token would end the process.
-    """
+    """`ids`, if the model has an embedding for each; else a `TokenizerError`: a GPU would end the process."""
     size = embedding_rows(model)
     if max(ids, default=0) >= size:
         raise TokenizerError(
@@ -89,11 +77,7 @@ def known_tokens(ids: list[int], tokenizer: Any, model: Any) -> list[int]:
 
 
 def refuse_new_rows(tokenizer: Any, rows: int, backend: str) -> None:
-    """Refuse tokens beyond the `rows` embeddings of the model that vLLM was started with.
-
-    Raises:
-        ConfigurationError: there are some.
-    """
+    """Refuse tokens beyond the `rows` embeddings of the model that vLLM was started with."""
     size = max(tokenizer.get_vocab().values()) + 1
     if size > rows:
         raise ConfigurationError(
@@ -104,19 +88,14 @@ def refuse_new_rows(tokenizer: Any, rows: int, backend: str) -> None:
 
 
 def train_tokens(peft_config: Any, model: Any, tokens: Collection[int]) -> Any:
-    """The configuration of a new adapter that trains the rows of `tokens` too, in the input and output embeddings.
-
-    Args:
-        peft_config: of LoRA; not changed.
-        model: the base model, its embeddings large enough.
-        tokens: ids; with none the configuration is returned as it is.
+    """The configuration of a new LoRA adapter that trains the rows of `tokens` too, in input and output embeddings.
 
     Raises:
         ConfigurationError: the adapter is on the embeddings itself, or the weights will be sharded.
     """
     if peft_config is None or not tokens:
         return peft_config
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if will_shard_weights():
         raise ConfigurationError(
             f"chat_template_path adds {len(tokens)} tokens, and peft cannot train single rows of sharded embeddings. "
             "Train all weights (leave use_peft out), or use --accelerate_config zero2 or multi_gpu."
@@ -148,9 +127,11 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 @contextmanager
-def _without_notices() -> Iterator[None]:
+def without_messages(text: str) -> Iterator[None]:
+    """Keep transformers from logging what has `text` in it while it builds, loads or resizes a model."""
+
     def passes(record: standard_logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_RESIZED)
+        return text not in record.getMessage()
 
     loud = standard_logging.getLogger("transformers.modeling_utils")
     loud.addFilter(passes)

@@ -53,12 +53,7 @@ _LIVE = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How a run is divided over processes, one a GPU.
-
-    Attributes:
-        name: of the configuration of `--accelerate_config`; "none" for one process.
-        processes: number of processes.
-    """
+    """How a run is divided over processes, one a GPU; the name is of a file of `--accelerate_config`."""
 
     name: StrategyName = "none"
     processes: int = 1
@@ -109,15 +104,9 @@ def running_strategy(args: SAPOConfig) -> Strategy:
 
 
 def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy) -> RunModels:
-    """Policy, opponent and reference of a run, without storage.
+    """Policy, opponent and reference of a run, without storage; a strategy of ZeRO changes the type of the weights.
 
     A new adapter is assumed: continuing from an existing one, `reference: initial` costs an adapter more.
-
-    Args:
-        config: of the model.
-        model_args: type of the weights, adapter and quantization.
-        args: of the run.
-        strategy: ZeRO changes the type of the weights.
     """
     if args.num_rounds is not None:
         # An round trains on pairs that were written before: the opponent is not there any more.
@@ -173,11 +162,7 @@ def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict
 
 
 def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
-    """Compare what the models, gradients and optimizer take with the memory of the device; activations come on top.
-
-    Raises:
-        ConfigurationError: it does not fit; names the parts and what makes them smaller.
-    """
+    """Refuse a run whose models, gradients and optimizer exceed the device's memory; activations come on top."""
     strategy = running_strategy(args)
     parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
     needed = sum(parts.values())

@@ -1,20 +1,16 @@
-"""The only place, with `description`, that loads models, adapters, tokenizers and their configurations.
+"""The only place that loads models and adapters; `description` loads tokenizers and configurations.
 
 Code from a model folder is never run: `trust_remote_code=False` is passed to every call, so that nobody is asked. What
 cannot be loaded in full is refused in one line. Every process holds its weights on its own device, unless they are
-sharded, in which case DeepSpeed or FSDP places them. `description` has what needs neither weights nor peft; its
-functions are found here too.
+sharded, in which case DeepSpeed or FSDP places them.
 """
 
 from __future__ import annotations
 
 import copy
-import logging as standard_logging
-import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ import transformers
 from peft import PeftModel, PeftType, get_peft_model_state_dict, prepare_model_for_kbit_training
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GgufConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -35,18 +30,14 @@ from sapo.weights.description import (
     LOADING_ERRORS,
     config_of,
     find,
-    generation_eos_ids,
     load_config,
-    load_generation_config,
-    load_template_tokenizer,
-    load_tokenizer,
-    read_config,
     source_of,
     switch_off_router_logits,
 )
-from sapo.weights.embeddings import grow
+from sapo.weights.embeddings import grow, without_messages
 from sapo.weights.footprint import check_memory
 from sapo.weights.policy import model_keyword_arguments
+from sapo.weights.sharding import will_shard_weights
 from sapo.weights.source import (
     ModelSource,
     check_stored_types,
@@ -57,25 +48,6 @@ from sapo.weights.source import (
     trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
-
-__all__ = [
-    "check_model",
-    "default_device",
-    "device_map",
-    "generation_eos_ids",
-    "load_adapter",
-    "load_config",
-    "load_frozen",
-    "load_generating",
-    "load_generation_config",
-    "load_named_policy",
-    "load_policy",
-    "load_template_tokenizer",
-    "load_tokenizer",
-    "read_config",
-    "use_one_device",
-    "with_stored_adapter",
-]
 
 logger = logging.get_logger(__name__)
 
@@ -132,15 +104,12 @@ def check_model(model_args: ModelConfig, args: SAPOConfig, *, trains: bool = Tru
 
 
 def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None = None) -> tuple[Any, Any]:
-    """The model to train and the configuration of a new adapter.
+    """The model to train, and the configuration of the adapter to add: None for full training or a stored adapter.
 
     Args:
         model_args: names the model; the folder of an adapter gives its base model with that adapter, to train on.
         args: device, strategy and `model_init_kwargs`.
         adapter: folder of an adapter on the named model, to train on.
-
-    Returns:
-        The model, and the configuration of the adapter to add, None for full training or a stored adapter.
 
     Raises:
         ModelError: the folder is missing or incomplete, or its weights cannot be trained.
@@ -172,12 +141,7 @@ def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
 
 
 def load_generating(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None = None) -> Any:
-    """The model of a run to generate with: frozen, in evaluation mode, on the device of this process.
-
-    Args:
-        model_args: names the model.
-        args: device and `model_init_kwargs`.
-        adapter: folder of an adapter on it.
+    """The model of a run to generate with, perhaps with the adapter of a folder: frozen, on this process's device.
 
     Raises:
         ModelError: a folder is missing or incomplete.
@@ -207,13 +171,7 @@ def load_frozen(
 
 
 def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: bool = False) -> PeftModel:
-    """Put the adapter of a folder on a model, beside others that it has.
-
-    Args:
-        model: the base model, or a `PeftModel`.
-        folder: of the adapter.
-        name: what the model calls it.
-        trainable: whether it will be trained on.
+    """Put the adapter of a folder on a base model or `PeftModel` under `name`, beside others that it has.
 
     Raises:
         ModelError: it cannot be read, or lacks weights.
@@ -289,11 +247,7 @@ def with_stored_adapter(model_args: ModelConfig, *, merge: bool) -> ModelConfig:
 
 
 def _check_readable(source: ModelSource, config: Any) -> None:
-    """Refuse weight files that are missing, or would be taken for something else than they are.
-
-    Raises:
-        ModelError: says what is wrong.
-    """
+    """Refuse weight files that are missing, or would be taken for something else than they are."""
     check_weights(source)
     check_stored_types(source, config)
     method = quantization_method(config)
@@ -344,7 +298,8 @@ def _load_model(
     if source.is_gguf:
         given["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        with _without_load_report(), hub_or_cache(source.base_path):
+        # Its table of missing weights is said in one line by `_check_complete`.
+        with without_messages("LOAD REPORT"), hub_or_cache(source.base_path):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.base_path, trust_remote_code=False, output_loading_info=True, **given
             )
@@ -428,21 +383,6 @@ def _follow_ties(model: Any) -> None:
         model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Keep transformers from printing its table of missing weights: `_check_complete` says it in one line."""
-
-    def passes(record: standard_logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    loud = standard_logging.getLogger("transformers.modeling_utils")
-    loud.addFilter(passes)
-    try:
-        yield
-    finally:
-        loud.removeFilter(passes)
-
-
 def _frozen(model: Any, device: torch.device) -> Any:
     # Quantized weights do not move: they were loaded onto their device.
     if quantization_method(model.config) is None and next(model.parameters()).device != device:
@@ -460,14 +400,11 @@ def default_device() -> torch.device:
 
 
 def device_map(args: SAPOConfig) -> dict[str, torch.device] | None:
-    """Where `from_pretrained` puts the weights of a run, never left to a library to choose.
+    """Where `from_pretrained` puts the weights of a run, never left to a library to choose: on this process's device.
 
-    Returns:
-        This process's device for the full model (one process, DDP, ZeRO-1, ZeRO-2, QLoRA); None where ZeRO-3 or FSDP2
-        shards it, and on a CPU or MPS, where Trainer moves it.
+    None where ZeRO-3 or FSDP2 shards them, and on a CPU or MPS, where Trainer moves them.
     """
-    sharded = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if args.use_cpu or sharded or args.device.type in ("cpu", "mps"):
+    if args.use_cpu or will_shard_weights() or args.device.type in ("cpu", "mps"):
         return None
     return {"": args.device}
 

@@ -70,9 +70,6 @@ class MasterWeights(torch.optim.Optimizer):
         """Step the masters with the weights' gradients, then round them to the weights.
 
         Each gradient is given up as it is copied to float32, so that the two are not held side by side.
-
-        Raises:
-            ValueError: a closure, which would compute with weights that do not follow the masters.
         """
         if closure is not None:
             raise ValueError("an optimizer with float32 masters takes no closure")
@@ -182,13 +179,7 @@ def with_masters(optimizer: torch.optim.Optimizer) -> MasterWeights:
 
 
 def stepped_tensors(policy: nn.Module, optimizer: Any, masters: Mapping[int, Tensor]) -> list[Tensor]:
-    """What the optimizer steps, on this process: the trained weights, or their float32 masters where there are some.
-
-    Args:
-        policy: without wrappers.
-        optimizer: of the run, as prepared.
-        masters: by `id` of the weight.
-    """
+    """What the optimizer steps on this process: trained weights, or their float32 masters (by `id` of the weight)."""
     zero = getattr(optimizer, "optimizer", None)
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         # DeepSpeed's ZeRO-3, and ZeRO-1 and ZeRO-2.
@@ -199,11 +190,7 @@ def stepped_tensors(policy: nn.Module, optimizer: Any, masters: Mapping[int, Ten
 
 
 class MovedSample:
-    """Which of the trained weights a step changes, seen on a sample of at most about a million.
-
-    Args:
-        tensors: returns what the optimizer steps.
-    """
+    """Which of what the optimizer steps a step changes, seen on a sample of at most about a million weights."""
 
     LARGEST = 1_000_000
 

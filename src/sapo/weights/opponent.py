@@ -13,9 +13,9 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from peft import PeftModel, PeftType
@@ -31,67 +31,71 @@ LARGEST_DECAY_IN_HALF_PRECISION = 0.5
 """Above this a moving average kept in bfloat16 stalls: at 0.992 it follows 4 to 23 % of the movement, at 0.999 none."""
 
 
-class ShadowModel(Protocol):
+class ShadowModel(ABC):
     """Weights of the policy's architecture that no optimizer touches.
 
     Attributes:
         own_module: whether it computes with a module of its own; else with the policy's, adapters switched.
     """
 
-    own_module: bool
+    own_module = True
 
+    @abstractmethod
     def using(self) -> AbstractContextManager[nn.Module]:
         """A context manager that yields a module computing with these weights; sharded, all processes take part."""
-        ...
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name, in the precision in which they are kept; empty when nothing has to be saved.
 
         Of sharded weights, the shards of this process.
         """
-        ...
 
     def full(self) -> dict[str, Tensor]:
         """`tensors()` of all processes together, on the first of them; all take part."""
-        ...
+        return self.tensors()
 
+    @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`, which have the names and shapes of `self.tensors()`.
-
-        Raises:
-            ValueError: they have others.
-        """
-        ...
+        """Take over `tensors`, which have the names and shapes of `self.tensors()`; else a `ValueError`."""
+        _copy(self.tensors(), tensors)
+        self._publish()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `full()` returned, on each process.
+        """Take over what `full()` returned, on each process; a `ValueError` if names or shapes differ."""
+        self.copy_from(tensors)
 
-        Raises:
-            ValueError: names or shapes differ.
-        """
-        ...
+    def _publish(self) -> None:  # noqa: B027 - nothing to do but for a master beside the weights
+        """Let what computes have changed `tensors()`."""
 
 
-class MovingAverage(ShadowModel, Protocol):
+class MovingAverage(ShadowModel):
     """A `ShadowModel` that follows the policy and can be saved as a model.
 
     Attributes:
         collective: whether saving takes all processes.
     """
 
-    collective: bool
+    collective = False
 
+    @torch.no_grad()
     def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Self <- decay x self + (1 - decay) x policy."""
-        ...
+        """Self <- decay x self + (1 - decay) x policy, shard by shard: no communication.
+
+        The average of the factors A and B of LoRA is not the average of their product; for factors 5 % apart the two
+        differ by 6e-4 of its norm (departure 13).
+        """
+        own = self.tensors()
+        _lerp(own, {name: local_shard(policy[name]) for name in own}, 1 - decay)
+        self._publish()
 
     def in_memory(self) -> dict[str, Tensor] | None:
         """All weights of the model by name if this process holds them unsharded and without adapters; else None."""
-        ...
+        return None
 
+    @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write an ordinary model folder (with LoRA, an ordinary adapter folder); `collective`: all take part."""
-        ...
 
 
 def needs_float32_master(dtype: torch.dtype, decay: float) -> bool:
@@ -109,34 +113,7 @@ def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return named_weights(policy)
 
 
-class _Unsharded(ABC):
-    """Weights that each process holds entirely: nothing to gather, nothing to shard."""
-
-    own_module: bool = True
-    collective: bool = False
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """All weights by name."""
-
-    @abstractmethod
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`."""
-
-    def full(self) -> dict[str, Tensor]:
-        """All weights by name."""
-        return self.tensors()
-
-    def in_memory(self) -> dict[str, Tensor] | None:
-        """None: not a model of its own."""
-        return None
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`."""
-        self.copy_from(tensors)
-
-
-class ModelCopy(_Unsharded):
+class ModelCopy(MovingAverage):
     """A frozen copy of a full model, in evaluation mode.
 
     Args:
@@ -153,42 +130,29 @@ class ModelCopy(_Unsharded):
             if needs_float32_master(weight.dtype, decay)
         }
 
-    @contextmanager
-    def using(self) -> Iterator[nn.Module]:
-        """Yield the copy."""
-        yield self.model
-
-    def in_memory(self) -> dict[str, Tensor]:
-        """See `MovingAverage.in_memory`."""
-        return self.tensors()
+    def using(self) -> AbstractContextManager[nn.Module]:
+        """The copy itself."""
+        return nullcontext(self.model)
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters, the float32 master where there is one."""
         return {**dict(self.model.named_parameters()), **self._master}
 
-    @torch.no_grad()
-    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Move towards `policy`; see `MovingAverage.follow`."""
-        _lerp(self.tensors(), policy, 1 - decay)
-        self._publish_master()
+    def in_memory(self) -> dict[str, Tensor]:
+        """All of them."""
+        return self.tensors()
 
-    @torch.no_grad()
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`; see `ShadowModel.copy_from`."""
-        _copy(self.tensors(), tensors)
-        self._publish_master()
-
-    def _publish_master(self) -> None:
+    def _publish(self) -> None:
         weights = dict(self.model.named_parameters())
         for name, master in self._master.items():
             weights[name].copy_(master)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the copy as a model folder."""
+        """Write a model folder."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
 
 
-class AdapterCopy(_Unsharded):
+class AdapterCopy(MovingAverage):
     """A frozen adapter beside the policy's on the same base model.
 
     Args:
@@ -198,6 +162,8 @@ class AdapterCopy(_Unsharded):
     Raises:
         ConfigurationError: a PEFT method other than LoRA.
     """
+
+    own_module = False
 
     def __init__(self, policy: PeftModel, name: str) -> None:
         config = policy.peft_config[POLICY_ADAPTER]
@@ -211,7 +177,6 @@ class AdapterCopy(_Unsharded):
             )
         self._policy = policy
         self._switch = AdapterSwitch(policy)
-        self.own_module = False
         self.name = name
         with _adapter_state_restored(policy):
             policy.add_adapter(name, copy.deepcopy(config))
@@ -219,60 +184,37 @@ class AdapterCopy(_Unsharded):
         for weight in self.tensors().values():
             weight.requires_grad_(False)
 
-    @contextmanager
-    def using(self) -> Iterator[nn.Module]:
-        """Yield the base model with this adapter active, then activate the policy's again."""
-        with self._switch.to(self.name):
-            yield self._policy
+    def using(self) -> AbstractContextManager[nn.Module]:
+        """The base model with this adapter active; afterwards the policy's is."""
+        return self._switch.to(self.name)
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's weights under the policy adapter's names."""
         return _adapter_tensors(self._policy, self.name)
 
-    @torch.no_grad()
-    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Move towards `policy`, factor by factor.
-
-        The average of the factors A and B is not the average of their product; for factors 5 % apart the two differ
-        by 6e-4 of its norm (departure 13).
-        """
-        _lerp(self.tensors(), policy, 1 - decay)
-
-    @torch.no_grad()
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`; see `ShadowModel.copy_from`."""
-        _copy(self.tensors(), tensors)
-
     def save_pretrained(self, folder: Path) -> None:
-        """Write the adapter as an adapter folder."""
+        """Write an adapter folder."""
         save_adapter(self._policy, self.name, folder)
 
 
-class BaseModel(_Unsharded):
+class BaseModel(ShadowModel):
     """The base model with its adapters off: what a fresh LoRA adapter starts from, so a reference for nothing."""
 
     own_module = False
 
     def __init__(self, policy: PeftModel) -> None:
-        self._policy = policy
         self._switch = AdapterSwitch(policy)
 
-    @contextmanager
-    def using(self) -> Iterator[nn.Module]:
-        """Yield the model with adapters off, then turn them on again."""
-        with self._switch.to(None):
-            yield self._policy
+    def using(self) -> AbstractContextManager[nn.Module]:
+        """The model with adapters off; afterwards they are on again."""
+        return self._switch.to(None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: the base model never changes."""
         return {}
 
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to take over."""
-        _copy({}, tensors)
 
-
-class ShardedCopy:
+class ShardedCopy(MovingAverage):
     """The shards that this process holds of a frozen copy, cut like the policy's.
 
     With LoRA only those of the adapter; everything else is the policy's own.
@@ -283,7 +225,6 @@ class ShardedCopy:
         decay: see `ModelCopy`.
     """
 
-    own_module = True
     collective = True
 
     def __init__(self, policy: nn.Module, shell: GatherShell, *, decay: float = 1.0) -> None:
@@ -294,27 +235,13 @@ class ShardedCopy:
             dtype = torch.float32 if needs_float32_master(weight.dtype, decay) else weight.dtype
             self._shards[name] = local_shard(weight).detach().to(dtype, copy=True)
 
-    @contextmanager
-    def using(self) -> Iterator[nn.Module]:
-        """Yield a module that computes with the gathered weights, and free them; all processes take part."""
-        with self._shell.filled(named_weights(self._policy), self._shards) as module:
-            yield module
+    def using(self) -> AbstractContextManager[nn.Module]:
+        """A module that computes with the gathered weights, which are freed afterwards."""
+        return self._shell.filled(named_weights(self._policy), self._shards)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The shards of this process by name."""
+        """The shards of this process."""
         return self._shards
-
-    def follow(self, policy: Mapping[str, Tensor], decay: float) -> None:
-        """Move towards `policy`, shard by shard: no communication."""
-        _lerp(self._shards, {name: local_shard(policy[name]) for name in self._shards}, 1 - decay)
-
-    @torch.no_grad()
-    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the shards of another copy."""
-        _copy(self._shards, tensors)
-
-    def in_memory(self) -> None:
-        """None: each process holds shards."""
 
     def full(self) -> dict[str, Tensor]:
         """All weights on the first process, gathered one at a time; empty elsewhere."""

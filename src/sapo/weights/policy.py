@@ -7,14 +7,13 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.weights.description import switch_off_router_logits
-from sapo.weights.generation_settings import repair_generation_config
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +23,9 @@ _REFUSED_KEYWORDS = {
     "allow_all_kernels": "kernels of unknown publishers are never run",
 }
 """Keyword arguments of `from_pretrained` that would run foreign code when they are true."""
+
+
+_FIRST = ("do_sample", "num_beams")
 
 
 def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
@@ -47,6 +49,40 @@ def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
         # transformers has renamed it, and lets the new name win.
         given = {"dtype": given["torch_dtype"]} | given
     return {name: value for name, value in given.items() if name not in (*_REFUSED_KEYWORDS, "torch_dtype")}
+
+
+def repair_generation_config(model: Any) -> str | None:
+    """Leave out what transformers refuses to save: sampling parameters beside greedy decoding, which ignores them.
+
+    transformers loads such a configuration and raises when a changed one is saved: at the end of a run.
+
+    Returns:
+        What was left out, as a sentence; None for a valid configuration.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None or _is_valid(given):
+        return None
+    repaired, left = GenerationConfig(), []
+    # First what decides whether the others are valid.
+    for name, value in sorted(given.to_diff_dict().items(), key=lambda one: (one[0] not in _FIRST, one[0])):
+        default = getattr(repaired, name, None)
+        setattr(repaired, name, value)
+        if not _is_valid(repaired):
+            setattr(repaired, name, default)
+            left.append(f"{name}={value}")
+    model.generation_config = repaired
+    return (
+        f"left out {', '.join(left)}, which transformers refuses to save beside the other settings. Greedy decoding "
+        "ignores sampling parameters; set do_sample to true in the model to use them."
+    )
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def with_adapter(
@@ -108,10 +144,8 @@ def _check_quantized(model: Any, args: SAPOConfig) -> None:
     """Keep bitsandbytes from computing otherwise in training than in evaluation, as opponent and reference are.
 
     On processors with AVX512-BF16 it packs 4-bit weights in place at the first pass in evaluation mode, in a form
-    without a backward pass: no gradient would get past the last layer. That is switched off.
-
-    Raises:
-        ConfigurationError: they are packed already; or 8-bit weights on a processor, which have no such switch.
+    without a backward pass: no gradient would get past the last layer. That is switched off. 8-bit weights on a
+    processor have no such switch.
     """
     quantized = model.config.to_dict().get("quantization_config") or {}
     if quantized.get("load_in_8bit") and args.device.type in ("cpu", "xpu"):
@@ -194,11 +228,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:
-    """What fills rows: the tokenizer's pad token, else an EOS token; it is never attended to.
-
-    Raises:
-        TokenizerError: it has neither.
-    """
+    """What fills rows: the tokenizer's pad token, else an EOS token; it is never attended to."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     if not eos_ids:

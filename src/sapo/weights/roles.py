@@ -166,11 +166,7 @@ class Roles:
         return context
 
     def ready_opponent(self) -> MovingAverage:
-        """The opponent.
-
-        Raises:
-            ConfigurationError: of a sharded policy before training.
-        """
+        """The opponent; a `ConfigurationError` where a sharded policy has none before training."""
         if self.opponent is None:
             raise ConfigurationError("a sharded run has no opponent before training: evaluate after train() has begun.")
         return self.opponent
@@ -223,11 +219,7 @@ class Roles:
     # ---- After a step ----
 
     def follow(self, step: int) -> None:
-        """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average.
-
-        Args:
-            step: optimizer steps so far.
-        """
+        """The opponent follows the policy. Once per optimizer step: accumulation must not speed up the average."""
         if self.opponent is not None:
             every = self._args.opponent_refresh_steps
             renewed = every is not None and step % every == 0
@@ -277,12 +269,7 @@ class Roles:
         return {role: shadow for role, shadow in found.items() if shadow.tensors()}
 
     def save_policy(self, folder: Path, *, writes: bool) -> None:
-        """Write the policy, with LoRA its adapter alone.
-
-        Args:
-            folder: a model or adapter folder.
-            writes: whether this process writes; of sharded weights all take part.
-        """
+        """Write the policy, with LoRA its adapter alone, on the process that `writes`; sharded, all take part."""
         policy = self.policy()
         with self._config_as_loaded():
             if self._shell is not None:

@@ -11,6 +11,7 @@ parameter (`ds_tensor`, `ds_shape`, `ds_numel`, `ds_process_group`).
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,13 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sapo.errors import ConfigurationError
 
 
 def shutdown_process_group() -> bool:
-    """Wait for the other processes, then destroy the process group: once, at the end of a run.
+    """Wait for the other processes, then destroy the process group, if there is one: once, at the end of a run.
 
     Returns:
         Whether there was one. What is left of its connections may have threads still.
@@ -36,6 +38,11 @@ def shutdown_process_group() -> bool:
     dist.barrier()
     dist.destroy_process_group()
     return True
+
+
+def will_shard_weights() -> bool:
+    """Whether accelerate's launcher has set this process up for ZeRO-3 or FSDP."""
+    return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
@@ -154,11 +161,7 @@ def gather_full_state_dict(weights: Mapping[str, Tensor], shards: Mapping[str, T
 
 
 def shard_like(whole: Tensor, weight: Any) -> Tensor:
-    """This process's shard of `whole`, cut as `weight` is; no communication.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """This process's shard of `whole`, cut as `weight` is, without communication; shapes that differ are refused."""
     shape = _global_shape(weight)
     if tuple(whole.shape) != shape:
         raise ValueError(f"weights do not match: {list(whole.shape)}, expected {list(shape)}")
@@ -207,12 +210,7 @@ class GatherShell:
 
     @contextmanager
     def filled(self, policy: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Yield the module with `own` shards and, for all other weights, the policy's; all processes take part.
-
-        Args:
-            policy: all weights of the policy by name.
-            own: shards that replace the policy's, cut like them.
-        """
+        """Yield the module with `own` shards and, for all other weights, the policy's; all processes take part."""
         try:
             whole: dict[str, nn.Parameter] = {}
             for name, weight in policy.items():

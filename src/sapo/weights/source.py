@@ -101,10 +101,6 @@ def holds_model(folder: Path) -> bool:
 def find_source(name: str, revision: str = "main") -> ModelSource:
     """Resolve a model folder, a GGUF file, an adapter folder or a Hub id, without asking the hub.
 
-    Args:
-        name: as given by the user.
-        revision: of a Hub id.
-
     Raises:
         ModelError: no such folder, a folder without a model, or one with both a model and an adapter.
     """
@@ -172,11 +168,7 @@ def _gguf_source(name: str, file: Path, revision: str) -> ModelSource:
 
 
 def _only_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds no other weights; None if there is none.
-
-    Raises:
-        ModelError: there are several.
-    """
+    """The GGUF file of a folder that holds no other weights; None if there is none; several are refused."""
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     files = [name for name in names if name.endswith(_GGUF) and not name.startswith("mmproj")]
     if not files or any(name.endswith((".safetensors", ".bin")) for name in names):
@@ -198,11 +190,7 @@ def _cached_adapter(name: str, revision: str) -> Path | None:
 
 
 def download_adapter(name: str, revision: str) -> bool:
-    """Put an adapter of the hub into the hub's cache, where `find_source` sees it; whether there is one.
-
-    Raises:
-        ModelError: it cannot be downloaded.
-    """
+    """Put an adapter of the hub into the hub's cache, where `find_source` sees it; whether there is one."""
     try:
         with hub_or_cache(name):
             folder = snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES)
@@ -237,11 +225,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Find out whether a local folder holds all its weight files, without reading them.
-
-    Raises:
-        ModelError: names the file that is missing.
-    """
+    """Refuse a local folder that lacks one of its weight files, without reading them."""
     for adapter in (*source.merged, source.adapter):
         if adapter is not None and not any((Path(adapter) / name).is_file() for name in _ADAPTER_WEIGHTS):
             raise ModelError(f"{adapter}: lacks {_ADAPTER_WEIGHTS[0]}. Download or save the adapter again.")
@@ -270,11 +254,7 @@ def check_weights(source: ModelSource) -> None:
 
 
 def check_stored_types(source: ModelSource, config: Any) -> None:
-    """Refuse codes of quantized weights in a folder whose config.json does not say so: they would be taken for weights.
-
-    Raises:
-        ModelError: names file and weight.
-    """
+    """Refuse codes of quantized weights, which would be taken for weights, where config.json does not say so."""
     if quantization_method(config) is not None or not Path(source.base).is_dir():
         return
     files = [file for ending in ("safetensors", "bin") for file in Path(source.base).glob(f"*.{ending}")]
@@ -431,11 +411,7 @@ def _refuse_missing_folder(name: str) -> None:
 
 
 def trained_rows(stored: Mapping[str, Any]) -> int:
-    """Number of embeddings that a stored adapter needs: one more than the largest token that it trains; 0 for none.
-
-    Args:
-        stored: its adapter_config.json.
-    """
+    """Embeddings that an adapter needs by its configuration: 1 + the largest token that it trains; 0 for none."""
     indices = stored.get("trainable_token_indices") or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     return max((int(token) + 1 for tokens in lists for token in tokens), default=0)

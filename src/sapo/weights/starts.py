@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError
+from sapo.weights.sharding import will_shard_weights
 from sapo.weights.source import ModelSource, quantization_method
 
 
 def with_run_adapter(source: ModelSource, folder: Path | None = None, *, merge: bool) -> ModelSource:
-    """The source of a run's policy.
-
-    Args:
-        source: of the model that the run names.
-        folder: of an adapter to put on it; None for the source's own.
-        merge: whether the source's own adapter is merged into the base first.
-    """
+    """The source of a run's policy: its own adapter merged if asked for, and that of `folder` on it."""
     source = source.with_adapter_merged() if merge else source
     return source if folder is None else replace(source, name=str(folder), adapter=str(folder))
 
 
 def check_start(source: ModelSource, model_args: ModelConfig, args: SAPOConfig) -> None:
-    """Refuse what an adapter to merge or a GGUF file cannot be combined with.
-
-    Args:
-        source: of the run's model, its adapter not yet merged.
-        model_args: quantization.
-        args: `adapter`, `generation_backend`, and how weights are sharded.
-
-    Raises:
-        ConfigurationError: names the option that clashes.
-    """
+    """Refuse what an adapter to merge or a GGUF file as the start cannot be combined with."""
     if args.adapter == "merge" and source.adapter is None:
         raise ConfigurationError(
             f"adapter=merge with model_name_or_path={source.name}, which is not an adapter. Leave adapter out."
@@ -52,7 +36,7 @@ def check_start(source: ModelSource, model_args: ModelConfig, args: SAPOConfig) 
         clash = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
     elif args.generation_backend != "transformers":
         clash = f"generation_backend={args.generation_backend}"
-    elif is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    elif will_shard_weights():
         clash = "sharded weights"
     if clash is not None:
         raise ConfigurationError(
@@ -62,12 +46,7 @@ def check_start(source: ModelSource, model_args: ModelConfig, args: SAPOConfig) 
 
 
 def forget_gguf(model: Any, source: ModelSource) -> None:
-    """Make a dequantized model an ordinary one, which can be trained and saved; adapters on it name the file.
-
-    Args:
-        model: changed in place.
-        source: of the file.
-    """
+    """Make a dequantized model an ordinary one, which can be trained and saved; adapters on it name the file."""
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -75,16 +54,7 @@ def forget_gguf(model: Any, source: ModelSource) -> None:
 
 
 def merge_adapters(model: Any, source: ModelSource, load: Callable[[Any, str], PeftModel]) -> Any:
-    """The base model of `source` with `source.merged` merged into it; an adapter put on it names the last of them.
-
-    Args:
-        model: the base, changed in place.
-        source: where it comes from.
-        load: puts the adapter of a folder on a model.
-
-    Raises:
-        ModelError: its weights are quantized.
-    """
+    """The base `model`, changed in place, with the adapters of `source.merged`, put on it by `load`, merged into it."""
     method = quantization_method(model.config)
     if method is not None:
         raise ModelError(
@@ -99,11 +69,7 @@ def merge_adapters(model: Any, source: ModelSource, load: Callable[[Any, str], P
 
 
 def merge_adapter(model: PeftModel) -> Any:
-    """The base model with the active adapter merged into its weights: computed in float32, then in their own types.
-
-    Args:
-        model: its base is changed in place.
-    """
+    """The base model, changed in place, with the active adapter merged in float32, then cast back."""
     base = model.get_base_model()
     kinds = {weight: weight.dtype for weight in base.parameters()}
     for weight in kinds:

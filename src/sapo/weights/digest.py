@@ -16,13 +16,11 @@ _STRIDE = 7
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """Hash of the types, shapes and bits of all weights, whatever their names and wherever they are.
+    """Hash of the types, shapes and bits of all weights, whatever their names and wherever they are; not of sharded
+    ones.
 
     A model and the same model under an adapter that does nothing yet have the same digest. The bits of a weight enter
     as two sums of integers, which are exact in any order.
-
-    Args:
-        model: not sharded.
     """
     skipped = "lora_" if isinstance(model, PeftModel) and is_neutral(model) else None
     parts = sorted(

@@ -17,6 +17,7 @@ from torch import Tensor
 from sapo.errors import GenerationError, brief
 from sapo.generation.protocol import Weights
 from sapo.generation.sampling import Sampling
+from sapo.generation.vllm.limits import completion_options
 from sapo.generation.vllm.weight_stream import RECEIVER, send_weights
 
 ADAPTER = "sapo-opponent"
@@ -32,12 +33,7 @@ class ServerUnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A server's model.
-
-    Attributes:
-        name: name of the base model in requests.
-        max_length: maximum tokens of context plus continuation.
-    """
+    """The name of a server's base model in requests, and the maximum tokens of context plus continuation."""
 
     name: str
     max_length: int
@@ -46,9 +42,11 @@ class ServedModel:
 class VLLMClient:
     """Requests to one server.
 
+    Each raises `ServerUnavailableError` where the server does not respond in time, and `GenerationError` where what it
+    returns is invalid. The environment variable `VLLM_API_KEY` is sent if set, and never shown.
+
     Args:
-        url: such as `http://127.0.0.1:8000`; a trailing `/v1` is not needed. The environment variable
-            `VLLM_API_KEY` is sent if set, and never shown.
+        url: such as `http://127.0.0.1:8000`; a trailing `/v1` is not needed.
         timeout: request timeout in seconds.
     """
 
@@ -74,11 +72,7 @@ class VLLMClient:
         self._http.close()
 
     def served_model(self) -> ServedModel:
-        """The base model.
-
-        Raises:
-            ServerUnavailableError, GenerationError: it does not respond; it returns an invalid response.
-        """
+        """The base model."""
         listed = self._call("GET", "/v1/models").get("data")
         for model in listed if isinstance(listed, list) else ():
             if isinstance(model, dict) and not model.get("parent") and isinstance(model.get("max_model_len"), int):
@@ -86,41 +80,19 @@ class VLLMClient:
         raise GenerationError(f"{self.url}: lists no model with its length. Is this a vLLM server?")
 
     def weight_version(self) -> str:
-        """The version tag of its weights, "default" for those it was started with.
-
-        Raises:
-            ServerUnavailableError: it does not respond.
-            GenerationError: it returns no tag.
-        """
+        """The version tag of its weights, "default" for those it was started with."""
         return str(self._call("GET", "/weight_info").get("weight_version"))
 
     def is_on_cpu(self) -> bool:
-        """Whether it computes on a CPU.
-
-        Raises:
-            ServerUnavailableError, GenerationError: it does not respond; the information is missing.
-        """
+        """Whether it computes on a CPU."""
         return "device_config=cpu" in str(self._call("GET", "/server_info"))
 
     def takes_streams(self) -> bool:
-        """Whether it was started with the weight receiver.
-
-        Raises:
-            ServerUnavailableError, GenerationError: it does not respond; the information is missing.
-        """
+        """Whether it was started with the weight receiver."""
         return RECEIVER in str(self._call("GET", "/server_info?config_format=json"))
 
     def load(self, weights: Weights, version: str) -> None:
-        """Load `weights`, reset the prefix cache, and tag them `version`.
-
-        Args:
-            weights: a model folder or an adapter folder, or the full model's weights by name.
-            version: name of the weights.
-
-        Raises:
-            ServerUnavailableError: it does not respond.
-            GenerationError: it cannot load them.
-        """
+        """Load `weights` (see `Engine.load`), reset the prefix cache, and tag them `version`."""
         # From the first changed weight on, the earlier tag would be wrong.
         loading = f"loading {version}"
         self._tag(loading)
@@ -155,19 +127,11 @@ class VLLMClient:
         self._call("POST", "/update_weight_version", {"new_version": version})
 
     def texts(self, tokens: Sequence[int], model: str) -> str:
-        """Decode `tokens` with the server's tokenizer.
-
-        Raises:
-            ServerUnavailableError, GenerationError: it does not respond; it has no tokenizer.
-        """
+        """Decode `tokens` with the server's tokenizer."""
         return str(self._call("POST", "/detokenize", {"model": model, "tokens": list(tokens)}).get("prompt"))
 
     def token_logps(self, tokens: Sequence[int], model: str) -> list[float]:
-        """Log-probability in nats of each of `tokens` given the previous ones, from the second on.
-
-        Raises:
-            ServerUnavailableError, GenerationError: it does not respond; it returns an invalid response.
-        """
+        """Log-probability in nats of each of `tokens` given the previous ones, from the second on."""
         asked = {
             "model": model,
             "prompt": list(tokens),
@@ -194,32 +158,14 @@ class VLLMClient:
         sampling: Sampling,
         eos_ids: Collection[int],
     ) -> list[int]:
-        """The tokens after `context`, at most `budget`, up to and including the first of `eos_ids`.
-
-        The server's defaults (from the model's generation configuration) are not used.
-
-        Raises:
-            ServerUnavailableError: it does not respond.
-            GenerationError: it fails, or its reply violates the contract of `Generator`.
-        """
+        """The tokens after `context`, at most `budget`, up to and including the first of `eos_ids`."""
         answer = self._call(
             "POST",
             "/v1/completions",
             {
                 "model": model,
                 "prompt": list(context),
-                "max_tokens": budget,
-                "seed": seed,
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "stop_token_ids": sorted(eos_ids),
-                # The server's EOS token must not end a row: only ours do.
-                "ignore_eos": True,
+                **completion_options(sampling, budget, seed, eos_ids),
                 "skip_special_tokens": False,
                 "return_token_ids": True,
             },
@@ -272,11 +218,7 @@ class VLLMClient:
 
 
 def check_reply(who: str, tokens: Any, budget: int, eos_ids: Collection[int]) -> None:
-    """Refuse a reply that violates the contract of `Generator`; the caller checks for tokens outside the vocabulary.
-
-    Raises:
-        GenerationError: no tokens, too many or too few, or tokens after an EOS token.
-    """
+    """Refuse a reply that violates the contract of `Generator`; the caller checks for tokens outside the vocabulary."""
     if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
         raise GenerationError(f"{who}: its response contains no token ids.")
     ended = bool(tokens) and tokens[-1] in eos_ids

@@ -18,7 +18,7 @@ from torch import Tensor
 from sapo.errors import ConfigurationError, GenerationError, SapoError, brief, pip_line
 from sapo.generation.protocol import Weights, check_request
 from sapo.generation.sampling import Sampling
-from sapo.generation.vllm.limits import check_temperature, max_lora_rank
+from sapo.generation.vllm.limits import check_temperature, completion_options, max_lora_rank
 from sapo.seeds import random_state_restored
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ class ColocatedVLLM:
         gpu_memory_utilization: fraction of the device's memory for the engine's weights, activations and cache, between
             0 and 1. On a CPU a fraction of main memory, unless VLLM_CPU_KVCACHE_SPACE (GiB) sets the cache size.
         lora_rank: rank of the adapters; None for full models.
-        max_num_seqs: maximum concurrent rows; None for vLLM's default.
-        revision: revision of `model` on the Hub.
 
     Attributes:
         version: name of the engine's weights; None without usable weights.
@@ -77,15 +75,11 @@ class ColocatedVLLM:
         dtype: torch.dtype,
         gpu_memory_utilization: float,
         lora_rank: int | None = None,
-        max_num_seqs: int | None = None,
-        revision: str | None = None,
     ) -> None:
         check_temperature(sampling)
         options: dict[str, Any] = {"load_format": "dummy"}
         if lora_rank is not None:
             options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(lora_rank)}
-        if max_num_seqs is not None:
-            options["max_num_seqs"] = max_num_seqs
         self.version: str | None = None
         self._sampling = sampling
         self._end_ids = frozenset(eos_ids)
@@ -105,10 +99,9 @@ class ColocatedVLLM:
         with _restore_process_state(), _as_generation_error(f"vLLM cannot serve {model} in this process"):
             self._llm: LLM = LLM(
                 model=model,
-                revision=revision,
                 dtype=dtype,
                 max_model_len=max_model_len,
-                max_num_batched_tokens=max(_TOKENS_PER_STEP, max_num_seqs or 0),
+                max_num_batched_tokens=_TOKENS_PER_STEP,
                 gpu_memory_utilization=gpu_memory_utilization,
                 distributed_executor_backend=_launcher(),
                 enable_sleep_mode=self._sleeps,
@@ -130,11 +123,7 @@ class ColocatedVLLM:
             self._sleep()
 
     def load(self, weights: Weights, version: str) -> None:
-        """Serve `weights`; see `Engine.load`.
-
-        Raises:
-            GenerationError: vLLM cannot load them.
-        """
+        """Serve `weights`; see `Engine.load`."""
         if isinstance(weights, Mapping):
             self.load_tensors(weights.items(), version)
             return
@@ -199,15 +188,7 @@ class ColocatedVLLM:
     def generate(
         self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
     ) -> list[list[int]]:
-        """Continue each context; see `Generator.generate`.
-
-        No cached keys and values of an earlier call are used.
-
-        Raises:
-            ConfigurationError: the request violates the contract, or a row is too long or has tokens outside the
-                vocabulary.
-            GenerationError: the engine has no weights, fails, or returns an invalid response.
-        """
+        """Continue each context; see `Generator.generate`. No cached keys and values of an earlier call are used."""
         check_request(contexts, max_new_tokens, seeds)
         for row, (context, budget) in enumerate(zip(contexts, max_new_tokens, strict=True)):
             if len(context) + budget > self._max_model_len:
@@ -284,22 +265,8 @@ class ColocatedVLLM:
     def _parameters(self, budget: int, seed: int) -> SamplingParams:
         from vllm import SamplingParams
 
-        return SamplingParams(
-            temperature=self._sampling.temperature,
-            top_k=self._sampling.top_k,
-            top_p=self._sampling.top_p,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            # Never -1, which means no seed.
-            seed=seed & (2**63 - 1),
-            max_tokens=budget,
-            stop_token_ids=sorted(self._end_ids),
-            # The EOS token of the model's configuration ends a row only if it is one of these.
-            ignore_eos=True,
-            detokenize=False,
-        )
+        options = completion_options(self._sampling, budget, seed, self._end_ids)
+        return SamplingParams(**options, detokenize=False)
 
     def _checked(self, row: int, tokens: list[int], budget: int) -> list[int]:
         """`tokens`, after checking that they are a valid reply."""
@@ -329,11 +296,7 @@ class ColocatedVLLM:
 
 
 def _import_vllm() -> None:
-    """Import vLLM with quiet logging and in one process, unless the environment sets otherwise.
-
-    Raises:
-        ConfigurationError: vLLM is missing or too old.
-    """
+    """Import vLLM with quiet logging and in one process, unless the environment sets otherwise."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -26,14 +26,7 @@ def find_vllm() -> str | None:
 
 
 def refuse_absent_servers(urls: Sequence[str]) -> None:
-    """Refuse addresses of this machine at which nothing listens and nothing can be starting: there is no vLLM here.
-
-    Args:
-        urls: of the servers; those of other machines are not asked.
-
-    Raises:
-        ConfigurationError: names the first, and how to install vLLM.
-    """
+    """Refuse addresses of this machine at which nothing listens and nothing can be starting: there is no vLLM here."""
     if find_vllm() is not None or shutil.which("vllm") is not None:
         return
     for url in urls:

@@ -51,7 +51,6 @@ class VLLMServers:
         loads: whether this process loads the weights; the others wait for it.
         timeout: total seconds to wait for an unavailable server.
         request_timeout: seconds until a request is aborted and retried.
-        sleep: waits between two attempts.
 
     Raises:
         ConfigurationError: no server, a duplicate, or an unsupported temperature.
@@ -69,7 +68,6 @@ class VLLMServers:
         loads: bool = True,
         timeout: float = SERVER_TIMEOUT,
         request_timeout: float = 300.0,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         check_temperature(sampling)
         clients = [VLLMClient(url, request_timeout) for url in urls]
@@ -87,7 +85,6 @@ class VLLMServers:
         self._adapter = adapter
         self._loads = loads
         self._timeout = timeout
-        self._sleep = sleep
         self._names: dict[str, str] = {}
         self._lengths: dict[str, int] = {}
         self._loaded: tuple[Weights, str] | None = None
@@ -104,10 +101,6 @@ class VLLMServers:
             tokenizer: the policy's tokenizer.
             max_length: maximum tokens of prompt plus response.
             model_config: the policy's configuration, to check that new weights can be loaded; unused for adapters.
-
-        Raises:
-            GenerationError: a server does not respond in time, or is not a vLLM server.
-            ConfigurationError: another tokenizer, too small a max_length, or a model that a CPU server cannot update.
         """
         for client in self._clients:
             self._retry(client, lambda client: self._handshake(client))
@@ -132,11 +125,7 @@ class VLLMServers:
                 )
 
     def token_logps(self, tokens: Sequence[int]) -> list[list[float]]:
-        """Each server's log-probabilities in nats of `tokens`, from the second on, under the latest weights.
-
-        Raises:
-            GenerationError: a server does not respond in time.
-        """
+        """Each server's log-probabilities in nats of `tokens`, from the second on, under the latest weights."""
 
         def ask(client: VLLMClient) -> list[float]:
             trouble: list[str] = []
@@ -178,13 +167,7 @@ class VLLMServers:
     # ---- Weights ----
 
     def load(self, weights: Weights, version: str) -> None:
-        """Serve `weights`; see `Engine.load`. No `generate` may be running.
-
-        An unavailable server gets them when it is back.
-
-        Raises:
-            GenerationError: no server loads them in time.
-        """
+        """Serve `weights`; see `Engine.load`. An unavailable server gets them when it is back."""
         if self._closed:
             self._closed, self._pool = False, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm")
             for client in self._clients:
@@ -193,11 +176,7 @@ class VLLMServers:
         self._servers()
 
     def _servers(self) -> list[VLLMClient]:
-        """All healthy servers with the latest weights, at least one.
-
-        Raises:
-            GenerationError: none is available in time.
-        """
+        """All healthy servers with the latest weights, at least one; a `GenerationError` if none is in time."""
         if self._loaded is None:
             raise GenerationError("no weights have been loaded into the vLLM servers yet")
         until, wait = time.monotonic() + self._timeout, _FIRST_WAIT
@@ -211,7 +190,7 @@ class VLLMServers:
                     f"{trouble[0]}; waited {self._timeout:g} s. Start vLLM again (sapo serve --config recipe.yaml) and "
                     "continue with --resume_from_checkpoint true, or raise vllm_server_timeout."
                 )
-            self._sleep(wait)
+            time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _is_ready(self, client: VLLMClient, trouble: list[str]) -> bool:
@@ -252,12 +231,7 @@ class VLLMServers:
     def generate(
         self, contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], seeds: Sequence[int]
     ) -> list[list[int]]:
-        """Continue each context; see `Generator.generate`.
-
-        Raises:
-            ConfigurationError: the request violates the contract, or a row is too long for the servers.
-            GenerationError: no server responds in time, or one returns an invalid response or another run's weights.
-        """
+        """Continue each context; see `Generator.generate`."""
         check_request(contexts, max_new_tokens, seeds)
         replies: list[list[int]] = [[] for _ in contexts]
         missing = [row for row, budget in enumerate(max_new_tokens) if budget > 0]
@@ -382,5 +356,5 @@ class VLLMServers:
                         "--config recipe.yaml, or set vllm_server_url."
                     ) from error
                 self._mark_unavailable(client, error)
-            self._sleep(wait)
+            time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

@@ -24,17 +24,14 @@ _PATIENCE = 0.2
 def send_weights(
     weights: Mapping[str, Tensor], url: str, workers: int, ask: Callable[[dict[str, Any]], Any], timeout: float
 ) -> None:
-    """Send `weights` to the workers of a server.
+    """Send `weights`, which are in main memory, to each of a server's `workers`; an `OSError` if one disconnects.
 
     Args:
-        weights: in main memory, by their names in a checkpoint.
+        weights: by their names in a checkpoint; each model-parallel process receives all and keeps its shard.
         url: of the server; workers connect back to the local address that reaches it.
-        workers: number of the server's model-parallel processes; each receives all weights and keeps its shard.
+        workers: number of these processes.
         ask: makes the server call `WeightReceiver.sapo_receive` with these arguments; returns when it is done.
         timeout: seconds without data after which a worker is considered failed.
-
-    Raises:
-        OSError: a worker disconnected.
     """
     key = secrets.token_bytes(_KEY_BYTES)
     listed = [(name, str(weight.dtype).removeprefix("torch."), list(weight.shape)) for name, weight in weights.items()]

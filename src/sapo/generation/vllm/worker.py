@@ -23,16 +23,13 @@ class WeightReceiver:
     model_runner: Any
 
     def sapo_receive(self, host: str, port: int, key: str, weights: str) -> None:
-        """Receive and load a full model's weights.
+        """Receive and load a full model's weights from the process that listens at `host` and `port`.
 
         Args:
-            host: host on which the training process listens.
-            port: its port.
+            host: of the training process.
+            port: of it.
             key: shared secret, sent first; hexadecimal.
             weights: JSON list of (name, dtype, shape) in order of arrival.
-
-        Raises:
-            OSError: the training process disconnected.
         """
         with socket.create_connection((host, int(port)), timeout=SECONDS) as line:
             line.sendall(bytes.fromhex(key))
@@ -42,11 +39,7 @@ class WeightReceiver:
 def receive(
     line: socket.socket, weights: Sequence[tuple[str, str, Sequence[int]]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors listed in `weights` as their bytes arrive.
-
-    Raises:
-        ConnectionError: the connection closed before the last of them.
-    """
+    """Yield the tensors listed in `weights` as their bytes arrive."""
     for name, dtype, shape in weights:
         tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
         # A new tensor is contiguous, so this view covers its bytes.

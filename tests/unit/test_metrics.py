@@ -43,7 +43,7 @@ def test_what_a_run_logs_is_declared_and_what_is_declared_is_logged(logged):
     holds = {"", "not with SFT", "with self-play", "with evaluation rows", "with `eval_local`"}
     holds.add("with ORPO, SFT or `chosen_nll_weight`")
     assert {metric.name for metric in METRICS if metric.when in holds} <= logged
-    assert {EVAL + metric.name for metric in METRICS if metric.eval_legend} <= logged
+    assert {EVAL + metric.name for metric in METRICS if metric.curve.eval_legend} <= logged
 
 
 def test_no_metric_is_declared_twice_and_every_condition_is_known():

@@ -28,15 +28,7 @@ _CITATION = """@article{yin2024selfaugmented,
 
 
 def write_card(folder: Path, name: str) -> None:
-    """Write README.md and curves.svg into a run folder.
-
-    Args:
-        folder: of a run that has ended.
-        name: what the card calls the model, and where it says that it is loaded from.
-
-    Raises:
-        ConfigurationError: `folder` holds no run.
-    """
+    """Write README.md and curves.svg into the folder of a run that has ended; `name` is what a model is loaded by."""
     run = read_run(folder)
     picture = bool(run.train)
     if picture:
@@ -45,13 +37,7 @@ def write_card(folder: Path, name: str) -> None:
 
 
 def card(run: Run, name: str, *, picture: bool) -> str:
-    """The text of the card.
-
-    Args:
-        run: what was trained.
-        name: see `write_card`.
-        picture: whether curves.svg lies beside it.
-    """
+    """The text of the card; `picture` is whether curves.svg lies beside it. See `write_card`."""
     recipe = _recipe(run)
     base = str(recipe.get("model_name_or_path") or run.facts.get("model") or "unknown")
     data = _data(recipe)

@@ -81,11 +81,7 @@ class Exported:
 
 
 def find_origin(target: str, which: str, revision: str = "main") -> Origin:
-    """What `which` of a run, of a checkpoint, or of a model on its own stands for.
-
-    Raises:
-        ConfigurationError: there is no such model.
-    """
+    """What `which` of a run, of a checkpoint, or of a model on its own stands for; refuses what is not there."""
     folder = Path(target)
     checkpoint = (folder / STATE_FILE).is_file()
     if not checkpoint and not is_run(folder):
@@ -119,12 +115,8 @@ def find_origin(target: str, which: str, revision: str = "main") -> Origin:
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes `out` when the block ends; after an error nothing of it is left.
 
-    Args:
-        out: must not exist, or be empty, or be an earlier export.
-        overwrite: whether an earlier export may be replaced.
-
     Raises:
-        ConfigurationError: there is something else.
+        ConfigurationError: `out` is not empty, and no earlier export, or one that may not be overwritten.
         ModelError: it cannot be written.
     """
     if out.exists() and not out.is_dir():

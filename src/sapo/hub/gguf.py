@@ -85,11 +85,7 @@ def _find(names: Sequence[str], folder: Path | None) -> str | None:
 
 
 def convert(folder: Path, file: Path, kind: str, tools: Tools) -> None:
-    """Write `file` from the model in `folder`.
-
-    Raises:
-        ModelError: a tool failed; says what it printed last.
-    """
+    """Write `file` from the model in `folder`; a `ModelError` says what a tool that failed printed last."""
     if tools.quantize is None:
         _call([*tools.convert, str(folder), "--outtype", kind, "--outfile", str(file)], file)
         return
@@ -118,11 +114,7 @@ def _call(command: Sequence[str], file: Path) -> None:
 
 
 def check(file: Path, kind: str, replies: Sequence[Reply], tokenizer: Any, eos_ids: Collection[int]) -> Agreement:
-    """Read a GGUF file with transformers, and compare it with the model that it was made from.
-
-    Raises:
-        ModelError: it cannot be read, or computes something else.
-    """
+    """Read a GGUF file with transformers, and compare it with the model that it was made from."""
     allowed = _ALLOWED.get(kind, _BROKEN)
     found = agreement(load_frozen(str(file), dtype="float32"), tokenizer, replies, eos_ids, allowed=allowed)
     if found.mean > allowed:

@@ -103,16 +103,13 @@ def _rendered(tokenizer: Any, messages: Sequence[tuple[str, str]], *, reply: boo
 
 
 def modelfile(weights: str, tokenizer: Any, generation: Any, eos_ids: frozenset[int]) -> tuple[str, bool]:
-    """The text of a Modelfile.
+    """The text of a Modelfile, and whether the chat template could be converted.
 
     Args:
         weights: what FROM names: a GGUF file, or "." for the folder.
         tokenizer: of the model.
         generation: its generation configuration.
         eos_ids: tokens that end a reply.
-
-    Returns:
-        The text, and whether the chat template could be converted.
     """
     lines = [f"FROM {weights}"]
     turns = find_turns(tokenizer)

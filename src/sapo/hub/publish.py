@@ -16,59 +16,42 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from sapo.errors import ConfigurationError, brief
 from sapo.hub.card import write_card
 from sapo.runs.layout import CARD_FILE, CURVES_FILE
+from sapo.weights.source import TOKENIZER_PATTERNS
 
 _MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"]
-_TOKENIZER = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "*.model",
-]
 
 
 def uploaded(*, opponent: bool) -> list[str]:
     """Patterns of the pushed files; `*` matches into subfolders, so every folder is listed explicitly."""
-    patterns = [*_MODEL, *_TOKENIZER, CARD_FILE, CURVES_FILE]
-    return [*patterns, *(f"opponent/{pattern}" for pattern in (*_MODEL, *_TOKENIZER))] if opponent else patterns
+    model = [*_MODEL, *TOKENIZER_PATTERNS]
+    return [*model, CARD_FILE, CURVES_FILE, *(f"opponent/{pattern}" for pattern in model if opponent)]
 
 
 _KEPT = [".*", "checkpoint-*", "*.jsonl", "report.html", "run.json", "optimizer*", "training_args.bin"]
 
 
 def create_repository(name: str, *, token: str | None, private: bool | None) -> str:
-    """Create the repository `name` unless it is there; returns its id with the user's or organization's name.
+    """Create the repository `name`, with or without an owner, unless it is there; returns its id with the owner.
 
     Args:
-        name: of the model, with or without an owner.
+        name: of the model.
         token: with write permission; None for the one of `hf auth login`.
         private: None for what the Hub's account says.
-
-    Raises:
-        ConfigurationError: the Hub refuses or is unreachable.
     """
     api = HfApi(token=token)
     return str(_asked("create the repository", lambda: api.create_repo(name, private=private, exist_ok=True).repo_id))
 
 
 def push_run(folder: Path, name: str, *, token: str | None, revision: str | None, message: str, opponent: bool) -> Any:
-    """Write the model card of a run, and push its models.
+    """Write the model card of a run that has saved its models, and push them; returns the Hub's commit information.
 
     Args:
-        folder: of a run that has saved its models.
+        folder: of the run.
         name: id of the repository.
         token: with write permission; None for the one of `hf auth login`.
         revision: branch; None for main.
         message: of the commit.
         opponent: whether the opponent is pushed too.
-
-    Returns:
-        The Hub's commit information.
-
-    Raises:
-        ConfigurationError: the Hub refuses or is unreachable.
     """
     write_card(folder, name)
     api = HfApi(token=token)

@@ -86,14 +86,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 def greedy_replies(
     model: Any, tokenizer: Any, rendered: Sequence[Sequence[int]], eos_ids: Collection[int]
 ) -> list[Reply]:
-    """Replies of `model` to prompts.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: gives the pad token.
-        rendered: prompts.
-        eos_ids: tokens that end a reply.
-    """
+    """Replies of `model`, in evaluation mode, to prompts."""
     replies = []
     for prompt in rendered:
         tokens = _generate(model, tokenizer, prompt, eos_ids)
@@ -104,15 +97,7 @@ def greedy_replies(
 def agreement(
     model: Any, tokenizer: Any, replies: Sequence[Reply], eos_ids: Collection[int], *, allowed: float
 ) -> Agreement:
-    """Let another form of the model answer the same prompts, and score the same replies.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: gives the pad token.
-        replies: of the first form.
-        eos_ids: tokens that end a reply.
-        allowed: see `Agreement`.
-    """
+    """Let another form of the model answer the same prompts, and score the same replies; see `Agreement`."""
     equal = ties = 0
     differences = []
     for reply in replies:

@@ -37,10 +37,10 @@ class Chart:
     @property
     def metrics(self) -> dict[str, str]:
         """Names in metrics.jsonl and in the legend; evaluation metrics come last."""
-        own = [metric for metric in METRICS if metric.chart == self.title]
+        own = [metric for metric in METRICS if metric.curve.chart == self.title]
         return (
-            {metric.name: metric.legend for metric in own}
-            | {EVAL + metric.name: metric.eval_legend for metric in own if metric.eval_legend}
+            {metric.name: metric.curve.legend for metric in own}
+            | {EVAL + metric.name: metric.curve.eval_legend for metric in own if metric.curve.eval_legend}
             | {LOCAL + name: legend for name, legend in self.local.items()}
         )
 

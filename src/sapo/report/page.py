@@ -59,7 +59,7 @@ def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
         "unjudged": unjudged(run),
         "ended": bool(run.end),
         **curves(run, CHARTS),
-        "gain": {one.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},
+        "gain": {one.curve.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},
         "pairs": pack(run.pairs, budget),
         "options": [
             {

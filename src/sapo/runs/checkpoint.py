@@ -29,11 +29,7 @@ def write_json(folder: Path, name: str, content: Any) -> None:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
+    """Read a JSON file of a checkpoint; a `CheckpointError` if it is missing or damaged."""
     try:
         content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,11 +45,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the run's facts.
-
-    Raises:
-        CheckpointError: not a checkpoint of this trainer, or of another version of its format.
-    """
+    """Read the run's facts; a `CheckpointError` if they are of something else, or of another version's format."""
     state = read_json(folder, STATE_FILE)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {FORMAT}.")
@@ -70,11 +62,7 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare `folder` with its manifest.
-
-    Raises:
-        CheckpointError: no manifest, or a file is missing, truncated, changed, outside the folder, or not listed.
-    """
+    """Refuse a folder that differs from its manifest: a file is missing, truncated, changed, outside, or not listed."""
     manifest = read_json(folder, MANIFEST_FILE)
     for name, noted in manifest.items():
         file = folder / name
@@ -118,16 +106,13 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 def compare_facts(
     folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> None:
-    """Refuse a checkpoint with other options or other data.
+    """Refuse a checkpoint with other options or other data; the message names each difference with both values.
 
     Args:
         folder: folder named in the error.
         saved: facts of the checkpoint.
         current: facts of this run.
         free: names of facts that may differ.
-
-    Raises:
-        CheckpointError: facts differ; the message names each with both values.
     """
     different = [
         f"{name} was {saved.get(name)!r}, is {current[name]!r}"

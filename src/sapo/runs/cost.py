@@ -86,14 +86,14 @@ def time_shares(run: Run) -> dict[str, float]:
     if not total:
         return {}
     shares = {
-        metric.legend: sum(
+        metric.curve.legend: sum(
             line.get(metric.name, 0.0) * count * (1 if metric is OPTIMIZER_TIME else accumulation)
             for line, count in zip(lines, steps, strict=True)
         )
         / total
         for metric in WORK
     }
-    return shares | {OVERHEAD_TIME.legend: max(0.0, 1 - sum(shares.values()))}
+    return shares | {OVERHEAD_TIME.curve.legend: max(0.0, 1 - sum(shares.values()))}
 
 
 def _lines_and_steps(run: Run) -> tuple[list[Any], list[float]]:

@@ -31,11 +31,7 @@ class Evaluated:
 
 
 def read_evaluations(folder: Path) -> list[Evaluated]:
-    """All results in a run folder, in the order of the files.
-
-    Raises:
-        ConfigurationError: a file contains something else.
-    """
+    """All results in a run folder, in the order of the files; a file with something else is refused."""
     found: list[Evaluated] = []
     for file in (folder / name for name in EVALUATION_FILES):
         if not file.is_file():

@@ -66,16 +66,7 @@ def facts_digest(**facts: Any) -> str:
 
 
 def folder_digest(folder: Path, patterns: Sequence[str], *, without: Collection[str] = ()) -> str | None:
-    """SHA-256 over the names and contents of the files directly in `folder` that match, in hexadecimal.
-
-    Args:
-        folder: its own name and location do not matter.
-        patterns: patterns of file names, such as `*.safetensors`.
-        without: names of files to exclude.
-
-    Returns:
-        None if no file matches.
-    """
+    """SHA-256 over names and contents of the files directly in `folder` that match; None if no file does."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.name not in without})
     if not files:
         return None
@@ -94,11 +85,8 @@ def read_json_lines(
     Args:
         file: read as UTF-8.
         fields: required fields of each object, with the types of their values.
-        error: exception class for an invalid line.
+        error: exception class for an invalid line; the message has file and line.
         remedy: end of its message.
-
-    Raises:
-        SapoError: as `error`, with the file and the line.
     """
     if not file.is_file():
         return []
@@ -119,9 +107,6 @@ def keep_json_lines(file: Path, keep: Callable[[list[dict[str, Any]]], Iterable[
     """Leave of a file of JSON lines, each with a `step`, what `keep` returns; a missing file stays missing.
 
     A last line that a crash or a full disk has cut off is dropped: what is appended would end up in it.
-
-    Raises:
-        ConfigurationError: another line cannot be read.
     """
     if file.exists():
         rows = read_json_lines(file, {"step": int})
@@ -129,11 +114,7 @@ def keep_json_lines(file: Path, keep: Callable[[list[dict[str, Any]]], Iterable[
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read a file with one object, JSON if its name ends in .json, else YAML; a missing file is empty.
-
-    Raises:
-        ConfigurationError: the file does not contain an object.
-    """
+    """Read a file with one object, JSON if its name ends in .json, else YAML; a missing file is empty."""
     if not file.is_file():
         return {}
     try:

@@ -45,18 +45,15 @@ _EARLY = (
     *(form.format(name) for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES) for form in ("{}", ".{}.partial")),
 )  # fmt: skip
 """What a run writes before its first checkpoint."""
+_KEPT = (f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN)
+"""What it generates once, before its first step."""
 STAGING = ".saving"
 """In the run folder: where models and checkpoints are written before they get their names."""
 _OLD = ".old"
 
 
 class RunFolder:
-    """The output folder of one run.
-
-    Args:
-        path: of the folder; need not exist.
-        world: the first process writes.
-    """
+    """The output folder of one run, which need not exist; the first process of `world` writes."""
 
     def __init__(self, path: Path, world: World) -> None:
         self.path = path
@@ -69,19 +66,11 @@ class RunFolder:
     # ---- Beginning ----
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out of the folder; the first process of a run holds the lock.
-
-        Raises:
-            ConfigurationError: another run holds it.
-        """
+        """Keep other processes out of the folder; the first process of a run holds the lock."""
         return locked(self.path) if self._world.first else nullcontext()
 
     def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that or none.
-
-        Raises:
-            CheckpointError: it does not exist.
-        """
+        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that if any."""
         if wanted in (None, False, "false", "False"):
             return None
         self._recover()
@@ -111,15 +100,7 @@ class RunFolder:
         self._world.barrier()
 
     def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
-        """Make sure that an earlier run is neither mixed with this one nor lost.
-
-        Args:
-            overwrite: whether it may be replaced.
-            restarted: whether what a run leaves before its first checkpoint is of this very run.
-
-        Raises:
-            ConfigurationError: the folder is not empty and may not be overwritten.
-        """
+        """Make sure that an earlier run is neither mixed with this one nor lost; see `check_output_dir`."""
         if not self._world.first:
             return
         check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
@@ -132,8 +113,7 @@ class RunFolder:
         ]:
             shutil.rmtree(old, ignore_errors=True)
         per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
-        kept = (f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN)
-        for pattern in (METRICS_FILE, *REPORT_FILES, *kept, *per_process):
+        for pattern in (METRICS_FILE, *REPORT_FILES, *_KEPT, *per_process):
             for file in self.path.glob(f"{pattern}*"):
                 file.unlink()
 
@@ -144,7 +124,7 @@ class RunFolder:
             yield
         except Exception:
             if self._world.first and not begun():
-                for pattern in (*_EARLY, f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN):
+                for pattern in (*_EARLY, *_KEPT):
                     for file in self.path.glob(pattern):
                         file.unlink()
             raise
@@ -228,7 +208,7 @@ class RunFolder:
 
 
 def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) -> None:
-    """Refuse to start afresh over an earlier run.
+    """Refuse to start afresh over an earlier run, where nothing can be written, or where another process writes.
 
     Args:
         path: of the run folder.
@@ -236,8 +216,7 @@ def check_output_dir(path: Path, *, overwrite: bool, restarted: bool = False) ->
         restarted: whether what a run leaves before its first checkpoint may be.
 
     Raises:
-        ConfigurationError: `path` is not an empty folder, and may not be overwritten; it cannot be written; or another
-            process writes in it.
+        ConfigurationError: says what is there.
     """
     try:
         link = path.readlink() if path.is_symlink() and not path.exists() else None
@@ -265,9 +244,6 @@ def check_renames(path: Path) -> None:
     """Refuse a run folder in which folders cannot be renamed, before anything is trained.
 
     A checkpoint gets its name when it is complete. Mounts of object stores have no folders, and many refuse.
-
-    Raises:
-        CheckpointError: says why, and what to do.
     """
     probe, moved = path / ".rename-probe", path / ".rename-probe-moved"
     try:
@@ -289,11 +265,7 @@ def check_renames(path: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Ask without making anything: a run that is refused leaves no folder.
-
-    Raises:
-        ConfigurationError: this user cannot make files in `path`, or the folder itself.
-    """
+    """Ask whether files can be made in `path` without making anything: a run that is refused leaves no folder."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise ConfigurationError(f"output_dir={path}: {there} is a file. Name another folder.")
@@ -344,11 +316,7 @@ def _aside(target: Path) -> Path:
 
 @contextmanager
 def writing(target: Path, staging: Path) -> Iterator[None]:
-    """Tell of a full disk in one line, and leave nothing half written.
-
-    Raises:
-        CheckpointError: `target` cannot be written.
-    """
+    """Tell of a full disk in one line, and leave nothing half written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -34,10 +34,6 @@ class Lock:
 
     The kernel releases it when the process ends, however it ends, on this host and, over most network file systems, on
     others. Where it does not reach, the time of the file tells: the owner renews it twice a minute.
-
-    Args:
-        folder: must exist.
-        stream: of the lock file, locked.
     """
 
     def __init__(self, folder: Path, stream: IO[str]) -> None:
@@ -64,11 +60,7 @@ class Lock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder; within one process it may be taken again. The folder is made.
-
-    Raises:
-        ConfigurationError: another process holds it.
-    """
+    """Hold the lock of a run folder, which is made; within one process it may be taken again."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lock = _held.get(folder)
@@ -85,18 +77,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Find out before anything is loaded whether another process holds the lock of a folder, which need not exist.
-
-    Raises:
-        ConfigurationError: one does.
-    """
+    """Refuse a folder, which need not exist, whose lock another process holds, before anything is loaded."""
     file = folder / LOCK_FILE
     if folder.absolute() in _held or not file.is_file():
         return
     with _opened(file, "r+") as stream:
-        if not _lock(stream):
-            raise _in_use(folder, stream)
-        if _other_host_alive(stream):
+        if not _lock(stream) or _other_host_alive(stream):
             raise _in_use(folder, stream)
 
 
@@ -105,16 +91,13 @@ def _take(folder: Path) -> IO[str]:
     file = folder / LOCK_FILE
     while True:
         stream = _opened(file, "a+")
-        if not _lock(stream):
-            error = _in_use(folder, stream)
-            stream.close()
-            raise error
+        taken = _lock(stream)
         # Its last owner may have removed the file between these two lines: then nobody else would see this lock.
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
+            if not taken or os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
                 break
         stream.close()
-    if _other_host_alive(stream):
+    if not taken or _other_host_alive(stream):
         error = _in_use(folder, stream)
         stream.close()
         raise error
@@ -125,11 +108,7 @@ def _take(folder: Path) -> IO[str]:
 
 
 def _opened(file: Path, mode: str) -> IO[str]:
-    """Open the lock file.
-
-    Raises:
-        ConfigurationError: it belongs to another user.
-    """
+    """Open the lock file; that of another user is refused."""
     try:
         return file.open(mode, encoding="utf-8")
     except PermissionError as error:

@@ -210,11 +210,7 @@ def start_of(folder: Path) -> str | None:
 
 
 def recipe_option(folder: Path, name: str) -> str | None:
-    """An option of the run's recipe; None if unset.
-
-    Raises:
-        ConfigurationError: the recipe cannot be read.
-    """
+    """An option of the run's recipe as text; None if unset."""
     value = read_object(folder / RECIPE_FILE).get(name)
     return None if value is None else str(value)
 

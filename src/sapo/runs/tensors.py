@@ -21,11 +21,7 @@ def write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> Non
 
 
 def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
-    """Read `part`.safetensors.
-
-    Raises:
-        CheckpointError: the part is missing or damaged.
-    """
+    """Read `part`.safetensors; a `CheckpointError` if it is missing or damaged."""
     file = folder / f"{part}.safetensors"
     try:
         return load_file(file)

@@ -51,11 +51,7 @@ class _Inspector(pickle.Unpickler):
     """Unpickles only the plain records of torch's index."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, if it is one of these records.
-
-        Raises:
-            pickle.UnpicklingError: it is another class.
-        """
+        """The class, if it is one of these records; else an `UnpicklingError`."""
         if name in _INDEX_RECORDS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
@@ -63,11 +59,7 @@ class _Inspector(pickle.Unpickler):
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Context for reading a checkpoint: blocks unsafe pickles, and reports read errors in one line.
-
-    Raises:
-        CheckpointError: a library cannot read a part of the checkpoint.
-    """
+    """Context for reading a checkpoint: blocks unsafe pickles, and reports read errors in one line."""
     earlier = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
@@ -115,11 +107,7 @@ def _deepspeed_records() -> list[Any]:
 
 
 def inspect(folder: Path) -> TrainerState:
-    """Inspect the files of a checkpoint before a library reads them; return Trainer's state.
-
-    Raises:
-        CheckpointError: a reference to code, or to a file outside the folder.
-    """
+    """Look for code, and for names outside the folder, before a library reads a checkpoint; return Trainer's state."""
     with reading(folder):
         for index in folder.rglob(INDEX_FILE):
             content = _Inspector(io.BytesIO(index.read_bytes())).load()

@@ -9,11 +9,7 @@ CACHE_VARIABLE = "SAPO_CACHE_DIR"
 
 
 def user_cache(part: str) -> Path:
-    """The folder of `part`: in `$SAPO_CACHE_DIR`; without it in `sapo` in `$XDG_CACHE_HOME` or `~/.cache`.
-
-    Args:
-        part: "replies" of start models, prepared "rows", or the name of a model that was made.
-    """
+    """The folder of `part`: in `$SAPO_CACHE_DIR`; without it in `sapo` in `$XDG_CACHE_HOME` or `~/.cache`."""
     named = os.environ.get(CACHE_VARIABLE)
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(named) if named else Path(general, "sapo")).expanduser() / part

@@ -39,11 +39,10 @@ _LARGEST_HEADER = 100_000_000
 """Bytes; as the reader of safetensors allows."""
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-_ADAPTER_FILES = [
-    ADAPTER_FILE, "adapter_model.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "*.jinja", "*.model",
-]  # fmt: skip
-"""What is downloaded of an adapter on the hub."""
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model",
+)  # fmt: skip
+"""Files of a tokenizer."""
 _GGUF = ".gguf"
 
 
@@ -193,7 +192,9 @@ def download_adapter(name: str, revision: str) -> bool:
     """Put an adapter of the hub into the hub's cache, where `find_source` sees it; whether there is one."""
     try:
         with hub_or_cache(name):
-            folder = snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES)
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=[ADAPTER_FILE, "adapter_model.*", *TOKENIZER_PATTERNS]
+            )
     except (HfHubHTTPError, OSError) as error:
         raise loading_error("adapter", ModelSource(name, name, None, revision), error) from error
     return (Path(folder) / ADAPTER_FILE).is_file()

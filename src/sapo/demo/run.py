@@ -36,13 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int = 0) -> None:
-    """Train all runs from the built-in checkpoint and print their held-out exact match side by side.
-
-    Args:
-        output_dir: folder of the runs, which is replaced.
-        max_steps: optimizer steps of each run.
-        seed: seed of each run.
-    """
+    """Train all runs from the built-in checkpoint and print their held-out exact match side by side."""
     # So small a model is several times slower with two threads.
     torch.set_num_threads(1)
     console = Console()

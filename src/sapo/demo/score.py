@@ -41,11 +41,7 @@ class ScoreReport:
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson 1927).
-
-    Raises:
-        ValueError: `total` is 0.
-    """
+    """95% confidence interval of a proportion of at least one trial (Wilson 1927)."""
     if total < 1:
         raise ValueError("no trials: the proportion has no interval")
     z = 1.959964

@@ -76,26 +76,16 @@ def correct(row: Row, text: str) -> bool:
 
 
 def solve(prompt: str) -> str:
-    """The correct reply to `prompt`.
-
-    Raises:
-        KeyError: the prompt belongs to no task.
-    """
+    """The correct reply to `prompt`."""
     task, _, question = prompt.partition(" ")
     return _SOLUTIONS[task](question)
 
 
 def make_rows(count: int, seed: int, exclude: Collection[str] = (), *, heldout: bool = False) -> list[Row]:
-    """`count` rows with distinct prompts, cycling through the tasks.
+    """`count` rows with distinct prompts but those of `exclude`, cycling through the tasks; longer lists begin alike.
 
-    A hash of the prompt decides whether it is held out, so training and evaluation rows never share one, for any seeds
-    and counts.
-
-    Args:
-        count: number of rows.
-        seed: seed of the questions; a longer list begins with the shorter one of the same seed.
-        exclude: prompts to exclude.
-        heldout: draw from the held-out prompts (one in five) instead of the others.
+    A hash of the prompt decides whether it is held out (one in five), so training and evaluation rows never share one,
+    for any seeds and counts.
     """
     rng = random.Random(seed)
     seen = set(exclude)

@@ -19,13 +19,7 @@ from sapo.weights.footprint import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A flag that saves memory.
-
-    Attributes:
-        flag: as typed.
-        price: what it costs beside memory.
-        result: the estimate with it and all flags before it.
-    """
+    """A flag that saves memory, as typed, its price beside memory, and the estimate with it and all flags before it."""
 
     flag: str
     price: str
@@ -57,18 +51,8 @@ def changes_that_fit(
 ) -> list[Change]:
     """Flags that bring the memory under that of the device, one on top of the other; those that save nothing are left.
 
-    Args:
-        config: see `estimate`; the four that follow too.
-        model_args: as they are.
-        args: as they are.
-        device: has too little memory.
-        strategy: as it is.
-        lengths: of the longest pair.
-        before: the estimate without any change.
-        usual_lengths: see `estimate`.
-
-    Returns:
-        As many changes as it takes; the last one's result may still be too large, when nothing more is known.
+    As many as it takes; the last one's result may still be too large, when nothing more is known. The arguments are
+    those of `estimate`, and `before` is what it gives without any change.
     """
     plan, last, changes = _Plan(model_args, args, strategy), before, []
     for flag, price, change in _candidates(plan):

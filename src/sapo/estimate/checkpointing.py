@@ -28,15 +28,13 @@ def resolve_checkpointing(args: SAPOConfig, model: Any, peft_config: Any = None)
     """Set `gradient_checkpointing` to true or false where it is "auto", alike in all processes of a run.
 
     It is off where a step without recomputation fits into the memory of the device (on a CPU, into what is free) with
-    pairs of the greatest length that `args` allow; and on where that cannot be estimated.
+    pairs of the greatest length that `args` allow; and on where that cannot be estimated. A true that the model does
+    not support is refused.
 
     Args:
         args: of the run; changed.
         model: the policy, loaded, before a new adapter is added.
         peft_config: of the new adapter, if there is one.
-
-    Raises:
-        ConfigurationError: it is true, and the model has no such thing.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     supported = inner.supports_gradient_checkpointing
@@ -68,12 +66,7 @@ def memory_without_recomputation(
 ) -> float:
     """Bytes on one device while the policy trains on pairs of the greatest length, nothing computed twice.
 
-    Args:
-        config: of the model.
-        model_args: type of the weights, adapter, quantization, attention.
-        args: of the run.
-        strategy: how the run is divided over processes.
-        on_gpu: whether the fused head is on by default, and memory goes to driver and allocator.
+    On a GPU the fused head is on by default, and memory goes to driver and allocator.
     """
     args = copy.copy(args)
     set_checkpointing(args, False)

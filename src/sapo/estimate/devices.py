@@ -75,13 +75,7 @@ class Device:
     least: float = 0.0
 
     def limit(self, flops: float, moved: float, *, half: bool) -> float:
-        """Seconds below which a computation cannot come on this device.
-
-        Args:
-            flops: of its matrix products.
-            moved: bytes that have to be read and written once.
-            half: whether it computes in bfloat16.
-        """
+        """Seconds below which products of `flops` operations cannot come, nor moving `moved` bytes once."""
         matrix, memory = self.reached
         rate = (self.half_rate if half else self.float_rate) / matrix
         return max(flops / rate, moved * memory / self.bandwidth)
@@ -146,11 +140,7 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """A device of the table, or `here`: this machine, measured.
-
-    Raises:
-        ConfigurationError: no such device.
-    """
+    """A device of the table, or `here`: this machine, measured."""
     key = name.lower().replace(" ", "").replace("_", "-")
     if key == "here":
         return measure()

@@ -374,10 +374,7 @@ def recomputes(args: SAPOConfig) -> bool:
 def trace_seconds(trace: Trace, device: Device, *, launches: int | None = None) -> float:
     """Each operation takes what its arithmetic or its traffic with memory takes, whichever is more, and its start.
 
-    Args:
-        trace: of a pass.
-        device: that it runs on.
-        launches: operations that are started, where several start as one.
+    `launches` are the operations that are started, where several start as one.
     """
     computing = sum(
         max(

@@ -84,11 +84,7 @@ class Instruction:
 
 
 def load_instructions(file: Path, limit: int | None = None) -> list[Instruction]:
-    """Rows with `instruction` and the baseline's `output`, in AlpacaEval's format.
-
-    Raises:
-        DatasetError: a row lacks one of them.
-    """
+    """Rows with `instruction` and the baseline's `output`, in AlpacaEval's format; others are refused."""
     found = []
     for number, row in enumerate(list(load_rows(file))[:limit], 1):
         for name in ("instruction", "output"):
@@ -101,11 +97,7 @@ def load_instructions(file: Path, limit: int | None = None) -> list[Instruction]
 
 
 def load_prompt(file: Path | None) -> tuple[tuple[str, str], ...]:
-    """The judge's prompt: this package's own, or one in the published form (ChatML, or plain text for one message).
-
-    Raises:
-        ConfigurationError: it does not name instruction, output_1 and output_2.
-    """
+    """The judge's prompt: this package's own, or one in the published form (ChatML, or plain text for one message)."""
     if file is None:
         return OWN_PROMPT
     try:
@@ -135,8 +127,7 @@ def comparison(
 def preference(verdict: Mapping[str, Any], *, model_first: bool) -> float | None:
     """Probability that the model's answer is the better one, from the log-probabilities of the first token.
 
-    Returns:
-        None where neither letter is the most probable token: the judge begins to reason, or says something else.
+    None where neither letter is the most probable token: the judge begins to reason, or says something else.
     """
     chances = {FIRST: 0.0, SECOND: 0.0}
     other = 0.0
@@ -168,11 +159,7 @@ def settings(session: Session) -> dict[str, Any]:
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Answer with every model, then compare every answer with the baseline's; answers and verdicts are kept.
-
-    Raises:
-        SapoError: what is wrong.
-    """
+    """Answer with every model, then compare every answer with the baseline's; answers and verdicts are kept."""
     require_judge(session)
     options = session.options
     if options.alpaca_eval_data is None:

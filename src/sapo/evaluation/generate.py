@@ -52,11 +52,7 @@ def replies(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Reply]:
-    """Responses to prompts, of at most `max_new_tokens` tokens and no more than the model's context has left.
-
-    Raises:
-        ConfigurationError: `max_new_tokens` is below 1.
-    """
+    """Responses to prompts, of at most `max_new_tokens` tokens and no more than the model's context has left."""
     if max_new_tokens < 1:
         raise ConfigurationError(f"max_new_tokens={max_new_tokens}: must be 1 or more.")
     budgets = [max(0, loaded.max_length(len(prompt) + max_new_tokens) - len(prompt)) for prompt in prompts]
@@ -76,12 +72,7 @@ def finish_notes(finishes: Sequence[str]) -> list[str]:
 
 
 def chat_ids(loaded: LoadedModel, name: str, messages: Sequence[dict[str, str]]) -> list[int]:
-    """A conversation with the model `name` as the prompt of the next reply.
-
-    Raises:
-        TokenizerError: the model has no chat template.
-        EvaluationError: the template refuses the conversation.
-    """
+    """A conversation with the model `name` as the prompt of the next reply, if its template accepts it."""
     if not loaded.tokenizer.chat_template:
         raise TokenizerError(
             f"{name}: has no chat template, which a chat benchmark needs. Give one with --chat_template_path."

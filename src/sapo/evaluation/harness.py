@@ -93,11 +93,7 @@ def settings(session: Session, suite: str) -> dict[str, Any]:
 
 
 def run(session: Session, suite: str) -> dict[str, SuiteResult]:
-    """Run every task of the suite on every model; finished tasks are not run again.
-
-    Raises:
-        EvaluationError, DatasetError: a package or data is missing; raised before a model is loaded.
-    """
+    """Run every task of the suite on every model; finished tasks are not run again. What is missing shows first."""
     benchmarks = _benchmarks(session, suite)
     require_packages([one.name for one in benchmarks])
     known = builtin_tasks()

@@ -25,11 +25,7 @@ _HARNESS_TOKENS = 256
 
 
 def require_packages(tasks: Sequence[str]) -> None:
-    """Check that all packages and data needed for scoring are installed.
-
-    Raises:
-        EvaluationError: something is missing; the message says how to install it.
-    """
+    """Refuse tasks whose packages or data for scoring are not installed."""
     wanted = ["lm_eval", *(package for task in tasks for package in _NEEDED.get(task, ()))]
     require(", ".join(tasks), *wanted, error=EvaluationError)
     if "ifeval" in tasks:
@@ -70,10 +66,6 @@ def task_manager(known: TaskManager, tasks: Sequence[str], data: Path | None, fo
         tasks: leaf tasks that will be run.
         data: folder with one folder per task with local files, see `local_files`; None for none.
         folder: where the task files for the harness are written; `lm-eval --include_path` takes it too.
-
-    Raises:
-        EvaluationError: the harness does not know a task.
-        DatasetError: a folder without usable files.
     """
     from lm_eval.tasks import TaskManager
 
@@ -119,11 +111,7 @@ def test_split(builtin: Path) -> str:
 
 
 def local_files(home: Path, split: str) -> dict[str, Path]:
-    """Files of a task by split: `train.jsonl`, `test.jsonl`, ...; a single file is the split that is scored.
-
-    Raises:
-        DatasetError: there are no files, or two for one split.
-    """
+    """Files of a task by split: `train.jsonl`, `test.jsonl`, ...; a single file is the split that is scored."""
     files = [file for file in sorted(home.iterdir()) if file.suffix in _SUFFIXES]
     if not files:
         raise DatasetError(f"{home}: contains no .jsonl, .json or .parquet file.")
@@ -141,11 +129,8 @@ def local_files(home: Path, split: str) -> dict[str, Path]:
 
 @dataclass(frozen=True, slots=True)
 class TaskFacts:
-    """Facts about a task before it runs.
-
-    Attributes:
-        identity: identifies its version and data.
-        generates: maximum tokens it generates; 0 if it only scores.
+    """Facts about a task before it runs: what identifies its version and data, and the maximum tokens it generates, or
+    0.
     """
 
     identity: str
@@ -153,11 +138,7 @@ class TaskFacts:
 
 
 def load_all(manager: TaskManager, tasks: Sequence[str]) -> dict[str, TaskFacts]:
-    """Load the data of every task, to find missing data before a model is loaded.
-
-    Raises:
-        DatasetError: the data of a task could not be loaded.
-    """
+    """Load the data of every task, to find missing data before a model is loaded."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 

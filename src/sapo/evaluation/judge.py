@@ -371,11 +371,7 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _record(completion: Any, request: JudgeRequest) -> dict[str, Any]:
-    """What is kept of an answer.
-
-    Raises:
-        ValueError: it is not a chat completion.
-    """
+    """What is kept of an answer; a `ValueError` if it is not a chat completion."""
     from openai.types.chat import ChatCompletion
 
     if not isinstance(completion, ChatCompletion) or not completion.choices:

@@ -16,11 +16,7 @@ from sapo.evaluation.targets import Target
 
 
 def require_judge(session: Session) -> JudgeOptions:
-    """The judge that was named.
-
-    Raises:
-        ConfigurationError: none was.
-    """
+    """The judge that was named."""
     if session.options.judge is None:
         raise ConfigurationError(
             "this suite needs a judge: --judge_model NAME, with --judge_base_url URL for an endpoint other than "
@@ -67,11 +63,7 @@ def ask(session: Session, judge: Judge, requests: Sequence[JudgeRequest]) -> dic
 
 
 def empty_answers(name: str, answers: Sequence[str], file: Path) -> list[str]:
-    """A note about empty answers, if there are any.
-
-    Raises:
-        EvaluationError: all answers are empty.
-    """
+    """A note about empty answers, if there are any; where there is nothing else, there is nothing to judge."""
     empty = sum(not answer.strip() for answer in answers)
     if answers and empty == len(answers):
         raise EvaluationError(

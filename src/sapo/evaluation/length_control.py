@@ -25,16 +25,14 @@ def length_adjusted_win_rate(
 ) -> Estimate | None:
     """Fit logit P(model preferred) = a + b tanh(difference of lengths / its standard deviation); give sigmoid(a).
 
-    After Dubois et al. 2024 (arXiv 2404.04475), section 3, with the departures listed in `DEPARTURES`.
+    After Dubois et al. 2024 (arXiv 2404.04475), section 3, with the departures listed in `DEPARTURES`. None with fewer
+    than 10 instructions.
 
     Args:
         preferences: probability that the model's answer is preferred, one per instruction, in [0, 1].
         lengths: characters of the model's answers.
         baseline_lengths: characters of the baseline's answers.
         seed: seed of the bootstrap over instructions.
-
-    Returns:
-        None with fewer than 10 instructions.
     """
     wins = np.asarray(preferences, dtype=float)
     if len(wins) < 10:

@@ -53,12 +53,7 @@ def settings(session: Session) -> dict[str, Any]:
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Measure every model; the opponent of a run first, since the policy is compared with its samples.
-
-    Raises:
-        ConfigurationError: dataset_name is not set.
-        DatasetError, TokenizerError, ModelError: the rows or a model cannot be used.
-    """
+    """Measure every model; the opponent of a run first, since the policy is compared with its samples."""
     _dataset(session)
     results: dict[str, SuiteResult] = {}
     opponents: dict[str, dict[int, Measured]] = {}

@@ -83,11 +83,7 @@ class Files:
 
 
 def load_files(folder: Path, limit: int | None = None) -> Files:
-    """Read `question.jsonl`, `judge_prompts.jsonl` and the reference answers.
-
-    Raises:
-        DatasetError: a file is missing, or lacks what the benchmark needs.
-    """
+    """Read `question.jsonl`, `judge_prompts.jsonl` and the reference answers; refuse what the benchmark cannot use."""
     questions = [dict(row) for row in load_rows(folder / "question.jsonl")][:limit]
     prompts = {row["name"]: dict(row) for row in load_rows(folder / "judge_prompts.jsonl")}
     missing = [name for name in PROMPTS.values() if name not in prompts]
@@ -140,11 +136,7 @@ def settings(session: Session) -> dict[str, Any]:
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Answer with every model, then grade every answer; answers and verdicts are kept.
-
-    Raises:
-        SapoError: what is wrong.
-    """
+    """Answer with every model, then grade every answer; answers and verdicts are kept."""
     require_judge(session)
     if session.options.mt_bench_dir is None:
         raise ConfigurationError(

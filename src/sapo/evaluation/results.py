@@ -38,9 +38,7 @@ class SuiteResult:
 
 
 def changes(after: SuiteResult, before: SuiteResult) -> dict[str, Estimate]:
-    """Change of each measure from `before` to `after` on their common examples; paired, so the difficulty of an example
-    cancels.
-    """
+    """Paired change of each measure on common examples, in which their difficulty cancels."""
     found = {}
     for name, values in after.items.items():
         common = sorted(values.keys() & before.items.get(name, {}).keys())
@@ -94,11 +92,7 @@ def as_json(
 
 
 def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
-    """Write one suite's results into results.json; results of other suites are kept.
-
-    Raises:
-        EvaluationError: the file that is there is none of results.
-    """
+    """Write one suite's results into results.json; results of other suites are kept."""
     file = folder / RESULTS_FILE
     whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
     if file.exists():

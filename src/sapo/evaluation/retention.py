@@ -63,12 +63,7 @@ class _Start:
 
 
 def run(session: Session) -> dict[str, SuiteResult]:
-    """Measure every model against the start, which is measured first.
-
-    Raises:
-        ConfigurationError: no start is known.
-        DatasetError, TokenizerError, ModelError: rows or a model cannot be used.
-    """
+    """Measure every model against the start, which is measured first."""
     first = next((target for target in session.targets if target.role == "start"), None)
     if first is None:
         raise ConfigurationError(

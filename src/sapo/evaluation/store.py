@@ -17,16 +17,10 @@ PART = "part"
 
 
 class FinishedParts:
-    """A JSONL file of finished parts by key, appended as they finish; thread-safe.
+    """A JSONL file of finished parts by key, made with the first of them, appended as they finish; thread-safe.
 
     A line is valid once its line break is on the disk. The rest of an interrupted write is removed when the file is
     opened again, so that the part is computed again.
-
-    Args:
-        file: created with the first part.
-
-    Raises:
-        EvaluationError: a line before the last is damaged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -50,11 +44,7 @@ class FinishedParts:
         return self._parts.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Save `record` as the result of part `key`, and return it as saved.
-
-        Raises:
-            EvaluationError: the file cannot be written.
-        """
+        """Save `record` as the result of part `key`, and return it as saved."""
         kept = {**record, PART: key}
         line = json.dumps(kept, ensure_ascii=False)
         with self._lock:
@@ -77,9 +67,6 @@ class FinishedParts:
             size: parts computed together.
             compute: the records of the parts at these indices.
             say: told after each computation how many parts of the list are done.
-
-        Raises:
-            EvaluationError: the file cannot be written.
         """
         for first in range(0, len(keys), size):
             span = range(first, min(first + size, len(keys)))
@@ -102,11 +89,7 @@ class FinishedParts:
 
 
 def write_result(file: Path, text: str) -> None:
-    """Write a complete file or nothing.
-
-    Raises:
-        EvaluationError: the file cannot be written.
-    """
+    """Write a complete file or nothing."""
     with _disk_errors(file):
         write_atomically(file, text)
 

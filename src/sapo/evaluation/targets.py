@@ -89,9 +89,6 @@ def find_targets(models: Sequence[str], *, start: str | None = None) -> list[Tar
     Args:
         models: folders or Hub ids.
         start: the model before training, to compare with; not needed if a run names one that is on this machine.
-
-    Raises:
-        ModelError: a folder does not contain a model.
     """
     targets: list[Target] = []
     for name in models:
@@ -153,11 +150,7 @@ def _with_unlike_names(targets: list[Target]) -> list[Target]:
 
 
 def check_target(target: Target) -> None:
-    """Refuse a model that cannot be loaded, before lm-evaluation-harness loads it in another process.
-
-    Raises:
-        ModelError, TokenizerError: it is missing, incomplete or needs custom code.
-    """
+    """Refuse a model that cannot be loaded, before lm-evaluation-harness loads it in another process."""
     read_config(target.path)
     for path in (target.base, target.path):
         if path is not None:
@@ -165,11 +158,7 @@ def check_target(target: Target) -> None:
 
 
 def check_for_other_loaders(target: Target) -> None:
-    """Refuse what this package loads and lm-evaluation-harness does not.
-
-    Raises:
-        ModelError: a GGUF file, or an adapter whose base is an adapter; names the way out.
-    """
+    """Refuse what this package loads and lm-evaluation-harness does not."""
     source = find_source(target.path)
     if source.merged or source.is_gguf:
         what = "a GGUF file" if source.is_gguf else "an adapter on an adapter"
@@ -180,11 +169,7 @@ def check_for_other_loaders(target: Target) -> None:
 
 
 def fingerprint(target: Target) -> str:
-    """Hash that identifies a model: of its files for a folder, of the commit for a Hub id.
-
-    Raises:
-        ModelError: a model is missing, incomplete or needs custom code.
-    """
+    """Hash that identifies a model: of its files for a folder, of the commit for a Hub id."""
     digest = hashlib.sha256()
     for path in (target.base, target.path):
         if path is None:
@@ -206,18 +191,9 @@ def borrowed_tokenizer(target: Target) -> Any | None:
 
 
 def load_target(target: Target, *, device: str, dtype: str, chat_template_path: str | None) -> LoadedModel:
-    """Load a model with its tokenizer.
+    """Load a model with its tokenizer, and the template to use instead of its own, if one is named.
 
     The start of a run that has no chat template of its own is given the run's: both are asked the same.
-
-    Args:
-        target: the model.
-        device: where to.
-        dtype: of the weights; "auto" as they are stored.
-        chat_template_path: the template to use instead of the model's; see `use_chat_template`.
-
-    Raises:
-        ModelError, TokenizerError: it cannot be loaded.
     """
     borrowed = borrowed_tokenizer(target) if chat_template_path is None else None
     tokenizer = load_tokenizer(target.path) if borrowed is None else borrowed

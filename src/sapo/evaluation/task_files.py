@@ -61,16 +61,7 @@ class Task:
 
 
 def load_task_file(file: Path, limit: int | None = None) -> list[Task]:
-    """Read a task file and its rows, and create the verifiers.
-
-    Args:
-        file: YAML with a list `tasks`, or with a single task.
-        limit: use the first `limit` rows of each task; None for all.
-
-    Raises:
-        ConfigurationError: the file is invalid.
-        DatasetError: a row is invalid.
-    """
+    """Read a YAML file with a list `tasks`, or a single task, and the first `limit` rows of each; create verifiers."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -128,12 +119,7 @@ def settings(session: Session) -> dict[str, Any]:
 
 
 def run(session: Session, tasks: list[Task]) -> dict[str, SuiteResult]:
-    """Generate and verify every row of every task with every model.
-
-    Raises:
-        TokenizerError: a task uses the chat template and a model has none.
-        DatasetError: a verifier does not accept a row; responses are kept.
-    """
+    """Generate and verify every row of every task with every model; responses are kept."""
     results = {}
     for target in session.targets:
         result = SuiteResult()

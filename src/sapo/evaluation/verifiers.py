@@ -51,16 +51,7 @@ def regex(response: str, pattern: re.Pattern[str], answer: str | None) -> bool:
 
 
 def make_verifier(task: Mapping[str, Any], where: str, folder: Path) -> Verifier:
-    """Create the verifier of a task.
-
-    Args:
-        task: `verifier`, and its `pattern`, `tolerance` or `ignore_case`.
-        where: names the task in errors.
-        folder: folder of the task file, searched for the module of a callable.
-
-    Raises:
-        ConfigurationError: the verifier is unknown, or a pattern or an import path is invalid.
-    """
+    """Create the verifier of a task, whose file lies in `folder`, as does the module of a callable."""
     name = str(task.get("verifier", "exact_match"))
     if name == "exact_match":
         ignore_case = bool(task.get("ignore_case", False))

@@ -96,19 +96,11 @@ def paired_change(
 def over_halves(
     size: int, statistic: Callable[[list[int], list[int]], float | None], *, seed: int = 0, halves: int = HALVES
 ) -> Estimate | None:
-    """A statistic of two halves of the examples, averaged over random halvings.
+    """A statistic of two halves of the examples, given as indices, averaged over random halvings.
 
     The spread over halves estimates the standard error on all examples (delete-half jackknife, Shao and Wu 1989), and
-    no response occurs twice, which would bias the variety of a corpus.
-
-    Args:
-        size: number of examples.
-        statistic: function of the indices in the first and in the second half.
-        seed: seed of the halving.
-        halves: number of halvings.
-
-    Returns:
-        None with fewer than 4 examples, or if the statistic is not defined.
+    no response occurs twice, which would bias the variety of a corpus. None with fewer than 4 examples, or if the
+    statistic is not defined.
     """
     if size < 4:
         return None

@@ -48,14 +48,7 @@ class Forced:
 def generate_replies(
     generator: Generator, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_length: int
 ) -> list[list[int]]:
-    """The start's reply to each prompt, which is shorter than `max_length`; the seed of each is its place in the list.
-
-    Args:
-        generator: generates with the start, sampling as `REPLY_SAMPLING`.
-        prompts: token ids.
-        max_new_tokens: maximum tokens of a reply.
-        max_length: maximum tokens of prompt and reply.
-    """
+    """The start's reply to each prompt, all shorter than `max_length`; the seed of each is its place in the list."""
     return generator.generate(
         prompts,
         [min(max_new_tokens, max_length - len(prompt)) for prompt in prompts],

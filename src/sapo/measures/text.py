@@ -23,15 +23,12 @@ def ngrams(tokens: Sequence[int], n: int) -> list[Ngram]:
     return list(zip(*(tokens[place:] for place in range(n)), strict=False))
 
 
-def seq_rep(tokens: Sequence[int], n: int = 4) -> float | None:
-    """Fraction of n-grams that occurred earlier in the same sequence: 1 - distinct / all.
+def seq_rep(tokens: Sequence[int]) -> float | None:
+    """Fraction of 4-grams that occurred earlier in the same sequence: 1 - distinct / all; None for fewer than 4 tokens.
 
     Source: seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319), section 4.
-
-    Returns:
-        Between 0 and 1; None for a sequence of fewer than `n` tokens.
     """
-    found = ngrams(tokens, n)
+    found = ngrams(tokens, 4)
     return 1 - len(set(found)) / len(found) if found else None
 
 
@@ -63,18 +60,10 @@ def reply_values(tokens: Sequence[int], eos_ids: Collection[int]) -> dict[str, f
 
 
 def distinct(responses: Iterable[Sequence[int]], n: int, *, limit: int | None = None) -> float | None:
-    """Distinct n-grams divided by all n-grams of all responses.
+    """Distinct n-grams divided by all n-grams of all responses, or of the first `limit`; None without n-grams.
 
     Source: distinct-n of Li et al. 2016 (arXiv 1510.03055). It falls with the amount of text, so compare two sets of
     responses only on equally many n-grams.
-
-    Args:
-        responses: token sequences.
-        n: length of the n-grams.
-        limit: use only the first `limit` n-grams.
-
-    Returns:
-        Between 0 and 1; None without n-grams.
     """
     found = list(islice((gram for tokens in responses for gram in ngrams(tokens, n)), limit))
     return len(set(found)) / len(found) if found else None
@@ -88,10 +77,7 @@ def ngram_counts(responses: Iterable[Sequence[int]], n: int) -> Counter[Ngram]:
 def jensen_shannon(left: Mapping[Ngram, int], right: Mapping[Ngram, int]) -> float | None:
     """Jensen-Shannon distance (square root of the divergence in bits) of two distributions given as counts.
 
-    Source: Endres and Schindelin 2003.
-
-    Returns:
-        0 for equal distributions, 1 for disjoint ones; None if either is empty.
+    0 for equal distributions, 1 for disjoint ones; None if either is empty. Source: Endres and Schindelin 2003.
     """
     total_left, total_right = sum(left.values()), sum(right.values())
     if not total_left or not total_right:

@@ -70,7 +70,9 @@ class RunFolder:
         return locked(self.path) if self._world.first else nullcontext()
 
     def find_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that if any."""
+        """The checkpoint to resume from: none, a path, with `true` the newest in this folder, with `auto` that if
+        any.
+        """
         if wanted in (None, False, "false", "False"):
             return None
         self._recover()

@@ -6,7 +6,7 @@ import json
 import logging as standard_logging
 import shlex
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -115,11 +115,9 @@ def run_chat_demo(
     questions = [*(row.question for row in heldout[:SHOWN]), _GENERAL]
     with console.status("Measuring the start"):
         padding = padding_token_id(tokenizer, eos_ids)
-        scorer = StyleScorer(
-            partial(nullcontext, start), tokenizer, eos_ids=eos_ids, pad_token_id=padding, rows=heldout
-        )
+        scorer = StyleScorer(partial(_fixed, start), tokenizer, eos_ids=eos_ids, pad_token_id=padding, rows=heldout)
         results = {START: _measured(scorer, start)}
-        said = {START: scorer.answers(partial(nullcontext, start), questions)}
+        said = {START: scorer.answers(partial(_fixed, start), questions)}
     del start
     for name, settings in ARMS.items():
         console.rule(name)
@@ -130,7 +128,7 @@ def run_chat_demo(
             results[name] = _measured(scorer, trainer.policy(), seconds=seconds)
             if trainer.opponent is not None:
                 said["opponent"] = scorer.answers(trainer.opponent.using, questions)
-                said["policy"] = scorer.answers(partial(nullcontext, trainer.policy()), questions)
+                said["policy"] = scorer.answers(partial(_fixed, trainer.policy()), questions)
         del trainer
     shown = [
         Shown(question, {who: texts[place] for who, texts in said.items()}) for place, question in enumerate(questions)
@@ -148,6 +146,10 @@ def run_chat_demo(
 
 def _folder_name(arm: str) -> str:
     return arm.lower().replace(" ", "-")
+
+
+def _fixed(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    return nullcontext(model)
 
 
 def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]) -> SAPOConfig:
@@ -187,7 +189,7 @@ def _trained(model: str, args: SAPOConfig, rows: list[HelpDeskRow], tokenizer: A
 
 def _measured(scorer: StyleScorer, model: nn.Module, *, seconds: float | None = None) -> Measured:
     """Measure a model; without `seconds` it is the start, which is its own measure."""
-    context = partial(nullcontext, model)
+    context = partial(_fixed, model)
     greedy, sampled = (
         scorer.replies(context, temperature=temperature) for temperature in (0.0, Sampling().temperature)
     )

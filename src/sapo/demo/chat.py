@@ -21,6 +21,7 @@ from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
 from sapo.demo.chat_model import NAME, make_chat_model
 from sapo.demo.house_style import RULES, HelpDeskRow, heldout_rows, training_rows
+from sapo.demo.run import COMMON
 from sapo.demo.style_score import Replies, StyleScorer
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate
@@ -155,24 +156,17 @@ def _fixed(model: nn.Module) -> AbstractContextManager[nn.Module]:
 def _arguments(folder: Path, max_steps: int, seed: int, settings: dict[str, Any]) -> SAPOConfig:
     return SAPOConfig(
         output_dir=str(folder),
-        overwrite_output_dir=True,
         max_steps=max_steps,
         seed=seed,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        lr_scheduler_type="linear",
         warmup_steps=0.1,
         max_length=512,
         logging_steps=5,
         logging_first_step=True,
-        save_strategy="no",
         report_pairs=12,
         chosen_probe_size=0,
-        use_cpu=True,
-        gradient_checkpointing=False,
         dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to="none",
+        **COMMON,
         **settings,
     )
 

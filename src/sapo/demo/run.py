@@ -35,6 +35,19 @@ ARMS: dict[str, dict[str, Any]] = {
 """What differs between the runs; with beta 0, ORPO is SFT on the chosen responses."""
 
 
+COMMON: dict[str, Any] = {
+    "overwrite_output_dir": True,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+"""Of the runs of both demos."""
+
+
 def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int = 0) -> None:
     """Train all runs from the built-in checkpoint and print their held-out exact match side by side."""
     # So small a model is several times slower with two threads.
@@ -77,22 +90,15 @@ def _model() -> Any:
 def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], tokenizer: Any) -> SAPOTrainer:
     args = SAPOConfig(
         output_dir=str(folder),
-        overwrite_output_dir=True,
         max_steps=max_steps,
         seed=seed,
         per_device_train_batch_size=32,
-        learning_rate=1e-3,
-        lr_scheduler_type="linear",
         segment_length=8,
         tail_margin=0,
         ema_decay=0.5,
         max_length=MAX_PROMPT_TOKENS + MAX_REPLY_TOKENS,
         logging_steps=20,
-        save_strategy="no",
-        use_cpu=True,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        report_to="none",
+        **COMMON,
         **settings,
     )
     # Continued SFT needs no opponent: its pairs have weight 0.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,12 @@ class _Plan:
     args: SAPOConfig
     strategy: Strategy
 
-    def with_args(self, **options: Any) -> _Plan:
-        return _Plan(self.model_args, _changed(self.args, options), self.strategy)
-
-    def with_model(self, **options: Any) -> _Plan:
-        return _Plan(_changed(self.model_args, options), self.args, self.strategy)
+    def changed(self, strategy: Strategy | None = None, **options: Any) -> _Plan:
+        """A copy; the options have been checked as they were, and these changes clash with none."""
+        model_args, args = copy.copy(self.model_args), copy.copy(self.args)
+        for name, value in options.items():
+            setattr(model_args if hasattr(model_args, name) else args, name, value)
+        return _Plan(model_args, args, strategy or self.strategy)
 
 
 def changes_that_fit(
@@ -55,10 +56,10 @@ def changes_that_fit(
     those of `estimate`, and `before` is what it gives without any change.
     """
     plan, last, changes = _Plan(model_args, args, strategy), before, []
-    for flag, price, change in _candidates(plan):
+    for flag, price, options in _candidates(plan):
         if last.needed <= device.memory:
             break
-        new = change(plan)
+        new = plan.changed(**options)
         found = estimate(config, new.model_args, new.args, device, new.strategy, lengths, usual_lengths)
         if found.memory.most < 0.99 * last.memory.most:
             plan, last = new, found
@@ -85,71 +86,33 @@ def gpus_that_fit(
     return None
 
 
-_Candidate = tuple[str, str, Callable[[_Plan], _Plan]]
-
-
-def _candidates(start: _Plan) -> Iterator[_Candidate]:
+def _candidates(start: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Flag, price, and what `_Plan.changed` is given."""
     args, model_args, strategy = start.args, start.model_args, start.strategy
     if not args.gradient_checkpointing:
-        yield (
-            "--gradient_checkpointing true",
-            "activations are computed twice",
-            lambda plan: plan.with_args(gradient_checkpointing=True),
-        )
+        yield "--gradient_checkpointing true", "activations are computed twice", {"gradient_checkpointing": True}
     if args.per_device_train_batch_size > 1 and (args.pairs_per_forward or 2) > 1:
-        yield (
-            "--pairs_per_forward 1",
-            "nothing but a little time",
-            lambda plan: plan.with_args(pairs_per_forward=1),
-        )
-    rows = args.generation_batch_size or 16
-    if args.pair_source == "self_play" and rows > 8:
-        yield (
-            "--generation_batch_size 8",
-            "a slower opponent",
-            lambda plan: plan.with_args(generation_batch_size=8),
-        )
+        yield "--pairs_per_forward 1", "nothing but a little time", {"pairs_per_forward": 1}
+    if args.pair_source == "self_play" and (args.generation_batch_size or 16) > 8:
+        yield "--generation_batch_size 8", "a slower opponent", {"generation_batch_size": 8}
     if strategy.processes > 1 and not strategy.shards_weights:
-        yield (
-            "--accelerate_config zero3",
-            "weights travel between the GPUs",
-            lambda plan: _Plan(plan.model_args, plan.args, Strategy("zero3", strategy.processes)),
-        )
+        spread = {"strategy": Strategy("zero3", strategy.processes)}
+        yield "--accelerate_config zero3", "weights travel between the GPUs", spread
     if not model_args.use_peft:
         yield (
             "--use_peft --lora_target_modules all-linear",
             "an adapter learns, not the model; raise the learning rate",
-            lambda plan: plan.with_model(use_peft=True, lora_target_modules="all-linear"),
+            {"use_peft": True, "lora_target_modules": "all-linear"},
         )
         if "8bit" not in OptimizerNames(args.optim).value:
-            yield (
-                "--optim adamw_bnb_8bit",
-                'states in 8 bits; needs the extra "quantization"',
-                lambda plan: plan.with_args(optim="adamw_bnb_8bit"),
-            )
+            price = 'states in 8 bits; needs the extra "quantization"'
+            yield "--optim adamw_bnb_8bit", price, {"optim": "adamw_bnb_8bit"}
         if args.objective == "dpo" and args.reference in ("initial", "opponent_copy") and args.pair_source != "paired":
-            yield (
-                "--reference opponent",
-                "another method: the reference moves with the opponent",
-                lambda plan: plan.with_args(reference="opponent"),
-            )
+            price = "another method: the reference moves with the opponent"
+            yield "--reference opponent", price, {"reference": "opponent"}
     if model_args.dtype in (None, "float32") and args.bf16:
-        yield (
-            "--dtype bfloat16",
-            "opponent, reference and gradients are rounded; the optimizer steps a float32 master",
-            lambda plan: plan.with_model(dtype="bfloat16"),
-        )
+        price = "opponent, reference and gradients are rounded; the optimizer steps a float32 master"
+        yield "--dtype bfloat16", price, {"dtype": "bfloat16"}
     if not (model_args.load_in_4bit or strategy.shards_weights):
-        yield (
-            "--load_in_4bit",
-            'the base model is rounded to 4 bits; needs the extra "quantization"',
-            lambda plan: plan.with_model(load_in_4bit=True),
-        )
-
-
-def _changed(options: Any, changes: dict[str, Any]) -> Any:
-    """A copy; the options have been checked as they were, and these changes clash with none."""
-    changed = copy.copy(options)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
+        price = 'the base model is rounded to 4 bits; needs the extra "quantization"'
+        yield "--load_in_4bit", price, {"load_in_4bit": True}

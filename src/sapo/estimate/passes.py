@@ -110,7 +110,7 @@ def trace_passes(
         if why is None:
             use_shared_attention(policy)
         batch = _fake(laid_out, mode)
-        scores = _FusedScores() if fused_lm_head else summed_logps
+        scores = _fused_scores if fused_lm_head else summed_logps
         training = _training(policy, batch, args, strategy, scores)
         reference = prefill = token = None
         cache = cast = 0
@@ -235,22 +235,20 @@ def _computing(policy: Any, args: SAPOConfig, strategy: Strategy, *, generates: 
             weight.data = original
 
 
-class _FusedScores:
+def _fused_scores(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Stands for `summed_logps` with trl's fused head: logits in tiles, gradients of the head in float32."""
-
-    def __call__(self, model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        head = inner.get_output_embeddings()
-        inner.set_output_embeddings(nn.Identity())
-        try:
-            with head_at(inner, batch.places):
-                hidden = model(**model_inputs(model, batch), use_cache=False).logits[0]
-        finally:
-            inner.set_output_embeddings(head)
-        weight = head.base_layer.weight if hasattr(head, "base_layer") else head.weight
-        logps = _Tiled.apply(hidden, weight)  # type: ignore[no-untyped-call]
-        owners = batch.owners.flatten()[batch.places]
-        return sums_by_owner(logps, owners, batch.sums), batch.lengths
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = inner.get_output_embeddings()
+    inner.set_output_embeddings(nn.Identity())
+    try:
+        with head_at(inner, batch.places):
+            hidden = model(**model_inputs(model, batch), use_cache=False).logits[0]
+    finally:
+        inner.set_output_embeddings(head)
+    weight = head.base_layer.weight if hasattr(head, "base_layer") else head.weight
+    logps = _Tiled.apply(hidden, weight)  # type: ignore[no-untyped-call]
+    owners = batch.owners.flatten()[batch.places]
+    return sums_by_owner(logps, owners, batch.sums), batch.lengths
 
 
 class _Tiled(torch.autograd.Function):

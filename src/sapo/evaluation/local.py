@@ -18,6 +18,7 @@ from sapo.evaluation.session import Session
 from sapo.evaluation.targets import LoadedModel, Target
 from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, row_values, summarize
+from sapo.measures.retention import spread
 from sapo.runs.files import facts_digest
 from sapo.runs.reading import recipe_option
 from sapo.text.numbers import duration_text
@@ -141,8 +142,7 @@ def _held_out(session: Session, target: Target, loaded: LoadedModel) -> _Data:
     )
     wanted = min(options.limit or ROWS, len(prepared))
     # Evenly spread: files are often sorted by topic.
-    places = [place * len(prepared) // wanted for place in range(wanted)]
-    examples = collate_examples([prepared[place] for place in places])["examples"]
+    examples = collate_examples([prepared[place] for place in spread(wanted, len(prepared))])["examples"]
     notes = [line for line in report.lines()[1:] if not line.startswith(("truncated", "warning: "))]
     if report.truncated_prompts or report.truncated_responses:
         notes.append(

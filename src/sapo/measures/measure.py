@@ -15,7 +15,7 @@ from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.measures.intervals import HALVES, RESAMPLES, Estimate, bootstrap_ratio, over_halves
 from sapo.measures.text import distinct, jensen_shannon, ngram_counts, reply_values, seq_rep, without_end
-from sapo.preference.batches import collate_responses
+from sapo.preference.batches import batches_by_length
 from sapo.preference.scoring import summed_logps
 from sapo.seeds import derive_seed
 
@@ -90,22 +90,14 @@ def score_responses(
     batch_size: int,
 ) -> list[float]:
     """Log-probability in nats of each response after its prompt; 0 for an empty one."""
-    device = next(model.parameters()).device
-    # Similar lengths together, for little padding.
-    order = sorted(
-        (place for place, response in enumerate(responses) if len(response)),
-        key=lambda place: len(turns[place].prompt_ids) + len(responses[place]),
-    )
-    logps = [0.0] * len(responses)
+    # An empty response has nothing to score.
+    scored = [place for place, response in enumerate(responses) if len(response)]
+    rows = [(turns[place].prompt_ids, responses[place]) for place in scored]
+    logps, device = [0.0] * len(responses), next(model.parameters()).device
     with frozen(model):
-        for first in range(0, len(order), batch_size):
-            places = order[first : first + batch_size]
-            rows = collate_responses(
-                [(turns[place].prompt_ids, responses[place], len(responses[place])) for place in places],
-                pad_token_id=pad_token_id,
-            )
-            for place, logp in zip(places, summed_logps(model, rows.to(device))[0].tolist(), strict=True):
-                logps[place] = logp
+        for places, batch in batches_by_length(rows, pad_token_id=pad_token_id, batch_size=batch_size):
+            for place, logp in zip(places, summed_logps(model, batch.to(device))[0].tolist(), strict=True):
+                logps[scored[place]] = logp
     return logps
 
 

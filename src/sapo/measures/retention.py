@@ -20,7 +20,7 @@ from sapo.generation.forward import frozen
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.measures.intervals import Estimate, bootstrap_ratio
-from sapo.preference.batches import collate_responses
+from sapo.preference.batches import batches_by_length
 from sapo.preference.objectives import token_logps
 from sapo.preference.token_distributions import Head, hidden_at, position_chunks, token_kl
 from sapo.seeds import derive_seed
@@ -147,19 +147,11 @@ def _each(
     pad_token_id: int,
     batch_size: int,
 ) -> None:
-    """Call `use` with the index, hidden states and tokens of each reply; similar lengths together, for little padding.
-
-    The batches are the same for every model, so that equal models give equal numbers.
-    """
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].prompt_ids) + len(rows[place].reply_ids))
-    device = next(model.parameters()).device
+    """Call `use` with the index, hidden states and tokens of each reply."""
+    pairs, device = [(row.prompt_ids, row.reply_ids) for row in rows], next(model.parameters()).device
     with frozen(model):
-        for first in range(0, len(order), batch_size):
-            places = order[first : first + batch_size]
-            laid = collate_responses(
-                [(rows[place].prompt_ids, rows[place].reply_ids, len(rows[place].reply_ids)) for place in places],
-                pad_token_id=pad_token_id,
-            ).to(device)
+        for places, batch in batches_by_length(pairs, pad_token_id=pad_token_id, batch_size=batch_size):
+            laid = batch.to(device)
             hidden, targets = hidden_at(model, laid), laid.targets.flatten()[laid.places]
             lengths = laid.lengths.tolist()
             for place, states, tokens in zip(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -249,6 +249,20 @@ def collate_responses(rows: Sequence[tuple[Sequence[int], Sequence[int], int]], 
     owners = torch.arange(len(rows))[:, None].expand_as(targets).contiguous()
     scored, tokens = _scored(targets, owners, len(rows)), int(attention_mask.sum())
     return ScoredRows(input_ids, attention_mask, targets, owners, *scored, len(rows), tokens)
+
+
+def batches_by_length(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_token_id: int, batch_size: int
+) -> Iterator[tuple[list[int], ScoredRows]]:
+    """Rows of (prompt, response) in batches of similar lengths, for little padding, with their places in `rows`.
+
+    The batches depend on the lengths alone, so that equal models give equal numbers.
+    """
+    order = sorted(range(len(rows)), key=lambda place: sum(map(len, rows[place])))
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        chosen = [(*rows[place], len(rows[place][1])) for place in places]
+        yield places, collate_responses(chosen, pad_token_id=pad_token_id)
 
 
 def _scored(targets: Tensor, owners: Tensor, sums: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from sapo.data.examples import Example
 from sapo.errors import ConfigurationError
 from sapo.generation.forward import frozen
-from sapo.preference.batches import Layout, PairBatch, collate_pairs, collate_responses, split_pairs
+from sapo.preference.batches import Layout, PairBatch, batches_by_length, collate_pairs, split_pairs
 from sapo.preference.objectives import ReferenceLogps
 from sapo.preference.pairs import Pair, PairSource
 from sapo.preference.scoring import PairScores, heads_disagree, prepare_shared_layout, score, summed_logps
@@ -219,19 +219,9 @@ class PairScorer:
     def response_logps(self, examples: Sequence[Example]) -> list[float]:
         """Log-probability in nats of the last response of each example under the policy."""
         context, logps = self._context, dict[int, float]()
-        turns_of = [example.turns[-1] for example in examples]
-        # By length: little padding.
-        order = sorted(
-            range(len(examples)), key=lambda place: len(turns_of[place].prompt_ids) + len(turns_of[place].response_ids)
-        )
+        turns = [(example.turns[-1].prompt_ids, example.turns[-1].response_ids) for example in examples]
         size = 2 * context.args.per_device_train_batch_size
-        for first in range(0, len(examples), size):
-            places = order[first : first + size]
-            turns = [turns_of[place] for place in places]
-            batch = collate_responses(
-                [(turn.prompt_ids, turn.response_ids, len(turn.response_ids)) for turn in turns],
-                pad_token_id=context.pad_token_id,
-            )
+        for places, batch in batches_by_length(turns, pad_token_id=context.pad_token_id, batch_size=size):
             with context.roles.autocast(), frozen(self._model()) as model:
                 rows = batch.to(context.args.device)
                 sums = summed_logps(model, rows, fused_lm_head=self.fused_head)[0].tolist()

@@ -69,11 +69,7 @@ def load_tokenizer(name: str, revision: str = "main") -> Any:
     path, options = source.tokenizer_folder, {"revision": source.revision}
     if path is None:
         path, options = source.base_path, source.base_options
-    try:
-        with hub_or_cache(path):
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    except LOADING_ERRORS as error:
-        raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
+    return _tokenizer_at(path, source, options)
 
 
 def load_template_tokenizer(name: str) -> Any:
@@ -84,10 +80,14 @@ def load_template_tokenizer(name: str) -> Any:
     """
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return load_tokenizer(name)
+    return _tokenizer_at(name, ModelSource(name, name, None, "main"), {})
+
+
+def _tokenizer_at(path: str, source: ModelSource, options: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with hub_or_cache(path):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except LOADING_ERRORS as error:
-        source = ModelSource(name, name, None, "main")
         raise TokenizerError(str(loading_error("tokenizer", source, error))) from error
 
 

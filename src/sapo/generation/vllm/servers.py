@@ -103,14 +103,14 @@ class VLLMServers:
             model_config: the policy's configuration, to check that new weights can be loaded; unused for adapters.
         """
         for client in self._clients:
-            self._retry(client, lambda client: self._handshake(client))
+            self._retry(client, self._handshake)
             if self._lengths[client.url] < max_length:
                 raise ConfigurationError(
                     f"{client.url} serves at most {self._lengths[client.url]} tokens, and max_length={max_length}. "
                     f"Start it with --max-model-len {max_length}, or lower max_length."
                 )
             self._retry(client, lambda client: self._compare_tokenizer(client, tokenizer))
-            if self._stream and not self._retry(client, lambda client: client.takes_streams()):
+            if self._stream and not self._retry(client, VLLMClient.takes_streams):
                 raise ConfigurationError(
                     f"{client.url} does not accept streamed weights. Start it with sapo serve, or with "
                     f"--worker-extension-cls {RECEIVER}; or remove vllm_weights_transfer."
@@ -118,7 +118,7 @@ class VLLMServers:
             # For these, vLLM 0.32 on a CPU keeps using some old weights after new ones are loaded.
             text = None if model_config is None or self._adapter else model_config.get_text_config()
             stale = text is not None and (text.tie_word_embeddings or "num_experts" in str(text.to_dict()))
-            if stale and self._retry(client, lambda client: client.is_on_cpu()):
+            if stale and self._retry(client, VLLMClient.is_on_cpu):
                 raise ConfigurationError(
                     f"{client.url} runs on a CPU, where vLLM does not apply all new weights of a model with "
                     "tied embeddings or experts. Train an adapter with --use_peft, or remove generation_backend."

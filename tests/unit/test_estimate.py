@@ -24,7 +24,7 @@ from sapo.commands.recipes import FOLDER
 from sapo.estimate.advice import changes_that_fit, gpus_that_fit
 from sapo.estimate.checkpointing import memory_without_recomputation
 from sapo.estimate.devices import DEVICES, measure
-from sapo.estimate.estimate import KEPT, LIBRARIES, estimate, longest, trace_seconds, training_memory, usual
+from sapo.estimate.estimate import KEPT, LIBRARIES, estimate, longest, memory_of, trace_seconds, usual
 from sapo.estimate.passes import Lengths, pairs_of_a_pass, trace_passes
 from sapo.estimate.tracing import Account, Trace
 from sapo.weights.footprint import Strategy, build_run_models
@@ -278,7 +278,7 @@ def test_every_recipe_is_estimated(recipe, tmp_path):
         "--config", str(recipe), "--model_name_or_path", "unused", "--model_config", str(tmp_path), "--gpu", "h200",
         "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
-    assert 0 < one.result.memory.most < one.result.needed == one.result.at_worst
+    assert 0 < one.result.memory.most < one.result.memory.needed == one.result.memory.at_worst
     assert all(seconds > 0 for seconds in one.result.seconds.values())
     assert all(one.result.limits[part] <= one.result.seconds[part] for part in one.result.limits)
     assert "MAXIMUM ALLOWED" in one.lengths_from
@@ -314,8 +314,8 @@ def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
     plain = options(max_length=200, segment_length=8, gradient_checkpointing=False)
     exact = estimate(config, model_args, plain, DEVICES["h100"], Strategy(), longest(plain))
     assert args.gradient_checkpointing == "auto"
-    unfused = training_memory(config, model_args, plain, Strategy(), longest(plain), fused_lm_head=False)
-    assert found == pytest.approx(unfused, rel=0.02)
+    unfused = memory_of(config, model_args, plain, Strategy(), longest(plain), on_gpu=False, generates=False)
+    assert found == pytest.approx(unfused.phases["training"], rel=0.02)
     assert exact.recomputes is False
 
 
@@ -365,7 +365,7 @@ def test_what_does_not_fit_fits_on_more_devices_as_it_is():
     config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
     args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
     device, lengths = DEVICES["h100"], longest(args)
-    four = estimate(config, model_args, args, device, Strategy("zero3", 4), lengths).needed
+    four = memory_of(config, model_args, args, Strategy("zero3", 4), lengths, on_gpu=True).needed
     tight = dataclasses.replace(device, memory=four)
     assert gpus_that_fit(config, model_args, args, tight, Strategy(), lengths)[0] == 4
     assert gpus_that_fit(config, model_args, args, dataclasses.replace(device, memory=0), Strategy(), lengths) is None
@@ -375,7 +375,7 @@ def test_lower_precision_is_advised_last_and_with_a_master():
     config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
     args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
     lengths, nothing = longest(args), dataclasses.replace(DEVICES["h100"], memory=0)
-    before = estimate(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths)
+    before = memory_of(config, model_args, args, Strategy("multi_gpu", 2), lengths, on_gpu=True)
     changes = changes_that_fit(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths, before)
     flags = [change.flag for change in changes]
     order = ["--accelerate_config zero3", "--use_peft --lora_target_modules all-linear", "--dtype bfloat16"]
@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
     args, model_args = options(max_length=256, segment_length=8), ModelConfig()
     lengths = longest(args)
     given = (config, model_args, args)
-    needs = estimate(*given, DEVICES["h100"], Strategy(), lengths)
+    needs = memory_of(*given, Strategy(), lengths, on_gpu=True)
 
     def changes(memory):
         device = dataclasses.replace(DEVICES["h100"], memory=memory)
@@ -404,7 +404,7 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
         "--reference opponent",
         "--load_in_4bit",
     ]
-    sizes = [needs.needed, *(change.result.needed for change in everything)]
+    sizes = [needs.needed, *(change.memory.needed for change in everything)]
     assert sizes == sorted(sizes, reverse=True)
     assert [change.flag for change in changes(sizes[2])] == [change.flag for change in everything[:2]]
     assert changes(sizes[0]) == []

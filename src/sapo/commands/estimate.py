@@ -22,7 +22,7 @@ from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.estimate.advice import Change, changes_that_fit, gpus_that_fit
 from sapo.estimate.checkpointing import set_checkpointing
 from sapo.estimate.devices import Device, device_named
-from sapo.estimate.estimate import Estimate, estimate, longest
+from sapo.estimate.estimate import Estimate, Memory, estimate, longest
 from sapo.estimate.passes import Lengths
 from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text, duration_text
@@ -61,7 +61,7 @@ class Report:
         steps: of the run, or None where neither data nor max_steps say.
         result: the estimate.
         changes: flags that make it fit, where it does not.
-        gpus: how many GPUs it would fit on as it is, with the estimate; None where that is not so, or it fits.
+        gpus: how many GPUs it would fit on as it is, with the memory; None where that is not so, or it fits.
         checkpointing: what was asked for, where the estimate decided: "auto".
     """
 
@@ -73,13 +73,13 @@ class Report:
     steps: int | None
     result: Estimate
     changes: tuple[Change, ...]
-    gpus: tuple[int, Estimate] | None
+    gpus: tuple[int, Memory] | None
     checkpointing: bool | str
 
     @property
     def fits(self) -> bool:
         """Whether the device has the memory."""
-        return self.result.needed <= self.device.memory
+        return self.result.memory.needed <= self.device.memory
 
 
 def run_estimate(given: Parsed) -> None:
@@ -120,13 +120,13 @@ def make_report(given: Parsed) -> Report:
         set_checkpointing(run.config, False)
     what = (config, run.model, run.config, device, strategy, lengths)
     result = estimate(*what, usual)
-    if asked == "auto" and result.needed > device.memory:
+    if asked == "auto" and result.memory.needed > device.memory:
         set_checkpointing(run.config, True)
         result = estimate(*what, usual)
     changes: list[Change] = []
     gpus = None
-    if result.needed > device.memory:
-        changes = changes_that_fit(*what, before=result, usual_lengths=usual)
+    if result.memory.needed > device.memory:
+        changes = changes_that_fit(*what, before=result.memory)
         gpus = gpus_that_fit(*what)
     return Report(
         device,
@@ -199,8 +199,8 @@ def as_dictionary(report: Report) -> dict[str, Any]:
         "accelerate_config": report.strategy.name,
         "num_gpus": report.strategy.processes,
         "fits": report.fits,
-        "needed": report.result.needed,
-        "at_worst": report.result.at_worst,
+        "needed": report.result.memory.needed,
+        "at_worst": report.result.memory.at_worst,
         "memory": {**memory.lasting, **memory.passing},
         "phases": memory.phases,
         "seconds": report.result.seconds,
@@ -213,7 +213,7 @@ def as_dictionary(report: Report) -> dict[str, Any]:
         "lengths": {"memory": asdict(report.lengths), "seconds": asdict(report.usual), "from": report.lengths_from},
         "gradient_checkpointing": {"asked": report.checkpointing, "estimated": report.result.recomputes},
         "gpus_that_fit": report.gpus and {"num_gpus": report.gpus[0], "needed": report.gpus[1].needed},
-        "changes": [{"flag": change.flag, "needed": change.result.needed} for change in report.changes],
+        "changes": [{"flag": change.flag, "needed": change.memory.needed} for change in report.changes],
     }
 
 
@@ -269,7 +269,7 @@ def _show(report: Report, console: Console) -> None:
         chosen = "true, since it would not fit without" if result.recomputes else "false, since it fits without"
         lines.append(f"gradient_checkpointing=auto: {chosen}.")
     say(console, *lines, "")
-    unit, factor = ("GB", 1e9) if result.needed >= 1e9 else ("MB", 1e6)
+    unit, factor = ("GB", 1e9) if result.memory.needed >= 1e9 else ("MB", 1e6)
     memory = Table(title="memory of one device", title_justify="left")
     memory.add_column("part")
     memory.add_column(unit, justify="right")
@@ -281,7 +281,7 @@ def _show(report: Report, console: Console) -> None:
     memory.add_section()
     memory.add_row(f"peak ({result.memory.worst})", f"{result.memory.most / factor:.2f}")
     others = "driver and allocator" if device.overlaps else "Python and libraries"
-    memory.add_row(f"with {others}", f"{result.needed / factor:.2f}")
+    memory.add_row(f"with {others}", f"{result.memory.needed / factor:.2f}")
     console.print(memory)
     console.print(_seconds_table(result))
     say(console, *_time(report), *_verdict(report))
@@ -340,7 +340,7 @@ def _time(report: Report) -> list[str]:
 
 def _verdict(report: Report) -> list[str]:
     if report.fits:
-        needed, there, at_worst = report.result.needed, report.device.memory, report.result.at_worst
+        needed, there, at_worst = report.result.memory.needed, report.device.memory, report.result.memory.at_worst
         lines = [f"It fits: {bytes_text(needed)} of {bytes_text(there)} ({needed / there:.0%})."]
         if at_worst > needed:
             lines.append(
@@ -348,7 +348,7 @@ def _verdict(report: Report) -> list[str]:
                 f"{', which does not fit' if at_worst > there else ''}."
             )
         return lines
-    lacking = report.result.needed - report.device.memory
+    lacking = report.result.memory.needed - report.device.memory
     lines = [f"It does not fit: {bytes_text(lacking)} too much."]
     if report.gpus is not None:
         count, found = report.gpus
@@ -357,9 +357,9 @@ def _verdict(report: Report) -> list[str]:
             f"{bytes_text(found.needed)} on each (sapo train takes --accelerate_config zero3)."
         )
     lines.append(f"On {'this device' if report.strategy.processes == 1 else 'these devices'}, in this order:")
-    before = report.result.needed
+    before = report.result.memory.needed
     for change in report.changes:
-        after = change.result.needed
+        after = change.memory.needed
         lines.append(
             f"  {change.flag}: saves {bytes_text(before - after)}, then {bytes_text(after)}. Price: {change.price}."
         )

@@ -12,18 +12,24 @@ from trl import ModelConfig
 
 from sapo.config import SAPOConfig
 from sapo.estimate.devices import Device
-from sapo.estimate.estimate import Estimate, estimate
+from sapo.estimate.estimate import Memory, memory_of
 from sapo.estimate.passes import Lengths
 from sapo.weights.footprint import Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A flag that saves memory, as typed, its price beside memory, and the estimate with it and all flags before it."""
+    """A flag that saves memory.
+
+    Attributes:
+        flag: as typed.
+        price: what it costs beside memory.
+        memory: with it and all flags before it.
+    """
 
     flag: str
     price: str
-    result: Estimate
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +53,20 @@ def changes_that_fit(
     device: Device,
     strategy: Strategy,
     lengths: Lengths,
-    before: Estimate,
-    usual_lengths: Lengths | None = None,
+    before: Memory,
 ) -> list[Change]:
     """Flags that bring the memory under that of the device, one on top of the other; those that save nothing are left.
 
-    As many as it takes; the last one's result may still be too large, when nothing more is known. The arguments are
-    those of `estimate`, and `before` is what it gives without any change.
+    As many as it takes; the last one's memory may still be too large, when nothing more is known. The arguments are
+    those of `estimate`, and `before` is the memory without any change.
     """
     plan, last, changes = _Plan(model_args, args, strategy), before, []
     for flag, price, options in _candidates(plan):
         if last.needed <= device.memory:
             break
         new = plan.changed(**options)
-        found = estimate(config, new.model_args, new.args, device, new.strategy, lengths, usual_lengths)
-        if found.memory.most < 0.99 * last.memory.most:
+        found = memory_of(config, new.model_args, new.args, new.strategy, lengths, on_gpu=device.overlaps)
+        if found.most < 0.99 * last.most:
             plan, last = new, found
             changes.append(Change(flag, price, found))
     return changes
@@ -69,7 +74,7 @@ def changes_that_fit(
 
 def gpus_that_fit(
     config: Any, model_args: ModelConfig, args: SAPOConfig, device: Device, strategy: Strategy, lengths: Lengths
-) -> tuple[int, Estimate] | None:
+) -> tuple[int, Memory] | None:
     """The fewest of 2, 4 or 8 GPUs on which the run fits as it is, sharded by ZeRO-3; None if they do not suffice.
 
     See `estimate` for the arguments. An adapter's base is sharded likewise; of a run that has shards already, and of
@@ -78,11 +83,10 @@ def gpus_that_fit(
     if strategy.shards_weights or model_args.load_in_4bit or model_args.load_in_8bit or not device.overlaps:
         return None
     for count in (2, 4, 8):
-        if count < strategy.processes:
-            continue
-        found = estimate(config, model_args, args, device, Strategy("zero3", count), lengths)
-        if found.needed <= device.memory:
-            return count, found
+        if count >= strategy.processes:
+            found = memory_of(config, model_args, args, Strategy("zero3", count), lengths, on_gpu=True)
+            if found.needed <= device.memory:
+                return count, found
     return None
 
 

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers.utils import logging
 from trl import ModelConfig
 
-from sapo.config import HAS_ACTIVATION_CHECKPOINTING, HAS_FUSED_LM_HEAD, SAPOConfig
+from sapo.config import HAS_ACTIVATION_CHECKPOINTING, SAPOConfig
 from sapo.errors import ConfigurationError, brief
-from sapo.estimate.estimate import FRAGMENTED, RESERVED, longest, training_memory
+from sapo.estimate.estimate import FRAGMENTED, RESERVED, longest, memory_of
 from sapo.text.numbers import bytes_text
 from sapo.weights.description import is_causal
 from sapo.weights.footprint import Strategy, free_memory, running_strategy
@@ -70,11 +70,12 @@ def memory_without_recomputation(
     """
     args = copy.copy(args)
     set_checkpointing(args, False)
-    fused = bool(args.fused_lm_head if args.fused_lm_head is not None else on_gpu and HAS_FUSED_LM_HEAD)
     layers = config.get_text_config().num_hidden_layers
     counts = [min(count, layers) for count in _TRACED]
     found = [
-        training_memory(_with_layers(config, count), model_args, args, strategy, longest(args), fused_lm_head=fused)
+        memory_of(
+            _with_layers(config, count), model_args, args, strategy, longest(args), on_gpu=on_gpu, generates=False
+        ).phases["training"]
         for count in counts
     ]
     slope = (found[1] - found[0]) / max(1, counts[1] - counts[0])

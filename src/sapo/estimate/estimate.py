@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -10,7 +12,7 @@ from trl import ModelConfig
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.estimate.devices import Device
-from sapo.estimate.passes import Lengths, Passes, pairs_of_a_pass, trace_passes
+from sapo.estimate.passes import Lengths, Passes, trace_passes
 from sapo.estimate.tracing import Trace
 from sapo.generation.decoding import TOKENS_PER_READ
 from sapo.weights.footprint import (
@@ -50,11 +52,13 @@ class Memory:
         lasting: of models and optimizer from step to step, by part.
         passing: of what comes and goes, each at its largest, by part.
         phases: everything together at the worst time of each phase.
+        on_gpu: whether the device is a GPU; else a CPU's memory.
     """
 
     lasting: dict[str, int]
     passing: dict[str, int]
     phases: dict[str, int]
+    on_gpu: bool
 
     @property
     def most(self) -> int:
@@ -70,6 +74,16 @@ class Memory:
     def transient(self) -> int:
         """Bytes at the worst time of what does not last."""
         return self.most - sum(self.lasting.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes, with what driver and allocator take of a GPU, and Python and its libraries of a CPU's memory."""
+        return self.most * (1 + FRAGMENTED) + RESERVED if self.on_gpu else self.most + LIBRARIES
+
+    @property
+    def at_worst(self) -> float:
+        """Bytes, with what the allocator of a CPU may keep; of a GPU the same."""
+        return self.needed if self.on_gpu else self.needed + KEPT * self.transient
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +102,6 @@ class Estimate:
         why_plain: what keeps them from being shared.
         parameters: of the policy.
         trained: of these.
-        needed: bytes, with what driver and allocator take of a GPU, and Python and its libraries of a CPU's memory.
-        at_worst: bytes, with what the allocator of a CPU may keep; of a GPU the same.
         recomputes: whether activations are computed again in the backward pass.
     """
 
@@ -103,8 +115,6 @@ class Estimate:
     why_plain: str | None
     parameters: int
     trained: int
-    needed: float
-    at_worst: float
     recomputes: bool
 
 
@@ -149,72 +159,61 @@ def estimate(
         usual_lengths: of every pair, for the seconds, with the segment in the middle of where it may lie; unset, the
             same.
     """
-    roles = build_run_models(config, model_args, args, strategy)
-    fused = args.fused_lm_head if args.fused_lm_head is not None else device.overlaps and HAS_FUSED_LM_HEAD
-    rows = _rows(args)
-
-    def pairs_of(lengths: Lengths) -> int:
-        return pairs_of_a_pass(roles, args, lengths, model_args.attn_implementation)
-
-    def traced(lengths: Lengths) -> Passes:
-        return trace_passes(
-            roles,
-            args,
-            strategy,
-            lengths,
-            pairs=pairs_of(lengths),
-            rows=min(rows, args.generation_batch_size or rows),
-            fused_lm_head=bool(fused),
-            attention=model_args.attn_implementation,
-        )
-
+    on_gpu = device.overlaps
+    roles, traced = _tracer(config, model_args, args, strategy, on_gpu=on_gpu)
     passes = traced(lengths)
-    memory = _memory(passes, roles, args, strategy, on_gpu=device.overlaps)
     common = usual(usual_lengths or lengths, args)
     timed = passes if common == lengths else traced(common)
-    step = _Step(timed, roles, args, device, strategy, common, pairs_of(common), memory)
+    memory = _memory(passes, roles, args, strategy, on_gpu=on_gpu)
+    step = _Step(timed, roles, args, device, strategy, common, memory)
     limits, flops = step.limits()
     launches = None if timed.token is None else 1 if step.graph else len(timed.token.work)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
-    if device.overlaps:
-        at_worst = needed = memory.most * (1 + FRAGMENTED) + RESERVED
-    else:
-        needed = memory.most + LIBRARIES
-        at_worst = needed + KEPT * memory.transient
     return Estimate(
         memory=memory,
         seconds=step.seconds(),
         limits=limits,
         flops=flops,
         launches=launches,
-        waits=1 / TOKENS_PER_READ if device.overlaps and timed.token is not None else 0.0,
+        waits=1 / TOKENS_PER_READ if on_gpu and timed.token is not None else 0.0,
         layout=passes.layout,
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),
         trained=sum(weight.numel() for weight in roles.trained),
-        needed=needed,
-        at_worst=at_worst,
         recomputes=recomputes(args),
     )
 
 
-def training_memory(
-    config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, lengths: Lengths, *, fused_lm_head: bool
-) -> int:
-    """Bytes at the worst time of the policy's forward and backward pass; see `estimate`."""
+def memory_of(
+    config: Any,
+    model_args: ModelConfig,
+    args: SAPOConfig,
+    strategy: Strategy,
+    lengths: Lengths,
+    *,
+    on_gpu: bool,
+    generates: bool = True,
+) -> Memory:
+    """The memory alone of what `estimate` estimates; perhaps without generation, which takes long to trace."""
+    roles, traced = _tracer(config, model_args, args, strategy, on_gpu=on_gpu, generates=generates)
+    return _memory(traced(lengths), roles, args, strategy, on_gpu=on_gpu)
+
+
+def _tracer(
+    config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool, generates: bool = True
+) -> tuple[RunModels, Callable[[Lengths], Passes]]:
     roles = build_run_models(config, model_args, args, strategy)
-    attention = model_args.attn_implementation
-    passes = trace_passes(
+    fused = args.fused_lm_head if args.fused_lm_head is not None else on_gpu and HAS_FUSED_LM_HEAD
+    rows = _rows(args) if generates else 0
+    return roles, partial(
+        trace_passes,
         roles,
         args,
         strategy,
-        lengths,
-        pairs=pairs_of_a_pass(roles, args, lengths, attention),
-        rows=0,
-        fused_lm_head=fused_lm_head,
-        attention=attention,
+        rows=min(rows, args.generation_batch_size or rows),
+        fused_lm_head=bool(fused),
+        attention=model_args.attn_implementation,
     )
-    return _memory(passes, roles, args, strategy, on_gpu=fused_lm_head).phases["training"]
 
 
 def _rows(args: SAPOConfig) -> int:
@@ -253,7 +252,7 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
         passing["weights gathered to train"] = gathered
     if shell and ("reference" in phases or "generation" in phases):
         passing["weights gathered for opponent and reference"] = shell
-    return Memory(parts, passing, phases)
+    return Memory(parts, passing, phases, on_gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +265,12 @@ class _Step:
     device: Device
     strategy: Strategy
     lengths: Lengths
-    pairs: int
     memory: Memory
 
     @property
     def number(self) -> float:
         """Passes in a step."""
-        return float(self.args.pairs_per_micro_batch * self.args.gradient_accumulation_steps / self.pairs)
+        return float(self.args.pairs_per_micro_batch * self.args.gradient_accumulation_steps / self.passes.pairs)
 
     @property
     def calls(self) -> float:

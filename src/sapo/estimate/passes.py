@@ -63,7 +63,8 @@ class Passes:
         cache: bytes of their keys and values.
         cast: bytes of weights that are cast for a call.
         captured: whether CUDA would launch a token's operations as one graph.
-        layout: how the pairs are laid out.
+        pairs: in one pass.
+        layout: how they are laid out.
         why_plain: why not as `shared`; None where they are, or were not asked to be.
     """
 
@@ -74,6 +75,7 @@ class Passes:
     cache: int
     cast: int
     captured: bool
+    pairs: int
     layout: Layout
     why_plain: str | None
 
@@ -84,10 +86,10 @@ def trace_passes(
     strategy: Strategy,
     lengths: Lengths,
     *,
-    pairs: int,
     rows: int,
     fused_lm_head: bool,
     attention: str | None = None,
+    pairs: int | None = None,
 ) -> Passes:
     """Trace the passes of a step.
 
@@ -96,11 +98,12 @@ def trace_passes(
         args: layout, precision, checkpointing, objective.
         strategy: sharded gradients leave the device as they are formed.
         lengths: of every pair.
-        pairs: in one pass.
         rows: decoded together; 0 without generation.
         fused_lm_head: as trl's kernel on CUDA would, in tiles.
         attention: the implementation that was asked for; flash attention has no shared prefixes.
+        pairs: in one pass; unset, see `pairs_of_a_pass`.
     """
+    pairs = pairs or pairs_of_a_pass(roles, args, lengths, attention)
     why = _why_plain(roles.policy, args, attention)
     layout: Layout = "plain" if why else "shared"
     # Where it is scored cannot be found without data.
@@ -122,7 +125,8 @@ def trace_passes(
             reference = account.trace
         if rows:
             prefill, token, cache, cast, captured = _generation(policy, args, strategy, lengths, rows)
-    return Passes(training, reference, prefill, token, cache, cast, captured and not roles.quantized, layout, why)
+    captured = captured and not roles.quantized
+    return Passes(training, reference, prefill, token, cache, cast, captured, pairs, layout, why)
 
 
 def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attention: str | None = None) -> int:

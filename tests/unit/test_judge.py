@@ -16,9 +16,9 @@ def requests(count, start=0):
     ]
 
 
-def judge(server, folder, **options):
+def judge(server, folder, say=lambda line: None, **options):
     settings = {"model": "judge", "base_url": server.url, "first_wait": 0.01, "timeout": 0.7, "workers": 4} | options
-    return Judge(JudgeOptions(**settings), FinishedParts(folder / "judge.jsonl"), lambda line: None)
+    return Judge(JudgeOptions(**settings), FinishedParts(folder / "judge.jsonl"), say)
 
 
 def rate(body):
@@ -52,6 +52,24 @@ def test_no_fault_loses_a_verdict_or_asks_twice_for_one(tmp_path):
     assert asked.tally.sent == len(server.requests) == 20 + len(faults) - 1
     assert asked.tally.repeated == len(faults) - 1
     assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 20
+
+
+def test_why_a_question_is_asked_again_is_said_once(tmp_path):
+    said = []
+    with serving(rate, lambda number, body: "slow" if number in (0, 2) else 503 if number == 4 else None) as server:
+        judge(server, tmp_path, said.append, workers=1).ask(requests(6))
+    assert len(said) == 2
+    assert "no answer in 0.7 s" in said[0]
+    assert "--judge_timeout" in said[0]
+    assert "503" in said[1]
+
+
+def test_long_judging_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("sapo.evaluation.judge._SECONDS_A_LINE", 0.0)
+    said = []
+    with serving(rate) as server:
+        judge(server, tmp_path, said.append, workers=2).ask(requests(5))
+    assert said[-1] == "5 of 5 verdicts"
 
 
 def test_same_question_twice_is_asked_once(tmp_path):

@@ -24,6 +24,8 @@ _CHARACTERS_PER_TOKEN = 4
 """For the estimate before the first call; the judge's own tokenizer is not known."""
 _LONGEST_WAIT = 60.0
 """Seconds between two attempts, at most, unless the server asks for more."""
+_SECONDS_A_LINE = 30.0
+"""Between two lines on how many verdicts there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Judge:
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._next_start = 0.0
+        self._said: set[str] = set()
         self._stop = threading.Event()
 
     def _connect(self) -> openai.OpenAI:
@@ -220,7 +223,7 @@ class Judge:
 
     def _ask_many(self, pending: list[tuple[str, JudgeRequest]], found: dict[str, dict[str, Any]]) -> None:
         failure: BaseException | None = None
-        queue = iter(pending)
+        queue, total, said_at = iter(pending), len(found) + len(pending), time.monotonic()
         with ThreadPoolExecutor(self.options.workers) as pool:
             under_way: dict[Future[dict[str, Any]], tuple[str, JudgeRequest]] = {}
             try:
@@ -238,6 +241,9 @@ class Judge:
                         error = done.exception()
                         if error is None:
                             found[key] = done.result()
+                            if time.monotonic() - said_at > _SECONDS_A_LINE:
+                                said_at = time.monotonic()
+                                self._say(f"{len(found)} of {total} verdicts")
                         elif isinstance(error, _Refused):
                             self.tally.refused[request.label] = str(error)
                         elif not isinstance(error, _Stopped) and (failure is None or isinstance(failure, _BudgetSpent)):
@@ -274,15 +280,21 @@ class Judge:
                     ) from None
                 if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
                     raise _Refused(reason) from None
-                self._back_off(attempt, key, error.response.headers.get("retry-after"), shared=error.status_code == 429)
+                asked = error.response.headers.get("retry-after")
+                self._back_off(attempt, key, reason, asked, shared=error.status_code == 429)
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
                 reason = self._scrubbed(f"{type(cause).__name__}: {cause}")
-                self._back_off(attempt, key)
+                if isinstance(error, openai.APITimeoutError):
+                    reason = (
+                        f"no answer in {self.options.timeout:g} s; a slow server needs a larger --judge_timeout, or fewer "
+                        f"--judge_workers than {self.options.workers}"
+                    )
+                self._back_off(attempt, key, reason)
             except (ValueError, openai.APIError) as error:
                 # A body that is no JSON, or JSON of another shape.
                 reason = self._scrubbed(f"an answer that cannot be read: {error}")
-                self._back_off(attempt, key)
+                self._back_off(attempt, key, reason)
             else:
                 kept = self.parts.add(key, record)
                 with self._lock:
@@ -324,9 +336,14 @@ class Judge:
             if self._stop.wait(min(start - now, 1.0)):
                 return
 
-    def _back_off(self, attempt: int, key: str, asked: str | None = None, *, shared: bool = False) -> None:
+    def _back_off(self, attempt: int, key: str, reason: str, asked: str | None = None, *, shared: bool = False) -> None:
         if attempt >= self.options.retries:
             return
+        with self._lock:
+            new = reason not in self._said
+            self._said.add(reason)
+        if new:
+            self._say(f"Asking again: {reason}.")
         pause = min(_LONGEST_WAIT, self.options.first_wait * 2**attempt)
         # Spread, so that requests turned away together do not come back together.
         pause *= random.Random(f"{key}/{attempt}").uniform(0.5, 1.0)

@@ -287,8 +287,8 @@ class Judge:
                 reason = self._scrubbed(f"{type(cause).__name__}: {cause}")
                 if isinstance(error, openai.APITimeoutError):
                     reason = (
-                        f"no answer in {self.options.timeout:g} s; a slow server needs a larger --judge_timeout, or fewer "
-                        f"--judge_workers than {self.options.workers}"
+                        f"no answer in {self.options.timeout:g} s; a slow server needs a larger --judge_timeout, or "
+                        f"fewer --judge_workers than {self.options.workers}"
                     )
                 self._back_off(attempt, key, reason)
             except (ValueError, openai.APIError) as error:

@@ -72,7 +72,7 @@ def test_replies_are_generated_once_for_a_model(make_trainer, monkeypatch):
         made.append(1)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr("sapo.training.retention.generate_replies", counted)
+    monkeypatch.setattr("sapo.training.replay.generate_replies", counted)
     model = tiny_llama(seed=77)
     make(make_trainer, "one", model=model, lora=True, max_steps=1).train()
     assert len(made) == 2  # general and task prompts

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.loading import load_rows
@@ -25,6 +27,8 @@ from sapo.runs.reply_cache import start_replies
 from sapo.training.context import RunContext
 from sapo.weights.digest import weights_digest
 from sapo.weights.embeddings import embedding_rows
+
+logger = logging.get_logger(__name__)
 
 
 def with_self_replay(
@@ -80,25 +84,33 @@ def _of_rows(context: RunContext, name: str) -> list[Reply]:
 def _generated(context: RunContext, folder: RunFolder) -> dict[str, Any]:
     args = context.args
     prompts = general_prompts(context.tokenizer, context.eos_ids, DataOptions.of(args), "replay")
-    limits = {"max_new_tokens": args.replay_max_new_tokens, "max_length": args.max_length}
+    kept = replies_of_start(context, folder, prompts, args.replay_max_new_tokens)
+    found = {"prompts": [list(prompt) for prompt, _ in kept], "replies": [reply for _, reply in kept]}
+    write_atomically(folder.path / SELF_REPLAY_FILE, json.dumps(found))
+    return found
+
+
+def replies_of_start(
+    context: RunContext, folder: RunFolder, prompts: Iterable[Sequence[int]], max_new_tokens: int
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Prompts that leave room for it, with the policy's replies: kept ones, or generated now, before it is trained."""
+    args = context.args
     generator = TransformersGenerator(
         context.roles.policy_module,
         REPLY_SAMPLING,
         eos_ids=context.eos_ids,
         pad_token_id=context.pad_token_id,
         batch_size=max(16, args.per_device_eval_batch_size),
+        look=context.look,
     )
-    kept = start_replies(
-        folder.path,
-        prompts,
-        lambda fitting: generate_replies(generator, fitting, **limits),
-        model=weights_digest(context.roles.policy()),
-        eos_ids=context.eos_ids,
-        **limits,
-    )
-    found = {"prompts": [list(prompt) for prompt, _ in kept], "replies": [reply for _, reply in kept]}
-    write_atomically(folder.path / SELF_REPLAY_FILE, json.dumps(found))
-    return found
+    limits = {"max_new_tokens": max_new_tokens, "max_length": args.max_length}
+
+    def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
+        logger.info(f"The start replies to {len(fitting)} prompts, once for this model.")
+        return generate_replies(generator, fitting, **limits)
+
+    model = weights_digest(context.roles.policy())
+    return start_replies(folder.path, prompts, generate, model=model, eos_ids=context.eos_ids, **limits)
 
 
 def _kept(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:

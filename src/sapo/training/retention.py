@@ -14,16 +14,13 @@ from transformers.utils import logging
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.unanswered import general_prompts
 from sapo.errors import CheckpointError, ConfigurationError
-from sapo.generation.decoding import TransformersGenerator
 from sapo.measures.retention import (
-    REPLY_SAMPLING,
     REPLY_TOKENS,
     Forced,
     ForcedScore,
     StartStates,
     fixed_head,
     gain_estimate,
-    generate_replies,
     has_trained_head,
     kl_estimate,
     score_forced,
@@ -34,12 +31,11 @@ from sapo.preference.token_distributions import Head
 from sapo.runs.folder import RunFolder
 from sapo.runs.layout import RETENTION_PART
 from sapo.runs.metrics import RETENTION_GAIN, RETENTION_GENERAL, RETENTION_TASK, RETENTION_TIME
-from sapo.runs.reply_cache import start_replies
 from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
+from sapo.training.replay import replies_of_start
 from sapo.training.time_share import TimeShare
-from sapo.weights.digest import weights_digest
 
 logger = logging.get_logger(__name__)
 
@@ -132,23 +128,7 @@ class RetentionSignals:
         return [example.turns[-1] for example in collate_examples([rows[place] for place in places])["examples"]]
 
     def _replies(self, prompts: Sequence[Sequence[int]]) -> list[Forced]:
-        context, args = self._context, self._context.args
-        generator = TransformersGenerator(
-            context.roles.policy_module,
-            REPLY_SAMPLING,
-            eos_ids=context.eos_ids,
-            pad_token_id=context.pad_token_id,
-            batch_size=max(16, args.per_device_eval_batch_size),
-            look=context.look,
-        )
-        limits = {"max_new_tokens": REPLY_TOKENS, "max_length": args.max_length}
-
-        def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
-            logger.info(f"The start replies to {len(fitting)} prompts, once for this model.")
-            return generate_replies(generator, fitting, **limits)
-
-        model = weights_digest(context.roles.policy())
-        kept = start_replies(self._folder.path, prompts, generate, model=model, eos_ids=context.eos_ids, **limits)
+        kept = replies_of_start(self._context, self._folder, prompts, REPLY_TOKENS)
         return [Forced(prompt, tuple(reply)) for prompt, reply in kept]
 
     # ---- At an evaluation ----

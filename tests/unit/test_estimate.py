@@ -46,10 +46,18 @@ def options(**more):
     return SAPOConfig(**given | {"per_device_train_batch_size": 4} | more)
 
 
+TRACED = {}
+
+
 def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, **more):
-    args, strategy = options(**more), strategy or Strategy()
-    roles = build_run_models(MODELS[name], ModelConfig(**(model or {})), args, strategy)
-    return trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
+    """Traced once for all tests."""
+    strategy = strategy or Strategy()
+    key = repr((name, model, strategy, pairs, rows, fused, lengths, more))
+    if key not in TRACED:
+        args = options(**more)
+        roles = build_run_models(MODELS[name], ModelConfig(**(model or {})), args, strategy)
+        TRACED[key] = trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
+    return TRACED[key]
 
 
 def test_the_account_holds_what_lives_and_forgets_what_is_freed():

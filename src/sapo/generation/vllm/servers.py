@@ -51,6 +51,7 @@ class VLLMServers:
         loads: whether this process loads the weights; the others wait for it.
         timeout: total seconds to wait for an unavailable server.
         request_timeout: seconds until a request is aborted and retried.
+        sleep: waits between two attempts.
 
     Raises:
         ConfigurationError: no server, a duplicate, or an unsupported temperature.
@@ -68,6 +69,7 @@ class VLLMServers:
         loads: bool = True,
         timeout: float = SERVER_TIMEOUT,
         request_timeout: float = 300.0,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         check_temperature(sampling)
         clients = [VLLMClient(url, request_timeout) for url in urls]
@@ -85,6 +87,7 @@ class VLLMServers:
         self._adapter = adapter
         self._loads = loads
         self._timeout = timeout
+        self._sleep = sleep
         self._names: dict[str, str] = {}
         self._lengths: dict[str, int] = {}
         self._loaded: tuple[Weights, str] | None = None
@@ -190,7 +193,7 @@ class VLLMServers:
                     f"{trouble[0]}; waited {self._timeout:g} s. Start vLLM again (sapo serve --config recipe.yaml) and "
                     "continue with --resume_from_checkpoint true, or raise vllm_server_timeout."
                 )
-            time.sleep(wait)
+            self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _is_ready(self, client: VLLMClient, trouble: list[str]) -> bool:
@@ -356,5 +359,5 @@ class VLLMServers:
                         "--config recipe.yaml, or set vllm_server_url."
                     ) from error
                 self._mark_unavailable(client, error)
-            time.sleep(wait)
+            self._sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

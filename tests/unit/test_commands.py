@@ -140,6 +140,13 @@ def test_examples_parse():
         ("train --config src/sapo/recipes", "src/sapo/recipes: is a folder. Use a file, such as src/sapo/recipes/"),
         ("serve --vllm_pyton x", "nearest: --vllm_python"),
         ("estimate --gpus h100", "nearest: --gpu"),
+        ("train --eval_interval 5", "nearest: --eval_steps."),
+        ("train --random_seed 5", "nearest: --seed."),
+        ("train --vllm_gpu_memory 0.5", "nearest: --vllm_gpu_memory_utilization."),
+        ("train --strategy no", "nearest: --eval_strategy, --logging_strategy, --save_strategy."),
+        ("train --truncate", "unknown option --truncate. --help-all lists what there is."),
+        ("train --train_on_inputs", "only responses are trained on"),
+        ("report run --truncate", "unknown option --truncate. --help lists what there is."),
     ],
 )
 def test_a_mistyped_line_names_the_way_out(typed, message, capsys, monkeypatch):

@@ -21,143 +21,183 @@ RENAMED = {
 }
 """Earlier names of options."""
 
-ALIASES = {
-    # Short forms
-    "model": "--model_name_or_path my-sft-model",
-    "model_name": "--model_name_or_path my-sft-model",
-    "model_path": "--model_name_or_path my-sft-model",
-    "base_model": "--model_name_or_path my-sft-model",
-    "revision": "--model_revision main",
-    "torch_dtype": "--dtype bfloat16",
-    "flash_attn": "--attn_implementation flash_attention_2",
-    "dataset": "--dataset_name train.jsonl",
-    "data": "--dataset_name train.jsonl",
-    "train_file": "--dataset_name train.jsonl",
-    "dataset_path": "--dataset_name train.jsonl",
-    "eval_dataset": "--eval_dataset_name test.jsonl",
-    "split": "--dataset_train_split train",
-    "dataset_split": "--dataset_train_split train",
-    "output": "--output_dir runs/mine",
-    "out": "--output_dir runs/mine",
-    "out_dir": "--output_dir runs/mine",
-    "save_dir": "--output_dir runs/mine",
-    "lr": "--learning_rate 1e-6",
-    "scheduler": "--lr_scheduler_type cosine",
-    "lr_scheduler": "--lr_scheduler_type cosine",
-    "warmup": "--warmup_steps 0.1",
-    "warmup_ratio": "--warmup_steps 0.1",
-    "bs": "--per_device_train_batch_size 4",
-    "batch_size": "--per_device_train_batch_size 4",
-    "train_batch_size": "--per_device_train_batch_size 4",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size 4",
-    "eval_batch_size": "--per_device_eval_batch_size 4",
-    "grad_accum": "--gradient_accumulation_steps 8",
-    "accumulation_steps": "--gradient_accumulation_steps 8",
-    "epochs": "--num_train_epochs 1",
-    "num_epochs": "--num_train_epochs 1",
-    "steps": "--max_steps 100",
-    "optimizer": "--optim adamw_torch",
-    "evaluation_strategy": "--eval_strategy steps",
-    "resume": "--resume_from_checkpoint true",
-    "resume_from": "--resume_from_checkpoint true",
-    "overwrite": "--overwrite_output_dir",
-    "cpu": "--use_cpu",
-    "device": "--use_cpu",
-    "name": "--run_name first",
-    "experiment_name": "--run_name first",
-    "no_cuda": "--use_cpu",
-    "wandb": "--report_to wandb",
-    "tracker": "--report_to trackio",
-    # trl and its relatives
-    "loss": "--objective orpo",
-    "rpo_alpha": "--chosen_nll_weight 1",
-    "dpop_lambda": "--dpop_weight 50",
-    "ref_model": "--reference initial",
-    "ref_model_name_or_path": "--reference initial",
-    "ref_model_mixup_alpha": "--ema_decay 0.5",
-    "sync_ref_model": "--reference opponent_copy",
-    "max_completion_length": "--max_length 2048",
-    "max_seq_length": "--max_length 2048",
-    "max_seq_len": "--max_length 2048",
-    "seq_len": "--max_length 2048",
-    "seq_length": "--max_length 2048",
-    "context_length": "--max_length 2048",
-    "max_tokens": "--max_new_tokens 256",
-    "num_samples": "--num_generations 2",
-    "lora": "--use_peft",
-    "use_lora": "--use_peft",
-    "lora_rank": "--lora_r 16",
-    "rank": "--lora_r 16",
-    "alpha": "--lora_alpha 32",
-    "dropout": "--lora_dropout 0.05",
-    "target_modules": "--lora_target_modules all-linear",
-    "quantize": "--use_peft --load_in_4bit",
-    "use_vllm": "--generation_backend vllm_colocate",
-    "vllm": "--generation_backend vllm_colocate",
-    "vllm_mode": "--generation_backend vllm_server",
-    "vllm_server_base_url": "--vllm_server_url http://127.0.0.1:8000",
-    "vllm_server_host": "--vllm_server_url http://127.0.0.1:8000",
-    "vllm_server_port": "--vllm_server_url http://127.0.0.1:8000",
-    "port": "--vllm_server_url http://127.0.0.1:8000",
-    "host": "--vllm_server_url http://127.0.0.1:8000",
-    "use_liger_loss": "--fused_lm_head",
-    "zero3": "--accelerate_config zero3",
-    "zero2": "--accelerate_config zero2",
-    "accelerate": "--accelerate_config multi_gpu",
-    "gpus": "--accelerate_config multi_gpu --num_processes 8",
-    "num_gpus": "--accelerate_config multi_gpu --num_processes 8",
-    "multi_gpu": "--accelerate_config multi_gpu",
-    "recipe": "--config guarded-dpo",
-    # axolotl and LLaMA-Factory
-    "rl": "--objective dpo",
-    "stage": "--objective dpo",
-    "pref_loss": "--loss_type sigmoid",
-    "pref_beta": "--beta 0.1",
-    "rl_beta": "--beta 0.1",
-    "pref_ftx": "--chosen_nll_weight 1",
-    "sequence_len": "--max_length 2048",
-    "cutoff_len": "--max_length 2048",
-    "micro_batch_size": "--per_device_train_batch_size 4",
-    "test_datasets": "--eval_dataset_name test.jsonl",
-    "finetuning_type": "--use_peft",
-    "adapter_name_or_path": "--model_name_or_path my-adapter",
-    "lora_target": "--lora_target_modules all-linear",
-    "lora_target_linear": "--lora_target_modules all-linear",
-    "lora_model_dir": "--model_name_or_path my-adapter",
-    "quantization_bit": "--use_peft --load_in_4bit",
-    "template": "--chat_template_path chatml",
-    "flash_attention": "--attn_implementation flash_attention_2",
-    "preprocessing_num_workers": "--dataset_num_proc 4",
-    "dataset_processes": "--dataset_num_proc 4",
-    "auto_resume_from_checkpoints": "--resume_from_checkpoint true",
+_OTHER_NAMES = {
+    "--model_name_or_path my-sft-model": (
+        "model model_name model_path base_model model_id pretrained_model_name_or_path"
+    ),
+    "--model_revision main": "revision",
+    "--dtype bfloat16": "torch_dtype bnb_4bit_compute_dtype model_dtype",
+    "--attn_implementation flash_attention_2": (
+        "flash_attn flash_attention flash_attn2 attn_impl attention sdp_attention use_flash_attention "
+        "use_flash_attention_2 use_flash_attn"
+    ),
+    "--dataset_name train.jsonl": (
+        "dataset data train_file dataset_path train_data training_data train_dataset data_path data_file "
+        "data_files dataset_file"
+    ),
+    "--eval_dataset_name test.jsonl": (
+        "eval_dataset test_datasets val_data val_dataset eval_data eval_file test_file test_data validation_file "
+        "validation_data val_file"
+    ),
+    "--dataset_train_split train": "split dataset_split",
+    "--output_dir runs/mine": "output out out_dir save_dir checkpoint_dir run_dir log_dir logging_dir",
+    "--learning_rate 1e-6": "lr",
+    "--lr_scheduler_type cosine": "lr_schedule learning_rate_scheduler scheduler lr_scheduler cosine",
+    "--warmup_steps 0.1": "warmup warmup_ratio warmup_fraction warmup_proportion",
+    "--per_device_train_batch_size 4": (
+        "bs batch_size train_batch_size per_gpu_train_batch_size micro_batch_size bsz train_bs micro_bs "
+        "global_batch_size effective_batch_size mini_batch_size minibatch_size per_device_batch_size "
+        "device_batch_size micro_batch_size_per_gpu train_micro_batch_size_per_gpu"
+    ),
+    "--per_device_eval_batch_size 4": "eval_batch_size",
+    "--gradient_accumulation_steps 8": "grad_accum accumulation_steps gas grad_acc grad_acc_steps",
+    "--num_train_epochs 1": "num_epoch n_epochs epochs num_epochs max_epochs",
+    "--max_steps 100": "steps total_steps num_train_steps train_steps max_train_steps max_iters iters num_steps",
+    "--optim adamw_torch": "optimizer",
+    "--eval_strategy steps": "evaluation_strategy",
+    "--resume_from_checkpoint true": (
+        "resume resume_from auto_resume_from_checkpoints ckpt load_checkpoint from_checkpoint resume_ckpt"
+    ),
+    "--overwrite_output_dir": "overwrite",
+    "--use_cpu": "cpu device no_cuda",
+    "--run_name first": "name experiment_name exp_name wandb_name",
+    "--report_to wandb": "wandb use_wandb",
+    "--report_to trackio": "tracker",
+    "--objective orpo": "loss algorithm method trainer task",
+    "--chosen_nll_weight 1": (
+        "rpo_alpha pref_ftx sft_weight nll_weight sft_loss_weight rpo_weight ftx_gamma nll_loss_weight"
+    ),
+    "--dpop_weight 50": "dpop_lambda",
+    "--reference initial": "ref_model ref_model_name_or_path reference_model ref_model_path ref_policy",
+    "--ema_decay 0.5": "ref_model_mixup_alpha ema ema_rate tau opponent_decay ema_beta",
+    "--reference opponent_copy": "sync_ref_model",
+    "--max_length 2048": (
+        "max_completion_length max_seq_length max_seq_len seq_len seq_length context_length sequence_len "
+        "cutoff_len max_target_length max_output_length max_response_length block_size model_max_length"
+    ),
+    "--max_new_tokens 256": "max_generation_tokens max_tokens generation_max_tokens max_gen_len generation_max_length",
+    "--num_generations 2": "num_samples num_return_sequences n_samples",
+    "--use_peft": "peft lora use_lora finetuning_type",
+    "--lora_r 16": "lora_rank rank",
+    "--lora_alpha 32": "alpha",
+    "--lora_dropout 0.05": "dropout",
+    "--lora_target_modules all-linear": "target_modules lora_target lora_target_linear",
+    "--use_peft --load_in_4bit": (
+        "quantize quantization_bit bnb quantization quant qlora use_qlora load_4bit quant_method"
+    ),
+    "--generation_backend vllm_colocate": "use_vllm vllm",
+    "--generation_backend vllm_server": "vllm_mode",
+    "--vllm_server_url http://127.0.0.1:8000": "vllm_server_base_url vllm_server_host vllm_server_port port host",
+    "--fused_lm_head": "use_liger_loss",
+    "--accelerate_config zero3": "zero3 zero zero_stage offload cpu_offload ds_config",
+    "--accelerate_config zero2": "zero2",
+    "--accelerate_config multi_gpu": "accelerate multi_gpu ddp distributed",
+    "--accelerate_config multi_gpu --num_processes 8": "gpus num_gpus world_size nproc_per_node nproc devices",
+    "--config guarded-dpo": "recipe",
+    "--objective dpo": "rl stage",
+    "--loss_type sigmoid": "pref_loss loss_fn dpo_loss",
+    "--beta 0.1": "pref_beta rl_beta kl_coef kl_coeff kl_penalty lambda",
+    "--model_name_or_path my-adapter": "adapter_name_or_path lora_model_dir lora_path adapter_path lora_weights",
+    "--chat_template_path chatml": "prompt_template conversation_template template",
+    "--dataset_num_proc 4": "preprocessing_num_workers dataset_processes",
+    "--dataloader_num_workers 4": "workers",
+    "--dataset_config main": "subset config_name dataset_config_name",
+    "--save_steps 100": "checkpoint_every ckpt_steps",
+    "--temperature 0.7": "temp do_sample",
+    "--num_machines 2": "nnodes num_nodes",
+    "--accelerate_config fsdp2": "fsdp2",
+    "--report_to tensorboard": "tensorboard use_tensorboard",
+    "--push_to_hub": "push",
+    "--hub_model_id me/my-model": "hub_repo_id hub_repo repo_id push_to_hub_model_id",
+    "--weight_decay 0.01": "wd",
+    "--adam_beta2 0.95": "beta2",
+    "--adam_beta1 0.9": "beta1",
+    "--adam_epsilon 1e-6": "eps",
+    "--optim_args momentum=0.9": "momentum",
+    "--lr_scheduler_type cosine_with_min_lr": "min_lr lr_min min_learning_rate",
+    "--segment_length 0.5": "segment_size span_length",
+    "--num_rounds 3": "iterations num_iters spin_iterations",
+    "--max_grad_norm 1": "gradient_clipping grad_clip max_grad_clip clip_grad_norm",
+    "--gradient_checkpointing true": "grad_ckpt",
+    "--bf16": "precision mixed_precision",
+    "--bf16 false": "fp32 no_bf16",
+    "--quiet": "silent",
+    "--log_level info": "verbose",
+    "--logging_steps 10": "log_freq print_every",
 }
-"""Names of other tools, each with an example of the option that does it here."""
+"""An example of each option, and what other tools call it: trl, axolotl, LLaMA-Factory, unsloth and others."""
+ALIASES = {name: example for example, names in _OTHER_NAMES.items() for name in names.split()}
 
-MISSING = {
-    "precompute_ref_log_probs": "reference log-probabilities are kept with each pair anyway; leave it out",
-    "padding_free": "layout=shared, the default where the model supports it, has no padding; leave it out",
-    "packing": "layout=shared, the default where the model supports it, has no padding; leave it out",
-    "trust_remote_code": "code from a model folder is never run; use an architecture that transformers has",
-    "dataloader_shuffle": "use train_sampling_strategy=sequential for the order of the file",
-    "f_divergence_type": "only the reverse KL divergence is supported; leave it out",
-    "activation_offloading": "activation offloading is not supported; use gradient_checkpointing and pairs_per_forward",
-    "generate_during_eval": "set eval_local=true to sample from the policy at evaluations",
-    "sample_packing": "layout=shared, the default where the model supports it, has no padding; leave it out",
-    "val_set_size": "put the rows to evaluate on into a file, and name it with eval_dataset_name",
-    "val_size": "put the rows to evaluate on into a file, and name it with eval_dataset_name",
-    "do_train": "sapo train trains; leave it out",
-    "do_predict": "sapo generate writes pairs, sapo evaluate scores a model; leave it out",
-    "max_samples": "put a slice into dataset_train_split, such as train[:1000]",
-    "wandb_project": "set report_to to wandb, and the environment variable WANDB_PROJECT",
-    "wandb_entity": "set report_to to wandb, and the environment variable WANDB_ENTITY",
-    "plot_loss": "every run has a report with curves; leave it out",
-    "overwrite_cache": "prepared rows are found by the content of files and options; leave it out",
-    "dataset_prepared_path": "prepared rows are kept by themselves; leave it out",
-    "model_type": "the architecture is in the model's config.json; leave it out",
-    "tokenizer_type": "the tokenizer is the model's; leave it out",
-    "dataset_text_field": "the format is found from the columns; `sapo data check` shows what it found",
+_WITHOUT = {
+    "reference log-probabilities are kept with each pair anyway; leave it out": "precompute_ref_log_probs",
+    "layout=shared, the default where the model supports it, has no padding; leave it out": (
+        "padding_free packing sample_packing"
+    ),
+    "code from a model folder is never run; use an architecture that transformers has": "trust_remote_code",
+    "use train_sampling_strategy=sequential for the order of the file": "dataloader_shuffle",
+    "only the reverse KL divergence is supported; leave it out": "f_divergence_type",
+    "activation offloading is not supported; use gradient_checkpointing and pairs_per_forward": (
+        "activation_offloading"
+    ),
+    "set eval_local=true to sample from the policy at evaluations": "generate_during_eval",
+    "put the rows to evaluate on into a file, and name it with eval_dataset_name": (
+        "val_set_size val_size eval_ratio val_ratio validation_split"
+    ),
+    "sapo train trains; leave it out": "do_train",
+    "sapo generate writes pairs, sapo evaluate scores a model; leave it out": "do_predict",
+    "put a slice into dataset_train_split, such as train[:1000]": (
+        "max_samples limit num_rows max_train_samples max_eval_samples sample_size num_samples_train"
+    ),
+    "set report_to to wandb, and the environment variable WANDB_PROJECT": "wandb_project",
+    "set report_to to wandb, and the environment variable WANDB_ENTITY": "wandb_entity",
+    "every run has a report with curves; leave it out": "plot_loss",
+    "prepared rows are found by the content of files and options; leave it out": "overwrite_cache",
+    "prepared rows are kept by themselves; leave it out": "dataset_prepared_path",
+    "the architecture is in the model's config.json; leave it out": "model_type",
+    "the tokenizer is the model's; leave it out": (
+        "tokenizer_type tokenizer tokenizer_name tokenizer_path tokenizer_name_or_path"
+    ),
+    "the format is found from the columns; `sapo data check` shows what it found": (
+        "dataset_text_field prompt_column response_column input_column text_column messages_column dataset_format "
+        "data_format formatting chosen_column rejected_column field_messages"
+    ),
+    "rows are padded and truncated as needed; leave it out": (
+        "padding padding_side pad_to_max_length truncation truncation_side"
+    ),
+    "put a system message into the rows": "system_prompt system default_system",
+    "only responses are trained on, and `sapo data check` shows them; leave it out": (
+        "train_on_inputs train_on_input mask_prompt completion_only_loss response_template assistant_only_loss "
+        "train_on_responses_only"
+    ),
+    "`sapo export` merges an adapter into an ordinary model": "merge_lora save_merged export_dir merge_adapter",
+    "set load_best_model_at_end=true, which keeps the best model of the run": (
+        "early_stopping early_stopping_patience patience"
+    ),
+    "set the environment variable HF_HOME": "cache_dir hf_home",
+    "set the environment variable MLFLOW_TRACKING_URI": "mlflow_tracking_uri",
+    "`sapo data check` tries the data, `sapo estimate` memory and time, before a run": (
+        "dry_run test_run fast_dev_run"
+    ),
+    "rows of unequal length cost little with layout=shared; leave it out": "group_by_length",
+    "not supported; layout=shared and fused_lm_head save time and memory here": (
+        "unsloth use_unsloth liger use_liger liger_kernel"
+    ),
+    "set it in the model's config.json": "rope_scaling rope_theta",
+    "`sapo serve --devices 0,1` puts a server on two GPUs": "tensor_parallel_size tp vllm_tensor_parallel_size",
+    "only the losses of `--help loss_type` and `--help objective` are supported; leave it out": (
+        "gamma simpo_gamma cpo_alpha desirable_weight undesirable_weight"
+    ),
 }
-"""Options of other tools without a counterpart, with advice."""
+"""Advice, and options of other tools that have no counterpart."""
+MISSING = {name: advice for advice, names in _WITHOUT.items() for name in names.split()}
+
+
+_SYNONYMS = {
+    **dict.fromkeys(("every", "interval", "freq", "frequency"), "steps"),
+    **dict.fromkeys(("val", "valid", "validation", "test"), "eval"),
+    "log": "logging", "len": "length", "grad": "gradient", "ckpt": "checkpoint", "iterations": "rounds",
+}  # fmt: skip
+"""Words of other tools in names of options."""
 
 
 def counterpart(name: str) -> Option | None:
@@ -192,8 +232,29 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
         return f"unknown option {dashes}{name}; use {example if flag else _as_lines(example)}."
     if options and key in MISSING:
         return f"unknown option {dashes}{name}: {MISSING[key]}."
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"unknown option {dashes}{name}{f'; nearest: {dashes}{close[0]}' if close else ''}."
+    close = _nearest(key, names)
+    if close:
+        return f"unknown option {dashes}{name}; nearest: {', '.join(f'{dashes}{one}' for one in close)}."
+    return f"unknown option {dashes}{name}. --help{'-all' if options else ''} lists what there is."
+
+
+def _nearest(key: str, names: Iterable[str]) -> list[str]:
+    """The name that differs by a slip of the fingers; else up to three of the same words, more or fewer of them."""
+    spelled = {_in_our_words(name): name for name in names}
+    words = _in_our_words(key)
+    slip, short = (difflib.get_close_matches(words, spelled, n=1, cutoff=cutoff) for cutoff in (0.8, 0.75))
+    typed = set(words.split())
+    shared = {
+        other: len(typed & its) / len(typed | its)
+        for other, its in ((other, set(other.split())) for other in spelled)
+        if its <= typed or (typed <= its and max(map(len, typed)) > 4)
+    }
+    best = [other for other, share in shared.items() if share == max(shared.values())]
+    return [spelled[other] for other in (slip or best[:3] or short)]
+
+
+def _in_our_words(name: str) -> str:
+    return " ".join(_SYNONYMS.get(word, word) for word in name.split("_") if word)
 
 
 def _usable(example: str, names: Iterable[str]) -> str:

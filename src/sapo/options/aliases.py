@@ -247,7 +247,7 @@ def _nearest(key: str, names: Iterable[str]) -> list[str]:
     shared = {
         other: len(typed & its) / len(typed | its)
         for other, its in ((other, set(other.split())) for other in spelled)
-        if its <= typed or (typed <= its and max(map(len, typed)) > 4)
+        if its <= typed or (typed <= its and max(map(len, typed), default=0) > 4)
     }
     best = [other for other, share in shared.items() if share == max(shared.values())]
     return [spelled[other] for other in (slip or best[:3] or short)]

@@ -30,7 +30,8 @@ from sapo.demo.style_score import StyleScorer
 from sapo.runs.cost import cost_of
 from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_curve
 from sapo.runs.reading import read_run
-from sapo.weights.loading import load_frozen, load_tokenizer
+from sapo.weights.description import load_tokenizer
+from sapo.weights.loading import load_frozen
 from sapo.weights.policy import padding_token_id
 
 SEEDS = (1, 2, 3)

@@ -52,13 +52,14 @@ ANCHOR = {"kl_weight": "0.1"}
 
 @dataclass(frozen=True)
 class Stage:
-    """Arms on the same rows for equally many steps."""
+    """Arms on the same rows for equally many steps; `sampled` where the models at the end reply too."""
 
     name: str
     rows: int
     steps: int
     evaluations: int
     arms: dict[str, dict[str, str]]
+    sampled: bool = True
 
 
 NARROW = {
@@ -84,7 +85,7 @@ class Task:
         evaluated: general prompts, training prompts and evaluation rows that each evaluation measures on.
         longest: maximum characters of question and answer together; 0: the built-in house style, without a file.
         guard: `chosen_nll_weight` of self-play: about beta times the tokens of a response.
-        samples: general prompts that the model at the end replies to, for loops and endings; 0 for none. On the
+        samples: general prompts that the models at the end reply to, for loops and endings. On the
             house style: held-out questions that it replies to at temperature 1, for the share in style.
     """
 
@@ -108,7 +109,7 @@ TASKS = {
         (
             Stage("narrow", 80, 20, 2, NARROW),
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
-            Stage("more", 80, 20, 2, MORE),
+            Stage("more", 80, 20, 2, MORE, sampled=False),
         ),
     ),
     "style": Task(
@@ -119,7 +120,7 @@ TASKS = {
         (
             Stage("narrow", 240, 60, 3, NARROW),
             Stage("overtrained", 64, 80, 4, OVERTRAINED),
-            Stage("more", 240, 60, 3, MORE),
+            Stage("more", 240, 60, 3, MORE, sampled=False),
         ),
     ),
     "stories": Task(
@@ -127,7 +128,7 @@ TASKS = {
         (
             Stage("narrow", 300, 150, 5, NARROW),
             Stage("overtrained", 60, 150, 5, OVERTRAINED),
-            Stage("more", 300, 150, 5, MORE),
+            Stage("more", 300, 150, 5, MORE, sampled=False),
         ),
     ),
 }  # fmt: skip
@@ -190,7 +191,7 @@ def run_cell(task: str, stage: Stage, arm: str, seed: int, model: Path, data: Pa
     keep(found, file)
     for checkpoint in (folder / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return keep(found | {"samples": sampled(folder, model, what)}, file) if what.samples else found
+    return keep(found | {"samples": sampled(folder, model, what)}, file) if stage.sampled else found
 
 
 def keep(found: dict, file: Path) -> dict:
@@ -200,8 +201,8 @@ def keep(found: dict, file: Path) -> dict:
     return found
 
 
-def finished(file: Path, what: Task) -> bool:
-    return file.is_file() and bool(json.loads(file.read_text())["samples"] or not what.samples)
+def finished(file: Path, stage: Stage) -> bool:
+    return file.is_file() and bool(json.loads(file.read_text())["samples"] or not stage.sampled)
 
 
 def styled(folder: Path, count: int) -> dict[str, dict[str, float]]:
@@ -358,7 +359,7 @@ def main() -> None:
         if options.arms is None or arm in options.arms
     ]
     for stage, arm, seed in [] if options.table else cells:
-        if finished(cell_folder(work, stage, arm, seed) / "result.json", TASKS[options.task]):
+        if finished(cell_folder(work, stage, arm, seed) / "result.json", stage):
             continue
         if time.monotonic() > until:
             sys.stdout.write("The time is over; the same command goes on.\n")

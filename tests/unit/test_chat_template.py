@@ -12,7 +12,13 @@ from sapo.weights.description import load_template_tokenizer, load_tokenizer
 from sapo.weights.embeddings import fit_model, grow, refuse_new_rows, train_tokens
 from tests.bases import BASES, CONVERSATION, llama_model, llama_tokenizer, mistral_tokenizer, save_base
 
-FORMS = [("llama", "chatml"), ("mistral", "zephyr"), ("llama", "zephyr")]
+FORMS = [
+    ("llama", "chatml"),
+    ("mistral", "zephyr"),
+    ("llama", "zephyr"),
+    ("llama", "chatml-bos"),
+    ("mistral", "zephyr-bos"),
+]
 
 
 def use(tokenizer, path):
@@ -75,6 +81,24 @@ def test_the_end_marker_is_the_eos_token_and_again_changes_nothing(kind, templat
 
 def load_tokenizer_of(folder):
     return load_template_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(("kind", "template"), [("llama", "chatml"), ("mistral", "zephyr")])
+def test_a_template_without_the_bos_token_is_said_once_and_one_with_it_differs_in_nothing_else(kind, template, caplog):
+    with_it = with_template(kind, f"{template}-bos")
+    assert not caplog.records
+    without = with_template(kind, template)
+    use(without, template)
+    assert [f"prints no {without.bos_token}" in record.message for record in caplog.records] == [True]
+    begun, bare = (one.apply_chat_template(CONVERSATION, return_dict=False) for one in (with_it, without))
+    assert begun == [with_it.bos_token_id, *bare]
+
+
+def test_a_template_begun_by_a_token_that_is_not_there_is_refused():
+    tokenizer = llama_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(TokenizerError, match="no BOS token"):
+        use(tokenizer, "chatml-bos")
 
 
 def test_a_folder_gives_what_trl_gives(tmp_path):

@@ -381,9 +381,9 @@ class OwnOptions(KeepOptions):
     )
     chat_template_path: str | None = _data(
         None,
-        "Chat template to use instead of the model's: chatml or zephyr (shipped), a Jinja file, or a folder or Hub id "
-        "whose tokenizer has one. Its tokens are added, the embeddings grow, its EOS token is set, and all of it is "
-        "saved with the model.",
+        "Chat template to use instead of the model's: chatml or zephyr (shipped; with -bos: begun by the BOS token), a "
+        "Jinja file, or a folder or Hub id whose tokenizer has one. Its tokens are added, the embeddings grow, its EOS "
+        "token is set, and all of it is saved with the model.",
     )
     prompt_truncation: Literal["keep_end", "keep_start"] = _data(
         "keep_end", "End of a prompt that is kept when it is truncated."

@@ -20,7 +20,7 @@ GPUS = ("a100-40", "a100-80", "h100", "h100-pcie", "h200", "b200", "l40s", "a600
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k")
 """Types of GGUF files that `sapo export` writes."""
 
-_TEMPLATE = "chat template to use instead of the model's: chatml[-bos], zephyr[-bos], a Jinja file, a folder or a Hub id"
+_TEMPLATE = "chat template to use instead of the model's: chatml, zephyr (or with -bos), a Jinja file, folder or Hub id"
 _MODEL_AND_DATA = ("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split",
                    "chat_template_path")  # fmt: skip
 _MEMORY = (

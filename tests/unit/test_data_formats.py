@@ -86,12 +86,57 @@ def test_reply_that_only_calls_a_tool_is_kept():
     assert contents(found) == ["hi", "", "", "done"]
 
 
-def test_last_message_must_be_the_assistants():
+def test_what_follows_the_last_reply_is_left_out_and_noted():
+    notes = []
+    row = {"messages": [user("a"), assistant("b"), user("c"), {"role": "tool", "content": "d"}]}
+    found = parse_row(row, "messages", paired=False, chat=True, where=WHERE, note=notes.append)
+    assert contents(found) == ["a", "b"]
+    assert notes == ["messages after the last reply are left out"]
+    whole = {"chosen": [user("a"), assistant("b"), user("c")], "rejected": [user("a"), assistant("z"), user("c")]}
+    found = parse(whole, paired=True)
+    assert (contents(found), found.rejected) == (["a", "b"], assistant("z"))
+
+
+def test_a_reply_that_is_none_of_the_assistants_is_refused():
     with pytest.raises(DatasetError) as caught:
-        parse({"messages": [user("a"), assistant("b"), user("c")]})
+        parse({"prompt": [user("a"), assistant("b"), user("c")], "completion": [user("d")]})
     assert str(caught.value) == (
-        'row 17 of train.jsonl: "messages" ends with role "user"; the last message must be the assistant\'s.'
+        'row 17 of train.jsonl: "completion" ends with role "user"; the last message must be the assistant\'s.'
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "names"),
+    [
+        ({"score_chosen": 3, "score_rejected": 7.5}, "score_chosen < score_rejected"),
+        ({"chosen_score": "3", "rejected_score": "7"}, "chosen_score < rejected_score"),
+        ({"chosen-rating": 1, "rejected-rating": 2}, "chosen-rating < rejected-rating"),
+        ({"chosen_avg_rating": 1, "rejected_avg_rating": 2}, "chosen_avg_rating < rejected_avg_rating"),
+        ({"chosenScore": 1, "rejectedScore": 2}, "chosenScore < rejectedScore"),
+        ({"rewards": {"chosen": -2.0, "rejected": -1.0}}, "rewards.chosen < rewards.rejected"),
+        ({"margin": -0.5}, "margin < 0"),
+        ({"Score diff": "-1"}, "Score diff < 0"),
+        ({"score_chosen": 3, "score_rejected": 3}, None),
+        ({"score_chosen": 3, "score_rejected": None}, None),
+        ({"chosen_brevity_score": 1, "rejected_brevity_score": 2}, None),
+        ({"chosen_rank": 1, "rejected_rank": 2, "margin": 0, "delta": float("nan")}, None),
+    ],
+)
+def test_a_chosen_reply_that_is_rated_lower_is_noted(scores, names):
+    notes = []
+    for row in ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": [user("a"), assistant("b")]}):
+        row = row | scores
+        parse_row(row, "chosen", paired="prompt" in row, chat=True, where=WHERE, note=notes.append)
+    expected = f"warning: the chosen reply is rated lower than the rejected one ({names})"
+    assert notes == ([] if names is None else [expected] * 2)
+
+
+def test_scores_in_the_last_messages_are_compared_too():
+    notes = []
+    sides = {"chosen": {**assistant("b"), "score": 1}, "rejected": {**assistant("c"), "score": 4}}
+    row = {"prompt": [user("a")]} | {name: [{**user("a"), "score": 9}, side] for name, side in sides.items()}
+    parse_row(row, "chosen", paired=True, chat=True, where=WHERE, note=notes.append)
+    assert notes == ["warning: the chosen reply is rated lower than the rejected one (chosen.score < rejected.score)"]
 
 
 @pytest.mark.parametrize(

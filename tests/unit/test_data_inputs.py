@@ -145,10 +145,10 @@ def test_data_check_counts_every_bad_row(model, tmp_path, capsys):
     said = " ".join(shown.out.split())
     assert 'refused 7: message 1 of "messages" has the unknown role "narrator"' in said
     assert "(rows 2, 4, 6, 7, 8, ...)" in said
-    assert 'refused 1: "messages" ends with role "user"' in said
+    assert "messages after the last reply are left out: 1 row (row 11)" in said
     assert "dropped 1: empty reply (row 5)" in said
     assert "duplicates: 1 (row 3)" in said
-    assert shown.err.startswith("DatasetError: 8 of 11 rows are refused, for the reasons above")
+    assert shown.err.startswith("DatasetError: 7 of 11 rows are refused, for the reasons above")
 
 
 def test_data_check_goes_on_after_lines_that_cannot_be_read(model, tmp_path, capsys):

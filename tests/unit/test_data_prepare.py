@@ -55,6 +55,25 @@ def test_response_is_what_follows_the_generation_prompt(chatml):
     assert (report.rows, report.kept, report.dropped) == (1, 1, {})
 
 
+def test_pairs_most_of_which_are_rated_the_other_way_round_are_refused(chatml):
+    better, worse = ({"score_chosen": a, "score_rejected": b} for a, b in ((2, 1), (1, 2)))
+    rows = [{"prompt": "a", "chosen": f"b{i}", "rejected": "c"} for i in range(4)]
+    mixed = [row | scores for row, scores in zip(rows, (worse, better, {}, worse), strict=True)]
+    _, report = prepare(mixed, chatml)
+    assert report.kept == 4
+    assert report.lines()[1:] == [
+        "warning: the chosen reply is rated lower than the rejected one (score_chosen < score_rejected): 2 rows "
+        "(rows 1, 4)",
+        "columns not used: rejected, score_chosen, score_rejected",
+    ]
+    with pytest.raises(DatasetError, match=r"in 3 of 4 rows .*\(score_chosen < score_rejected\)\. Swap chosen and"):
+        prepare([*mixed[1:], *[rows[0] | worse] * 2][-4:], chatml)
+    _, report = prepare_dataset(
+        [row | worse for row in rows], chatml, WIDE, eos_ids=eos_token_ids(chatml, None), count_faults=True
+    )
+    assert report.faults.of_all[0].startswith("dataset: in 4 of 4 rows the chosen reply is rated lower")
+
+
 word = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
 
 

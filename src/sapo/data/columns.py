@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,12 @@ _CHANCE = 16
 
 def belongs_to_prompt(name: str) -> bool:
     """Whether a column of this name, in any spelling, is part of a prompt wherever it occurs."""
-    plain = _plain(name)
+    plain = plain_name(name)
     return plain in _PROMPT_COLUMNS or _MEDIA.fullmatch(plain) is not None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of a column in lower case, its words joined by underscores."""
     return re.sub(r"[-_ .]+|(?<=[a-z0-9])(?=[A-Z])", "_", name.strip()).lower()
 
 
@@ -91,14 +92,16 @@ class Fields:
     Args:
         row: values by column.
         where: names the row in errors.
+        note: called with what a person should know of the row.
 
     Attributes:
         used: columns that became part of the example.
     """
 
-    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+    def __init__(self, row: Mapping[str, Any], where: str, note: Callable[[str], None] = lambda what: None) -> None:
         self.row = row
         self.where = where
+        self.note = note
         self.used: set[str] = set()
 
     def peek(self, name: str) -> Any:
@@ -140,7 +143,7 @@ class Fields:
             if use is not None:
                 use.note(name, text=text and name not in known and talks(value))
         if lost:
-            media = any(_MEDIA.fullmatch(_plain(name)) for name in lost)
+            media = any(_MEDIA.fullmatch(plain_name(name)) for name in lost)
             way_out = (
                 "Only text can be trained on: remove these rows."
                 if media

@@ -6,7 +6,7 @@ row; a well-formed row without anything to train on (an empty reply) becomes a `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -119,7 +119,14 @@ def _is_rows(value: object) -> bool:
 
 
 def parse_row(
-    row: Row, row_format: Format, *, paired: bool, chat: bool, where: str, use: ColumnUse | None = None
+    row: Row,
+    row_format: Format,
+    *,
+    paired: bool,
+    chat: bool,
+    where: str,
+    use: ColumnUse | None = None,
+    note: Callable[[str], None] = lambda what: None,
 ) -> Conversation | PlainText | Dropped:
     """Parse one row.
 
@@ -130,6 +137,7 @@ def parse_row(
         chat: convert question and answer to a conversation (the tokenizer has a chat template).
         where: names the row in errors, such as "row 17 of train.jsonl".
         use: counts unused columns.
+        note: called with what a person should know of a row that is kept.
 
     Raises:
         DatasetError: the row has another format, its messages are malformed, or a column that belongs to the prompt
@@ -143,10 +151,12 @@ def parse_row(
     mark = untrained_mark(row)
     if mark is not None:
         return Dropped(mark)
-    fields = Fields(row, where)
+    fields = Fields(row, where, note)
     fields.used |= honoured(row)
     parsed = _parse(fields, row_format, paired=paired, chat=chat, use=use)
     if not isinstance(parsed, Dropped):
+        if row_format in _PAIRS or "chosen" in row:
+            preferences.compare_scores(fields)
         known = {"rejected", "generated", "non_preferred_output"}
         fields.account(row_format, parsed, use, known)
     return parsed

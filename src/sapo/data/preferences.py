@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sapo.data.columns import ColumnUse, Fields
+from sapo.data.columns import ColumnUse, Fields, plain_name
 from sapo.data.marks import untrained_mark
 from sapo.data.messages import (
     Conversation,
@@ -27,6 +27,11 @@ from sapo.errors import DatasetError
 
 _PROMPTS = ("prompt", "messages", "conversations", "conversation", *BASES[1:])
 _SCORES = ("overall_score", "score", "rating", "fine-grained_score")
+_SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards"})
+_DIFFERENCE = frozenset({"margin", "difference", "diff", "delta", "gap"})
+_QUALIFIERS = frozenset({"overall", "average", "avg", "mean", "total", "final", "rm", "model", "judge"})
+"""Words in names of scores. One of an aspect, such as brevity, may well be lower for the better reply."""
+RATED_LOWER = "warning: the chosen reply is rated lower than the rejected one"
 _REPLY_KEYS = ("response", "completion", "content", "text")
 
 
@@ -119,7 +124,7 @@ def prompt_and_reply(
     prompt = from_stored(fields.peek(base))
     if base == "input" and isinstance(prompt, Mapping):
         fields.used.add(base)
-        inner = Fields({**fields.row, "tools": prompt.get("tools") or fields.peek("tools")}, fields.where)
+        inner = Fields({**fields.row, "tools": prompt.get("tools") or fields.peek("tools")}, fields.where, fields.note)
         inner.used = fields.used
         fields, prompt = inner, prompt["messages"]
     reply = from_stored(reply)
@@ -179,9 +184,12 @@ def _paired(
     made = conversation(messages, fields, column, first=first)
     if other is None or isinstance(made, Dropped):
         return made
+    size = len(made.messages)
+    if len(other) == len(messages) and all(map(same_message, other[size:], messages[size:])):
+        other = other[:size]
     if other[-1]["role"] != "assistant":
         raise wrong_end("rejected", other[-1]["role"], fields.where)
-    if len(other) != len(messages) or not all(map(same_message, other, messages[:-1])):
+    if len(other) != size or not all(map(same_message, other, made.messages[:-1])):
         return Dropped("chosen and rejected differ before the last reply")
     if is_empty(other[-1]):
         return Dropped("empty rejected reply")
@@ -250,3 +258,22 @@ def _number(score: Any) -> float:
         return float(score)
     except (TypeError, ValueError):
         return math.nan
+
+
+def compare_scores(fields: Fields) -> None:
+    """Note a row whose scores say that the chosen reply is worse than the rejected one; it may have none."""
+    given: dict[str, tuple[str, float]] = {}
+    for name, value in fields.row.items():
+        value = value[-1] if isinstance(value, list) and value else value
+        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+        given |= {plain_name(full): (full, _number(one)) for full, one in inner.items()}
+    for plain, (name, score) in given.items():
+        words = set(plain.split("_"))
+        if words <= _DIFFERENCE | _SCORE | _QUALIFIERS and words & _DIFFERENCE and score < 0:
+            fields.note(f"{RATED_LOWER} ({name} < 0)")
+            return
+        if words <= {"chosen"} | _SCORE | _QUALIFIERS and "chosen" in words and words & _SCORE:
+            other, theirs = given.get(plain.replace("chosen", "rejected"), ("", math.nan))
+            if score < theirs:
+                fields.note(f"{RATED_LOWER} ({name} < {other})")
+                return

@@ -17,6 +17,7 @@ from sapo.data.files import Unreadable
 from sapo.data.formats import format_of, parse_row
 from sapo.data.messages import Dropped, PlainText
 from sapo.data.parallel import in_order, processes_for
+from sapo.data.preferences import RATED_LOWER
 from sapo.data.report import SHOWN_ROWS, Faults
 from sapo.errors import DatasetError
 
@@ -95,6 +96,7 @@ def prepare_dataset(
             _note_duplicate(turn, number, seen, report)
         progress(report.rows)
     report.kept = len(table)
+    _check_scores(report)
     _check_lengths(options, report)
     if not report.kept:
         reasons = ", ".join(f"{count} for: {reason}" for reason, count in sorted(report.dropped.items()))
@@ -163,7 +165,10 @@ def _drafts(
     where = f"row {number + 1} of {report.source}"
     if isinstance(row, Unreadable):
         raise DatasetError(f"{where}: {row.reason}") from row.error
-    parsed = parse_row(row, row_format, paired=options.paired, chat=encoder.chat, where=where, use=report.columns)
+    parsed = parse_row(
+        row, row_format, paired=options.paired, chat=encoder.chat, where=where, use=report.columns,
+        note=lambda what: report.note(what, number),
+    )  # fmt: skip
     if isinstance(parsed, Dropped):
         report.drop(parsed.reason, number)
         return []
@@ -186,6 +191,21 @@ def _note_duplicate(turn: Turn, row: int, seen: set[int], report: DataReport) ->
     report.duplicates += 1
     if report.duplicates <= SHOWN_ROWS:
         report.duplicate_rows.append(row + 1)
+
+
+def _check_scores(report: DataReport) -> None:
+    """Refuse pairs most of which are rated the other way round."""
+    lower = {what: count for what, count in report.noted.items() if what.startswith(RATED_LOWER)}
+    if 2 * sum(lower.values()) <= report.rows:
+        return
+    names = "; ".join(sorted(what.partition("(")[2].rstrip(")") for what in lower))
+    error = DatasetError(
+        f"{report.source}: in {sum(lower.values())} of {report.rows} rows the chosen reply is rated lower than the "
+        f"rejected one ({names}). Swap chosen and rejected; or, if a lower score is better here, remove the scores."
+    )
+    if report.faults is None:
+        raise error
+    report.faults.of_all.append(str(error))
 
 
 def _check_lengths(options: DataOptions, report: DataReport) -> None:

@@ -127,7 +127,7 @@ def with_system(messages: list[Message], fields: Fields) -> list[Message]:
 
 
 def conversation(messages: list[Message], fields: Fields, column: str, *, first: int = 0) -> Conversation | Dropped:
-    """Check messages and add the row's arguments for the chat template.
+    """Check messages and add the row's arguments for the chat template; what follows the last reply is left out.
 
     Args:
         messages: all of them.
@@ -136,13 +136,18 @@ def conversation(messages: list[Message], fields: Fields, column: str, *, first:
         first: replies before this message index are not trained on.
 
     Raises:
-        DatasetError: there is no reply, or the last message is not the assistant's.
+        DatasetError: there is no reply.
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise DatasetError(f'{fields.where}: "{column}" has no assistant message, so there is no reply to train on.')
-    if roles[-1] != "assistant":
+    if "assistant" not in roles[first:]:
         raise wrong_end(column, roles[-1], fields.where)
+    while roles[-1] != "assistant":
+        roles.pop()
+    if len(roles) < len(messages):
+        fields.note("messages after the last reply are left out")
+    messages = messages[: len(roles)]
     for message in messages:
         # Empty system texts and tool results are normal; an empty question or answer is a data error.
         if message["role"] == "user" and is_empty(message):

@@ -32,10 +32,7 @@ class Faults:
 
     def add(self, error: SapoError, row: int, where: str) -> None:
         """Count the error of a row (from 0), which `where` names in its message."""
-        message = str(error).removeprefix(f"{where}: ")
-        self.counts[message] += 1
-        if self.counts[message] <= SHOWN_ROWS:
-            self.rows.setdefault(message, []).append(row + 1)
+        _count(self.counts, self.rows, str(error).removeprefix(f"{where}: "), 1, [row + 1])
 
     def lines(self) -> list[str]:
         """The errors, the most frequent first."""
@@ -67,6 +64,8 @@ class DataReport:
             left out for their length included.
         max_length: as in the options.
         columns: unused columns.
+        noted: number of rows that are kept, by what a person should know of them.
+        noted_rows: first row numbers of each, from 1.
         replies: number of rows by number of assistant messages (0: plain text).
         system_messages: rows with a non-empty system message.
         duplicates: turns that equal an earlier one.
@@ -88,6 +87,8 @@ class DataReport:
     total_lengths: list[int] = field(default_factory=list)
     max_length: int = 0
     columns: ColumnUse = field(default_factory=ColumnUse)
+    noted: dict[str, int] = field(default_factory=dict)
+    noted_rows: dict[str, list[int]] = field(default_factory=dict)
     replies: Counter[int] = field(default_factory=Counter)
     system_messages: int = 0
     duplicates: int = 0
@@ -96,9 +97,11 @@ class DataReport:
 
     def drop(self, reason: str, row: int) -> None:
         """Count one dropped row (number from 0), or one of its turns."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        if self.dropped[reason] <= SHOWN_ROWS:
-            self.dropped_rows.setdefault(reason, []).append(row + 1)
+        _count(self.dropped, self.dropped_rows, reason, 1, [row + 1])
+
+    def note(self, what: str, row: int) -> None:
+        """Count a row (number from 0) that is kept."""
+        _count(self.noted, self.noted_rows, what, 1, [row + 1])
 
     def add(self, part: DataReport) -> None:
         """Add the counts of further rows."""
@@ -109,8 +112,9 @@ class DataReport:
         self.system_messages += part.system_messages
         self.replies += part.replies
         for reason, count in part.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
-            _extend(self.dropped_rows, reason, part.dropped_rows[reason])
+            _count(self.dropped, self.dropped_rows, reason, count, part.dropped_rows[reason])
+        for what, count in part.noted.items():
+            _count(self.noted, self.noted_rows, what, count, part.noted_rows[what])
         for mine, theirs in (
             (self.prompt_lengths, part.prompt_lengths),
             (self.response_lengths, part.response_lengths),
@@ -119,9 +123,8 @@ class DataReport:
             mine += theirs
         self.columns.add(part.columns)
         if self.faults is not None and part.faults is not None:
-            self.faults.counts += part.faults.counts
             for message, rows in part.faults.rows.items():
-                _extend(self.faults.rows, message, rows)
+                _count(self.faults.counts, self.faults.rows, message, part.faults.counts[message], rows)
 
     def refuse(self, error: SapoError, row: int) -> None:
         """Count the error of a row (from 0), or raise it."""
@@ -153,6 +156,10 @@ class DataReport:
         ]
         if self.faults is not None:
             lines += self.faults.lines()
+        lines += [
+            f"{what}: {_some(count, 'row')} ({_rows(self.noted_rows[what], count)})"
+            for what, count in sorted(self.noted.items())
+        ]
         lines += self.columns.lines()
         if self.truncated_prompts or self.truncated_responses:
             lines.append(
@@ -194,7 +201,9 @@ class DataReport:
         return f"{self.too_long} of {total} ({self.too_long / total:.0%})"
 
 
-def _extend(shown: dict[str, list[int]], reason: str, rows: list[int]) -> None:
+def _count(counts: dict[str, int], shown: dict[str, list[int]], reason: str, count: int, rows: list[int]) -> None:
+    """Count rows for a reason, and keep the numbers of the first."""
+    counts[reason] = counts.get(reason, 0) + count
     listed = shown.setdefault(reason, [])
     listed += rows[: SHOWN_ROWS - len(listed)]
 

@@ -1,5 +1,7 @@
 """What a person sees as the prompt of a row is the prompt, and no column is lost without a word."""
 
+import json
+
 import pytest
 
 from sapo.data.columns import ColumnUse
@@ -383,6 +385,7 @@ CALL = {"name": "add", "arguments": {"a": 1}}
         {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
         {"role": "assistant", "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": json.dumps('{"a": 1}')}}]},
         {"role": "assistant", "tool_calls": [{"name": "add", "parameters": {"a": 1, "b": None}}]},
     ],
 )

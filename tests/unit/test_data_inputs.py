@@ -198,3 +198,18 @@ def test_data_check_tells_lengths_turns_and_systems(model, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "longer than max_length=64: 4 of 6 (67%)" in " ".join(shown.out.split())
     assert "--max_length_policy truncate" in shown.err
+
+
+def test_evaluation_rows_that_are_trained_on_are_said(model, tmp_path, capsys):
+    train = write(tmp_path / "train.jsonl", [{"messages": talk(f"q{i}", "a")} for i in range(8)])
+    rows = [{"messages": talk(q, a)} for q, a in (("q9", "a"), ("q3", "a"), ("q4", "b"), ("q5", "a"))]
+    held = write(tmp_path / "held.jsonl", rows)
+    flags = ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_dataset_name")
+    found, _ = run(model, train, tmp_path, *flags, str(held))
+    assert found.lines()[-1].startswith("warning: 2 of 4 evaluation rows are training rows too (rows 2, 4)")
+    found, _ = run(model, train, tmp_path, *flags, str(train))
+    assert "warning: 8 of 8 evaluation rows are training rows too (rows 1, 2, 3, 4, 5, ...)" in found.lines()[-1]
+    assert check(model, train, "--eval_dataset_name", str(held)) == 0
+    assert "2 of 4 evaluation rows are training rows too (rows 2, 4)" in " ".join(capsys.readouterr().out.split())
+    found, _ = run(model, train, tmp_path, *flags, str(write(tmp_path / "new.jsonl", rows[::2])))
+    assert not any("training rows too" in line for line in found.lines())

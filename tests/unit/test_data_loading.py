@@ -342,6 +342,9 @@ def test_tables_of_text_are_read():
     assert refused("c.csv").startswith("c.csv, line 2: not valid CSV")
     Path("one.csv").write_text("text\na;b\n", encoding="utf-8")
     assert load_rows("one.csv") == [{"text": "a;b"}]
+    Path("missing.csv").write_text('a,b\nnan,None\n<NA>,"null"\nNone of it,nano\n', encoding="utf-8")
+    missing = {"a": None, "b": None}
+    assert load_rows("missing.csv") == [missing, missing, {"a": "None of it", "b": "nano"}]
     Path("d.csv").write_text("a,a\n1,2\n", encoding="utf-8")
     assert "duplicate column name" in refused("d.csv")
 

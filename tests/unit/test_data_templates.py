@@ -12,6 +12,7 @@ from sapo.data.clock import dated_template, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples, dataset_digest
 from sapo.data.prepare import prepare_dataset
+from sapo.data.rendering import Renderer
 from sapo.errors import DatasetError
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
 from tests.unit.test_data_prepare import CHATML, WIDE, prepare, talk, texts_of
@@ -300,3 +301,12 @@ def test_tokens_are_those_of_the_template(made, turns):
     last = [(row, count - 1) for row, count in enumerate(counts)]
     assert seen == (last if turns == "last" else expected)
     assert report.boundary_merges == 0
+
+
+def test_short_messages_are_looked_for_in_one_rendering(monkeypatch):
+    rendered, apply = [], Renderer._apply
+    monkeypatch.setattr(Renderer, "_apply", lambda *given, **more: rendered.append(1) or apply(*given, **more))
+    for size in (4, 40):
+        rendered.clear()
+        prepare([{"messages": talk(*["ok", "yes"] * size)}], byte_tokenizer(CHATML))
+        assert len(rendered) <= 8

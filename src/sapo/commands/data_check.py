@@ -40,6 +40,8 @@ _SHOWN = 600
 def run_data_check(given: Parsed) -> None:
     """`sapo data check FILE`."""
     values = given.values()
+    if values.get("eval_dataset_name"):
+        values.setdefault("eval_strategy", "steps")  # rows that are named are checked
     if not any(_is_gguf(values.get(name)) for name in ("model_name_or_path", "chat_template_path")):
         _leave_torch_out()
     from rich.console import Console
@@ -55,6 +57,7 @@ def run_data_check(given: Parsed) -> None:
         inputs.train_reports,
         inputs.tokenizer,
         evaluation=inputs.eval_reports,
+        warnings=inputs.shared_rows(),
         segment_length=run.config.segment_length,
         tail_margin=run.config.tail_margin,
         seed=run.config.seed,
@@ -100,6 +103,7 @@ def check_data(
     seed: int,
     console: Console,
     evaluation: Sequence[DataReport] = (),
+    warnings: Sequence[str] = (),
 ) -> None:
     """Print the report, the lengths, how much would be regenerated, and one example with its parts marked.
 
@@ -112,14 +116,15 @@ def check_data(
         seed: which example, and which segment of it, is shown.
         console: where to print; colours and width follow it.
         evaluation: reports of the rows to evaluate on.
+        warnings: lines to print after the reports.
 
     Raises:
         DatasetError: training would be refused; raised after all of that.
     """
     checked = [*reports, *evaluation]
-    for report in checked:
-        for line in [*report.lines(), *report.details()]:
-            console.print(_safe(line, console))
+    lines = [line for report in checked for line in [*report.lines(), *report.details()]]
+    for line in [*lines, *warnings]:
+        console.print(_safe(line, console))
     prompts = [length for report in reports for length in report.prompt_lengths]
     responses = [length for report in reports for length in report.response_lengths]
     console.print()

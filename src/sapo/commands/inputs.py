@@ -23,6 +23,7 @@ from sapo.data.chat_template import use_chat_template
 from sapo.data.clock import parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions
+from sapo.data.fingerprints import trained_on
 from sapo.data.loading import evaluation_split, load_rows
 from sapo.data.mixture import Member, load_mixture, prepare_mixture, split_rows
 from sapo.data.parallel import ROWS_THAT_PAY
@@ -64,7 +65,12 @@ class Inputs:
 
     def lines(self) -> list[str]:
         """What became of the rows, for the terminal."""
-        return [line for report in [*self.train_reports, *self.eval_reports] for line in report.lines()]
+        lines = [line for report in [*self.train_reports, *self.eval_reports] for line in report.lines()]
+        return [*lines, *self.shared_rows()]
+
+    def shared_rows(self) -> list[str]:
+        """A warning if rows to evaluate on are trained on."""
+        return [] if self.eval is None else trained_on(self.train, self.eval)
 
 
 def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:

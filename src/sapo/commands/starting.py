@@ -67,11 +67,6 @@ def check_libraries(config: SAPOConfig) -> None:
                     callback()
     weight = nn.Parameter(torch.zeros(2, 2))
     optim = str(getattr(config.optim, "value", config.optim))
-    if any(name in optim for name in ("galore", "apollo")):
-        raise ConfigurationError(
-            f"optim={optim}: optimizers for parts of the model (GaLore, APOLLO) are not supported. "
-            "Use adamw_torch or adamw_8bit, or train fewer weights with --use_peft."
-        )
     with _of("optim", optim, "optim_args", config.optim_args):
         if not any(name in optim for name in _NEED_THE_MODEL):
             kind, options = Trainer.get_optimizer_cls_and_kwargs(config)

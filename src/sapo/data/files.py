@@ -31,6 +31,8 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_MISSING = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})
+"""Cells of CSV that programs write for a missing value, and pandas and `datasets` read as one."""
 SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + TABLE_SUFFIXES
 
 
@@ -162,7 +164,7 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
 
 
 def _csv(raw: bytes, file: Path, delimiter: str, *, tolerant: bool) -> list[dict[str, Any]]:
-    """Rows of text, with the first line as column names; missing values are empty text.
+    """Rows of text, with the first line as column names; cells in `_MISSING` are None.
 
     Where the first line has no `delimiter`, a semicolon or tab in it is taken for one: spreadsheets export so in
     countries with a decimal comma.
@@ -191,7 +193,8 @@ def _csv(raw: bytes, file: Path, delimiter: str, *, tolerant: bool) -> list[dict
                     raise error
                 rows.append(Unreadable(place, error))
                 continue
-            rows.append(dict(zip(header, cells, strict=True)))
+            found = (None if cell in _MISSING else cell for cell in cells)
+            rows.append(dict(zip(header, found, strict=True)))
     except csv.Error as error:
         raise DatasetError(
             f"{file}, line {reader.line_num}: not valid CSV ({one_line(error)}). Quote its cells."

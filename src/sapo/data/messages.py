@@ -266,11 +266,21 @@ def _tool_call(call: object, name: str, where: str) -> Any:
         if given is None or (isinstance(given, str) and not given.strip()):
             given = {}
         # Nulls in JSON text are intended; nulls in a struct come from Arrow.
-        made["arguments"] = from_json_text(given) if isinstance(given, str) else without_nulls(given)
+        made["arguments"] = _arguments(given) if isinstance(given, str) else without_nulls(given)
         text = made["arguments"]
         if isinstance(text, str) and text.lstrip().startswith("{"):
             raise DatasetError(f"{where}: {name} has a tool call whose arguments are text{_fault(text)}.")
     return {**without_nulls({key: value for key, value in call.items() if key != "function"}), "function": made}
+
+
+def _arguments(given: str) -> object:
+    """Arguments that are JSON text, also of JSON text: some exports encode them twice."""
+    try:
+        inner = load_json(given) if given.lstrip().startswith('"') else given
+    except InvalidJson:
+        return given
+    found = from_json_text(inner)
+    return given if isinstance(found, str) else found
 
 
 def parse_tools(value: object, column: str, where: str) -> list[Any] | None:

@@ -103,10 +103,12 @@ class Renderer:
         return header, tail if found else None
 
     def _check_prompt(self, before: Sequence[Message], prompt: str, talk: Conversation, where: str) -> None:
+        marked = self._marked(before, talk)
         for number, message in enumerate(before):
             role, content = message["role"], message["content"].strip()
             name = "an earlier reply" if role == "assistant" else f"its {role} message"
-            if content and (len(content) < _CHANCE or not _prints(content, prompt)):
+            seen = _mark(number) in marked if len(content) < _CHANCE else _prints(content, prompt)
+            if content and not seen:
                 blank = [*before[:number], {**message, "content": ""}, *before[number + 1 :]]
                 if self._same(blank, talk, prompt, opening=True) and _answer(content):
                     raise Unprinted(f"the chat template does not print {name}")
@@ -135,6 +137,22 @@ class Renderer:
                         "print. Put it into a message, or remove it."
                     )
                 self._columns.note(f"chat_template_kwargs.{name}", where=where)
+
+    def _marked(self, before: Sequence[Message], talk: Conversation) -> str:
+        """What the template prints if short messages are long ones, which are not there by chance; perhaps nothing.
+
+        One rendering for all of them: one for each would take the square of the time in a long conversation.
+        """
+        short = [0 < len(message["content"].strip()) < _CHANCE for message in before]
+        if not any(short):
+            return ""
+        longer = [
+            {**message, "content": _mark(number)} if short[number] else message for number, message in enumerate(before)
+        ]
+        try:
+            return self._apply(longer, talk, opening=True)
+        except TEMPLATE_FAULTS:
+            return ""
 
     def _check_reply(
         self, before: Sequence[Message], reply: Message, prompt: str, whole: str, talk: Conversation, where: str
@@ -230,6 +248,10 @@ class Renderer:
             given = self._tokenizer.get_chat_template(None, [{}] if tools else None)
             self._templates[tools] = dated_template(given, self._date)
         return self._templates[tools]
+
+
+def _mark(number: int) -> str:
+    return f"{_MARKER} {number} {_MARKER}"
 
 
 def _answer(content: str) -> str:

@@ -36,7 +36,9 @@ class Faults:
 
     def lines(self) -> list[str]:
         """The errors, the most frequent first."""
-        lines = [f"refused {count}: {message} ({_rows(self.rows[message], count)})" for message, count in self._shown()]
+        lines = [
+            f"refused {count}: {message} ({listed_rows(self.rows[message], count)})" for message, count in self._shown()
+        ]
         left = len(self.counts) - len(lines)
         return [*lines, *([f"refused for {left} more reasons"] if left else [])]
 
@@ -151,13 +153,13 @@ class DataReport:
             f"{_some(self.kept, 'example')} kept{several}"
         ]
         lines += [
-            f"dropped {count}: {reason} ({_rows(self.dropped_rows.get(reason, []), count)})"
+            f"dropped {count}: {reason} ({listed_rows(self.dropped_rows.get(reason, []), count)})"
             for reason, count in sorted(self.dropped.items())
         ]
         if self.faults is not None:
             lines += self.faults.lines()
         lines += [
-            f"{what}: {_some(count, 'row')} ({_rows(self.noted_rows[what], count)})"
+            f"{what}: {_some(count, 'row')} ({listed_rows(self.noted_rows[what], count)})"
             for what, count in sorted(self.noted.items())
         ]
         lines += self.columns.lines()
@@ -188,7 +190,7 @@ class DataReport:
             lines.append(f"replies per conversation: {listed}{more}")
             lines.append(f"system messages: in {self.system_messages} of {sum(talks.values())} conversations")
         if self.duplicates:
-            lines.append(f"duplicates: {self.duplicates} ({_rows(self.duplicate_rows, self.duplicates)})")
+            lines.append(f"duplicates: {self.duplicates} ({listed_rows(self.duplicate_rows, self.duplicates)})")
         if self.total_lengths:
             lines.append(
                 f"longer than max_length={self.max_length}: {self._share()}; 95% fit into {self.length_for(95)} "
@@ -221,6 +223,14 @@ def _some(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
-def _rows(numbers: list[int], count: int) -> str:
+def listed_rows(numbers: Sequence[int], count: int | None = None) -> str:
+    """The first row numbers in words.
+
+    Args:
+        numbers: of the first rows, or of all.
+        count: of rows; None if `numbers` are all.
+    """
+    count = len(numbers) if count is None else count
+    numbers = numbers[:SHOWN_ROWS]
     listed = ", ".join(map(str, numbers))
     return f"row {listed}" if count == 1 else f"rows {listed}{', ...' if count > len(numbers) else ''}"

@@ -15,6 +15,14 @@ _NO_COMPILE = (
     "captured as a CUDA graph without it."
 )
 _NO_METRICS = "evaluation takes no compute_metrics, so this has no effect. Leave the option out."
+_NO_PARTS = (
+    "optimizers for parts of the model (GaLore, APOLLO) are not supported. Use adamw_torch or adamw_8bit, or train "
+    "fewer weights with --use_peft."
+)
+_PARTIAL_OPTIMIZERS = [
+    *(f"galore_{kind}{layers}" for kind in ("adamw", "adamw_8bit", "adafactor") for layers in ("", "_layerwise")),
+    *("apollo_adamw", "apollo_adamw_layerwise"),
+]
 _JOB_SCRIPT = "transformers leaves this to the calling script; sapo train always trains. Leave the option out"
 
 SCHEDULERS = (
@@ -81,7 +89,7 @@ INHERITED: tuple[Option, ...] = (
     _optimizer("warmup_steps", 0, "Number of optimizer steps over which the learning rate rises from 0; below 1, a "
                "fraction of all steps.", type="float", low=0, common=True),
     _optimizer("optim", "adamw_torch_fused", "Optimizer, by transformers' name, such as adamw_torch, adamw_8bit or "
-               "adafactor.", type="str"),
+               "adafactor.", type="str", refuses=dict.fromkeys(_PARTIAL_OPTIMIZERS, _NO_PARTS)),
     _optimizer("optim_args", None, "Further arguments of the optimizer, as name=value pairs separated by commas.",
                type="str", optional=True),
     _optimizer("weight_decay", 0.0, "Weight decay of the optimizer, applied to all weights but biases and norms.",
@@ -230,8 +238,7 @@ INHERITED: tuple[Option, ...] = (
              "it out.", "Checkpoints and output"),
     _refused("auto_find_batch_size", "bool", False, "it would change the batch in the middle of a run. Run `sapo "
              "estimate` to find a batch that fits, or lower pairs_per_forward, which does not change the result."),
-    _refused("optim_target_modules", "list", None, "optimizers for parts of the model (GaLore, APOLLO) are not "
-             "supported. Use use_peft to train fewer weights.", "Optimizer", optional=True),
+    _refused("optim_target_modules", "list", None, _NO_PARTS, "Optimizer", optional=True),
     _refused("parallelism_config", "mapping", None, "tensor, context and sequence parallelism are not supported. Use "
              "--accelerate_config fsdp2 or zero3 for models that do not fit on one device.", "Several processes",
              optional=True),

@@ -150,10 +150,19 @@ def test_corrupt_checkpoint_is_refused(checkpoint, make_trainer):
 def test_checkpoint_of_another_configuration_is_refused(checkpoint, make_trainer):
     with pytest.raises(CheckpointError, match=r"beta was 0.1, is 0.2"):
         make_trainer("again", beta=0.2).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(CheckpointError, match="dataset was"):
-        make_trainer("again", rows=[{"prompt": "w1", "completion": " w2 w3"}] * 4).train(
-            resume_from_checkpoint=str(checkpoint)
-        )
+
+
+def test_a_resume_with_other_rows_says_which(checkpoint, make_trainer):
+    rows, other = tiny_rows(), {"prompt": "w1", "chosen": " w2 w3"}
+    for given, said in (
+        ([*rows[:2], other, *rows[3:]], "24 rows then, 24 now; changed: row 3"),
+        ([*rows, other, other], "24 rows then, 26 now; new: rows 25, 26"),
+        (rows[1:], "24 rows then, 23 now; gone: row 1"),
+        ([*rows[1:], rows[0]], "24 rows then, 24 now; their order is another"),
+        ([other], "24 rows then, 1 now, none of them the same: the data, the chat template or the tokenizer is"),
+    ):
+        with pytest.raises(CheckpointError, match=f"dataset: {said}"):
+            make_trainer("again", rows=given).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_checkpoint_has_no_copy_of_the_start_model_and_asks_for_the_same(make_trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,3 +58,23 @@ def trained_on(train: datasets.Dataset, evaluation: datasets.Dataset) -> list[st
         f"warning: {len(shared)} of {len(np.unique(rows))} evaluation rows are training rows too "
         f"({listed_rows((shared + 1).tolist())}): an evaluation does not show how the model does on new rows"
     ]
+
+
+def changed_rows(before: npt.NDArray[np.int64], now: npt.NDArray[np.int64]) -> str:
+    """What differs between the training rows of two starts, in words.
+
+    Args:
+        before: `fingerprints` of the earlier rows.
+        now: of the present ones.
+    """
+    then, here = Counter(before[:, 1].tolist()), Counter(now[:, 1].tolist())
+    counts = f"{len(np.unique(before[:, 0]))} rows then, {len(np.unique(now[:, 0]))} now"
+    if then and not then.keys() & here.keys():
+        return f"{counts}, none of them the same: the data, the chat template or the tokenizer is another"
+    gone, new = (
+        {row for row, turn in turns.tolist() if turn in different}
+        for turns, different in ((before, then - here), (now, here - then))
+    )
+    named = (("changed", gone & new), ("new", new - gone), ("gone", gone - new))
+    found = [f"{what}: {listed_rows([row + 1 for row in sorted(rows)])}" for what, rows in named if rows]
+    return f"{counts}; {'; '.join(found) or 'their order is another'}"

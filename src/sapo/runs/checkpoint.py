@@ -104,7 +104,12 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def compare_facts(
-    folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, free: Collection[str] = ()
+    folder: Path,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    free: Collection[str] = (),
+    words: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse a checkpoint with other options or other data; the message names each difference with both values.
 
@@ -113,9 +118,11 @@ def compare_facts(
         saved: facts of the checkpoint.
         current: facts of this run.
         free: names of facts that may differ.
+        words: what to say of facts that differ, in place of their values.
     """
+    words = words or {}
     different = [
-        f"{name} was {saved.get(name)!r}, is {current[name]!r}"
+        f"{name}: {words[name]}" if name in words else f"{name} was {saved.get(name)!r}, is {current[name]!r}"
         for name in current
         if saved.get(name) != current[name] and name not in free
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 
 from sapo.data.chat_template import template_digest
+from sapo.data.fingerprints import changed_rows, fingerprints
 from sapo.errors import CheckpointError
 from sapo.preference.pair_tensors import checked_entries, entries_to_tensors
 from sapo.preference.pairs import PairSource, SourceState
@@ -25,6 +27,8 @@ from sapo.training.probes import ChosenProbe, EvaluationPairs
 from sapo.weights.opponent import POLICY_ADAPTER, saves_embeddings
 from sapo.weights.sharding import global_numel, sharding_of, zero_stage
 
+_ROWS = "rows"
+"""The part of a checkpoint that has the fingerprints of the training rows."""
 _FREE_WITH_PROCESSES = [
     "world_size",
     "per_device_train_batch_size",
@@ -46,6 +50,7 @@ class RunState:
         eval_pairs: the fixed pairs of evaluations.
         probe: the examples that are followed; None without.
         dataset: the prepared training rows; None without.
+        known_turns: their fingerprints, once they have been computed.
     """
 
     context: RunContext
@@ -55,6 +60,7 @@ class RunState:
     eval_pairs: EvaluationPairs
     probe: ChosenProbe | None
     dataset: Any
+    known_turns: list[Any] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with: options, data, model."""
@@ -84,7 +90,10 @@ class RunState:
         with untrusted.reading(folder):
             saved, current = dict(parts.read_state(folder)["facts"]), self.facts()
             same = saved.get("world_size") == current["world_size"]
-            parts.compare_facts(folder, saved, current, free=() if same else _FREE_WITH_PROCESSES)
+            words = {}
+            if saved.get("dataset") != current["dataset"] and (folder / f"{_ROWS}.safetensors").is_file():
+                words["dataset"] = changed_rows(read_tensors(folder, _ROWS)["turns"].numpy(), self._turns())
+            parts.compare_facts(folder, saved, current, free=() if same else _FREE_WITH_PROCESSES, words=words)
             if not same and zero_stage(self.accelerator):
                 raise CheckpointError(
                     f"{folder}: DeepSpeed's optimizer state is sharded for {saved.get('world_size')} processes. Resume "
@@ -107,6 +116,7 @@ class RunState:
             return
         for role, tensors in full.items():
             write_tensors(folder, role, tensors)
+        write_tensors(folder, _ROWS, {"turns": torch.from_numpy(self._turns())})
         for digest, pairs in self.eval_pairs.made.items():
             entries = [BufferEntry(pair, 0, 0) for pair in pairs]
             write_tensors(folder, f"eval_pairs_{digest}", entries_to_tensors(entries))
@@ -163,6 +173,11 @@ class RunState:
                 shadow.restore(read_tensors(folder, role))
             except ValueError as error:
                 raise CheckpointError(f"{folder / role}.safetensors: {error}.") from error
+
+    def _turns(self) -> Any:
+        if not self.known_turns:
+            self.known_turns.append(fingerprints(self.dataset))
+        return self.known_turns[0]
 
     @property
     def _vocabulary_size(self) -> int:

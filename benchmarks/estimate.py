@@ -35,7 +35,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.estimate.devices import measure
 from sapo.estimate.estimate import estimate
 from sapo.estimate.passes import Lengths
-from sapo.weights.footprint import Strategy
+from sapo.weights.footprint import Strategy, build_run_models
 
 PROMPT, RESPONSE, SEGMENT, BATCH, STEPS = (512, 768, 256, 8, 3) if ON_GPU else (128, 256, 64, 4, 3)
 
@@ -205,8 +205,8 @@ def estimated(options: dict[str, Any]) -> tuple[dict[str, float], int]:
     model_args = ModelConfig(dtype=dtype_of(options), **lora)
     with tempfile.TemporaryDirectory() as folder:
         args = config(folder, options)
-        given = (model_config(options.get("size", "8k")), model_args, args, measure(), Strategy())
-        found = estimate(*given, Lengths(PROMPT, 0, SEGMENT, RESPONSE - SEGMENT))
+        roles = build_run_models(model_config(options.get("size", "8k")), model_args, args, Strategy())
+        found = estimate(roles, measure(), Lengths(PROMPT, 0, SEGMENT, RESPONSE - SEGMENT))
     seconds = {part: found.seconds.get(part, 0.0) for part in PARTS[:2]} | {"all": sum(found.seconds.values())}
     seconds["policy"] = seconds["all"] - seconds["generation"] - seconds["reference"]
     return seconds, found.memory.most

@@ -99,7 +99,7 @@ def counted(config: Any, options: Any, dtype: torch.dtype) -> Trace:
     )  # fmt: skip
     roles = build_run_models(config, ModelConfig(dtype=str(dtype)[6:]), args, Strategy())
     given = {"pairs": options.pairs, "rows": 0, "fused_lm_head": False}
-    return trace_passes(roles, args, Strategy(), LENGTHS[options.size], **given).training
+    return trace_passes(roles, LENGTHS[options.size], **given).training
 
 
 def one_pass(

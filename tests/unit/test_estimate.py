@@ -56,7 +56,7 @@ def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=Fa
     if key not in TRACED:
         args = options(**more)
         roles = build_run_models(MODELS[name], ModelConfig(**(model or {})), args, strategy)
-        TRACED[key] = trace_passes(roles, args, strategy, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
+        TRACED[key] = trace_passes(roles, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
     return TRACED[key]
 
 
@@ -150,10 +150,9 @@ def test_parts_that_a_run_does_not_have_are_not_estimated():
 
 def test_the_published_likelihood_term_and_flash_attention_take_the_plain_layout():
     assert passes(objective="orpo", nll_scope="all").why_plain == "nll_scope=all"
-    args = options()
-    roles = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy())
-    given = {"pairs": 4, "rows": 0, "fused_lm_head": False}
-    found = trace_passes(roles, args, Strategy(), LENGTHS, attention="flash_attention_2", **given)
+    flash = ModelConfig(attn_implementation="flash_attention_2")
+    roles = build_run_models(MODELS["llama"], flash, options(), Strategy())
+    found = trace_passes(roles, LENGTHS, pairs=4, rows=0, fused_lm_head=False)
     assert (found.layout, found.why_plain) == ("plain", "attn_implementation is flash_attention_2")
 
 
@@ -167,14 +166,14 @@ def test_lengths_are_the_longest_and_seconds_those_of_the_middle():
 
 def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
     args = options(max_length=64, segment_length=8)
-    given = (MODELS["llama"], ModelConfig(), args)
     lengths = longest(args)
-    slow, fast = (estimate(*given, DEVICES[name], Strategy(), lengths) for name in ("rtx3090", "b200"))
+    roles = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy())
+    slow, fast = (estimate(roles, DEVICES[name], lengths) for name in ("rtx3090", "b200"))
     trace = passes().training
     assert trace_seconds(trace, DEVICES["b200"]) <= trace_seconds(trace, DEVICES["rtx3090"])
     assert slow.memory.lasting == fast.memory.lasting
-    pooled = estimate(*given[:2], options(max_length=64, segment_length=8, steps_per_generation=4), DEVICES["h100"],
-                      Strategy(), lengths)  # fmt: skip
+    pool = options(max_length=64, segment_length=8, steps_per_generation=4)
+    pooled = estimate(build_run_models(MODELS["llama"], ModelConfig(), pool, Strategy()), DEVICES["h100"], lengths)
     # Many rows a call: starting an operation costs the same for all of them.
     assert pooled.seconds["generation"] < 0.5 * fast.seconds["generation"]
 
@@ -320,9 +319,10 @@ def test_recomputation_is_chosen_where_memory_asks_for_it_alone():
     model_args, args = ModelConfig(), options(max_length=200, segment_length=8, gradient_checkpointing="auto")
     found = memory_without_recomputation(config, model_args, args, Strategy(), on_gpu=False)
     plain = options(max_length=200, segment_length=8, gradient_checkpointing=False)
-    exact = estimate(config, model_args, plain, DEVICES["h100"], Strategy(), longest(plain))
+    roles = build_run_models(config, model_args, plain, Strategy())
+    exact = estimate(roles, DEVICES["h100"], longest(plain))
     assert args.gradient_checkpointing == "auto"
-    unfused = memory_of(config, model_args, plain, Strategy(), longest(plain), on_gpu=False, generates=False)
+    unfused = memory_of(roles, longest(plain), on_gpu=False, generates=False)
     assert found == pytest.approx(unfused.phases["training"], rel=0.02)
     assert exact.recomputes is False
 
@@ -336,14 +336,11 @@ def test_auto_becomes_a_truth_value_before_the_model_is_made_ready(free, expecte
     assert {layer.gradient_checkpointing for layer in trainer.policy().model.layers} == {expected}
 
 
-def test_tokens_of_a_pass_bound_its_memory():
-    long = {"lengths": Lengths(100, 0, 60, 60)}
-    args = options(tokens_per_forward=700)
-    roles = build_run_models(MODELS["llama"], ModelConfig(), args, Strategy())
+@pytest.mark.parametrize(("tokens", "pairs"), [(700, 2), (10, 1), (None, 4)])
+def test_tokens_of_a_pass_bound_its_memory(tokens, pairs):
+    roles = build_run_models(MODELS["llama"], ModelConfig(), options(tokens_per_forward=tokens), Strategy())
     # 220 tokens, and a branch of 121.
-    assert pairs_of_a_pass(roles, args, long["lengths"]) == 2
-    assert pairs_of_a_pass(roles, options(tokens_per_forward=10), long["lengths"]) == 1
-    assert pairs_of_a_pass(roles, options(), long["lengths"]) == 4
+    assert pairs_of_a_pass(roles, Lengths(100, 0, 60, 60)) == pairs
 
 
 def test_lengths_are_those_of_the_rows(tmp_path, capsys):
@@ -369,22 +366,25 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     assert re.search(r"75 optimizer steps: at least \d+ s, expect \d+ s to \d+ s", shown)
 
 
-def test_what_does_not_fit_fits_on_more_devices_as_it_is():
+def one_layer(strategy=None, **more):
     config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
-    args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
-    device, lengths = DEVICES["h100"], longest(args)
-    four = memory_of(config, model_args, args, Strategy("zero3", 4), lengths, on_gpu=True).needed
-    tight = dataclasses.replace(device, memory=four)
-    assert gpus_that_fit(config, model_args, args, tight, Strategy(), lengths)[0] == 4
-    assert gpus_that_fit(config, model_args, args, dataclasses.replace(device, memory=0), Strategy(), lengths) is None
+    args = options(segment_length=8, **more)
+    return build_run_models(config, ModelConfig(), args, strategy or Strategy()), longest(args)
+
+
+def test_what_does_not_fit_fits_on_more_devices_as_it_is():
+    given = {"max_length": 64, "bf16": True}
+    four = memory_of(*one_layer(Strategy("zero3", 4), **given), on_gpu=True).needed
+    roles, lengths = one_layer(**given)
+    tight, nothing = (dataclasses.replace(DEVICES["h100"], memory=memory) for memory in (four, 0))
+    assert gpus_that_fit(roles, tight, lengths)[0] == 4
+    assert gpus_that_fit(roles, nothing, lengths) is None
 
 
 def test_lower_precision_is_advised_last_and_with_a_master():
-    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
-    args, model_args = options(max_length=64, segment_length=8, bf16=True), ModelConfig()
-    lengths, nothing = longest(args), dataclasses.replace(DEVICES["h100"], memory=0)
-    before = memory_of(config, model_args, args, Strategy("multi_gpu", 2), lengths, on_gpu=True)
-    changes = changes_that_fit(config, model_args, args, nothing, Strategy("multi_gpu", 2), lengths, before)
+    roles, lengths = one_layer(Strategy("multi_gpu", 2), max_length=64, bf16=True)
+    before = memory_of(roles, lengths, on_gpu=True)
+    changes = changes_that_fit(roles, dataclasses.replace(DEVICES["h100"], memory=0), lengths, before)
     flags = [change.flag for change in changes]
     order = ["--accelerate_config zero3", "--use_peft --lora_target_modules all-linear", "--dtype bfloat16"]
     places = [flags.index(flag) for flag in order if flag in flags]
@@ -393,15 +393,11 @@ def test_lower_precision_is_advised_last_and_with_a_master():
 
 
 def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes():
-    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1})
-    args, model_args = options(max_length=256, segment_length=8), ModelConfig()
-    lengths = longest(args)
-    given = (config, model_args, args)
-    needs = memory_of(*given, Strategy(), lengths, on_gpu=True)
+    roles, lengths = one_layer(max_length=256)
+    needs = memory_of(roles, lengths, on_gpu=True)
 
     def changes(memory):
-        device = dataclasses.replace(DEVICES["h100"], memory=memory)
-        return changes_that_fit(*given, device, Strategy(), lengths, needs)
+        return changes_that_fit(roles, dataclasses.replace(DEVICES["h100"], memory=memory), lengths, needs)
 
     everything = changes(memory=0)
     assert [change.flag for change in everything] == [

@@ -31,7 +31,7 @@ def options(**more):
 
 def parts(config, *, strategy=ALONE, model=None, **more):
     args, model_args = options(**more), ModelConfig(**(model or {}))
-    return model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
+    return model_memory(build_run_models(config, model_args, args, strategy))
 
 
 def size(tensors):
@@ -161,10 +161,11 @@ def test_zero_keeps_a_float32_copy_and_divides_what_is_stepped():
 
 
 def test_data_parallel_processes_hold_buckets_beside_the_gradients():
-    args = options()
-    trained = build_run_models(ARCHITECTURES["llama"], ModelConfig(), args, ALONE).trained
-    both = gradient_memory(trained, args, Strategy("multi_gpu", 2))
-    assert both == 2 * gradient_memory(trained, args, ALONE)
+    one, both = (
+        build_run_models(ARCHITECTURES["llama"], ModelConfig(), options(), strategy)
+        for strategy in (ALONE, Strategy("multi_gpu", 2))
+    )
+    assert gradient_memory(both) == 2 * gradient_memory(one)
 
 
 def test_four_bits_shrink_the_linear_layers_alone():
@@ -181,4 +182,4 @@ def test_four_bits_shrink_the_linear_layers_alone():
 def test_any_attention_and_any_architecture_can_be_counted(attention):
     for config in [ARCHITECTURES["llama"], *UNABLE.values()]:
         roles = build_run_models(config, ModelConfig(attn_implementation=attention), options(), ALONE)
-        assert model_memory(roles, options(), ALONE)["policy"] == 4 * sum(weight.numel() for weight in roles.trained)
+        assert model_memory(roles)["policy"] == 4 * sum(weight.numel() for weight in roles.trained)

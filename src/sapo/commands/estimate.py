@@ -28,7 +28,7 @@ from sapo.runs.files import write_atomically
 from sapo.text.numbers import bytes_text, count_text, duration_text
 from sapo.text.terminal import say
 from sapo.weights.description import load_config, positions_of
-from sapo.weights.footprint import Strategy, StrategyName
+from sapo.weights.footprint import Strategy, StrategyName, build_run_models
 from sapo.weights.loading import with_stored_adapter
 from sapo.weights.source import find_source
 
@@ -118,16 +118,17 @@ def make_report(given: Parsed) -> Report:
     asked = run.config.gradient_checkpointing
     if asked == "auto":
         set_checkpointing(run.config, False)
-    what = (config, run.model, run.config, device, strategy, lengths)
-    result = estimate(*what, usual)
+    roles = build_run_models(config, run.model, run.config, strategy)
+    result = estimate(roles, device, lengths, usual)
     if asked == "auto" and result.memory.needed > device.memory:
         set_checkpointing(run.config, True)
-        result = estimate(*what, usual)
+        roles = build_run_models(config, run.model, run.config, strategy)
+        result = estimate(roles, device, lengths, usual)
     changes: list[Change] = []
     gpus = None
     if result.memory.needed > device.memory:
-        changes = changes_that_fit(*what, before=result.memory)
-        gpus = gpus_that_fit(*what)
+        changes = changes_that_fit(roles, device, lengths, result.memory)
+        gpus = gpus_that_fit(roles, device, lengths)
     return Report(
         device,
         strategy,

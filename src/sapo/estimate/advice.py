@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.training_args import OptimizerNames
-from trl import ModelConfig
 
-from sapo.config import SAPOConfig
 from sapo.estimate.devices import Device
 from sapo.estimate.estimate import Memory, memory_of
 from sapo.estimate.passes import Lengths
-from sapo.weights.footprint import Strategy
+from sapo.weights.footprint import RunModels, Strategy, build_run_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,66 +30,50 @@ class Change:
     memory: Memory
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    model_args: ModelConfig
-    args: SAPOConfig
-    strategy: Strategy
-
-    def changed(self, strategy: Strategy | None = None, **options: Any) -> _Plan:
-        """A copy; the options have been checked as they were, and these changes clash with none."""
-        model_args, args = copy.copy(self.model_args), copy.copy(self.args)
-        for name, value in options.items():
-            setattr(model_args if hasattr(model_args, name) else args, name, value)
-        return _Plan(model_args, args, strategy or self.strategy)
-
-
-def changes_that_fit(
-    config: Any,
-    model_args: ModelConfig,
-    args: SAPOConfig,
-    device: Device,
-    strategy: Strategy,
-    lengths: Lengths,
-    before: Memory,
-) -> list[Change]:
+def changes_that_fit(roles: RunModels, device: Device, lengths: Lengths, before: Memory) -> list[Change]:
     """Flags that bring the memory under that of the device, one on top of the other; those that save nothing are left.
 
-    As many as it takes; the last one's memory may still be too large, when nothing more is known. The arguments are
-    those of `estimate`, and `before` is the memory without any change.
+    As many as it takes; the last one's memory may still be too large, when nothing more is known. `before` is the
+    memory without any change.
     """
-    plan, last, changes = _Plan(model_args, args, strategy), before, []
-    for flag, price, options in _candidates(plan):
+    last, changes = before, list[Change]()
+    for flag, price, options in _candidates(roles):
         if last.needed <= device.memory:
             break
-        new = plan.changed(**options)
-        found = memory_of(config, new.model_args, new.args, new.strategy, lengths, on_gpu=device.overlaps)
+        new = _changed(roles, **options)
+        found = memory_of(new, lengths, on_gpu=device.overlaps)
         if found.most < 0.99 * last.most:
-            plan, last = new, found
+            roles, last = new, found
             changes.append(Change(flag, price, found))
     return changes
 
 
-def gpus_that_fit(
-    config: Any, model_args: ModelConfig, args: SAPOConfig, device: Device, strategy: Strategy, lengths: Lengths
-) -> tuple[int, Memory] | None:
+def gpus_that_fit(roles: RunModels, device: Device, lengths: Lengths) -> tuple[int, Memory] | None:
     """The fewest of 2, 4 or 8 GPUs on which the run fits as it is, sharded by ZeRO-3; None if they do not suffice.
 
-    See `estimate` for the arguments. An adapter's base is sharded likewise; of a run that has shards already, and of
-    quantized weights, which ZeRO-3 does not shard, more GPUs are not looked at.
+    An adapter's base is sharded likewise; of a run that has shards already, and of quantized weights, which ZeRO-3 does
+    not shard, more GPUs are not looked at.
     """
-    if strategy.shards_weights or model_args.load_in_4bit or model_args.load_in_8bit or not device.overlaps:
+    if roles.strategy.shards_weights or roles.quantized or not device.overlaps:
         return None
     for count in (2, 4, 8):
-        if count >= strategy.processes:
-            found = memory_of(config, model_args, args, Strategy("zero3", count), lengths, on_gpu=True)
+        if count >= roles.strategy.processes:
+            found = memory_of(_changed(roles, Strategy("zero3", count)), lengths, on_gpu=True)
             if found.needed <= device.memory:
                 return count, found
     return None
 
 
-def _candidates(start: _Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Flag, price, and what `_Plan.changed` is given."""
+def _changed(roles: RunModels, strategy: Strategy | None = None, **options: Any) -> RunModels:
+    """The run with other options, which have been checked as they were: these changes clash with none."""
+    model_args, args = copy.copy(roles.model_args), copy.copy(roles.args)
+    for name, value in options.items():
+        setattr(model_args if hasattr(model_args, name) else args, name, value)
+    return build_run_models(roles.config, model_args, args, strategy or roles.strategy)
+
+
+def _candidates(start: RunModels) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Flag, price, and what `_changed` is given."""
     args, model_args, strategy = start.args, start.model_args, start.strategy
     if not args.gradient_checkpointing:
         yield "--gradient_checkpointing true", "activations are computed twice", {"gradient_checkpointing": True}

@@ -15,7 +15,7 @@ from sapo.errors import ConfigurationError, brief
 from sapo.estimate.estimate import FRAGMENTED, RESERVED, longest, memory_of
 from sapo.text.numbers import bytes_text
 from sapo.weights.description import is_causal
-from sapo.weights.footprint import Strategy, free_memory, running_strategy
+from sapo.weights.footprint import Strategy, build_run_models, free_memory, running_strategy
 from sapo.weights.source import quantization_method
 
 logger = logging.get_logger(__name__)
@@ -72,12 +72,10 @@ def memory_without_recomputation(
     set_checkpointing(args, False)
     layers = config.get_text_config().num_hidden_layers
     counts = [min(count, layers) for count in _TRACED]
-    found = [
-        memory_of(
-            _with_layers(config, count), model_args, args, strategy, longest(args), on_gpu=on_gpu, generates=False
-        ).phases["training"]
-        for count in counts
-    ]
+    found = []
+    for count in counts:
+        roles = build_run_models(_with_layers(config, count), model_args, args, strategy)
+        found.append(memory_of(roles, longest(args), on_gpu=on_gpu, generates=False).phases["training"])
     slope = (found[1] - found[0]) / max(1, counts[1] - counts[0])
     needed = found[1] + (layers - counts[1]) * slope
     return float(needed * (1 + FRAGMENTED) + RESERVED if on_gpu else needed)

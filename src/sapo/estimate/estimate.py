@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from peft import PeftModel
-from trl import ModelConfig
 
 from sapo.config import HAS_FUSED_LM_HEAD, SAPOConfig
 from sapo.estimate.devices import Device
@@ -17,8 +13,6 @@ from sapo.estimate.tracing import Trace
 from sapo.generation.decoding import TOKENS_PER_READ
 from sapo.weights.footprint import (
     RunModels,
-    Strategy,
-    build_run_models,
     gather_shell_memory,
     gathered_memory,
     model_memory,
@@ -138,34 +132,22 @@ def usual(longest: Lengths, args: SAPOConfig) -> Lengths:
     return Lengths(longest.prompt, before, longest.segment, longest.after - before)
 
 
-def estimate(
-    config: Any,
-    model_args: ModelConfig,
-    args: SAPOConfig,
-    device: Device,
-    strategy: Strategy,
-    lengths: Lengths,
-    usual_lengths: Lengths | None = None,
-) -> Estimate:
+def estimate(roles: RunModels, device: Device, lengths: Lengths, usual_lengths: Lengths | None = None) -> Estimate:
     """Memory and seconds of an optimizer step.
 
     Args:
-        config: of the model.
-        model_args: type of the weights, adapter, quantization, attention.
-        args: of the run.
+        roles: of the run.
         device: what it runs on, `strategy.processes` of them.
-        strategy: how the run is divided over them.
         lengths: of every pair, for the memory.
         usual_lengths: of every pair, for the seconds, with the segment in the middle of where it may lie; unset, the
             same.
     """
     on_gpu = device.overlaps
-    roles, traced = _tracer(config, model_args, args, strategy, on_gpu=on_gpu)
-    passes = traced(lengths)
-    common = usual(usual_lengths or lengths, args)
-    timed = passes if common == lengths else traced(common)
-    memory = _memory(passes, roles, args, strategy, on_gpu=on_gpu)
-    step = _Step(timed, roles, args, device, strategy, common, memory)
+    passes = _traced(roles, lengths, on_gpu=on_gpu)
+    common = usual(usual_lengths or lengths, roles.args)
+    timed = passes if common == lengths else _traced(roles, common, on_gpu=on_gpu)
+    memory = _memory(passes, roles, on_gpu=on_gpu)
+    step = _Step(timed, roles, device, common, memory)
     limits, flops = step.limits()
     launches = None if timed.token is None else 1 if step.graph else len(timed.token.work)
     weights = {id(weight): weight for weight in roles.policy.parameters()}
@@ -180,40 +162,20 @@ def estimate(
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),
         trained=sum(weight.numel() for weight in roles.trained),
-        recomputes=recomputes(args),
+        recomputes=recomputes(roles.args),
     )
 
 
-def memory_of(
-    config: Any,
-    model_args: ModelConfig,
-    args: SAPOConfig,
-    strategy: Strategy,
-    lengths: Lengths,
-    *,
-    on_gpu: bool,
-    generates: bool = True,
-) -> Memory:
+def memory_of(roles: RunModels, lengths: Lengths, *, on_gpu: bool, generates: bool = True) -> Memory:
     """The memory alone of what `estimate` estimates; perhaps without generation, which takes long to trace."""
-    roles, traced = _tracer(config, model_args, args, strategy, on_gpu=on_gpu, generates=generates)
-    return _memory(traced(lengths), roles, args, strategy, on_gpu=on_gpu)
+    return _memory(_traced(roles, lengths, on_gpu=on_gpu, generates=generates), roles, on_gpu=on_gpu)
 
 
-def _tracer(
-    config: Any, model_args: ModelConfig, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool, generates: bool = True
-) -> tuple[RunModels, Callable[[Lengths], Passes]]:
-    roles = build_run_models(config, model_args, args, strategy)
+def _traced(roles: RunModels, lengths: Lengths, *, on_gpu: bool, generates: bool = True) -> Passes:
+    args = roles.args
     fused = args.fused_lm_head if args.fused_lm_head is not None else on_gpu and HAS_FUSED_LM_HEAD
     rows = _rows(args) if generates else 0
-    return roles, partial(
-        trace_passes,
-        roles,
-        args,
-        strategy,
-        rows=min(rows, args.generation_batch_size or rows),
-        fused_lm_head=bool(fused),
-        attention=model_args.attn_implementation,
-    )
+    return trace_passes(roles, lengths, rows=min(rows, args.generation_batch_size or rows), fused_lm_head=bool(fused))
 
 
 def _rows(args: SAPOConfig) -> int:
@@ -225,15 +187,15 @@ def _rows(args: SAPOConfig) -> int:
     return int(micro * steps * args.num_generations)
 
 
-def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> Memory:
-    parts = model_memory(roles, args, strategy)
+def _memory(passes: Passes, roles: RunModels, *, on_gpu: bool) -> Memory:
+    parts = model_memory(roles)
     gradients = parts.pop("gradients", 0)
     lasting = sum(parts.values())
-    shell, gathered = gather_shell_memory(roles, args, strategy), gathered_memory(roles, args, strategy)
+    shell, gathered = gather_shell_memory(roles), gathered_memory(roles)
     training = passes.training
     beside = gradients - training.most["gradients"]
     phases = {"training": lasting + gathered + training.bytes + beside}
-    phases["optimizer"] = lasting + gradients + optimizer_scratch(roles.trained, args, strategy, on_gpu=on_gpu)
+    phases["optimizer"] = lasting + gradients + optimizer_scratch(roles, on_gpu=on_gpu)
     passing = {
         "gradients": gradients,
         "activations": training.most["activations"],
@@ -241,7 +203,7 @@ def _memory(passes: Passes, roles: RunModels, args: SAPOConfig, strategy: Strate
     }
     if passes.reference is not None:
         # It scores a micro-batch before the policy trains on it; only earlier micro-batches have left gradients.
-        earlier = gradients if args.gradient_accumulation_steps > 1 else 0
+        earlier = gradients if roles.args.gradient_accumulation_steps > 1 else 0
         phases["reference"] = lasting + shell + passes.reference.bytes + earlier
     if passes.prefill is not None:
         phases["generation"] = lasting + shell + passes.cast + max(passes.prefill.bytes, passes.cache)
@@ -261,22 +223,22 @@ class _Step:
 
     passes: Passes
     roles: RunModels
-    args: SAPOConfig
     device: Device
-    strategy: Strategy
     lengths: Lengths
     memory: Memory
 
     @property
     def number(self) -> float:
         """Passes in a step."""
-        return float(self.args.pairs_per_micro_batch * self.args.gradient_accumulation_steps / self.passes.pairs)
+        return float(
+            self.roles.args.pairs_per_micro_batch * self.roles.args.gradient_accumulation_steps / self.passes.pairs
+        )
 
     @property
     def calls(self) -> float:
         """Times that a step has rows decoded; below 1 where one call writes for several steps."""
-        rows = _rows(self.args)
-        return -(-rows // (self.args.generation_batch_size or rows)) / _steps_of_a_call(self.args)
+        rows = _rows(self.roles.args)
+        return -(-rows // (self.roles.args.generation_batch_size or rows)) / _steps_of_a_call(self.roles.args)
 
     @property
     def graph(self) -> bool:
@@ -288,7 +250,7 @@ class _Step:
         """Read and written after the backward pass."""
         states = self.memory.lasting.get("optimizer", 0) + self.memory.lasting.get("float32 master", 0)
         trained = sum(weight.numel() * weight.element_size() for weight in self.roles.trained)
-        trained //= self.strategy.processes if self.strategy.shards_gradients else 1
+        trained //= self.roles.strategy.processes if self.roles.strategy.shards_gradients else 1
         followed = sum(size for name, size in self.memory.lasting.items() if name.startswith("opponent"))
         # Weights, gradients and states are read, the first and last written; the average reads itself and the policy.
         return 3 * trained + 2 * states + 3 * followed
@@ -304,7 +266,7 @@ class _Step:
             seconds["reference"] = self.number * trace_seconds(passes.reference, device)
         seconds[POLICY] = self.number * trace_seconds(passes.training, device)
         seconds[OPTIMIZER] = self.optimizer_bytes / device.bandwidth
-        if self.strategy.processes > 1:
+        if self.roles.strategy.processes > 1:
             seconds["communication"] = self._communication(seconds[POLICY])
         return seconds
 
@@ -312,7 +274,9 @@ class _Step:
         """`limits` and `flops` of an `Estimate`."""
         passes, device, roles = self.passes, self.device, self.roles
         weights = list({id(weight): weight for weight in roles.policy.parameters()}.values())
-        half = bool(self.args.bf16 or self.args.fp16) or all(weight.element_size() == 2 for weight in weights)
+        half = bool(self.roles.args.bf16 or self.roles.args.fp16) or all(
+            weight.element_size() == 2 for weight in weights
+        )
         limits: dict[str, float] = {}
         flops: dict[str, float] = {}
         forward = 0.0
@@ -333,7 +297,7 @@ class _Step:
         flops[POLICY] = self.number * training
         # A full model's backward pass is twice its forward pass, an adapter's once and a little.
         share = 3 if isinstance(roles.policy, PeftModel) else 4
-        twice = (forward or training / share) if recomputes(self.args) else 0.0
+        twice = (forward or training / share) if recomputes(self.roles.args) else 0.0
         limits[POLICY] = device.limit(self.number * (training - twice), 0, half=half)
         limits[OPTIMIZER] = self.optimizer_bytes * device.reached[1] / device.bandwidth
         flops[OPTIMIZER] = 0.0
@@ -341,9 +305,9 @@ class _Step:
 
     def _communication(self, computing: float) -> float:
         """Seconds that are not hidden behind the policy's `computing`; the ring's share of each device."""
-        args, strategy = self.args, self.strategy
+        args, strategy = self.roles.args, self.roles.strategy
         share = (strategy.processes - 1) / strategy.processes
-        width = 2 if args.bf16 or args.fp16 else 4
+        width = self.roles.width
         trained = sum(weight.numel() for weight in self.roles.trained)
         everything = sum(weight.numel() for weight in self.roles.policy.parameters())
         if strategy.shards_weights:

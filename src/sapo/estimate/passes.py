@@ -25,7 +25,7 @@ from sapo.preference.pairs import Pair
 from sapo.preference.scoring import head_at, model_inputs, summed_logps, sums_by_owner
 from sapo.preference.segments import Segment
 from sapo.preference.shared_prefix import shared_layout_unsupported_reason, use_shared_attention
-from sapo.weights.footprint import RunModels, Strategy
+from sapo.weights.footprint import RunModels
 
 _TILE = (4096, 32768)
 """Positions and vocabulary entries that trl's fused head works on at a time."""
@@ -81,30 +81,20 @@ class Passes:
 
 
 def trace_passes(
-    roles: RunModels,
-    args: SAPOConfig,
-    strategy: Strategy,
-    lengths: Lengths,
-    *,
-    rows: int,
-    fused_lm_head: bool,
-    attention: str | None = None,
-    pairs: int | None = None,
+    roles: RunModels, lengths: Lengths, *, rows: int, fused_lm_head: bool, pairs: int | None = None
 ) -> Passes:
     """Trace the passes of a step.
 
     Args:
-        roles: on the meta device; the policy's architecture stands for all three.
-        args: layout, precision, checkpointing, objective.
-        strategy: sharded gradients leave the device as they are formed.
+        roles: of the run; the policy's architecture stands for all three.
         lengths: of every pair.
         rows: decoded together; 0 without generation.
         fused_lm_head: as trl's kernel on CUDA would, in tiles.
-        attention: the implementation that was asked for; flash attention has no shared prefixes.
         pairs: in one pass; unset, see `pairs_of_a_pass`.
     """
-    pairs = pairs or pairs_of_a_pass(roles, args, lengths, attention)
-    why = _why_plain(roles.policy, args, attention)
+    args = roles.args
+    pairs = pairs or pairs_of_a_pass(roles, lengths)
+    why = _why_plain(roles)
     layout: Layout = "plain" if why else "shared"
     # Where it is scored cannot be found without data.
     laid_out = _batch(lengths, pairs, layout, args)
@@ -114,39 +104,42 @@ def trace_passes(
             use_shared_attention(policy)
         batch = _fake(laid_out, mode)
         scores = _fused_scores if fused_lm_head else summed_logps
-        training = _training(policy, batch, args, strategy, scores)
+        training = _training(policy, batch, roles, scores)
         reference = prefill = token = None
         cache = cast = 0
         captured = False
         policy.eval()
         if args.reference != "none":
-            with _computing(policy, args, strategy), _account(policy) as account, torch.no_grad():
+            with _computing(policy, roles), _account(policy) as account, torch.no_grad():
                 scores(policy, batch)
             reference = account.trace
         if rows:
-            prefill, token, cache, cast, captured = _generation(policy, args, strategy, lengths, rows)
+            prefill, token, cache, cast, captured = _generation(policy, roles, lengths, rows)
     captured = captured and not roles.quantized
     return Passes(training, reference, prefill, token, cache, cast, captured, pairs, layout, why)
 
 
-def pairs_of_a_pass(roles: RunModels, args: SAPOConfig, lengths: Lengths, attention: str | None = None) -> int:
+def pairs_of_a_pass(roles: RunModels, lengths: Lengths) -> int:
     """Pairs that one forward pass holds by `pairs_per_forward` and `tokens_per_forward`; see `trace_passes`."""
+    args = roles.args
     most = min(args.pairs_per_forward or args.pairs_per_micro_batch, args.pairs_per_micro_batch)
     if args.tokens_per_forward is None:
         return int(most)
-    layout: Layout = "plain" if _why_plain(roles.policy, args, attention) else "shared"
+    layout: Layout = "plain" if _why_plain(roles) else "shared"
     return max(1, min(int(most), int(args.tokens_per_forward) // pass_tokens([_pair(lengths, args)], layout)))
 
 
-def _why_plain(policy: nn.Module, args: SAPOConfig, attention: str | None) -> str | None:
+def _why_plain(roles: RunModels) -> str | None:
+    args, attention = roles.args, roles.model_args.attn_implementation
     if args.layout == "plain" or args.nll_scope == "all":
         return "layout=plain" if args.layout == "plain" else "nll_scope=all"
     if attention is not None and attention not in ("sdpa", "flex_attention"):
         return f"attn_implementation is {attention}"
-    return shared_layout_unsupported_reason(policy)
+    return shared_layout_unsupported_reason(roles.policy)
 
 
-def _training(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: Strategy, scores: Any) -> Trace:
+def _training(policy: nn.Module, batch: PairBatch, roles: RunModels, scores: Any) -> Trace:
+    args, strategy = roles.args, roles.strategy
     policy.train()
     if args.gradient_checkpointing is True:
         # As transformers does by default; and random state does not matter without data.
@@ -184,9 +177,7 @@ def _training(policy: nn.Module, batch: PairBatch, args: SAPOConfig, strategy: S
     return account.trace
 
 
-def _generation(
-    policy: Any, args: SAPOConfig, strategy: Strategy, lengths: Lengths, rows: int
-) -> tuple[Trace, Trace, int, int, bool]:
+def _generation(policy: Any, roles: RunModels, lengths: Lengths, rows: int) -> tuple[Trace, Trace, int, int, bool]:
     """The decode loop's own first two tokens: the contexts are read, and one token more."""
     state = DecodingRows(
         [[0] * lengths.context] * rows,
@@ -194,11 +185,11 @@ def _generation(
         [0] * rows,
         pad_token_id=0,
         # top-k looks at values on a CPU. The sort that top-p takes on an accelerator is in the trace.
-        sampling=Sampling(args.temperature, 0, args.top_p),
+        sampling=Sampling(roles.args.temperature, 0, roles.args.top_p),
         device=torch.device("cpu"),
     )
     forward = functools.partial(policy, use_cache=True, logits_to_keep=1, return_dict=True)
-    with torch.no_grad(), _computing(policy, args, strategy, generates=True) as cast:
+    with torch.no_grad(), _computing(policy, roles, generates=True) as cast:
         with _account(policy) as first:
             output = forward(**state.prompt(), past_key_values=None)
             cache = output.past_key_values
@@ -216,7 +207,7 @@ def _generation(
 
 
 @contextmanager
-def _computing(policy: Any, args: SAPOConfig, strategy: Strategy, *, generates: bool = False) -> Iterator[int]:
+def _computing(policy: Any, roles: RunModels, *, generates: bool = False) -> Iterator[int]:
     """The precision in which opponent and reference compute, here with the policy's weights.
 
     With mixed precision everything computes in it. Gathered copies of a sharded run have their weights in it; in other
@@ -225,15 +216,16 @@ def _computing(policy: Any, args: SAPOConfig, strategy: Strategy, *, generates: 
     Yields:
         Bytes of the casts that lie beside the originals.
     """
+    args, sharded = roles.args, roles.strategy.shards_weights
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     cast: list[tuple[Tensor, Tensor]] = []
-    if half is not None and (strategy.shards_weights or generates):
+    if half is not None and (sharded or generates):
         cast = [(weight, weight.data) for weight in policy.parameters() if weight.dtype == torch.float32]
     for weight, original in cast:
         weight.data = torch.empty(original.shape, dtype=half)
     try:
         with _autocast(args):
-            yield 0 if strategy.shards_weights else sum(weight.data.nbytes for weight, _ in cast)
+            yield 0 if sharded else sum(weight.data.nbytes for weight, _ in cast)
     finally:
         for weight, original in cast:
             weight.data = original

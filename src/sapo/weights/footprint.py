@@ -71,19 +71,32 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class RunModels:
-    """The models of a run on the meta device.
+    """A run with its models on the meta device.
 
     Attributes:
+        config: of the model.
+        model_args: type of the weights, adapter, quantization, attention.
+        args: of the run.
+        strategy: how it is divided over processes.
         policy: with its adapter, if it has one.
         opponent: None for paired data.
         reference: None without one, with the live opponent, and where the base model under an adapter stands for it.
         quantized: bytes of an element of those weights that are kept in 4 or 8 bits, by the weight's `id`.
     """
 
+    config: Any
+    model_args: ModelConfig
+    args: SAPOConfig
+    strategy: Strategy
     policy: nn.Module
     opponent: ShadowModel | None
     reference: ShadowModel | None
     quantized: dict[int, float]
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the precision of the computation."""
+        return 2 if self.args.bf16 or self.args.fp16 else 4
 
     @property
     def trained(self) -> list[Tensor]:
@@ -108,10 +121,8 @@ def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, str
 
     A new adapter is assumed: continuing from an existing one, `reference: initial` costs an adapter more.
     """
-    if args.num_rounds is not None:
-        # An round trains on pairs that were written before: the opponent is not there any more.
-        args = copy.copy(args)
-        args.pair_source = "paired"
+    # A round trains on pairs that were written before: the opponent is not there any more.
+    has_opponent = args.pair_source == "self_play" and args.num_rounds is None
     dtype = weight_type(config, model_args)
     if strategy.name in ("zero2", "zero3") and args.bf16:
         dtype = torch.bfloat16
@@ -131,17 +142,17 @@ def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, str
             for weight in policy.parameters():
                 if weight.requires_grad:
                     weight.data = weight.data.float()
-        opponent = make_opponent(policy, decay=args.ema_decay) if args.pair_source == "self_play" else None
+        opponent = make_opponent(policy, decay=args.ema_decay) if has_opponent else None
         reference = None
         if args.reference in ("initial", "opponent_copy"):
             base = adapter and args.reference == "initial"
             reference = None if base else make_reference(policy, may_be_base=False)
-    return RunModels(policy, opponent, reference, quantized)
+    return RunModels(config, model_args, args, strategy, policy, opponent, reference, quantized)
 
 
-def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict[str, int]:
+def model_memory(roles: RunModels) -> dict[str, int]:
     """Bytes on one device of what lasts from step to step, and of the gradients, by part."""
-    policy, trained = roles.policy, roles.trained
+    policy, strategy = roles.policy, roles.strategy
     own = 1 / strategy.processes if strategy.shards_weights else 1
     parts = {"policy": _size(_base(roles), roles.quantized) * own}
     if isinstance(policy, PeftModel):
@@ -150,21 +161,20 @@ def model_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> dict
         kept = list(roles.opponent.tensors().values())
         if isinstance(roles.opponent, ModelCopy) and not strategy.shards_weights:
             parts["opponent"] = _size(roles.opponent.model.parameters()) * own
-            parts["opponent's float32 master"] = _size(kept) * own if _has_master(policy, args) else 0
+            parts["opponent's float32 master"] = _size(kept) * own if _has_master(roles) else 0
         else:
             parts["opponent"] = _size(kept) * own
     if roles.reference is not None:
         parts["reference"] = _size(roles.reference.tensors().values()) * own
-    parts["gradients"] = gradient_memory(trained, args, strategy)
-    parts["float32 master"] = 4 * _count(_mastered(trained, strategy))
-    parts["optimizer"] = _optimizer_memory(trained, args, strategy)
+    parts["gradients"] = gradient_memory(roles)
+    parts["float32 master"] = 4 * _count(_mastered(roles))
+    parts["optimizer"] = _optimizer_memory(roles)
     return {name: round(size) for name, size in parts.items() if size}
 
 
 def check_memory(config: Any, model_args: ModelConfig, args: SAPOConfig) -> None:
     """Refuse a run whose models, gradients and optimizer exceed the device's memory; activations come on top."""
-    strategy = running_strategy(args)
-    parts = model_memory(build_run_models(config, model_args, args, strategy), args, strategy)
+    parts = model_memory(build_run_models(config, model_args, args, running_strategy(args)))
     needed = sum(parts.values())
     available = free_memory(args)
     if needed > available:
@@ -188,56 +198,49 @@ def free_memory(args: SAPOConfig) -> float:
     return float(on_device.mem_get_info(args.device)[0] + unused)
 
 
-def gradient_memory(trained: Iterable[Tensor], args: SAPOConfig, strategy: Strategy) -> float:
+def gradient_memory(roles: RunModels) -> float:
     """Bytes of the gradients on one device, and of what the processes exchange them in."""
-    trained = list(trained)
-    size = _size(trained)
+    strategy, size, count = roles.strategy, _size(roles.trained), _count(roles.trained)
     if strategy.name == "multi_gpu":
         # DistributedDataParallel keeps buckets of all gradients beside them.
         return 2 * size
     if strategy.name == "fsdp2":
         # Between two passes without communication each process keeps whole gradients, in the type of the computation.
-        whole = _count(trained) * (2 if args.bf16 or args.fp16 else 4)
-        return size / strategy.processes + (whole if _several_passes(args) else 0)
+        return size / strategy.processes + (count * roles.width if _several_passes(roles.args) else 0)
     if strategy.shards_gradients:
-        width = 2 if args.bf16 or args.fp16 else 4
-        return size / strategy.processes + min(_BUCKET, _count(trained)) * width
+        return size / strategy.processes + min(_BUCKET, count) * roles.width
     return size
 
 
-def gathered_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> int:
+def gathered_memory(roles: RunModels) -> int:
     """Bytes of the weights that are whole at one time in a forward or backward pass of a sharded policy."""
-    if not strategy.shards_weights:
+    if not roles.strategy.shards_weights:
         return 0
-    width = 2 if args.bf16 or args.fp16 else 4
-    if strategy.name == "zero3":
-        return min(_LIVE, _count(roles.policy.parameters())) * width
+    if roles.strategy.name == "zero3":
+        return min(_LIVE, _count(roles.policy.parameters())) * roles.width
     layers = _layers(roles.policy)
     inside = sum(_count(layer.parameters()) for layer in layers)
     largest = max((_count(layer.parameters()) for layer in layers), default=0)
     # The layer at work, the one fetched ahead, its gradients; and what lies outside the layers.
-    return (3 * largest + _count(roles.policy.parameters()) - inside) * width
+    return (3 * largest + _count(roles.policy.parameters()) - inside) * roles.width
 
 
-def gather_shell_memory(roles: RunModels, args: SAPOConfig, strategy: Strategy) -> int:
+def gather_shell_memory(roles: RunModels) -> int:
     """Bytes of the weights gathered whole on each device while a sharded opponent or reference computes."""
-    if not strategy.shards_weights:
-        return 0
-    width = 2 if args.bf16 or args.fp16 else 4
-    return _count(roles.policy.parameters()) * width
+    return _count(roles.policy.parameters()) * roles.width if roles.strategy.shards_weights else 0
 
 
-def optimizer_scratch(trained: list[Tensor], args: SAPOConfig, strategy: Strategy, *, on_gpu: bool) -> int:
+def optimizer_scratch(roles: RunModels, *, on_gpu: bool) -> int:
     """Bytes that a step of the optimizer needs for itself."""
-    name = _optimizer(args)
+    name, strategy, trained = _optimizer(roles.args), roles.strategy, roles.trained
     # A master's gradient is the weight's in float32, which is given up as it is copied.
-    casts = 2 * _count(_mastered(trained, strategy))
+    casts = 2 * _count(_mastered(roles))
     if "fused" in name or "8bit" in name:
         return casts
     if strategy.name.startswith("zero"):
         # Gradients of the own part in float32.
         return 4 * _count(trained) // strategy.processes
-    size = _stepped(trained, strategy) / (strategy.processes if strategy.shards_gradients else 1)
+    size = _stepped(roles) / (strategy.processes if strategy.shards_gradients else 1)
     # On a GPU torch steps all weights at once, elsewhere one by one.
     largest = max((weight.numel() * weight.element_size() for weight in trained), default=0)
     return casts + (round(size) if on_gpu else 2 * largest)
@@ -256,34 +259,33 @@ def _optimizer(args: SAPOConfig) -> str:
     return str(OptimizerNames(args.optim).value)
 
 
-def _optimizer_memory(trained: list[Tensor], args: SAPOConfig, strategy: Strategy) -> float:
-    name = _optimizer(args)
-    states = next((count for key, count in _STATES.items() if key in name), 2)
+def _optimizer_memory(roles: RunModels) -> float:
+    name, strategy, count = _optimizer(roles.args), roles.strategy, _count(roles.trained)
+    states = next((number for key, number in _STATES.items() if key in name), 2)
     own = 1 / strategy.processes if strategy.shards_gradients else 1
     if "8bit" in name:
-        size = _count(trained) * states * _EIGHT_BIT_STATE
+        size = count * states * _EIGHT_BIT_STATE
     elif strategy.name.startswith("zero"):
-        size = 4.0 * _count(trained) * states
+        size = 4.0 * count * states
     else:
-        size = float(_stepped(trained, strategy) * states)
+        size = float(_stepped(roles) * states)
     if strategy.name.startswith("zero"):
         # DeepSpeed steps a float32 copy of what is trained.
-        size += 4 * _count(trained)
+        size += 4 * count
     return size * own
 
 
-def _mastered(trained: Iterable[Tensor], strategy: Strategy) -> list[Tensor]:
+def _mastered(roles: RunModels) -> list[Tensor]:
     """Trained weights that have a float32 master beside them; DeepSpeed's is counted with its optimizer."""
     halves = (torch.bfloat16, torch.float16)
-    return [w for w in trained if w.dtype in halves] if strategy.name in ("none", "multi_gpu") else []
+    return [w for w in roles.trained if w.dtype in halves] if roles.strategy.name in ("none", "multi_gpu") else []
 
 
-def _stepped(trained: list[Tensor], strategy: Strategy) -> float:
+def _stepped(roles: RunModels) -> float:
     """Bytes of what the optimizer steps: the masters where there are some, else the weights."""
-    mastered = {id(weight) for weight in _mastered(trained, strategy)}
-    return _size(weight for weight in trained if id(weight) not in mastered) + 4.0 * _count(
-        weight for weight in trained if id(weight) in mastered
-    )
+    mastered = {id(weight): weight for weight in _mastered(roles)}
+    rest = [weight for weight in roles.trained if id(weight) not in mastered]
+    return _size(rest) + 4.0 * _count(mastered.values())
 
 
 def _several_passes(args: SAPOConfig) -> bool:
@@ -291,8 +293,9 @@ def _several_passes(args: SAPOConfig) -> bool:
     return bool(args.gradient_accumulation_steps > 1 or most < args.pairs_per_micro_batch)
 
 
-def _has_master(policy: nn.Module, args: SAPOConfig) -> bool:
-    return any(needs_float32_master(weight.dtype, args.ema_decay) for weight in policy.parameters())
+def _has_master(roles: RunModels) -> bool:
+    decay = roles.args.ema_decay
+    return any(needs_float32_master(weight.dtype, decay) for weight in roles.policy.parameters())
 
 
 def _base(roles: RunModels) -> list[Tensor]:

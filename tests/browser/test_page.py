@@ -1,6 +1,7 @@
 """The report in a real browser, opened from its file with the network off."""
 
 import random
+import re
 import shutil
 import time
 
@@ -279,6 +280,22 @@ def test_a_printed_page_is_light_and_has_its_colours(scheme, opened, tmp_path):
     assert style[:3] == ["rgb(255, 255, 255)", "rgb(255, 255, 255)", "exact"]
     assert style[3] == "rgb(42, 95, 196)"
     assert style[4] == "none"
+    # At the width of A4 no curve leaves its card.
+    page.set_viewport_size({"width": 794, "height": 1123})
+    edges = page.evaluate(
+        """() => [...document.querySelectorAll(".chart")].map((card) =>
+        card.getBoundingClientRect().right - card.querySelector("svg").getBoundingClientRect().right)"""
+    )
+    assert min(edges) >= 0
+
+
+def test_a_metric_of_few_log_lines_is_a_line(opened, tmp_path):
+    sparse = {"self_play/chosen_logp_change_per_token": lambda step: step / 100 if step % 25 == 0 else None}
+    page = opened(write_run(tmp_path / "run", **sparse)).page
+    chart = page.locator(".chart", has=page.get_by_role("heading", name="Likelihood of the chosen responses"))
+    assert chart.locator("path.line").evaluate("(path) => path.getTotalLength()") > 100
+    assert chart.locator(".dot").count() == 4
+    assert re.match(r"[\d.]+$", chart.locator(".value").inner_text())
 
 
 def test_smoothing_changes_the_curve_and_not_the_table(opened, tmp_path):
@@ -417,11 +434,13 @@ def test_a_live_page_shows_what_the_run_writes(browser, tmp_path):
         page.on("console", lambda message: complaints.append(message.text))
         page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
         page.get_by_role("searchbox", name="Search prompts and responses").fill("lorem")
+        playwright.expect(page.locator("#live")).to_have_text("ended")
         with (run / "metrics.jsonl").open("a") as stream:
             stream.write('{"step": 6, "loss": 0.125}\n')
         loss = page.locator(".chart").first
         playwright.expect(loss.locator(".value").first).to_have_text("0.125", timeout=8000)
-        playwright.expect(page.locator("#live")).to_have_text("ended")
+        # It goes on again, as after a resume.
+        playwright.expect(page.locator("#live")).to_have_text("live")
         assert page.get_by_role("searchbox", name="Search prompts and responses").input_value() == "lorem"
         context.close()
         server.shutdown()

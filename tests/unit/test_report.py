@@ -1,6 +1,8 @@
 import json
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -69,9 +71,11 @@ def test_thinning_keeps_every_peak():
     assert short["series"]["loss"] == {"mean": [1.0] * POINTS}
 
 
-def test_a_value_that_is_not_finite_is_a_gap():
+def test_a_value_that_is_not_finite_is_a_gap_and_one_that_was_not_measured_is_none():
     rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
     assert thin(rows, ["loss"])["series"]["loss"]["mean"] == [None, 1.0]
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    assert thin(rows, ["loss"])["series"]["loss"] == {"mean": [2.0, 1.0], "at": [0, 2]}
 
 
 def test_each_text_is_kept_once_and_never_cut_in_silence():
@@ -134,6 +138,22 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
     assert [row["step"] for row in read_run(run).train] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_process_is_gone_broke_off_and_one_that_goes_on_again_has_not_ended(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert read_run(folder).end
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 101, "loss": 0.5}), ""]))
+    assert not read_run(folder).end
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for process, broke in ((os.getpid(), False), (gone.pid, True)):
+        (folder / ".lock").write_text(json.dumps({"host": socket.gethostname(), "process": process}))
+        assert any(warn.title == "The run broke off" for warn in warnings(read_run(folder))) == broke
+        assert ("broke off after step 101" in sentences(read_run(folder))[0]) == broke
+    (folder / ".lock").write_text("")
+    assert not read_run(folder).broke_off
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

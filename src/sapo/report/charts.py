@@ -156,19 +156,24 @@ def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> 
 
     Returns:
         `steps`, and for each logged name `mean`; for merged groups of rows also `low` and `high`, so that peaks stay
-        visible. Missing and non-finite values are None.
+        visible; and `at`, the places of `steps` that have it, if not all do. Non-finite values are None.
     """
     size = max(1, math.ceil(len(rows) / points))
     groups = [rows[first : first + size] for first in range(0, len(rows), size)]
     found: dict[str, Any] = {"steps": [group[-1]["step"] for group in groups], "group": size, "series": {}}
     for name in names:
-        columns = [[row[name] for row in group if _is_number(row.get(name))] for group in groups]
+        at = [place for place, group in enumerate(groups) if any(row.get(name) is not None for row in group)]
+        columns = [[row[name] for row in groups[place] if _is_number(row.get(name))] for place in at]
         if not any(columns):
             continue
-        series = {"mean": [_rounded(sum(values) / len(values)) if values else None for values in columns]}
+        series: dict[str, Any] = {
+            "mean": [_rounded(sum(values) / len(values)) if values else None for values in columns]
+        }
         if size > 1:
             series["low"] = [_rounded(min(values)) if values else None for values in columns]
             series["high"] = [_rounded(max(values)) if values else None for values in columns]
+        if len(at) < len(groups):
+            series["at"] = at
         found["series"][name] = series
     return found
 

@@ -57,7 +57,7 @@ def _run(run: Run, name: str, budget: int) -> dict[str, Any]:
         "figures": [dataclasses.asdict(figure) for figure in figures(run)],
         "warnings": [dataclasses.asdict(warn) for warn in warnings(run)],
         "unjudged": unjudged(run),
-        "ended": bool(run.end),
+        "ended": bool(run.end) or run.broke_off,
         **curves(run, CHARTS),
         "gain": {one.curve.eval_legend: points for one in DISTANCES if (points := gain_curve(run, one))},
         "pairs": pack(run.pairs, budget),

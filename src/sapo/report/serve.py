@@ -13,6 +13,7 @@ from typing import Any
 from sapo.errors import ConfigurationError
 from sapo.report.page import render, report_data, script_json
 from sapo.runs.layout import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
+from sapo.runs.reading import broke_off
 
 HOST = "127.0.0.1"
 
@@ -23,7 +24,7 @@ class LiveReport:
     def __init__(self, runs: Sequence[Path]) -> None:
         self._runs = list(runs)
         self._lock = Lock()
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: list[tuple[object, ...]] | None = None
         self._data: dict[str, Any] = {}
         self._version = 0
 
@@ -34,7 +35,7 @@ class LiveReport:
             ConfigurationError: a folder contains no run.
         """
         with self._lock:
-            seen = [_stamp(run / name) for run in self._runs for name in _FILES]
+            seen = [(*(_stamp(run / name) for name in _FILES), broke_off(run)) for run in self._runs]
             if seen != self._seen:
                 self._version += 1
                 self._data = report_data(self._runs) | {"version": self._version}

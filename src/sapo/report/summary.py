@@ -9,6 +9,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Literal
 
+from sapo.runs.layout import RECIPE_FILE
 from sapo.runs.metrics import (
     ACCURACY,
     BAD_STEPS,
@@ -139,7 +140,9 @@ def _what_ran(run: Run) -> str:
         adapter = f" and an adapter of {count_text(facts['trained_parameters'])}" if facts.get("adapter") else ""
         subject = f"{model} ({count_text(facts['parameters'])} parameters{adapter})"
     planned = facts.get("max_steps")
-    if not run.end:
+    if run.broke_off and not run.end:
+        state = f"broke off after step {step:,}" + (f" of {planned:,}" if planned else "")
+    elif not run.end:
         state = f"has reached step {step:,}" + (f" of {planned:,}" if planned else "")
     elif planned and step < planned:
         state = f"was stopped after step {step:,} of {planned:,}"
@@ -254,10 +257,31 @@ def warnings(run: Run) -> list[Warn]:
     """Problems of a run, the worst first."""
     found = [
         warn
-        for look in (_stopped, _bad_steps, _not_finite, _fall, _worse_eval, _far, _caught_up, _drift, _saturated)
+        for look in (
+            _broke_off,
+            _stopped,
+            _bad_steps,
+            _not_finite,
+            _fall,
+            _worse_eval,
+            _far,
+            _caught_up,
+            _drift,
+            _saturated,
+        )
         if (warn := look(run)) is not None
     ]
     return sorted(found, key=lambda warn: warn.level != "bad")
+
+
+def _broke_off(run: Run) -> Warn | None:
+    if run.end or not run.broke_off:
+        return None
+    way = "Start it again with --overwrite_output_dir: there is no checkpoint"
+    if any(run.path.glob("checkpoint-*")):
+        recipe = f"--config {run.path / RECIPE_FILE} " if run.recipe else ""
+        way = f"Continue from the newest checkpoint: sapo train {recipe}--resume_from_checkpoint true"
+    return Warn("bad", "The run broke off", f"Its process has gone, as when it is killed or out of memory. {way}")
 
 
 def _stopped(run: Run) -> Warn | None:

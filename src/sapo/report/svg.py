@@ -39,7 +39,8 @@ def _panel(chart: Chart, data: dict[str, Any]) -> str:
     for metric, legend in chart.metrics.items():
         part = data["eval" if metric.startswith(EVAL) else "train"]
         if series := part["series"].get(metric):
-            column = zip(part["steps"], series["mean"], strict=True)
+            steps = [part["steps"][place] for place in series.get("at", range(len(part["steps"])))]
+            column = zip(steps, series["mean"], strict=True)
             lines.append((legend, [(step, value) for step, value in column if value is not None]))
     if not lines:
         return ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from sapo.errors import ConfigurationError
 from sapo.runs.files import read_json_lines, read_object
 from sapo.runs.layout import (
     CONFIG_FILE,
+    LOCK_FILE,
     METRICS_FILE,
     PAIRS_FILE,
     RECIPE_FILE,
@@ -73,6 +77,7 @@ class Run:
         recipe: the options set by the user; empty if the run was not started from the command line.
         facts: model, data, machine and versions.
         round: for a finished round of `num_rounds`, statistics and cost of its pairs.
+        broke_off: whether its process on this machine has gone without an end, as after a crash.
     """
 
     path: Path
@@ -82,6 +87,7 @@ class Run:
     recipe: dict[str, Any]
     facts: dict[str, Any]
     round: dict[str, float]
+    broke_off: bool = False
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -95,8 +101,9 @@ class Run:
 
     @property
     def end(self) -> dict[str, Any]:
-        """The last line, with the totals of the run; empty while it is running."""
-        return next((row for row in reversed(self.rows) if RUNTIME.name in row), {})
+        """The last line, with the totals of the run; empty while it is running, also again after an earlier end."""
+        found: dict[str, Any] = next((row for row in reversed(self.rows) if row.keys() & {RUNTIME.name, LOSS.name}), {})
+        return found if RUNTIME.name in found else {}
 
     @property
     def last_step(self) -> int:
@@ -158,6 +165,19 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (METRICS_FILE, CONFIG_FILE, RECIPE_FILE))
 
 
+def broke_off(folder: Path) -> bool:
+    """Whether the process that holds the folder's lock ran on this machine and has gone."""
+    try:
+        owner = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
+        if owner["host"] == socket.gethostname():
+            os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        pass  # no lock, one that is being written, or another user's process
+    return False
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder, finished or unfinished.
 
@@ -177,6 +197,7 @@ def read_run(folder: Path) -> Run:
         recipe=read_object(folder / RECIPE_FILE),
         facts=read_object(folder / RUN_FILE),
         round=read_object(folder / ROUND_FILE).get("pairs", {}),
+        broke_off=broke_off(folder),
     )
 
 

@@ -58,12 +58,12 @@ class ChartBoard {
         const several = this.runs.length > 1;
         const tone = spec.tone === "pair" ? (name.endsWith("chosen") ? "chosen" : "rejected") : `c${((found.length - before) % 8) + 1}`;
         const evaluation = spec.tone === "pair" && name.startsWith("eval_");
+        const steps = series.at ? series.at.map((place) => part.steps[place]) : part.steps;
         found.push({
-          ...series, steps: part.steps, name, run: index,
+          ...series, steps, dots: steps.length < 60, name, run: index,
           label: several ? `${run.name} · ${spec.metrics[name]}` : spec.metrics[name],
           tone: several ? `r${(index % 8) + 1}` : tone,
           dash: several ? place : evaluation ? 1 : 0,
-          dots: part.steps.length < 60,
         });
       });
     }

@@ -65,7 +65,13 @@ const FACTS = {
 
 function environmentOf(run, index, several) {
   const facts = Object.entries(FACTS).filter(([name]) => run.facts[name] !== undefined && run.facts[name] !== null);
-  const row = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "number" ? wholeText(value) : String(value)));
+  const shown = (name, value) => {
+    if (typeof value === "number") return wholeText(value);
+    // Words as they are typed: a line is not broken after a dash.
+    if (name === "command") return h("code", {}, String(value).split(" ").flatMap((word) => [h("span", { class: "word" }, word), " "]));
+    return ["started", "ended"].includes(name) ? String(value).replace("T", " ").replace("+00:00", " UTC") : String(value);
+  };
+  const row = (name, value) => h("div", { class: name === "command" ? "line" : "" }, h("dt", {}, name), h("dd", {}, shown(name, value)));
   return h("article", { class: "card" },
     several ? h("h3", {}, h("span", { class: `key r${(index % 8) + 1}` }), run.name) : null,
     h("dl", { class: "facts wide" }, row("folder", run.path), facts.map(([name, label]) => row(label, run.facts[name])),

@@ -344,3 +344,33 @@ def test_a_library_that_fails_after_the_first_step_keeps_its_traceback():
         fail()
     with pytest.raises(json.JSONDecodeError), library_errors({}, lambda: True):
         fail()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--dataset_name", "train.jsonl", "--output_file", "pairs.jsonl", "--model_name_or_path", "model"),
+        ("generate", "--self_replay", "shipped", "--output_file", "a.parquet", "--model_name_or_path", "model"),
+        ("data check", "no.jsonl", "--model_name_or_path", "model", "--max_length", "32"),
+        ("estimate", "--model_name_or_path", "model", "--max_length", "32", "--gpu", "abacus"),
+        ("evaluate", "model", "--suite", "local", "--dataset_name", "train.jsonl"),
+        ("chat", "model", "--prompt", "w1"),
+        ("export", "model", "exported"),
+    ],
+    ids=lambda given: given[0],
+)
+def test_a_notice_does_not_precede_the_error_of_any_command(arguments, model, data, capfd, monkeypatch):  # noqa: F811
+    config = transformers.MixtralConfig(**{**TINY_EXPERTS, "output_router_logits": True})
+    config.save_pretrained(model)
+    (model / "model.safetensors").unlink()
+    transformers.utils.logging.warning_once.cache_clear()
+    # Without pytest's own handlers, Python writes warnings to standard error.
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(sys.stderr)])
+    name, *rest = arguments
+    assert one_line([*name.split(), *rest], capfd)
+
+
+TINY_EXPERTS = {
+    "vocab_size": 63, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 64,
+}  # fmt: skip

@@ -46,8 +46,12 @@ _COMMANDS = {
 _QUIT = ("/quit", "/exit")
 
 
-def run_chat(given: Parsed) -> None:
+def run_chat(given: Parsed, begin: Callable[[], None]) -> None:
     """Chat with a model or with a run's models, in the terminal or line by line from a pipe.
+
+    Args:
+        given: the command line.
+        begin: called when the models are ready; without a terminal, after their first replies.
 
     Raises:
         ConfigurationError, ModelError, TokenizerError: what is missing, and the way out.
@@ -75,7 +79,9 @@ def run_chat(given: Parsed) -> None:
             if said in _QUIT:
                 return
             talk.say(said)
+            begin()
         return
+    begin()
     names = ", ".join(model.name for model in cast.models)
     talk.note(f"{names}. Ctrl-C stops a reply, Ctrl-D ends; /help lists the commands.")
     for said in _typed(console):

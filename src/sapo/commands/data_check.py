@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from sapo.commands.notices import held_notices
 from sapo.commands.parser import Parsed
 from sapo.data.examples import Example, Turn, collate_examples
 from sapo.data.report import DataReport, row_name
@@ -51,18 +52,19 @@ def run_data_check(given: Parsed) -> None:
 
     quiet_libraries()
     run = describe(values)
-    inputs = load_inputs(run, count_faults=True)
-    check_data(
-        inputs.train,
-        inputs.train_reports,
-        inputs.tokenizer,
-        evaluation=inputs.eval_reports,
-        warnings=inputs.shared_rows(),
-        segment_length=run.config.segment_length,
-        tail_margin=run.config.tail_margin,
-        seed=run.config.seed,
-        console=Console(),
-    )
+    with held_notices():
+        inputs = load_inputs(run, count_faults=True)
+        check_data(
+            inputs.train,
+            inputs.train_reports,
+            inputs.tokenizer,
+            evaluation=inputs.eval_reports,
+            warnings=inputs.shared_rows(),
+            segment_length=run.config.segment_length,
+            tail_margin=run.config.tail_margin,
+            seed=run.config.seed,
+            console=Console(),
+        )
 
 
 def _leave_torch_out() -> None:

@@ -23,8 +23,12 @@ from sapo.runs.reading import is_run
 from sapo.text.terminal import say
 
 
-def run_evaluate(given: Parsed) -> None:
+def run_evaluate(given: Parsed, begin: Callable[[], None]) -> None:
     """Evaluate models on one suite.
+
+    Args:
+        given: the command line.
+        begin: called when the first model is ready.
 
     Raises:
         SapoError: what is wrong, in one line; what was finished is kept.
@@ -34,7 +38,7 @@ def run_evaluate(given: Parsed) -> None:
     logging.set_verbosity_error()
     console = Console()
     suite, run, settings = _suite(options)
-    session = Session(options, find_targets(options.models, start=options.start), partial(say, console))
+    session = Session(options, find_targets(options.models, start=options.start), partial(say, console), begin)
     found = run(session)
     whole = results.as_json(settings(session), session.targets, session.fingerprints, found)
     file = results.write(session.folder, suite, whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,14 @@ _REPLAY_OPTIONS = {
 """Replies of the start are its own distribution, unless the command line says otherwise."""
 
 
-def run_generate(given: Parsed) -> None:
+def run_generate(given: Parsed, begin: Callable[[], None]) -> None:
     """Write the pairs of `--model_name_or_path` for `--dataset_name` to `--output_file`; flags as of `sapo train`.
 
     With `--self_replay`, write the model's replies to prompts instead.
+
+    Args:
+        given: the command line.
+        begin: called when the model is ready.
 
     Raises:
         SapoError: what is wrong with the options, the model or the data; or a file that exists already.
@@ -81,7 +85,7 @@ def run_generate(given: Parsed) -> None:
         given_options = given.values()
         run = build({**_REPLAY_OPTIONS, **given_options, "dataset_name": prompts, "report_to": ["none"]})
         _check_output(run, file, (".parquet",))
-        write_replies(run, prompts, file)
+        write_replies(run, prompts, file, begin)
         return
     run = build(given.values() | {"report_to": ["none"]})
     if run.config.pair_source != "self_play":
@@ -95,7 +99,7 @@ def run_generate(given: Parsed) -> None:
     texts, _ = load_texts(run, inputs)
     # Parquet first: it has the tokens, and what a killed run is continued by.
     pairs = file if file.suffix == ".parquet" else file.with_name(f".{file.name}.parquet")
-    written = write_pairs(run, inputs.train, texts, inputs.tokenizer, pairs, epoch=0, console=console)
+    written = write_pairs(run, inputs.train, texts, inputs.tokenizer, pairs, epoch=0, console=console, begin=begin)
     if pairs != file and run.config.process_index == 0:
         move_to_json_lines(pairs, file)
     say(console, f"{file}: {written.line()}")
@@ -110,13 +114,14 @@ def _check_output(run: RunArguments, file: Path, suffixes: Sequence[str]) -> Non
         raise ConfigurationError(f"{FLAG} {file} exists already. Name another, or remove it.")
 
 
-def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
+def write_replies(run: RunArguments, prompts: str, file: Path, begin: Callable[[], None] = lambda: None) -> None:
     """Write the model's own replies to prompts as ordinary rows, for `replay_dataset_name` or any SFT data.
 
     Args:
         run: names the model, and how it samples; `max_new_tokens` limits a reply.
         prompts: rows with prompts, or "shipped".
         file: Parquet, with the prompt's columns and a reply.
+        begin: called when the model is ready.
 
     Raises:
         DatasetError, TokenizerError: the prompts cannot be used.
@@ -138,6 +143,7 @@ def write_replies(run: RunArguments, prompts: str, file: Path) -> None:
     options = DataOptions.of(config, vocabulary_of(model_config))
     asked, ids = encode_prompts(rows, tokenizer, options, eos_ids=ends, source=prompts)
     generator = _generator(run, tokenizer, ends, None, "self-replay")
+    begin()
     limit = config.max_new_tokens or _REPLY_TOKENS
     seeds = [derive_seed(config.seed, "self-replay", place) for place in range(len(ids))]
     budgets = [max(0, min(limit, config.max_length - len(prompt))) for prompt in ids]
@@ -178,6 +184,7 @@ def write_pairs(
     epoch: int,
     console: Console,
     adapter: Path | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> PairsReport:
     """Let the model of `run` write the rejected responses of `dataset`, all of them or what a killed run left.
 
@@ -190,6 +197,7 @@ def write_pairs(
         epoch: seeds differ from epoch to epoch.
         console: for progress.
         adapter: folder of an adapter on the model.
+        begin: called when the model is ready.
 
     Raises:
         CheckpointError: the file, or a part of it, was written from something else.
@@ -219,6 +227,7 @@ def write_pairs(
     if report is not None:
         return report
     generator = _generator(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
+    begin()
     file.parent.mkdir(parents=True, exist_ok=True)
     with Progress(
         TextColumn("{task.description}"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from sapo._version import __version__
 from sapo.commands.catalog import COMMANDS
+from sapo.commands.notices import held_notices
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
 from sapo.text.fitted import fitted, width_of
@@ -185,7 +186,8 @@ def _run(command: Command, given: Parsed) -> int:
         case "generate":
             from sapo.commands.generate import run_generate
 
-            run_generate(given)
+            with held_notices() as notices:
+                run_generate(given, notices.release)
         case "data check":
             from sapo.commands.data_check import run_data_check
 
@@ -193,11 +195,13 @@ def _run(command: Command, given: Parsed) -> int:
         case "estimate":
             from sapo.commands.estimate import run_estimate
 
-            run_estimate(given)
+            with held_notices():
+                run_estimate(given)
         case "evaluate":
             from sapo.commands.evaluate import run_evaluate
 
-            run_evaluate(given)
+            with held_notices() as notices:
+                run_evaluate(given, notices.release)
         case "recipes":
             from sapo.commands.recipes import run_recipes
 
@@ -213,11 +217,13 @@ def _run(command: Command, given: Parsed) -> int:
         case "chat":
             from sapo.commands.chat import run_chat
 
-            run_chat(given)
+            with held_notices() as notices:
+                run_chat(given, notices.release)
         case "export":
             from sapo.commands.export import run_export
 
-            run_export(given)
+            with held_notices():
+                run_export(given)
         case "completion":
             from sapo.commands.completion import script
 

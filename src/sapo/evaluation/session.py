@@ -66,6 +66,7 @@ class Session:
         options: options of the command.
         targets: the models, the start model first.
         say: prints a line for the user.
+        begin: called when a model is ready.
 
     Attributes:
         folder: of the results.
@@ -77,10 +78,13 @@ class Session:
         ModelError: one of the models is not there, or not complete.
     """
 
-    def __init__(self, options: EvaluateOptions, targets: list[Target], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, options: EvaluateOptions, targets: list[Target], say: Callable[[str], None], begin: Callable[[], None]
+    ) -> None:
         self.options = options
         self.targets = targets
         self.say = say
+        self._begin = begin
         self.folder = Path(options.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"output_dir={self.folder} is a file. Use a folder.")
@@ -116,6 +120,7 @@ class Session:
                 chat_template_path=self.options.chat_template_path,
             )
             self._loaded = (target.name, loaded)
+            self._begin()
         return self._loaded[1]
 
     def release(self) -> None:

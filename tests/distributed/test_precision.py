@@ -1,19 +1,19 @@
 """Laws of precision with several processes: every role computes alike, with the fused head too."""
 
-import json
 import math
 
 import pytest
 
 from sapo.config import HAS_FUSED_LM_HEAD
 from tests.distributed.processes import FIXED_DRAWS, run, start
+from tests.runs import metrics_of
 
 SLOW = pytest.mark.slow
 OPTIONS = FIXED_DRAWS | {"max_steps": 1, "logging_steps": 1, "bf16": True}
 
 
 def first_line(folder):
-    return next(row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row)
+    return metrics_of(folder, "loss")[0]
 
 
 @pytest.mark.skipif(not HAS_FUSED_LM_HEAD, reason="trl 1.16 or newer")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.processes import FIXED_DRAWS, run, start
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.vllm_servers import StandIn
 
@@ -168,10 +169,7 @@ def test_metrics_are_those_of_all_processes(tmp_path):
     options = FIXED_DRAWS | {"logging_steps": 1}
     for processes, name in ((1, "one"), (2, "two")):
         run(tmp_path / name, processes, **options)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    one, two = (metrics_of(tmp_path / name) for name in ("one", "two"))
     compared = {
         "loss",
         "train_loss",
@@ -204,7 +202,7 @@ def test_a_bad_gradient_of_one_process_changes_nothing_in_any(strategy, tmp_path
     bad = run(tmp_path / "bad", 2, fault={"kind": "nan", "process": 1, "step": 2}, **options)
     # The second step did nothing, to the opponent either.
     assert all(torch.equal(bad[name], weight) for name, weight in good.items())
-    rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(tmp_path / "bad")
     assert [row["nonfinite_step_fraction"] for row in rows if "loss" in row] == [0, 1]
 
 
@@ -217,7 +215,7 @@ def test_local_measures_are_of_all_rows_whoever_has_them(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         run(folder, processes, **options)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics_of(folder)
         first = next(row for row in rows if "eval_local/nll" in row)
         kept = ("local/", "retention/")
         found.append({key: one for key, one in first.items() if any(k in key for k in kept) and "time" not in key})

@@ -1,6 +1,5 @@
 """Laws of a run that is killed at any moment: it goes on from a whole checkpoint and ends as if nothing had been."""
 
-import json
 import os
 import random
 import resource
@@ -15,12 +14,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from sapo.runs.checkpoint import MANIFEST_FILE, rotate, seal, verify
 from tests.faults.children import build, ended, start, train
 from tests.faults.trials import trials
+from tests.runs import metrics_of
 
 TIMES = ("time/", "memory/", "tokens_per_second", "train_runtime", "_per_second", "flos")
 
 
 def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(folder)
     return [{name: value for name, value in row.items() if not any(t in name for t in TIMES)} for row in rows]
 
 

@@ -25,6 +25,7 @@ from sapo.generation.token_step import CudaGraph
 from sapo.preference.batches import collate_pairs
 from sapo.preference.scoring import prepare_shared_layout, score
 from tests.integration.test_precision import PUBLISHED, check_first_margin, lines
+from tests.runs import metrics_of
 from tests.tiny import QUANTIZED, tiny_llama, tiny_rows, tiny_tokenizer
 
 HAS_GPU = torch.cuda.is_available()
@@ -81,7 +82,7 @@ def test_sapo_train_puts_a_model_on_one_gpu(tmp_path):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (torch.cuda.device_count() > 1) == ("GPUs are visible and one is used" in done.stderr)
-    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = metrics_of(tmp_path / "run")
     first = next(row for row in rows if "loss" in row)
     assert first["rewards/margins"] == first["rewards/chosen"] == 0
 
@@ -113,7 +114,7 @@ def test_every_strategy_begins_with_a_margin_of_zero(strategy, tmp_path):
     ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = metrics_of(tmp_path / "run")
     first = next(row for row in rows if "loss" in row)
     assert first["rewards/margins"] == first["rewards/chosen"] == 0
     assert first["optimizer/moved_fraction"] > 0.5

@@ -14,6 +14,7 @@ import yaml
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.main import main
 from sapo.data.loading import load_rows
+from tests.runs import metrics_of, refused
 from tests.tiny import tiny_llama, tiny_rows
 
 
@@ -55,21 +56,13 @@ def test_train_writes_a_whole_run_folder_that_trains_on(model, data, tmp_path, c
     assert "Done after step 3 of 3" in shown
     again = ["train", "--config", str(out / "recipe.yaml"), "--resume_from_checkpoint", "true", "--max_steps", "5"]
     assert main(again) == 0
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in metrics_of(out)]
     assert steps[-1] == 5
 
 
 def test_data_check_shows_what_the_trainer_will_see(model, data, capsys):
     assert main(check(model, "--dataset_name", str(data))) == 0
     assert "24 rows, 24 examples kept" in capsys.readouterr().out
-
-
-def refused(arguments, capsys, *, status=2):
-    assert main(arguments) == status
-    message = capsys.readouterr().err.strip()
-    assert "\n" not in message
-    assert "Traceback" not in message
-    return message
 
 
 def test_bad_input_is_one_line_that_names_the_way_out(model, data, tmp_path, capsys):

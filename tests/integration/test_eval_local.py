@@ -1,18 +1,16 @@
-import json
-
 import pytest
 import torch
 
 from sapo.errors import ConfigurationError
 from sapo.training.local_eval import LocalSignals
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
 
 
 def logged(trainer):
-    lines = (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "eval_loss" in row]
+    return metrics_of(trainer.run_folder.path, "eval_loss")
 
 
 def make(make_trainer, name, *, local, **options):

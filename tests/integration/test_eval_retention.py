@@ -1,10 +1,9 @@
-import json
-
 import pytest
 import torch
 
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.measures import retention as measures
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "eval_on_start": True}
@@ -12,8 +11,7 @@ MEASURED = {"eval_retention": True, "eval_retention_size": 4, "eval_retention_ma
 
 
 def logged(trainer):
-    lines = (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "eval_loss" in row]
+    return metrics_of(trainer.run_folder.path, "eval_loss")
 
 
 def make(make_trainer, name="run", **options):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sapo.commands.main import main
 from sapo.hub import export
 from sapo.hub.ollama import find_turns, modelfile
+from tests.runs import refused
 from tests.tiny import byte_tokenizer, tiny_llama
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -115,23 +116,15 @@ def test_an_adapter_that_is_no_run_is_merged(make_run, tmp_path):
 # ---- What is refused ----
 
 
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    assert main(["export", *map(str, arguments)]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
-
-
 def test_what_is_there_is_not_overwritten(make_run, tmp_path, capsys):
     make_run(lora=False)
     run, out = tmp_path / "run", tmp_path / "out"
     exported(tmp_path)
-    assert "--overwrite" in refused(capsys, run, out)
+    assert "--overwrite" in refused(["export", run, out], capsys)
     exported(tmp_path, "--overwrite")
-    assert "not an earlier export" in refused(capsys, run, run, "--overwrite")
-    assert "not an earlier export" in refused(capsys, run, tmp_path / "start", "--overwrite")
-    assert "is a file" in refused(capsys, run, run / "config.json")
+    assert "not an earlier export" in refused(["export", run, run, "--overwrite"], capsys)
+    assert "not an earlier export" in refused(["export", run, tmp_path / "start", "--overwrite"], capsys)
+    assert "is a file" in refused(["export", run, run / "config.json"], capsys)
 
 
 def test_a_folder_that_does_not_agree_is_not_left(make_run, tmp_path, capsys, monkeypatch):
@@ -144,23 +137,25 @@ def test_a_folder_that_does_not_agree_is_not_left(make_run, tmp_path, capsys, mo
         return merged
 
     monkeypatch.setattr(export, "merge_adapter", wrong)
-    assert "does not agree" in refused(capsys, tmp_path / "run", tmp_path / "out")
+    assert "does not agree" in refused(["export", tmp_path / "run", tmp_path / "out"], capsys)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "start"]
 
 
 def test_a_model_that_is_not_there_is_told(make_run, make_trainer, tmp_path, capsys):
     make_run(lora=False, objective="sft")
-    assert "has no opponent" in refused(capsys, tmp_path / "run", tmp_path / "out", "--which", "opponent")
-    assert "is a model and not a run" in refused(capsys, tmp_path / "start", tmp_path / "out", "--which", "start")
+    assert "has no opponent" in refused(["export", tmp_path / "run", tmp_path / "out", "--which", "opponent"], capsys)
+    assert "is a model and not a run" in refused(
+        ["export", tmp_path / "start", tmp_path / "out", "--which", "start"], capsys
+    )
     make_trainer("begun").train()
-    assert "has not saved its policy yet" in refused(capsys, tmp_path / "begun", tmp_path / "out")
+    assert "has not saved its policy yet" in refused(["export", tmp_path / "begun", tmp_path / "out"], capsys)
 
 
 def test_a_quantized_base_is_refused(make_run, tmp_path, capsys):
     make_run(lora=True)
     file = tmp_path / "start" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
-    assert "stored quantized (gptq)" in refused(capsys, tmp_path / "run", tmp_path / "out")
+    assert "stored quantized (gptq)" in refused(["export", tmp_path / "run", tmp_path / "out"], capsys)
 
 
 # ---- Ollama ----

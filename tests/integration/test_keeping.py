@@ -8,12 +8,12 @@ from sapo.data.loading import load_rows
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.opponent import BaseModel, ModelCopy
 from tests.integration.test_evaluate import save_model
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
 
 def logged(trainer):
-    lines = (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    return metrics_of(trainer.run_folder.path, "loss")
 
 
 ANCHORED = {"objective": "sft", "kl_weight": 2.0, "token_weighting": "probability"}

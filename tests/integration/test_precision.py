@@ -1,6 +1,5 @@
 """Laws of precision: every role computes alike, and every trained weight moves."""
 
-import json
 import math
 
 import pytest
@@ -11,14 +10,14 @@ from sapo import SAPOConfig
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.master import MasterWeights, MovedSample, with_masters
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama
 
 PUBLISHED = {"optim": "rmsprop", "learning_rate": 5e-7, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
 def lines(trainer):
-    rows = (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, rows) if "loss" in row]
+    return metrics_of(trainer.run_folder.path, "loss")
 
 
 def check_first_margin(trainer):

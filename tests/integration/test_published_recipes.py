@@ -16,6 +16,7 @@ from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.weights.description import load_template_tokenizer
 from tests.bases import BASES, CONVERSATION, save_base
+from tests.runs import metrics_of
 
 SMALLER = (
     "--use_cpu", "--bf16", "false", "--dtype", "float32", "--optim", "adamw_torch", "--max_steps", "2",
@@ -78,7 +79,7 @@ def test_llama_from_the_base_model_through_sft_to_dpo(tmp_path, data, capsys):
     dpo = train("llama3-8b-dpo", sft, data, tmp_path / "dpo")
     for folder in (dpo, dpo / "opponent", dpo / "checkpoint-2"):
         ready(folder, "<|im_end|>", size) if folder.name != "checkpoint-2" else AutoTokenizer.from_pretrained(folder)
-    _, margin = [json.loads(line) for line in (dpo / "metrics.jsonl").read_text().splitlines()][:2]
+    _, margin = metrics_of(dpo)[:2]
     assert "rewards/margins" in margin
     capsys.readouterr()
     assert main(["chat", str(dpo), "--prompt", "Hello", "--max_new_tokens", "3"]) == 0
@@ -154,7 +155,7 @@ def test_dpo_from_a_base_model_begins_with_policy_equal_to_the_reference(tmp_pat
     lora = ("--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--reference", "initial")
     for name, more in (("full", ()), ("lora", lora)):
         run = train("llama3-8b-dpo", base, data, tmp_path / name, *more)
-        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        first = metrics_of(run)[0]
         assert first["rewards/margins"] == 0
         assert first["loss"] == pytest.approx(0.6931472)
 

@@ -1,5 +1,4 @@
 import itertools
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.runs import folder as run_folder
 from sapo.training.callbacks import StopOnSignal
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
 VARIANTS = {
@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 def metrics(trainer, after):
-    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(trainer.run_folder.path)
     timed = ("time/", "tokens_per_second", "memory/")
     return [
         {k: v for k, v in row.items() if not k.startswith(timed) and "second" not in k and "runtime" not in k}

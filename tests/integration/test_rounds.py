@@ -18,6 +18,7 @@ from sapo.commands.main import main
 from sapo.data.loading import load_rows
 from sapo.runs.checkpoint import read_state
 from sapo.weights.digest import weights_digest
+from tests.runs import metrics_of, refused
 from tests.tiny import tiny_llama, tiny_rows
 from tests.vllm_servers import StandIn
 
@@ -73,7 +74,7 @@ def outcome(root):
     found = {}
     for number in range(ITERATIONS):
         folder = root / f"round-{number}"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics_of(folder)
         kept = ("loss", "rewards/margins", "logps/chosen", "self_play/chosen_logp_change")
         found[number] = (
             pyarrow.parquet.read_table(folder / "pairs.parquet").to_pydict(),
@@ -255,13 +256,6 @@ def test_a_longer_budget_lets_the_opponent_write_more_than_the_data_did(model, d
         lengths[budget] = max(len(row["rejected_ids"]) - len(row["chosen_ids"]) for row in rows)
         assert all(len(row["prompt_ids"]) + len(row["rejected_ids"]) <= 32 for row in rows)
     assert lengths[None] == 0 < lengths[24]
-
-
-def refused(arguments, capsys):
-    assert main(arguments) == 2
-    message = capsys.readouterr().err.strip()
-    assert "\n" not in message
-    return message
 
 
 def test_what_cannot_be_is_refused_in_one_line(whole, model, data, tmp_path, capsys):

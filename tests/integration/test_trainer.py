@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -9,6 +7,7 @@ from sapo import Pair, SAPOTrainer, Segment
 from sapo.errors import ConfigurationError
 from sapo.preference.pairs import PairSource
 from sapo.weights.opponent import ModelCopy, policy_tensors
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
 
@@ -82,7 +81,7 @@ def test_evaluation_leaves_the_training_undisturbed(make_trainer):
 def test_evaluation_pairs_are_fixed(make_trainer):
     trainer = make_trainer(learning_rate=0.0, eval_rows=tiny_rows(5, seed=5), eval_strategy="steps", eval_steps=1)
     trainer.train()
-    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(trainer.run_folder.path)
     losses = {row["eval_loss"] for row in rows if "eval_loss" in row}
     logps = {row["eval_logps/rejected"] for row in rows if "eval_loss" in row}
     assert len(losses) == len(logps) == 1
@@ -211,7 +210,7 @@ def test_the_checkpointing_flag_reaches_the_model_in_any_transformers(wanted, ma
 def test_offline_pairs_train_on_the_same_trainer(make_trainer):
     trainer = make_trainer(rows=tiny_rows(paired=True), pair_source="paired", max_steps=24)
     trainer.train()
-    rows = [json.loads(line) for line in (trainer.run_folder.path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(trainer.run_folder.path)
     assert rows[-2]["rewards/margins"] > rows[0]["rewards/margins"]
     assert trainer.opponent is None
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sapo.runs.checkpoint import verify
 from tests.colocated import NEEDS_VLLM, model
+from tests.runs import metrics_of
 from tests.tiny import tiny_rows, tiny_tokenizer
 
 pytestmark = NEEDS_VLLM
@@ -51,7 +52,7 @@ def begin(tmp_path, start):
 
 
 def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(folder)
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows if "loss" in row]
 
 

@@ -28,6 +28,7 @@ from sapo.generation.vllm.weight_stream import send_weights
 from sapo.generation.vllm.worker import receive
 from tests.integration.test_engine_queue import same
 from tests.integration.test_resume import weights
+from tests.runs import metrics_of
 from tests.tiny import tiny_rows, tiny_tokenizer
 from tests.vllm_servers import LENGTH, RealVLLM, StandIn, save_servable, servable_llama, vllm_python
 
@@ -584,7 +585,7 @@ def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Done after step 3 of 3" in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(tmp_path / "run")
     assert [row["self_play/staleness"] for row in rows if "loss" in row] == [0, 1, 1]
     assert not (tmp_path / "run" / "engine").exists()
     left = subprocess.run(["pgrep", "-f", f"port {PORT + 1}"], capture_output=True, text=True, check=False).stdout

@@ -16,15 +16,9 @@ from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.errors import ConfigurationError
 from sapo.options import accepted, options
+from tests.runs import refused
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
-
-
-def refused(capsys, *arguments):
-    assert main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,7 +67,7 @@ def test_help_shows_what_may_be_left_out_and_begins_a_section_with_its_main_opti
 
 
 def test_help_of_something_unknown_gives_the_nearest(capsys):
-    assert "nearest: beta" in refused(capsys, "train", "--help", "betta")
+    assert "nearest: beta" in refused(["train", "--help", "betta"], capsys)
     assert main(["train", "--help", "lr"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("lr is called learning_rate here.")
@@ -154,7 +148,7 @@ def test_a_mistyped_line_names_the_way_out(typed, message, capsys, monkeypatch):
     if message is None:
         assert main(typed.split()) == 0
         return
-    assert message in refused(capsys, *typed.split())
+    assert message in refused(typed.split(), capsys)
 
 
 def recipe_error(tmp_path, text):

@@ -13,6 +13,7 @@ from sapo.commands.main import main
 from sapo.commands.recipes import CLUSTER, FOLDER, find_recipe, run_recipes
 from sapo.errors import ConfigurationError
 from sapo.options import option
+from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 OF_TRL = [FOLDER / "trl-sft.yaml", FOLDER / "llama3-8b-trl-sft.yaml"]
@@ -270,7 +271,7 @@ def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
         "train", "--config", name, "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"),
         "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--report_to", "none", "--quiet",
     ]) == 0  # fmt: skip
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in metrics_of(tmp_path / "run")]
     assert max(steps) == 2
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert name == "laptop-sft" or recipe["steps_per_generation"] > 1

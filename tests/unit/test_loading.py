@@ -38,7 +38,7 @@ from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.runs.files import folder_digest
 from sapo.weights import description, loading
 from sapo.weights.policy import disable_dropout, with_adapter
-from sapo.weights.source import find_source
+from sapo.weights.source import find_source, other_base
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -429,6 +429,31 @@ def test_an_adapter_computes_with_its_own_weights(adapter, folder):
     got = loading.load_frozen(str(adapter))(inputs).logits
     assert torch.equal(got, expected)
     assert not torch.equal(got, loading.load_frozen(str(folder))(inputs).logits)
+
+
+def test_an_adapter_of_another_base_is_said(adapter, folder, tmp_path, caplog):
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    loading.load_adapter(loading.load_frozen(str(other)), str(adapter))
+    assert f"adapter: was trained on {folder}, and is put on {other}." in caplog.text
+    caplog.clear()
+    loading.load_adapter(loading.load_frozen(str(folder)), str(adapter))
+    assert "was trained on" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "is_other"),
+    [
+        ("owner/small", "/cache/models--owner--small/snapshots/0123", False),
+        ("/gone/small", "owner/Small", False),
+        ("/gone/small", "owner/large", True),
+        ("owner/small", "owner/large", True),
+        ("", "owner/large", False),
+        (None, "", False),
+    ],
+)
+def test_bases_are_compared_by_what_a_move_leaves(named, base, is_other):
+    assert other_base({"base_model_name_or_path": named}, base) == (named if is_other else None)
 
 
 def test_an_adapter_without_some_of_its_weights_is_refused(adapter):

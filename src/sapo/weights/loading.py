@@ -43,6 +43,7 @@ from sapo.weights.source import (
     check_stored_types,
     check_weights,
     loading_error,
+    other_base,
     quantization_method,
     read_adapter_config,
     trained_rows,
@@ -178,6 +179,9 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
     """
     stored = read_adapter_config(Path(folder))
     rows = trained_rows(stored)
+    trained_on = other_base(stored, str(model.name_or_path))
+    if trained_on is not None:
+        logger.warning(f"{folder}: was trained on {trained_on}, and is put on {model.name_or_path}.")
     if stored.get("peft_type") not in PeftType.__members__:
         raise ModelError(
             f"{folder}: this version of peft has no adapters of type {stored.get('peft_type')}. Run: pip install "

@@ -225,6 +225,25 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def other_base(stored: Mapping[str, Any], base: str) -> str | None:
+    """The base model that an adapter was trained on, if it is not the one that it is put on; None if it seems to be.
+
+    Args:
+        stored: its adapter_config.json.
+        base: folder or Hub id of the model that it is put on.
+    """
+    named = str(stored.get("base_model_name_or_path") or "")
+    if not named or not base:
+        return None
+    mine, theirs = Path(base).expanduser(), Path(named).expanduser()
+    if mine.exists() and theirs.exists():
+        return None if mine.resolve() == theirs.resolve() else named
+    # One of them is on the Hub, or was moved: the last part of the name stays, also in a folder of the Hub's cache.
+    kept = {part.lower() for part in (*mine.parts, *(part.rpartition("--")[2] for part in mine.parts))}
+    found = {part.lower() for part in (*theirs.parts, *(part.rpartition("--")[2] for part in theirs.parts))}
+    return None if mine.name.lower() in found or theirs.name.lower() in kept else named
+
+
 def check_weights(source: ModelSource) -> None:
     """Refuse a local folder that lacks one of its weight files, without reading them."""
     for adapter in (*source.merged, source.adapter):

@@ -74,6 +74,12 @@ def test_help_of_something_unknown_gives_the_nearest(capsys):
     assert "Peak learning rate" in shown
 
 
+def test_a_closed_output_is_no_fault():
+    started = f"{sys.executable} -m sapo recipes >&-"
+    done = subprocess.run(["sh", "-c", started], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_examples_parse():
     for command in COMMANDS.values():
         import shlex
@@ -87,6 +93,8 @@ def test_examples_parse():
     [
         ("trian", "nearest: sapo train"),
         ("data chek", "nearest: sapo data check"),
+        ("chekc", "nearest: sapo data check"),
+        ("train --gpu 1", "CUDA_VISIBLE_DEVICES"),
         ("finetune", "nearest: sapo train"),
         ("infer", "nearest: sapo chat"),
         ("eval runs/x", "nearest: sapo evaluate"),

@@ -51,6 +51,8 @@ def test_paired_prefers_chosen_over_messages():
 def test_unknown_format_lists_columns_and_accepted():
     with pytest.raises(DatasetError, match=r"x: unknown format.*columns body, title.*prompt \+ completion"):
         detect_format({"title": "a", "body": "b"}, paired=False, source="x")
+    with pytest.raises(DatasetError, match='Is "complection" meant to be "completion"'):
+        detect_format({"prompt": "a", "complection": "b"}, paired=False, source="x")
 
 
 def test_paired_without_rejected_is_refused():

@@ -35,6 +35,11 @@ def test_a_command_can_be_pasted():
     assert fitted(LINES[3], 60).endswith("      && pip install another-package")
 
 
+def test_a_line_of_python_is_left_as_it_is():
+    for line in ("from transformers import AutoModelForCausalLM", f"model = AutoModel.from_pretrained('/{'a' * 40}')"):
+        assert fitted(line, 30) == line
+
+
 def test_what_has_no_space_stays_beside_its_label():
     line = f"Policy:    /{'a' * 100}"
     assert fitted(line, 40) == line

@@ -162,7 +162,9 @@ def _find(given: list[str]) -> tuple[Command | None, list[str]]:
         return None, []
     asked = " ".join(given[: 2 if members else 1])
     meant = _OTHER_NAMES.get(given[0].lstrip("-").lower())
-    close = [meant] if meant else difflib.get_close_matches(asked.lstrip("-").lower(), COMMANDS, n=1, cutoff=0.6)
+    known = [*COMMANDS, *_OTHER_NAMES]
+    close = [meant] if meant else difflib.get_close_matches(asked.lstrip("-").lower(), known, n=1, cutoff=0.6)
+    close = [_OTHER_NAMES.get(name, name) for name in close]
     if not close and members:
         close = [members[0].name]
     nearest = f"; nearest: sapo {close[0]}" if close else ""

@@ -6,6 +6,7 @@ row; a well-formed row without anything to train on (an empty reply) becomes a `
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, TypeAlias
@@ -108,6 +109,9 @@ def detect_format(row: Row, *, paired: bool, source: str) -> Format:
         return "text"
     listed = next((name for name, value in row.items() if _is_rows(value)), None)
     hint = "" if listed is None else f' If {listed!r} lists the rows, rename it to "data".'
+    for column in sorted(columns):
+        for meant in difflib.get_close_matches(column, {"messages", "chosen", *BASES, *REPLIES}, n=1, cutoff=0.8):
+            hint += f' Is "{column}" meant to be "{meant}"?' if meant not in columns else ""
     raise DatasetError(
         f"{source}: unknown format: the first row has the columns {names(columns)}. "
         f"Accepted are {ACCEPTED}; rename the columns to one of these.{hint}"

@@ -173,6 +173,7 @@ _WITHOUT = {
     "set load_best_model_at_end=true, which keeps the best model of the run": (
         "early_stopping early_stopping_patience patience"
     ),
+    "set the environment variable CUDA_VISIBLE_DEVICES": "gpu gpu_id gpu_ids cuda cuda_device",
     "set the environment variable HF_HOME": "cache_dir hf_home",
     "set the environment variable MLFLOW_TRACKING_URI": "mlflow_tracking_uri",
     "`sapo data check` tries the data, `sapo estimate` memory and time, before a run": (

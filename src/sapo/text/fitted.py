@@ -9,6 +9,8 @@ from typing import IO
 
 _COMMAND = re.compile(r"(?:^ *|: +)(?=(?:sapo|pip|vllm|llama-cli|ollama) [^,;]*$)")
 """In front of a command with which a line ends."""
+_PYTHON = re.compile(r"from [\w.]+ import |\w+ = ")
+"""Begins a line of Python, which can be pasted only as it is."""
 _LABEL = re.compile(r" *(?:\w+: {2,})?")
 
 
@@ -32,7 +34,7 @@ def fitted(text: str, width: int | None) -> str:
 
 
 def _parts(line: str, width: int) -> list[str]:
-    if len(line) <= width:
+    if len(line) <= width or _PYTHON.match(line):
         return [line]
     label = _LABEL.match(line)
     indent = label.end() if label is not None else 0

@@ -342,7 +342,7 @@ def main() -> None:
         "--data", type=Path, help="folder that has gsm8k/train.jsonl or gpteacher_roleplay/roleplay.json"
     )
     parser.add_argument("--minutes", type=float, default=60, help="start no cell after so many")
-    parser.add_argument("--stages", nargs="+", default=["narrow", "overtrained", "more"])
+    parser.add_argument("--stages", nargs="+", help="only these stages")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only show the tables of what is done")
@@ -350,7 +350,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     until, work = time.monotonic() + 60 * options.minutes, options.work / options.task
-    stages = [stage for stage in TASKS[options.task].stages if stage.name in options.stages]
+    stages = [one for one in TASKS[options.task].stages if options.stages is None or one.name in options.stages]
     cells = [
         (stage, arm, seed)
         for stage in stages

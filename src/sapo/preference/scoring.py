@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sapo.errors import ModelError
 from sapo.generation.forward import frozen, unwrapped, without_router_logits
 from sapo.preference.batches import Layout, PairBatch, ScoredRows, collate_pairs
+from sapo.preference.embedding_gradients import embedding_gradients_in_place
 from sapo.preference.objectives import token_logps
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
@@ -103,14 +104,15 @@ def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
         output = model(**inputs, shift_labels=rows.targets, fused_lm_head=True)
         logps: Tensor = output.log_probs.flatten()[places]
     else:
-        with head_at(model, places):
+        with head_at(model, places), embedding_gradients_in_place(model):
             logits = model(**inputs, use_cache=False).logits
         if logits.shape[:2] != (1, len(places)):
             raise ModelError(
                 f"{type(unwrapped(model)).__name__} does not compute its logits from its output "
                 "embeddings alone, so it cannot be scored."
             )
-        logps = token_logps(logits[0], targets)
+        # An index would make the gradient anew, with zeros around it.
+        logps = token_logps(logits.squeeze(0), targets)
     # A sum of hundreds of bfloat16 numbers is off by several nats.
     return logps if logps.dtype == torch.float64 else logps.float()
 

@@ -145,6 +145,24 @@ def test_text_does_not_depend_on_batch_composition(name):
         assert chunked.generate(contexts, budgets, seeds) == together
 
 
+@EVERY_ARCHITECTURE
+def test_text_does_not_depend_on_the_passes_that_read_the_contexts(name, monkeypatch):
+    """Several passes where keys and values are all that a model keeps, else one."""
+    contexts, budgets, seeds = request()
+    model = built(name)
+    expected = generator_for(model).generate(contexts, budgets, seeds)
+    monkeypatch.setattr("sapo.generation.decoding.TOKENS_PER_PASS", 16)
+    spy = Spy(model)
+    try:
+        assert generator_for(model).generate(contexts, budgets, seeds) == expected
+    finally:
+        spy.handle.remove()  # other tests use the model too
+    if name == "llama":
+        prompts = [rows * width for rows, width in spy.shapes if width > 1]
+        assert len(prompts) > 2
+        assert max(prompts) <= max(16, *map(len, contexts))
+
+
 def test_seed_alone_decides_a_rows_randomness(llama):
     generator = generator_for(llama)
     same = generator.generate([[5, 6]] * 4, [12] * 4, [11, 11, 12, 13])

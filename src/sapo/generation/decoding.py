@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from sapo.errors import ConfigurationError, ModelError
 from sapo.generation.forward import frozen, without_router_logits
-from sapo.generation.kv_cache import make_room, surviving_rows
+from sapo.generation.kv_cache import can_join, joined, make_room, surviving_rows
 from sapo.generation.protocol import check_request
 from sapo.generation.sampling import INVALID_TOKEN, UNDECIDED_TOKEN, Sampling, host_computes
 from sapo.generation.token_step import DecodingRows, replay_for
@@ -25,6 +26,11 @@ from sapo.generation.weight_layout import stored_by_input, weights_cast
 
 TOKENS_PER_READ = 8
 """Number of tokens that an accelerator computes before the host reads them and checks which rows are finished."""
+
+
+TOKENS_PER_PASS = 1024
+"""Number of context tokens that a CPU reads in one pass: activations of more do not fit into its cache, and rows of
+different lengths are padded."""
 
 
 class TransformersGenerator:
@@ -128,20 +134,13 @@ class TransformersGenerator:
         room = max(max_new_tokens[row] for row in rows)
         options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True, **without_router_logits(model)}
         forward = functools.partial(model, **options)
-        # The model creates its cache in the first step, with the cache type that its layers need.
-        output = forward(**state.prompt(), past_key_values=None)
-        cache = output.get("past_key_values")
-        if not isinstance(cache, Cache):
-            raise ModelError(
-                f"{type(model).__name__} returned no key-value cache, which decoding requires; "
-                "use a model whose forward pass returns past_key_values"
-            )
+        logits, cache = self._read_contexts(model, forward, state, [len(contexts[row]) for row in rows])
         make_room(cache, room)
         capture = replay_for(model, device) if state.hold(model, cache) else None
         if capture is not None:
             state.fix()
-        state.draw(output.logits[:, -1])
-        del output
+        state.draw(logits)
+        del logits
         state.count += 1
         step, replay = functools.partial(state.advance, forward), None
         going: list[int | None] = list(rows)
@@ -170,6 +169,36 @@ class TransformersGenerator:
                 replay(step)
             state.count += 1
 
+    def _read_contexts(
+        self, model: nn.Module, forward: Callable[..., Any], state: DecodingRows, lengths: list[int]
+    ) -> tuple[Tensor, Cache]:
+        """The logits of the next token `[B, V]`, and the cache, which the model creates with the type that it needs."""
+
+        def read(rows: list[int] | None = None) -> tuple[Tensor, Cache]:
+            width = None if rows is None else max(lengths[row] for row in rows)
+            output = forward(**state.prompt(rows, width), past_key_values=None)
+            cache = output.get("past_key_values")
+            if not isinstance(cache, Cache):
+                raise ModelError(
+                    f"{type(model).__name__} returned no key-value cache, which decoding requires; "
+                    "use a model whose forward pass returns past_key_values"
+                )
+            return output.logits[:, -1], cache
+
+        parts = _parts(lengths) if host_computes(state.tokens.device) else []
+        if len(parts) < 2:
+            return read()
+        found, caches = [], []
+        for part in parts:
+            self._look()
+            logits, cache = read(part)
+            if not can_join(cache):
+                return read()
+            found.append(logits)
+            caches.append(cache)
+        rows = torch.tensor([row for part in parts for row in part])
+        return torch.cat(found)[rows.argsort()], joined(caches, rows)
+
     def _take(
         self, row: int | None, tokens: list[int], max_new_tokens: Sequence[int], replies: list[list[int]]
     ) -> int | None:
@@ -188,6 +217,17 @@ class TransformersGenerator:
             if token in self._end_ids or len(replies[row]) == max_new_tokens[row]:
                 return None
         return row
+
+
+def _parts(lengths: list[int]) -> list[list[int]]:
+    """Rows whose contexts are read together: alike in length, and of `TOKENS_PER_PASS` tokens at most, with padding."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= TOKENS_PER_PASS:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
 
 
 class _UndecidedError(Exception):

@@ -125,6 +125,35 @@ def make_room(cache: Cache, new_tokens: int) -> None:
             cache.layers[place] = RoomyLayer(layer)
 
 
+def can_join(cache: Cache) -> bool:
+    """Whether caches like this one, of different rows, can be made one by `joined`."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def joined(caches: list[Cache], order: Tensor) -> Cache:
+    """One cache of the rows of all, right-aligned to the widest; requires `can_join` of each.
+
+    Args:
+        caches: emptied layer by layer, so that no more than one layer is held twice.
+        order: `[B]`, which of their rows, one after another, is the first, the second and so on.
+    """
+    whole, *_ = caches
+    width = max(cache.get_seq_length() for cache in caches)
+    for place, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in layers]
+            rows, (_, heads, _, size) = len(order), parts[0].shape
+            # Zeros, because a hidden column has weight 0, and 0 times uninitialized memory may be NaN.
+            states, start = parts[0].new_zeros(rows, heads, width, size), 0
+            for part, layer in zip(parts, layers, strict=True):
+                where = order[start : start + len(part)]
+                states[where, :, width - part.shape[2] :] = part
+                start += len(part)
+                setattr(layer, name, part[:0])
+            setattr(whole.layers[place], name, states)
+    return whole
+
+
 def surviving_rows(going: list[int]) -> list[int]:
     """An order of the rows `going` (ascending) that moves as few of them as possible.
 

@@ -81,12 +81,19 @@ class DecodingRows:
         self._hidden: Tensor | None = None
         self._windows: dict[str, int | None] = {}
 
-    def prompt(self) -> dict[str, Tensor]:
-        """Model arguments for the forward pass over the contexts."""
+    def prompt(self, rows: Sequence[int] | None = None, width: int | None = None) -> dict[str, Tensor]:
+        """Model arguments for the forward pass over the contexts.
+
+        Args:
+            rows: whose contexts; None for all.
+            width: tokens of the longest of these; None for that of all.
+        """
+        chosen = slice(None) if rows is None else torch.tensor(rows, device=self.tokens.device)
+        start = 0 if width is None else self._width - width
         return {
-            "input_ids": self.tokens,
-            "attention_mask": self._attended[:, : self._width],
-            "position_ids": self.positions,
+            "input_ids": self.tokens[chosen, start:],
+            "attention_mask": self._attended[chosen, start : self._width],
+            "position_ids": self.positions[chosen, start:],
         }
 
     def hold(self, model: nn.Module, cache: Cache) -> bool:

@@ -111,7 +111,7 @@ def scored_logps(model: nn.Module, rows: ScoredRows, *, fused_lm_head: bool = Fa
                 f"{type(unwrapped(model)).__name__} does not compute its logits from its output "
                 "embeddings alone, so it cannot be scored."
             )
-        # An index would make the gradient anew, with zeros around it.
+        # The gradient of an index would be a second tensor of this size, zeros filled in.
         logps = token_logps(logits.squeeze(0), targets)
     # A sum of hundreds of bfloat16 numbers is off by several nats.
     return logps if logps.dtype == torch.float64 else logps.float()

@@ -95,8 +95,11 @@ def test_what_follows_the_last_reply_is_left_out_and_noted():
     assert contents(found) == ["a", "b"]
     assert notes == ["messages after the last reply are left out"]
     whole = {"chosen": [user("a"), assistant("b"), user("c")], "rejected": [user("a"), assistant("z"), user("c")]}
-    found = parse(whole, paired=True)
-    assert (contents(found), found.rejected) == (["a", "b"], assistant("z"))
+    for row in (whole, whole | {"chosen": whole["chosen"][:2]}, whole | {"rejected": [*whole["rejected"], user("y")]}):
+        notes.clear()
+        found = parse_row(row, "chosen", paired=True, chat=True, where=WHERE, note=notes.append)
+        assert (contents(found), found.rejected) == (["a", "b"], assistant("z"))
+        assert notes == ["messages after the last reply are left out"]
 
 
 def test_a_reply_that_is_none_of_the_assistants_is_refused():

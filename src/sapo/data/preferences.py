@@ -21,7 +21,7 @@ from sapo.data.messages import (
     parse_messages,
     same_message,
 )
-from sapo.data.prompts import BASES, conversation, flat, with_system, wrong_end
+from sapo.data.prompts import AFTER_LAST, BASES, conversation, flat, with_system, wrong_end
 from sapo.data.transcripts import last_reply, shared_text
 from sapo.errors import DatasetError
 
@@ -185,10 +185,12 @@ def _paired(
     if other is None or isinstance(made, Dropped):
         return made
     size = len(made.messages)
-    if len(other) == len(messages) and all(map(same_message, other[size:], messages[size:])):
-        other = other[:size]
-    if other[-1]["role"] != "assistant":
+    ends = [place for place, message in enumerate(other, 1) if message["role"] == "assistant"]
+    if not ends:
         raise wrong_end("rejected", other[-1]["role"], fields.where)
+    if ends[-1] < len(other) and size == len(messages):
+        fields.note(AFTER_LAST)
+    other = other[: ends[-1]]
     if len(other) != size or not all(map(same_message, other, made.messages[:-1])):
         return Dropped("chosen and rejected differ before the last reply")
     if is_empty(other[-1]):

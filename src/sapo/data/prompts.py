@@ -28,6 +28,7 @@ BASES = ("prompt", "instruction", "question", "query", "input")
 REPLIES = ("completion", "output", "response", "answer")
 """Columns that hold the reply, in order of preference."""
 
+AFTER_LAST = "messages after the last reply are left out"
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
     | {"continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"}
@@ -146,7 +147,7 @@ def conversation(messages: list[Message], fields: Fields, column: str, *, first:
     while roles[-1] != "assistant":
         roles.pop()
     if len(roles) < len(messages):
-        fields.note("messages after the last reply are left out")
+        fields.note(AFTER_LAST)
     messages = messages[: len(roles)]
     for message in messages:
         # Empty system texts and tool results are normal; an empty question or answer is a data error.

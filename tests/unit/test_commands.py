@@ -1,7 +1,9 @@
 """Laws of the command line: complete help, errors of one line that name the way out, and a quick start."""
 
+import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from sapo.commands.completion import script
 from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.errors import ConfigurationError
+from sapo.interrupts import interrupt
 from sapo.options import accepted, options
 from tests.runs import refused
 
@@ -319,11 +322,40 @@ def test_the_package_runs_as_a_module():
     assert done.stdout.startswith("sapo ")
 
 
+def test_ctrl_c_that_a_library_swallows_ends_the_command_before_its_work(monkeypatch, tmp_path, capsys):
+    def watch():  # and it comes at once, within an import that catches everything
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupt(signal.SIGINT, None)
+
+    monkeypatch.setattr("sapo.interrupts.watch", watch)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    monkeypatch.setattr(sys, "argv", ["sapo", "data", "check", str(rows), "--model_name_or_path", "sapo/none"])
+    assert run() == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_ctrl_c_that_a_library_takes_for_a_missing_package_is_one_line(monkeypatch, capsys):
+    def swallowing(given):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupt(signal.SIGINT, None)
+        raise ImportError("is torch installed?")
+
+    monkeypatch.setattr("sapo.commands.main._dispatch", swallowing)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    # Without Ctrl-C an error stays what it is.
+    monkeypatch.setattr("sapo.commands.main._dispatch", lambda given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
 def test_ctrl_c_while_the_package_is_imported_is_one_line(monkeypatch, capsys):
     class Importing:
         def __getattr__(self, name):
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("sapo.interrupts.watch", lambda: None)
     monkeypatch.setitem(sys.modules, "sapo.commands.main", Importing())
     assert run() == 130
     assert capsys.readouterr().err == "Interrupted.\n"

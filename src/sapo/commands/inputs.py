@@ -30,6 +30,7 @@ from sapo.data.parallel import ROWS_THAT_PAY
 from sapo.data.report import DataReport
 from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError
+from sapo.interrupts import raise_swallowed
 from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
 from sapo.runs.user_cache import user_cache
@@ -85,7 +86,9 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
     Raises:
         ConfigurationError: no model or no data are named, or `max_length` is more than the model takes.
         ModelError, TokenizerError, DatasetError: what is wrong with them.
+        KeyboardInterrupt: see `raise_swallowed`.
     """
+    raise_swallowed()
     config, model_config = run.config, load_config(run.model)
     name, revision = str(run.model.model_name_or_path), run.model.model_revision
     config.check_positions(positions_of(model_config))

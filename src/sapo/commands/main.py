@@ -14,6 +14,7 @@ from sapo.commands.catalog import COMMANDS
 from sapo.commands.notices import held_notices
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
+from sapo.interrupts import raise_swallowed
 from sapo.text.fitted import fitted, width_of
 
 _INTRODUCTION = """\
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).addFilter(_without(notice))
     given = [argument for argument in given if argument != "--debug"]
     try:
-        return _dispatch(given)
+        return _dispatched(given)
     except SapoError as error:
         if debug:
             traceback.print_exc()
@@ -86,6 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+
+
+def _dispatched(given: list[str]) -> int:
+    try:
+        return _dispatch(given)
+    except Exception:
+        raise_swallowed()
+        raise
 
 
 def _complain(line: str) -> None:

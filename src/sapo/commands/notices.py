@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from sapo.errors import SapoError
+from sapo.interrupts import raise_swallowed, unwatch
 from sapo.text.fitted import fitted, width_of
 
 
@@ -28,7 +29,13 @@ class Notices:
         return True
 
     def release(self) -> None:
-        """Show what has waited; from now on everything is shown at once."""
+        """Show what has waited; from now on everything is shown at once.
+
+        Raises:
+            KeyboardInterrupt: see `raise_swallowed`.
+        """
+        raise_swallowed()
+        unwatch()
         waiting, self._waiting = self._waiting, None
         for show in waiting or ():
             show()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from sapo.interrupts import interrupt, raise_swallowed
 from sapo.runs.folder import RunFolder
 from sapo.runs.metrics import CPU_TIME, MOVED, OPTIMIZER_TIME, OVERHEAD_TIME, STEP_TIME
 from sapo.training.interruption import EvaluationStopped, stops_within
@@ -192,7 +193,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None or not self._begun:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         self.received = signal.Signals(number)
         said = "Stopping after this step, with a checkpoint"  # the first, or one of several processes or of vLLM
         if self._ended:
@@ -215,7 +216,13 @@ class StopOnSignal(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """From here on a stop keeps something."""
+        """From here on a stop keeps something.
+
+        Raises:
+            KeyboardInterrupt: a library has swallowed an earlier one.
+        """
+        if not self._begun:
+            raise_swallowed()
         self._begun = True
         self._kept = state.global_step if stops_within(args) else 0
 

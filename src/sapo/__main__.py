@@ -13,7 +13,7 @@ def run() -> int:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        from sapo.interrupts import watch
+        from sapo.text.interrupts import watch
 
         watch()
         from sapo.commands.main import main

@@ -17,8 +17,8 @@ from sapo.commands.completion import script
 from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.errors import ConfigurationError
-from sapo.interrupts import interrupt
 from sapo.options import accepted, options
+from sapo.text.interrupts import interrupt
 from tests.runs import refused
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
@@ -327,7 +327,7 @@ def test_ctrl_c_that_a_library_swallows_ends_the_command_before_its_work(monkeyp
         with contextlib.suppress(KeyboardInterrupt):
             interrupt(signal.SIGINT, None)
 
-    monkeypatch.setattr("sapo.interrupts.watch", watch)
+    monkeypatch.setattr("sapo.text.interrupts.watch", watch)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     monkeypatch.setattr(sys, "argv", ["sapo", "data", "check", str(rows), "--model_name_or_path", "sapo/none"])
@@ -355,7 +355,7 @@ def test_ctrl_c_while_the_package_is_imported_is_one_line(monkeypatch, capsys):
         def __getattr__(self, name):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("sapo.interrupts.watch", lambda: None)
+    monkeypatch.setattr("sapo.text.interrupts.watch", lambda: None)
     monkeypatch.setitem(sys.modules, "sapo.commands.main", Importing())
     assert run() == 130
     assert capsys.readouterr().err == "Interrupted.\n"

@@ -30,10 +30,10 @@ from sapo.data.parallel import ROWS_THAT_PAY
 from sapo.data.report import DataReport
 from sapo.data.texts import PromptTexts, prompt_texts
 from sapo.errors import CheckpointError, ConfigurationError, DatasetError
-from sapo.interrupts import raise_swallowed
 from sapo.options.rules import OptionRules
 from sapo.runs.checkpoint import read_state
 from sapo.runs.user_cache import user_cache
+from sapo.text.interrupts import raise_swallowed
 from sapo.weights.description import (
     generation_eos_ids,
     load_config,

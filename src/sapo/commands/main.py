@@ -14,8 +14,8 @@ from sapo.commands.catalog import COMMANDS
 from sapo.commands.notices import held_notices
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
-from sapo.interrupts import raise_swallowed
 from sapo.text.fitted import fitted, width_of
+from sapo.text.interrupts import raise_swallowed
 
 _INTRODUCTION = """\
 sapo: Self-Augmented Preference Optimization (arXiv 2405.20830)

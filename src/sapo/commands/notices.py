@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from sapo.errors import SapoError
-from sapo.interrupts import raise_swallowed, unwatch
 from sapo.text.fitted import fitted, width_of
+from sapo.text.interrupts import raise_swallowed, unwatch
 
 
 class Notices:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sapo.errors import CheckpointError
+from sapo.errors import CheckpointError, brief
 from sapo.runs.files import file_digest, write_atomically
 from sapo.runs.layout import MANIFEST_FILE, STATE_FILE
 
@@ -48,7 +48,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read the run's facts; a `CheckpointError` if they are of something else, or of another version's format."""
     state = read_json(folder, STATE_FILE)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {FORMAT}.")
+        raise CheckpointError(f"{folder}: format {brief(state.get('format'), 40)}, this version reads {FORMAT}.")
     return state
 
 
@@ -122,7 +122,9 @@ def compare_facts(
     """
     words = words or {}
     different = [
-        f"{name}: {words[name]}" if name in words else f"{name} was {saved.get(name)!r}, is {current[name]!r}"
+        f"{name}: {words[name]}"
+        if name in words
+        else f"{name} was {brief(repr(saved.get(name)), 200)}, is {brief(repr(current[name]), 200)}"
         for name in current
         if saved.get(name) != current[name] and name not in free
     ]

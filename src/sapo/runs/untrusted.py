@@ -95,6 +95,18 @@ _UNREADABLE = (
 """Exceptions that the libraries raise on invalid files."""
 
 
+_STATE: dict[str, Any] = {
+    "global_step": int,
+    "epoch": int | float | None,
+    "best_global_step": int | None,
+    "best_metric": int | float | None,
+    "best_model_checkpoint": str | None,
+    "log_history": list,
+    "stateful_callbacks": dict | list | None,
+}
+"""What Trainer goes on from, by name in its state, and of which type it is."""
+
+
 def _deepspeed_records() -> list[Any]:
     """Plain record classes that DeepSpeed's files contain besides tensors."""
     if "deepspeed" not in sys.modules:
@@ -118,8 +130,10 @@ def inspect(folder: Path) -> TrainerState:
             # DeepSpeed opens the folder of this name.
             _check_name(latest, latest.read_text(encoding="utf-8").strip())
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        if not isinstance(state.global_step, int) or state.global_step < 0:
-            raise ValueError(f"{TRAINER_STATE_NAME}: global_step is {state.global_step!r}")
+        for name, kinds in _STATE.items():
+            value = getattr(state, name)
+            if not isinstance(value, kinds) or (name == "global_step" and value < 0):
+                raise ValueError(f"{TRAINER_STATE_NAME}: {name} is {value!r}")
         return state
 
 

@@ -1,1 +1,1 @@
-"""What people read: escaped characters, numbers, lines and tables."""
+"""What people read and press: escaped characters, numbers, lines and tables, Ctrl-C."""

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from sapo.interrupts import interrupt, raise_swallowed
 from sapo.runs.folder import RunFolder
 from sapo.runs.metrics import CPU_TIME, MOVED, OPTIMIZER_TIME, OVERHEAD_TIME, STEP_TIME
+from sapo.text.interrupts import interrupt, raise_swallowed
 from sapo.training.interruption import EvaluationStopped, stops_within
 from sapo.training.metrics import MetricAverages, clock
 from sapo.weights.master import MovedSample

@@ -18,7 +18,7 @@ from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.errors import ConfigurationError
 from sapo.options import accepted, options
-from sapo.text.interrupts import interrupt
+from sapo.text.interrupts import interrupt, unwatch, watch
 from tests.runs import refused
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
@@ -333,6 +333,18 @@ def test_ctrl_c_that_a_library_swallows_ends_the_command_before_its_work(monkeyp
     monkeypatch.setattr(sys, "argv", ["sapo", "data", "check", str(rows), "--model_name_or_path", "sapo/none"])
     assert run() == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_program_started_to_ignore_ctrl_c_goes_on_ignoring_it(before):
+    kept = signal.signal(signal.SIGINT, before)
+    try:
+        watch()
+        assert signal.getsignal(signal.SIGINT) is (interrupt if before is signal.default_int_handler else before)
+        unwatch()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, kept)
 
 
 def test_ctrl_c_that_a_library_takes_for_a_missing_package_is_one_line(monkeypatch, capsys):

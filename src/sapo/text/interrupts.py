@@ -20,8 +20,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def watch() -> None:
-    """Answer SIGINT by `interrupt` from now on."""
-    signal.signal(signal.SIGINT, interrupt)
+    """Answer SIGINT by `interrupt` from now on, unless the program was started to ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def unwatch() -> None:

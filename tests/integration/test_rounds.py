@@ -246,6 +246,36 @@ def test_conversations_stay_conversations(tmp_path):
     assert all(row["rejected"][0]["role"] == "assistant" for row in rows)
 
 
+def test_an_opponent_with_its_own_system_message_writes_what_it_would_to_rows_that_have_it(tmp_path):
+    from sapo.demo.build import MODEL_FOLDER
+    from sapo.demo.tasks import TRAIN_ROWS
+
+    model = shutil.copytree(MODEL_FOLDER, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refusal = "{{ raise_exception('the demo model knows the roles user and assistant only') }}"
+    assert refusal in template.read_text()
+    template.write_text(template.read_text().replace(refusal, "<user>{{ message['content'] }}"))
+    bare = [row["messages"] for row in TRAIN_ROWS[:6]]
+    told = [[{"role": "system", "content": "shout"}, *messages] for messages in bare]
+    found = {}
+    for name, talks, more in (
+        ("own", bare, ["--opponent_system_prompt", "shout"]),
+        ("rows", told, []),
+        ("no", bare, []),
+    ):
+        data, file = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"
+        data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+        flags = [*pairs_flags(model, data), "--skip_identical", "false", "--temperature", "1.5"]
+        assert main(["generate", *flags, *more, "--max_length", "128", "--output_file", str(file)]) == 0
+        found[name] = list(load_rows(file))
+    rejected = {name: [row["rejected_ids"] for row in rows] for name, rows in found.items()}
+    assert rejected["own"] == rejected["rows"] != rejected["no"]
+    assert [row["prompt_ids"] for row in found["own"]] == [row["prompt_ids"] for row in found["no"]]
+    rounds = ["--num_rounds", "1", "--ema_decay", "1", "--max_steps", "1", "--opponent_system_prompt", "shout"]
+    flags = [*pairs_flags(model, tmp_path / "no.jsonl"), "--max_length", "128", "--report_to", "none"]
+    assert main(["train", *flags, *rounds, "--output_dir", str(tmp_path / "spin")]) == 0
+
+
 def test_a_longer_budget_lets_the_opponent_write_more_than_the_data_did(model, data, tmp_path):
     lengths = {}
     for budget in (None, 24):

@@ -1,5 +1,6 @@
 """Laws of `sapo.preference.pairs`: which pairs are made, stored and drawn."""
 
+import dataclasses
 import random
 from collections import defaultdict
 
@@ -85,6 +86,20 @@ def test_the_opponent_continues_the_prompt_and_what_comes_before_the_segment_for
     call = generator.calls[0]
     assert call.contexts == [[*PROMPT, *pair.chosen_ids[: pair.segment.start]]]
     assert call.max_new_tokens == [3]
+
+
+def test_an_opponent_with_its_own_system_message_generates_from_its_own_prompt_and_the_pair_has_the_rows():
+    source, generator = self_play(segment_length=None, max_new_tokens=50, max_length=44)
+    plain = example(0, 30)
+    turn = dataclasses.replace(plain.turns[0], opponent_prompt_ids=(5, 6, 7, *PROMPT))
+    (pair,) = source.regenerate([Example(0, (turn,))], epoch=0)
+    call = generator.calls[0]
+    assert call.contexts == [[5, 6, 7, *PROMPT]]
+    assert call.max_new_tokens == [44 - 3 - len(PROMPT)]
+    assert pair.prompt_ids == PROMPT
+    source.regenerate([plain], epoch=0)
+    assert generator.calls[1].contexts == [[*PROMPT]]
+    assert generator.calls[1].seeds == call.seeds
 
 
 def test_a_replacement_that_ends_the_response_loses_what_follows_its_end_token():

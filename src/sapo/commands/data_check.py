@@ -217,6 +217,9 @@ def _show_segment(turn: Turn, segment: Segment, tokenizer: PreTrainedTokenizerBa
     counts = f"A {len(head)}, B {len(segment)}, C {len(tail)} tokens"
     console.print(Text(f"prompt ({len(turn.prompt_ids)} tokens):", "bold"))
     console.print(_safe(_shorten(prompt, keep_end=True), console, "dim"))
+    if turn.opponent_prompt_ids is not None:
+        console.print(Text(f"the opponent's prompt ({len(turn.opponent_prompt_ids)} tokens):", "bold"))
+        console.print(_safe(_shorten(tokenizer.decode(list(turn.opponent_prompt_ids))), console, "dim"))
     console.print(Text(f"response ({counts}; the opponent regenerates {opening}B{closing}):", "bold"))
     console.print(text)
 

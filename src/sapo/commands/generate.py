@@ -130,6 +130,8 @@ def write_replies(run: RunArguments, prompts: str, file: Path, begin: Callable[[
     config, console = run.config, Console()
     if config.world_size > 1:
         raise ConfigurationError("sapo generate --self_replay runs in one process. Leave the launcher out.")
+    if config.opponent_system_prompt is not None:
+        raise ConfigurationError("opponent_system_prompt with --self_replay: no opponent replies. Leave it out.")
     check_packages(run)
     check_model(run.model, config, trains=False)
     name = str(run.model.model_name_or_path)

@@ -167,6 +167,7 @@ def _round(run: RunArguments, inputs: Inputs, folder: Path, number: int, adapter
     config = copy.copy(run.config)
     config.output_dir = str(folder)
     config.pair_source, config.num_rounds, config.mix_previous_round = "paired", None, False
+    config.opponent_system_prompt = None
     config.generation_backend = "transformers"
     # The pairs are in the folder already, and whatever else is there is of this very round.
     config.overwrite_output_dir, config.resume_from_checkpoint = True, "auto"

@@ -6,6 +6,7 @@ response is exactly what follows the generation prompt.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from sapo.data.examples import DataReport, Turn
 from sapo.data.messages import Conversation, PlainText
 from sapo.data.rendering import TEMPLATE_FAULTS, Renderer, Unprinted, valid_unicode
-from sapo.errors import TokenizerError
+from sapo.errors import DatasetError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Draft:
         prompt: the text before the reply.
         full_texts: prompt plus reply; if paired, also prompt plus rejected reply.
         plain: not rendered by a chat template, so the tokenizer's BOS token is still to be added.
+        opponent_prompt: the prompt with the opponent's own system message, if it has one.
     """
 
     row: int
@@ -37,6 +39,7 @@ class Draft:
     prompt: str
     full_texts: tuple[str, ...]
     plain: bool
+    opponent_prompt: str | None = None
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
@@ -91,6 +94,7 @@ class Encoder:
         eos_ids: see `eos_token_ids`.
         report: the dataset's report.
         date: the date for chat templates that print one; None for today.
+        opponent_system_prompt: the opponent's own system message; None for none.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Encoder:
         eos_ids: Collection[int],
         report: DataReport,
         date: datetime.date | None = None,
+        opponent_system_prompt: str | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise TokenizerError("the tokenizer has no EOS token to end a response with. Set tokenizer.eos_token.")
@@ -107,6 +112,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._ends = frozenset({*eos_ids, tokenizer.eos_token_id})
         self._report = report
+        self._opponent_system = opponent_system_prompt
         self._blank: dict[int, bool] = {}
         # Its own call resets truncation and padding that a tokenizer was saved with, here and in `_encode`.
         self._start = self._start_ids()
@@ -116,8 +122,13 @@ class Encoder:
         """One draft from a row without roles.
 
         Raises:
-            DatasetError: the text contains an unpaired surrogate.
+            DatasetError: the text contains an unpaired surrogate, or has no roles to put a system message before.
         """
+        if self._opponent_system is not None:
+            raise DatasetError(
+                f"{where}: plain text has no system message, which opponent_system_prompt sets. Give rows of messages, "
+                "or leave the option out."
+            )
         replies = [text.completion, *([] if text.rejected is None else [text.rejected])]
         prompt, bos = text.prompt, self._tokenizer.bos_token
         if bos and prompt.lstrip().startswith(bos):
@@ -144,11 +155,25 @@ class Encoder:
         for index, position in self._chosen(talk, row, chosen_turns):
             try:
                 prompt, full_texts = self._renderer.turn(talk, position, where)
+                opponent = self._opponent_prompt(talk, position, where)
             except Unprinted as reason:
                 self._report.drop(str(reason), row)
             else:
-                drafts.append(Draft(row, index, prompt, full_texts, plain=False))
+                drafts.append(Draft(row, index, prompt, full_texts, plain=False, opponent_prompt=opponent))
         return drafts
+
+    def _opponent_prompt(self, talk: Conversation, position: int, where: str) -> str | None:
+        if self._opponent_system is None:
+            return None
+        message = {"role": "system", "content": self._opponent_system}
+        first = int(talk.messages[0]["role"] in ("system", "developer"))
+        changed = dataclasses.replace(talk, messages=(message, *talk.messages[first:]))
+        try:
+            return self._renderer.turn(changed, position + 1 - first, where)[0]
+        except Unprinted as reason:
+            raise Unprinted(f"{reason}, under opponent_system_prompt") from None
+        except DatasetError as error:
+            raise DatasetError(f"{error} This is so under opponent_system_prompt alone; leave it out.") from error
 
     def _chosen(self, talk: Conversation, row: int, chosen_turns: str) -> list[tuple[int, int]]:
         """The replies to train on: index among the replies, and index among the messages."""
@@ -176,9 +201,11 @@ class Encoder:
         """
         texts = [text for draft in drafts for text in (draft.prompt, *draft.full_texts)]
         encoded = iter(self._encode(texts))
+        others = iter(self._encode([draft.opponent_prompt for draft in drafts if draft.opponent_prompt is not None]))
         for draft in drafts:
             prompt = next(encoded)
             full_texts = [next(encoded) for _ in draft.full_texts]
+            opponent = None if draft.opponent_prompt is None else tuple(next(others))
             try:
                 replies = [
                     self._reply(draft, text, prompt, whole)
@@ -190,7 +217,7 @@ class Encoder:
             # Text from a chat template already contains the BOS token.
             start = self._start if draft.plain and prompt[: len(self._start)] != self._start else []
             rejected = replies[1] if len(replies) > 1 else None
-            yield draft.row, Turn(draft.index, (*start, *prompt), replies[0], rejected)
+            yield draft.row, Turn(draft.index, (*start, *prompt), replies[0], rejected, opponent)
 
     def _reply(self, draft: Draft, text: str, prompt: list[int], whole: list[int]) -> tuple[int, ...]:
         if whole[: len(prompt)] == prompt:

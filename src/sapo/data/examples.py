@@ -30,12 +30,19 @@ class Turn:
         prompt_ids: everything before the reply, including the header that opens it.
         response_ids: the reply, including its EOS token unless it was truncated.
         rejected_ids: the rejected reply, in paired data only.
+        opponent_prompt_ids: the prompt with the opponent's own system message, if it has one.
     """
 
     index: int
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...] | None = None
+    opponent_prompt_ids: tuple[int, ...] | None = None
+
+    @property
+    def generation_ids(self) -> tuple[int, ...]:
+        """The prompt that the opponent generates from."""
+        return self.prompt_ids if self.opponent_prompt_ids is None else self.opponent_prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,7 @@ class RunOptions(Protocol):
     max_length_policy: Literal["auto", "truncate", "drop", "error"]
     assistant_turns: Literal["last", "random", "all"]
     pair_source: Any
+    opponent_system_prompt: str | None
     template_date: str | None
 
 
@@ -75,6 +83,7 @@ class DataOptions:
             raises an error if more than half of the turns are too long.
         assistant_turns: train on the last reply, on a random one per epoch, or on all.
         paired: read both the chosen and the rejected reply.
+        opponent_system_prompt: the system message of `Turn.opponent_prompt_ids`; None for no such prompt.
         date: the date for chat templates that print one; None for today.
         embeddings: number of embeddings of the model; a token beyond them is refused. None if it is not known.
     """
@@ -85,6 +94,7 @@ class DataOptions:
     max_length_policy: Literal["auto", "truncate", "drop", "error"] = "truncate"
     assistant_turns: Literal["last", "random", "all"] = "last"
     paired: bool = False
+    opponent_system_prompt: str | None = None
     date: datetime.date | None = None
     embeddings: int | None = None
 
@@ -110,6 +120,7 @@ class DataOptions:
             max_length_policy=config.max_length_policy,
             assistant_turns=config.assistant_turns,
             paired=config.pair_source == "paired",
+            opponent_system_prompt=config.opponent_system_prompt,
             date=None if config.template_date is None else parse_date(config.template_date),
             embeddings=embeddings,
         )
@@ -118,10 +129,13 @@ class DataOptions:
 class ExampleTable:
     """Prepared turns in flat arrays, which take far less memory than lists of Python integers."""
 
-    NESTED = ("prompt_ids", "response_ids", "rejected_ids")
+    NESTED = ("prompt_ids", "response_ids", "rejected_ids", "opponent_prompt_ids")
 
-    def __init__(self, *, paired: bool, join_turns: bool) -> None:
-        self._paired = paired
+    def __init__(self, *, paired: bool, join_turns: bool, opponent_prompts: bool = False) -> None:
+        self._left_out = {
+            *(() if paired else ("rejected_ids",)),
+            *(() if opponent_prompts else ("opponent_prompt_ids",)),
+        }
         self._join = join_turns
         self._rows = array("q")
         self._turns = array("q")
@@ -139,20 +153,19 @@ class ExampleTable:
             self._rows.append(row)
             self._first.append(self._first[-1] + 1)
         self._turns.append(turn.index)
-        for name, ids in zip(self.NESTED, (turn.prompt_ids, turn.response_ids, turn.rejected_ids), strict=True):
-            values, offsets = self._tokens[name]
-            values.extend(ids or ())
+        for name, (values, offsets) in self._tokens.items():
+            values.extend(getattr(turn, name) or ())
             offsets.append(len(values))
 
     def dataset(self) -> datasets.Dataset:
-        """All examples, in memory: `row`, `turn` and the `NESTED` columns (`rejected_ids` if paired)."""
+        """All examples, in memory: `row`, `turn` and the `NESTED` columns, the last two only if they were asked for."""
         first = _offsets(self._first)
         columns: dict[str, pyarrow.Array] = {
             "row": pyarrow.array(np.array(self._rows)),
             "turn": pyarrow.ListArray.from_arrays(first, pyarrow.array(np.array(self._turns))),
         }
         for name, (values, offsets) in self._tokens.items():
-            if name != "rejected_ids" or self._paired:
+            if name not in self._left_out:
                 tokens = pyarrow.array(np.array(values, dtype=np.int32))
                 inner = pyarrow.ListArray.from_arrays(_offsets(offsets), tokens)
                 columns[name] = pyarrow.ListArray.from_arrays(first, inner)
@@ -229,13 +242,10 @@ def collate_examples(records: list[dict[str, Any]]) -> dict[str, list[Example]]:
     """
     examples = []
     for record in records:
-        rejected = record.get("rejected_ids") or [None] * len(record["turn"])
-        parts = zip(record["turn"], record["prompt_ids"], record["response_ids"], rejected, strict=True)
-        turns = tuple(
-            Turn(index, tuple(prompt), tuple(response), None if other is None else tuple(other))
-            for index, prompt, response, other in parts
-        )
-        examples.append(Example(record["row"], turns))
+        names = [name for name in ExampleTable.NESTED if name in record]
+        parts = zip(record["turn"], *(record[name] for name in names), strict=True)
+        turns = (Turn(index, **dict(zip(names, map(tuple, ids), strict=True))) for index, *ids in parts)
+        examples.append(Example(record["row"], tuple(turns)))
     return {"examples": examples}
 
 

@@ -19,7 +19,7 @@ from sapo.data.messages import Dropped, PlainText
 from sapo.data.parallel import in_order, processes_for
 from sapo.data.preferences import RATED_LOWER
 from sapo.data.report import SHOWN_ROWS, Faults
-from sapo.errors import DatasetError
+from sapo.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,11 @@ def prepare_dataset(
     row_format, head = format_of(stream, paired=options.paired, source=source)
     preparation = _Preparation(tokenizer, options, tuple(sorted(eos_ids)), source, row_format, count_faults)
     report = preparation.report()
-    table = ExampleTable(paired=options.paired, join_turns=options.assistant_turns == "random")
+    table = ExampleTable(
+        paired=options.paired,
+        join_turns=options.assistant_turns == "random",
+        opponent_prompts=options.opponent_system_prompt is not None,
+    )
     if num_proc is None:
         num_proc = processes_for(len(rows)) if isinstance(rows, (list, datasets.Dataset)) else 1
     seen: set[int] = set()
@@ -138,7 +142,8 @@ class _Preparation:
 
     def __call__(self, block: list[tuple[int, Any]]) -> tuple[list[tuple[int, Turn]], DataReport]:
         report = self.report()
-        encoder = Encoder(self.tokenizer, self.eos_ids, report, self.options.date)
+        options = self.options
+        encoder = Encoder(self.tokenizer, self.eos_ids, report, options.date, options.opponent_system_prompt)
         turns: list[tuple[int, Turn]] = []
         for start in range(0, len(block), _CHUNK):
             drafts: list[Draft] = []
@@ -235,12 +240,12 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     if not all(sides):
         report.drop("empty reply", row)
         return None
-    longest = max(sides, key=len)
-    total = len(prompt) + len(longest)
+    longest, wider = max(sides, key=len), max(prompt, turn.generation_ids, key=len)
+    total = len(wider) + len(longest)
     report.total_lengths.append(total)
     if total > options.max_length and options.max_length_policy == "error":
         raise DatasetError(
-            f"row {row + 1} of {report.source}: {len(prompt)} prompt tokens and {len(longest)} response "
+            f"row {row + 1} of {report.source}: {len(wider)} prompt tokens and {len(longest)} response "
             f"tokens exceed max_length={options.max_length}. Raise it to {total}, or set max_length_policy to "
             "truncate or drop."
         )
@@ -249,7 +254,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
         return None
     # Both sides of a pair share one prompt, so the longer side decides whether the prompt is truncated.
     kept, response = truncate(
-        prompt,
+        wider,
         longest,
         max_length=options.max_length,
         max_prompt_length=options.max_prompt_length,
@@ -258,6 +263,12 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     if not response:
         report.drop(_NO_ROOM, row)
         return None
+    if turn.opponent_prompt_ids is not None:
+        if len(kept) < len(wider):
+            # Truncated at its start, it would lose the system message that it is there for.
+            report.drop(f"longer than max_prompt_length={options.max_prompt_length} with opponent_system_prompt", row)
+            return None
+        kept = list(prompt)
     cut = [side[: len(response)] for side in sides]
     if len(cut) == 2 and cut[0] == cut[1]:
         report.drop("chosen equals rejected", row)
@@ -266,7 +277,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     report.truncated_responses += len(response) < len(longest)
     report.prompt_lengths.append(len(kept))
     report.response_lengths.append(len(cut[0]))
-    return Turn(turn.index, tuple(kept), cut[0], cut[1] if len(cut) == 2 else None)
+    return Turn(turn.index, tuple(kept), cut[0], cut[1] if len(cut) == 2 else None, turn.opponent_prompt_ids)
 
 
 def prepare_datasets(
@@ -285,6 +296,12 @@ def prepare_datasets(
     if rows is None:
         return rows
     if is_prepared(rows):
+        if ("opponent_prompt_ids" in rows.column_names) != (options.opponent_system_prompt is not None):
+            given = "without" if options.opponent_system_prompt is not None else "with"
+            raise ConfigurationError(
+                f"{source}: these rows were prepared {given} opponent_system_prompt, which this run sets otherwise. "
+                "Give rows as they are, or the same option."
+            )
         check_tokens(rows, tokenizer, options.embeddings, source, 0)
         return rows
     if isinstance(rows, Mapping):

@@ -96,7 +96,9 @@ def encode_prompts(
         source: name of the rows in messages.
     """
     asked = unanswered(rows, source)
-    options = replace(options, paired=False, max_length_policy="drop", assistant_turns="last")
+    options = replace(
+        options, paired=False, opponent_system_prompt=None, max_length_policy="drop", assistant_turns="last"
+    )
     prepared, _ = prepare_dataset(asked, tokenizer, options, eos_ids=eos_ids, source=source)
     examples = collate_examples(list(prepared))["examples"]
     return [asked[one.row] for one in examples], [one.turns[-1].prompt_ids for one in examples]

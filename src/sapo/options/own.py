@@ -243,6 +243,12 @@ class OwnOptions(KeepOptions):
         resume="free",
         needs="generation_backend=transformers",
     )
+    opponent_system_prompt: str | None = _self_play(
+        None,
+        "System message that only the opponent is given, in place of the row's own if there is one; pairs are trained "
+        "without it. Such as: You are an unhelpful assistant.",
+        shapes_pairs=True,
+    )
     temperature: float = _self_play(
         0.7, "Sampling temperature of the opponent; 0 for greedy.", low=0, shapes_pairs=True
     )

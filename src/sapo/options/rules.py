@@ -62,6 +62,7 @@ class OptionRules(OwnOptions):
         if self.beta == 0 and self.objective == "dpo":
             raise ConfigurationError("beta=0 with objective=dpo: the loss is constant. Raise beta.")
         self._check_lengths()
+        self._check_opponent_prompt()
         self._check_objective()
         self._check_keeping()
         self._check_rounds()
@@ -135,6 +136,22 @@ class OptionRules(OwnOptions):
                 f"max_prompt_length={self.max_prompt_length} and segment_length={tokens} exceed "
                 f"max_length={self.max_length}. Lower either, or raise max_length to "
                 f"{self.max_prompt_length + tokens}."
+            )
+
+    def _check_opponent_prompt(self) -> None:
+        given = self.opponent_system_prompt
+        if given is None:
+            return
+        if not given.strip():
+            raise ConfigurationError("opponent_system_prompt is empty. Give it text, or leave it out.")
+        if self.pair_source != "self_play":
+            raise ConfigurationError(
+                f"opponent_system_prompt with pair_source={self.pair_source}: no opponent generates. Leave it out."
+            )
+        if "nce" in self.loss_type:
+            raise ConfigurationError(
+                "opponent_system_prompt with loss_type=nce: both of its terms are relative to what generated the "
+                "rejected response, which had another prompt. Leave one of the two out."
             )
 
     def _settle_loss_type(self) -> None:

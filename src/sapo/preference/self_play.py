@@ -257,7 +257,7 @@ class SelfPlay(PairSource):
     def _regenerated(self, generator: Generator, chosen: Iterable[_Draft]) -> list[Pair]:
         drafts = list(chosen)
         replacements = generator.generate(
-            [(*d.turn.prompt_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
+            [(*d.turn.generation_ids, *d.turn.response_ids[: d.segment.start]) for d in drafts],
             [self._budget(d) for d in drafts],
             [d.seed for d in drafts],
         )
@@ -270,7 +270,7 @@ class SelfPlay(PairSource):
             return len(draft.segment)
         if self._settings.max_length is None:
             return limit
-        return min(limit, self._settings.max_length - len(draft.turn.prompt_ids))
+        return min(limit, self._settings.max_length - max(len(draft.turn.prompt_ids), len(draft.turn.generation_ids)))
 
     def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
         turn = turn_of_epoch(example, seed=self._seed, epoch=epoch)

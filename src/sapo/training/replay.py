@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def _replies(context: RunContext, folder: RunFolder, checkpoint: Path | None) ->
 
 def _of_rows(context: RunContext, name: str) -> list[Reply]:
     options = DataOptions.of(context.args, embedding_rows(context.roles.policy()))
+    options = replace(options, opponent_system_prompt=None)
     prepared, _ = prepare_dataset(load_rows(name), context.tokenizer, options, eos_ids=context.eos_ids, source=name)
     turns = [one.turns[-1] for one in collate_examples(list(prepared))["examples"]]
     return [(turn.prompt_ids, turn.response_ids) for turn in turns]

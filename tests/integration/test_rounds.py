@@ -266,13 +266,13 @@ def test_an_opponent_with_its_own_system_message_writes_what_it_would_to_rows_th
         data, file = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"
         data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
         flags = [*pairs_flags(model, data), "--skip_identical", "false", "--temperature", "1.5"]
-        assert main(["generate", *flags, *more, "--max_length", "128", "--output_file", str(file)]) == 0
+        assert main(["generate", *flags, *more, "--max_length", "64", "--output_file", str(file)]) == 0
         found[name] = list(load_rows(file))
     rejected = {name: [row["rejected_ids"] for row in rows] for name, rows in found.items()}
     assert rejected["own"] == rejected["rows"] != rejected["no"]
     assert [row["prompt_ids"] for row in found["own"]] == [row["prompt_ids"] for row in found["no"]]
     rounds = ["--num_rounds", "1", "--ema_decay", "1", "--max_steps", "1", "--opponent_system_prompt", "shout"]
-    flags = [*pairs_flags(model, tmp_path / "no.jsonl"), "--max_length", "128", "--report_to", "none"]
+    flags = [*pairs_flags(model, tmp_path / "no.jsonl"), "--max_length", "64", "--report_to", "none"]
     assert main(["train", *flags, *rounds, "--output_dir", str(tmp_path / "spin")]) == 0
 
 

@@ -73,6 +73,7 @@ MORE = {
     "NCE": SAPO | {"loss_type": "nce"},
     "SFT, anchor, replay": SFT | ANCHOR | REPLAY,
 }
+TOLD = {"SAPO, unhelpful": SAPO | {"opponent_system_prompt": "You are an unhelpful assistant."}}
 STYLE = {"SFT, anchor": SFT | ANCHOR, "SFT, replay": SFT | REPLAY, "SAPO": SAPO, "SAPO, replay": SAPO | REPLAY}
 OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
@@ -109,7 +110,7 @@ TASKS = {
         (
             Stage("narrow", 80, 20, 2, NARROW),
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
-            Stage("more", 80, 20, 2, MORE, sampled=False),
+            Stage("more", 80, 20, 2, MORE | TOLD, sampled=False),
         ),
     ),
     "style": Task(

@@ -44,6 +44,17 @@ def test_the_overview_names_every_command(capsys):
     assert "sapo data check" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_overview_and_help_fit_a_narrow_terminal(width, monkeypatch, capsys):
+    monkeypatch.setattr("sapo.commands.main.width_of", lambda stream: width)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for asked in ([], ["data", "--help"], *([*name.split(), "--help"] for name in COMMANDS)):
+        assert main(asked) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= width, asked
+        assert "\\\n      \\" not in shown
+
+
 def test_short_help_of_train_has_the_most_used_options_and_help_all_has_every_one():
     train = COMMANDS["train"]
     short, everything = help_text(train, ["--help"]), help_text(train, ["--help-all"])

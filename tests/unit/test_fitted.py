@@ -35,6 +35,25 @@ def test_a_command_can_be_pasted():
     assert fitted(LINES[3], 60).endswith("      && pip install another-package")
 
 
+def test_a_row_goes_on_in_its_last_column_or_below_its_first_where_that_is_too_narrow():
+    row = "  sapo serve        start vLLM servers for training (for a result: vllm serve)"
+    assert fitted(row, 60).splitlines() == [
+        "  sapo serve        start vLLM servers for training (for a",
+        "                    result: vllm serve)",
+    ]
+    assert [len(line) - len(line.lstrip()) for line in fitted(row, 40).splitlines()] == [2, 6, 6]
+
+
+def test_a_flag_and_its_value_are_parted_only_where_both_are_too_long_for_a_line():
+    command = "  sapo train --model_name_or_path my-own-sft-model --dataset_name my.jsonl"
+    assert fitted(command, 40).splitlines() == [
+        "  sapo train --model_name_or_path \\",
+        "      my-own-sft-model \\",
+        "      --dataset_name my.jsonl",
+    ]
+    assert fitted(fitted(command, 40), 40) == fitted(command, 40)
+
+
 def test_a_line_of_python_is_left_as_it_is():
     for line in ("from transformers import AutoModelForCausalLM", f"model = AutoModel.from_pretrained('/{'a' * 40}')"):
         assert fitted(line, 30) == line

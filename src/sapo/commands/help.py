@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
+import textwrap
 from collections.abc import Sequence
 
 from sapo.options import Option, accepted, sections
@@ -66,13 +67,13 @@ def formatted(
     lines = [f"Example:\n{fitted(f'  {example}', _width())}"]
     if takes_options and len(shown) < len(accepted()):
         lines.append(
-            f"These are the most used options. sapo {name} --help-all lists all {len(accepted())},\n"
-            f"sapo {name} --help NAME explains one."
+            f"These are the most used options.\n"
+            f"sapo {name} --help-all lists all {len(accepted())}, sapo {name} --help NAME explains one."
         )
     elif takes_options or any(action.option_strings for action in own._actions):
         lines.append(f"sapo {name} --help NAME explains one flag.")
     parser.epilog = "\n\n".join(lines)
-    return parser.format_help()
+    return fitted(parser.format_help(), _width())
 
 
 def explained(option: Option) -> str:
@@ -138,7 +139,7 @@ def _usage(name: str, own: argparse.ArgumentParser, takes_options: bool) -> str:
             words.append(f"[{action.metavar} ...]")
     if not takes_options and any(action.option_strings for action in own._actions):
         words.append("[--flag value ...]")
-    return " ".join(words)
+    return textwrap.fill(" ".join(words), max(_width() - len("usage: "), 20), subsequent_indent=" " * 9)
 
 
 def _copy(group: argparse._ArgumentGroup, actions: Sequence[argparse.Action]) -> None:

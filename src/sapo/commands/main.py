@@ -38,8 +38,8 @@ _OTHER_NAMES = {
 """What other tools call a command, and what it is called here."""
 _CLOSING = """
 sapo COMMAND --help shows the flags of a command, --help NAME explains one.
-sapo --version prints the version. An error is one line with exit status 2;
---debug adds the traceback.
+sapo --version prints the version.
+An error is one line with exit status 2; --debug adds the traceback.
 """
 
 
@@ -122,7 +122,7 @@ def _way_out_of_memory(error: RuntimeError, command: str) -> str:
 def _dispatch(given: list[str]) -> int:
     match given:
         case [] | ["--help"] | ["-h"] | ["help"]:
-            sys.stdout.write(overview())
+            sys.stdout.write(fitted(overview(), width_of(sys.stdout)))
             return 0
         case ["--version"]:
             sys.stdout.write(f"sapo {__version__}\n")
@@ -167,7 +167,8 @@ def _find(given: list[str]) -> tuple[Command | None, list[str]]:
     members = [command for command in COMMANDS.values() if command.name.startswith(f"{given[0]} ")]
     if members and given[1:2] in ([], ["--help"], ["-h"]):
         for command in members:
-            sys.stdout.write(f"  sapo {command.name:<12} {command.summary}\n")
+            line = f"  sapo {command.name:<12} {command.summary}"
+            sys.stdout.write(f"{fitted(line, width_of(sys.stdout))}\n")
         return None, []
     asked = " ".join(given[: 2 if members else 1])
     meant = _OTHER_NAMES.get(given[0].lstrip("-").lower())

@@ -7,11 +7,14 @@ import re
 import textwrap
 from typing import IO
 
-_COMMAND = re.compile(r"(?:^ *|: +)(?=(?:sapo|pip|vllm|llama-cli|ollama) [^,;]*$)")
-"""In front of a command with which a line ends."""
+_COMMAND = re.compile(r"(?:^ *|: +)(?=(?:sapo|pip|vllm|llama-cli|ollama) (?:[^,; ]| (?! ))*(?<!\))$)")
+"""In front of a command with which a line ends. What has two spaces in a row is a row of a table."""
 _PYTHON = re.compile(r"from [\w.]+ import |\w+ = ")
 """Begins a line of Python, which can be pasted only as it is."""
-_LABEL = re.compile(r" *(?:\w+: {2,})?")
+_LABEL = re.compile(r" *(?:\S.*? {2,}(?=\S))?")
+"""Spaces at the beginning, and the first cell of a row whose cells are two spaces or more apart."""
+_NARROW = 24
+"""Columns that the text beside a label needs; with fewer it goes on below the label's beginning."""
 
 
 def width_of(stream: IO[str]) -> int | None:
@@ -25,7 +28,7 @@ def width_of(stream: IO[str]) -> int | None:
 def fitted(text: str, width: int | None) -> str:
     """`text` in lines of at most `width` characters, besides words that are longer, such as paths; None keeps it.
 
-    A line that is too long goes on below what follows its label. A command at its end can still be pasted: it begins a
+    A line that is too long goes on below what follows its label, or on a narrow terminal below the label. A command at its end can still be pasted: it begins a
     line, and its lines end in a backslash.
     """
     if width is None:
@@ -34,10 +37,12 @@ def fitted(text: str, width: int | None) -> str:
 
 
 def _parts(line: str, width: int) -> list[str]:
-    if len(line) <= width or _PYTHON.match(line):
+    if len(line) <= width or _PYTHON.match(line) or line.endswith(" \\"):
         return [line]
     label = _LABEL.match(line)
     indent = label.end() if label is not None else 0
+    if indent > width - _NARROW:
+        indent = min(4 + len(line) - len(line.lstrip()), width // 4)
     found = _COMMAND.search(line)
     if found is None:
         if " " not in line[indent:]:
@@ -51,9 +56,11 @@ def _parts(line: str, width: int) -> list[str]:
 
 
 def _folded(command: str, width: int) -> list[str]:
-    """A command in lines that end in a backslash, broken in front of flags."""
+    """A command in lines that end in a backslash, broken in front of flags; after a flag where that is too long."""
     lines: list[str] = []
-    for piece in re.split(r" (?=--|-[a-z] |&& )", command):
+    pieces = re.split(r" (?=--|-[a-z] |&& )", command)
+    too_long = [piece.startswith("-") and len(piece) + 8 > width for piece in pieces]
+    for piece in (part for one, long in zip(pieces, too_long, strict=True) for part in one.split(" ", 1 if long else 0)):
         if lines and len(lines[-1]) + len(piece) + 3 <= width:
             lines[-1] += f" {piece}"
         else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+_LONG = ("train", "generate")
+"""Commands that work for long while they print."""
+
 
 def run() -> int:
     """Run a command; Ctrl-C is answered in one line from the first import on. Returns the exit status."""
@@ -14,8 +17,12 @@ def run() -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         from sapo.text.interrupts import watch
+        from sapo.text.pipes import outlive_readers
 
         watch()
+        command = next(iter(sys.argv[1:]), "")
+        gone = f"sapo {command} goes on, but nothing reads its output any more: the pipe is closed."
+        outlive_readers(gone if command in _LONG else None)
         from sapo.commands.main import main
 
         return main()

@@ -24,8 +24,14 @@ def documentation() -> list[str]:
         (f"`{EVAL}*`", "", "with evaluation rows: the same on fixed pairs, made once from these rows by the initial "
          "opponent", "comparable over the run", ""),
     ]  # fmt: skip
-    head = ("name", "unit", "meaning", "how to read it", "better")
-    return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
+    head = ("name", "unit, better", "meaning, *how to read it*")
+    return [_row(head), _row(("---",) * len(head)), *(_row(_merged(*row)) for row in rows)]
+
+
+def _merged(name: str, unit: str, meaning: str, reading: str, better: str) -> tuple[str, str, str]:
+    """Three cells, so that the table fits a page beside its menus."""
+    arrow = {"higher": "↑", "lower": "↓"}.get(better, "")
+    return name, " ".join(filter(None, (unit, arrow))), f"{meaning}<br>*{reading}*" if reading else meaning
 
 
 def _sentence(metric: Metric) -> str:

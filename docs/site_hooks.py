@@ -16,7 +16,7 @@ AT_ROOT = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 INTRODUCTION = """# Configuration
 
 Every option of `sapo train`: a flag of the command line and a line of a recipe under the same name, and a field of
-`SAPOConfig` unless it is marked as one for the model or the data. `sapo train --help NAME` shows the same on the
+`SAPOConfig` unless it is marked *(model)* or *(data)*. `sapo train --help NAME` shows the same on the
 terminal.
 
 Each option has an address, such as `configuration/#beta`. An option marked *free* may change when a run is resumed; all
@@ -30,7 +30,9 @@ def configuration_page() -> str:
     parts = [INTRODUCTION]
     for section, members in sections(accepted()).items():
         rows = ["| option | default | resume | meaning |", "| --- | --- | --- | --- |", *map(_row, members)]
-        parts.append("\n".join([f"## {section}", "", *rows, ""]))
+        parts.append(
+            "\n".join([f"## {section}", "", '<div class="stacked options" markdown>', "", *rows, "", "</div>", ""])
+        )
     refused = [f"| {_anchored(one.name)} | {_cell(one.reason)} |" for one in options() if one.status == "refused"]
     parts.append("\n".join(["## Refused", "", "| option | why, and what to do |", "| --- | --- |", *refused, ""]))
     return "\n".join(parts)
@@ -45,7 +47,7 @@ def _row(one: Option) -> str:
     if one.needs:
         text += f" Needs {one.needs}."
     resume = "one start" if one.one_start else "free" if one.resume == "free" else "fixed"
-    kept = one.kind if one.kind in ("model", "data") else resume
+    kept = f"{resume} ({one.kind})" if one.kind in ("model", "data") else resume
     default = f"`{one.default_text}`" if one.default_text else ""
     return f"| {_anchored(one.name)} | {default} | {kept} | {_cell(text)} |"
 

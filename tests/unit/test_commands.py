@@ -96,7 +96,9 @@ def test_a_closed_output_is_no_fault():
 
 def piped(code: str, *arguments: str, merged: bool = False) -> tuple[int, str]:
     """Exit status and standard error of the program with `main` as in `code`, whose reader goes after a line."""
-    program = f"import sys, sapo.commands.main as m\n{code}\nm.main = main\nfrom sapo.__main__ import run\nsys.exit(run())"
+    program = (
+        f"import sys, sapo.commands.main as m\n{code}\nm.main = main\nfrom sapo.__main__ import run\nsys.exit(run())"
+    )
     errors = subprocess.STDOUT if merged else subprocess.PIPE
     command = [sys.executable, "-c", program, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as started:
@@ -122,7 +124,9 @@ def test_a_command_outlives_the_reader_of_its_output(merged, printing, tmp_path)
     status, error = piped(code, "train", merged=merged)
     assert (status, file.read_text()) == (3, "done")
     notes = [line for line in error.splitlines() if line != "an error"]
-    assert notes == ([] if merged else ["sapo train goes on, but nothing reads its output any more: the pipe is closed."])
+    assert notes == (
+        [] if merged else ["sapo train goes on, but nothing reads its output any more: the pipe is closed."]
+    )
     status, error = piped(code, "recipes", merged=merged)
     assert (status, set(error.splitlines())) == (3, set() if merged else {"an error"})
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -120,3 +121,24 @@ def test_what_is_no_run_is_refused_in_one_line(runs, tmp_path, capsys):
     assert "no run has los; they have" in capsys.readouterr().err
     assert main(["compare"]) == 2
     assert "\n" not in capsys.readouterr().err.strip()
+
+
+def test_long_names_lose_what_is_common_to_all_of_them_and_a_line_says_what_is_meant(
+    runs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"smollm2-guarded-lr5e-6-seed-{number}" for number in (0, 1)]
+    copies = [
+        str(shutil.copytree(runs / run, tmp_path / name / "again/run"))
+        for name, run in zip(names, ("one", "two"), strict=True)
+    ]
+    table, file = tmp_path / "table.md", tmp_path / "all.json"
+    assert main(["compare", *copies, "--markdown", str(table), "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    full = [f"{name}/again/run" for name in names]
+    assert shown.splitlines()[:2] == [f"seed-{number}  is  {name}" for number, name in enumerate(full)]
+    assert all(shown.count(name) == 1 for name in full)
+    assert "| setting | seed-0 | seed-1 |" in table.read_text()
+    assert list(json.loads(file.read_text())) == full
+    assert main(["compare", str(runs / "one"), str(runs / "two")]) == 0
+    assert " is " not in capsys.readouterr().out

@@ -22,11 +22,13 @@ from sapo.runs.gain_curves import DISTANCES, common_gains, distance_at, gain_cur
 from sapo.runs.metrics import Metric, compared_metrics, find_metric
 from sapo.runs.reading import Run, differing_settings, expand_rounds, read_run, short_names
 from sapo.text.numbers import error_text, number_text
-from sapo.text.terminal import print_table, terminal
+from sapo.text.terminal import print_table, say, terminal
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24
 _LONGEST = 48
+_LONGEST_NAME = 20
+"""Characters of a run's name beyond which a column is too wide for two runs at 80 columns."""
 
 Rows = list[list[str]]
 _number = partial(number_text, digits=4)
@@ -40,7 +42,8 @@ def run_compare(given: Parsed) -> None:
     """
     options = given.own
     folders = expand_rounds(options.runs)
-    runs = {name: read_run(folder) for name, folder in zip(short_names(folders), folders, strict=True)}
+    names = short_names(folders)
+    runs = dict(zip(_labels(names), map(read_run, folders), strict=True))
     metrics = options.metrics.split(",") if options.metrics else compared_metrics()
     known = {name for run in runs.values() for name in run.metrics()}
     unknown = [name for name in metrics if name not in known]
@@ -59,7 +62,9 @@ def run_compare(given: Parsed) -> None:
         rows = _at_equal_gain(runs, distance)
         if len(rows) > 1:
             tables[f"{distance.name}, nats per token, at equal gain"] = rows
+    legend = [f"{label}  is  {name}" for label, name in zip(runs, names, strict=True) if label != name]
     console = terminal()
+    say(console, *legend, *([""] if legend else []))
     if len(runs) > 1 and len(settings) == 1:
         console.print("The settings of these runs are the same.\n")
     for title, rows in tables.items():
@@ -71,12 +76,30 @@ def run_compare(given: Parsed) -> None:
                 console.print(Text(line, style="dim"))
             console.print()
     if options.json:
-        content = {name: _to_json(run) for name, run in runs.items()}
+        content = {name: _to_json(run) for name, run in zip(names, runs.values(), strict=True)}
         write_atomically(options.json, json.dumps(content, indent=1, default=str) + "\n")
     if options.markdown:
-        write_atomically(
-            options.markdown, "\n".join(_markdown(title, rows) for title, rows in tables.items() if len(rows) > 1)
-        )
+        parts = ["".join(f"- {line}\n" for line in legend)] if legend else []
+        parts += [_markdown(title, rows) for title, rows in tables.items() if len(rows) > 1]
+        write_atomically(options.markdown, "\n".join(parts))
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names that are too long for a column, without what all of them begin and end with."""
+    for separators in ("/", "-_/"):
+        if len(names) < 2 or max(map(len, names)) <= _LONGEST_NAME:
+            break
+        pieces = [re.findall(f"[^{separators}]*[{separators}]?", name)[:-1] for name in names]
+        shortest = min(map(len, pieces))
+        alike = [len(set(column)) == 1 for column in zip(*pieces, strict=False)]
+        before = alike.index(False) if False in alike else shortest
+        backwards = [len(set(column)) == 1 for column in zip(*map(reversed, pieces), strict=False)]
+        after = backwards.index(False) if False in backwards else shortest
+        # What stands just before the difference often says what differs: `seed-` of `seed-1`.
+        before = max(0, min(before, shortest - 1) - (separators != "/"))
+        labels = ["".join(one[before : max(before + 1, len(one) - after)]).rstrip(separators) for one in pieces]
+        names = labels if len(set(labels)) == len(names) and all(labels) else names
+    return list(names)
 
 
 def _to_json(run: Run) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def _folded(command: str, width: int) -> list[str]:
     lines: list[str] = []
     pieces = re.split(r" (?=--|-[a-z] |&& )", command)
     too_long = [piece.startswith("-") and len(piece) + 8 > width for piece in pieces]
-    for piece in (part for one, long in zip(pieces, too_long, strict=True) for part in one.split(" ", 1 if long else 0)):
+    for piece in (
+        part for one, long in zip(pieces, too_long, strict=True) for part in one.split(" ", 1 if long else 0)
+    ):
         if lines and len(lines[-1]) + len(piece) + 3 <= width:
             lines[-1] += f" {piece}"
         else:

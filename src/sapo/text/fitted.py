@@ -28,8 +28,8 @@ def width_of(stream: IO[str]) -> int | None:
 def fitted(text: str, width: int | None) -> str:
     """`text` in lines of at most `width` characters, besides words that are longer, such as paths; None keeps it.
 
-    A line that is too long goes on below what follows its label, or on a narrow terminal below the label. A command at its end can still be pasted: it begins a
-    line, and its lines end in a backslash.
+    A line that is too long goes on below what follows its label, or on a narrow terminal below the label. A command at
+    its end can still be pasted: it begins a line, and its lines end in a backslash.
     """
     if width is None:
         return text

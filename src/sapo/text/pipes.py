@@ -45,7 +45,7 @@ class _Pipe(io.FileIO):
         super().__init__(number, "wb", closefd=False)
         self._gone = gone
 
-    def write(self, data: Buffer, /) -> int | None:
+    def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

@@ -201,9 +201,7 @@ def check_tokens(prepared: datasets.Dataset, tokenizer: Any, embeddings: int | N
     Raises:
         TokenizerError: names the token, and a row that holds it.
     """
-    # Rows that a command has prepared and checked come to the trainer with this mark.
-    checked = f"tokens, {tokenizer.pad_token_id} and {tokenizer.eos_token_id} below {embeddings}"
-    if embeddings is None or prepared.info.description == checked:
+    if embeddings is None:
         return
     largest, row = largest_token(prepared)
     where = f"row {row - first + 1} of {source}"
@@ -217,7 +215,6 @@ def check_tokens(prepared: datasets.Dataset, tokenizer: Any, embeddings: int | N
             "embeddings of the model. Take the tokenizer that belongs to it, or save the model again after "
             f"model.resize_token_embeddings({max(len(tokenizer), largest + 1)})."
         )
-    prepared.info.description = checked
 
 
 def largest_token(prepared: datasets.Dataset) -> tuple[int, int]:

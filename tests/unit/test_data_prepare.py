@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sapo.config import SAPOConfig
-from sapo.data import examples
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, Example, Turn, collate_examples, dataset_digest
 from sapo.data.loading import load_rows
-from sapo.data.mixture import Member, prepare_mixture, split_rows
 from sapo.data.parallel import processes_for
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
@@ -601,16 +599,3 @@ def test_an_eos_or_pad_token_beyond_the_embeddings_is_refused(name):
     rows = [{"prompt": "w1", "chosen": " w2<eos>"}]
     with pytest.raises(TokenizerError, match=rf"the {'EOS' if name == 'eos_token' else 'pad'} token of the tokenizer"):
         prepare_dataset(rows, other, DataOptions(32, 16, embeddings=63), eos_ids=[1])
-
-
-def test_prepared_rows_are_looked_through_once_also_in_parts(make_trainer, tokenizer, monkeypatch):
-    looked, largest = [], examples.largest_token
-    monkeypatch.setattr(examples, "largest_token", lambda rows: looked.append(1) or largest(rows))
-    options = DataOptions(32, 32, embeddings=63)
-    parts = [Member("x", tiny_rows(seed=seed)) for seed in (1, 2)]
-    prepared, _ = prepare_mixture(parts, tokenizer, options, eos_ids=[1])
-    train, held = split_rows(prepared, 4, seed=0)
-    make_trainer(rows=train, eval_rows=held)
-    assert len(looked) == 2
-    make_trainer(rows=train, model=tiny_llama(vocab_size=64))
-    assert len(looked) == 3

@@ -98,7 +98,7 @@ def counted(config: Any, options: Any, dtype: torch.dtype) -> Trace:
         per_device_train_batch_size=options.pairs,
     )  # fmt: skip
     roles = build_run_models(config, ModelConfig(dtype=str(dtype)[6:]), args, Strategy())
-    given = {"pairs": options.pairs, "rows": 0, "fused_lm_head": False}
+    given = {"pairs": options.pairs, "rows": 0, "fused_lm_head": False, "on_gpu": True}
     return trace_passes(roles, LENGTHS[options.size], **given).training
 
 

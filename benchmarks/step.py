@@ -89,7 +89,7 @@ class Setting:
     shared: int
 
 
-def build_model(setting: Setting) -> LlamaForCausalLM:
+def build_model(setting: Setting, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = LlamaConfig(
@@ -100,7 +100,7 @@ def build_model(setting: Setting) -> LlamaForCausalLM:
         **(shape | SIZES[setting.size]),
     )
     if not ON_GPU:
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(config).to(dtype)
     with torch.device("cuda"):
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
 
@@ -167,7 +167,14 @@ def adapter() -> LoraConfig:
     return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **options: Any) -> tuple[float, int]:
+def ours(
+    setting: Setting,
+    *,
+    paired: bool = False,
+    lora: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[float, int]:
     """Seconds a step of the real trainer, and bytes with its models loaded."""
     clock = Clock()
     settings: dict[str, Any] = {
@@ -181,7 +188,7 @@ def ours(setting: Setting, *, paired: bool = False, lora: bool = False, **option
     }
     with tempfile.TemporaryDirectory() as folder:
         trainer = SAPOTrainer(
-            build_model(setting),
+            build_model(setting, dtype),
             SAPOConfig(**common(folder), beta=BETA, ema_decay=DECAY, chosen_probe_size=0, **(settings | options)),
             datasets.Dataset.from_list(texts(setting, paired=paired)),
             processing_class=tokenizer(setting),
@@ -331,6 +338,7 @@ SELF_PLAY: dict[str, Callable[[Setting], tuple[float, int]]] = {
     "ours, no pooling": lambda s: ours(s, steps_per_generation=1),
     "ours, fused head": lambda s: ours(s, fused_lm_head=True),
     "ours, live reference": lambda s: ours(s, reference="opponent"),
+    "ours, bfloat16 weights": lambda s: ours(s, dtype=torch.bfloat16),
 }
 PAIRED: dict[str, Callable[[Setting], tuple[float, int]]] = {
     "trl DPOTrainer": theirs,

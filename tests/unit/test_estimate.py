@@ -1,5 +1,6 @@
 """Laws of the estimate: it runs the step that a run would, and says what would fit."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from trl import ModelConfig
 
 from sapo import SAPOConfig
@@ -27,6 +28,8 @@ from sapo.estimate.devices import DEVICES, measure
 from sapo.estimate.estimate import KEPT, LIBRARIES, estimate, longest, memory_of, trace_seconds, usual
 from sapo.estimate.passes import Lengths, pairs_of_a_pass, trace_passes
 from sapo.estimate.tracing import Account, Trace
+from sapo.generation.decoding import TransformersGenerator
+from sapo.generation.sampling import Sampling
 from sapo.weights.footprint import Strategy, build_run_models
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
@@ -49,14 +52,16 @@ def options(**more):
 TRACED = {}
 
 
-def passes(name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, **more):
+def passes(
+    name="llama", *, model=None, strategy=None, pairs=4, rows=4, fused=False, lengths=LENGTHS, on_gpu=False, **more
+):
     """Traced once for all tests."""
     strategy = strategy or Strategy()
-    key = repr((name, model, strategy, pairs, rows, fused, lengths, more))
+    key = repr((name, model, strategy, pairs, rows, fused, lengths, on_gpu, more))
     if key not in TRACED:
         args = options(**more)
         roles = build_run_models(MODELS[name], ModelConfig(**(model or {})), args, strategy)
-        TRACED[key] = trace_passes(roles, lengths, pairs=pairs, rows=rows, fused_lm_head=fused)
+        TRACED[key] = trace_passes(roles, lengths, pairs=pairs, rows=rows, fused_lm_head=fused, on_gpu=on_gpu)
     return TRACED[key]
 
 
@@ -107,6 +112,51 @@ def test_the_traced_pass_is_the_real_one():
     assert account.trace.bytes == pytest.approx(passes("mistral, sliding").training.bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_embeddings_are_traced_as_a_cpu_adds_them(tied, monkeypatch):
+    """In place: the memory is that of the same passes with data, and less than where autograd makes a dense one."""
+    from sapo.preference.batches import collate_pairs
+    from sapo.preference.pairs import Pair
+    from sapo.preference.scoring import summed_logps
+    from sapo.preference.segments import Segment
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 128, "vocab_size": 4000, "tie_word_embeddings": tied}
+    config = LlamaConfig(**SMALL | shape)
+    monkeypatch.setitem(MODELS, "words", config)
+    more = {"pairs": 1, "rows": 0, "lengths": Lengths(20, 4, 8, 8), "layout": "plain"}
+    found = passes("words", **more, seed=int(tied))
+    pair = Pair(0, 0, (1,) * 20, (1,) * 20, (1,) * 20, Segment(4, 12), Segment(4, 12))
+    batch = collate_pairs([pair], pad_token_id=0, layout="plain", score_shared=False)
+    model = LlamaForCausalLM(config).train()
+    with Account([*model.parameters(), *model.buffers()]) as account:
+        for _ in range(2):
+            summed_logps(model, batch)[0].sum().backward()
+    assert found.training.bytes == pytest.approx(account.trace.bytes, rel=0.02)
+    table = 4 * config.vocab_size * config.hidden_size
+    dense = passes("words", **more, seed=int(tied), on_gpu=True).training
+    # Untied, the gradient of the head is as large, at another time.
+    assert not tied or dense.bytes >= found.training.bytes + table
+    assert dense.most["gradients"] == found.training.most["gradients"]
+
+
+def test_contexts_are_traced_as_a_cpu_reads_them(monkeypatch):
+    """In passes of a bounded number of tokens: less memory than one pass, the same work, the cache of all rows."""
+    whole = passes(rows=13)
+    monkeypatch.setattr("sapo.generation.decoding.TOKENS_PER_PASS", 4 * LENGTHS.context)
+    parts, on_gpu = passes(rows=13, seed=1), passes(rows=13, seed=1, on_gpu=True)
+    assert on_gpu.prefill.bytes == whole.prefill.bytes > 1.3 * parts.prefill.bytes
+    assert parts.prefill.flops == whole.prefill.flops
+    assert parts.token.flops == whole.token.flops
+    assert parts.cache == whole.cache
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(MODELS["llama"]).eval()
+    generator = TransformersGenerator(lambda: contextlib.nullcontext(model), Sampling(), eos_ids=(), pad_token_id=0)
+    with Account([*model.parameters(), *model.buffers()]) as account:
+        generator.generate([[1] * LENGTHS.context] * 13, [1] * 13, range(13))
+    assert account.trace.bytes == pytest.approx(parts.prefill.bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_each_memory_option_saves_what_it_is_for(lora):
     model = {"use_peft": True, "lora_target_modules": "all-linear"} if lora else {}
@@ -152,7 +202,7 @@ def test_the_published_likelihood_term_and_flash_attention_take_the_plain_layout
     assert passes(objective="orpo", nll_scope="all").why_plain == "nll_scope=all"
     flash = ModelConfig(attn_implementation="flash_attention_2")
     roles = build_run_models(MODELS["llama"], flash, options(), Strategy())
-    found = trace_passes(roles, LENGTHS, pairs=4, rows=0, fused_lm_head=False)
+    found = trace_passes(roles, LENGTHS, pairs=4, rows=0, fused_lm_head=False, on_gpu=False)
     assert (found.layout, found.why_plain) == ("plain", "attn_implementation is flash_attention_2")
 
 

@@ -175,7 +175,8 @@ def _traced(roles: RunModels, lengths: Lengths, *, on_gpu: bool, generates: bool
     args = roles.args
     fused = args.fused_lm_head if args.fused_lm_head is not None else on_gpu and HAS_FUSED_LM_HEAD
     rows = _rows(args) if generates else 0
-    return trace_passes(roles, lengths, rows=min(rows, args.generation_batch_size or rows), fused_lm_head=bool(fused))
+    rows = min(rows, args.generation_batch_size or rows)
+    return trace_passes(roles, lengths, rows=rows, fused_lm_head=bool(fused), on_gpu=on_gpu)
 
 
 def _rows(args: SAPOConfig) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sapo.config import HAS_ACTIVATION_CHECKPOINTING, SAPOConfig
 from sapo.estimate.tracing import Account, Trace
-from sapo.generation.kv_cache import make_room
+from sapo.generation.decoding import rows_of_passes
+from sapo.generation.kv_cache import can_join, make_room
 from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import DecodingRows
 from sapo.preference.batches import Layout, PairBatch, collate_pairs, pass_tokens
@@ -58,7 +60,7 @@ class Passes:
     Attributes:
         training: the policy's forward and backward pass over the pairs of a micro-batch.
         reference: the reference's scores of them.
-        prefill: the opponent reads the contexts of all rows that are decoded together.
+        prefill: the opponent reads the contexts of all rows that are decoded together, on a CPU in several passes.
         token: it decodes a token of each of them.
         cache: bytes of their keys and values.
         cast: bytes of weights that are cast for a call.
@@ -81,7 +83,7 @@ class Passes:
 
 
 def trace_passes(
-    roles: RunModels, lengths: Lengths, *, rows: int, fused_lm_head: bool, pairs: int | None = None
+    roles: RunModels, lengths: Lengths, *, rows: int, fused_lm_head: bool, on_gpu: bool, pairs: int | None = None
 ) -> Passes:
     """Trace the passes of a step.
 
@@ -90,6 +92,7 @@ def trace_passes(
         lengths: of every pair.
         rows: decoded together; 0 without generation.
         fused_lm_head: as trl's kernel on CUDA would, in tiles.
+        on_gpu: else on a CPU, which reads contexts in several passes, and adds gradients of embeddings in place.
         pairs: in one pass; unset, see `pairs_of_a_pass`.
     """
     args = roles.args
@@ -104,7 +107,7 @@ def trace_passes(
             use_shared_attention(policy)
         batch = _fake(laid_out, mode)
         scores = _fused_scores if fused_lm_head else summed_logps
-        training = _training(policy, batch, roles, scores)
+        training = _training(policy, batch, roles, scores, on_gpu=on_gpu)
         reference = prefill = token = None
         cache = cast = 0
         captured = False
@@ -114,7 +117,7 @@ def trace_passes(
                 scores(policy, batch)
             reference = account.trace
         if rows:
-            prefill, token, cache, cast, captured = _generation(policy, roles, lengths, rows)
+            prefill, token, cache, cast, captured = _generation(policy, roles, lengths, rows, on_gpu=on_gpu)
     captured = captured and not roles.quantized
     return Passes(training, reference, prefill, token, cache, cast, captured, pairs, layout, why)
 
@@ -138,27 +141,31 @@ def _why_plain(roles: RunModels) -> str | None:
     return shared_layout_unsupported_reason(roles.policy)
 
 
-def _training(policy: nn.Module, batch: PairBatch, roles: RunModels, scores: Any) -> Trace:
+def _training(policy: Any, batch: PairBatch, roles: RunModels, scores: Any, *, on_gpu: bool) -> Trace:
     args, strategy = roles.args, roles.strategy
     policy.train()
     if args.gradient_checkpointing is True:
         # As transformers does by default; and random state does not matter without data.
         options = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
-        inner: Any = policy
         if HAS_ACTIVATION_CHECKPOINTING:
-            inner.activation_checkpointing_enable(options)
+            policy.activation_checkpointing_enable(options)
         else:
-            inner.gradient_checkpointing_enable(options)
+            policy.gradient_checkpointing_enable(options)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    # Gradients that a hook waits for are not added in place, nor are those of several processes.
+    in_place = [] if on_gpu or strategy.processes > 1 else [policy.get_input_embeddings().weight]
     with _account(policy) as account:
 
         def arrived(weight: Tensor) -> None:
             if strategy.shards_gradients:
                 weight.grad = None
-            elif weight.grad is not None:
-                account.call("gradients", weight.grad)
+                return
+            for one in (weight, *in_place):
+                if one.grad is not None:
+                    account.call("gradients", one.grad)
 
-        handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in trained]  # type: ignore[no-untyped-call]
+        hooked = [weight for weight in trained if all(weight is not one for one in in_place)]
+        handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in hooked]  # type: ignore[no-untyped-call]
         # Of several passes, all but the first find gradients there.
         accumulates = args.gradient_accumulation_steps > 1 or len(batch) < args.pairs_per_micro_batch
         for _ in range(2 if accumulates and not strategy.shards_gradients else 1):
@@ -170,6 +177,8 @@ def _training(policy: nn.Module, batch: PairBatch, roles: RunModels, scores: Any
             account.making = "working"
             loss.backward()
             del sums, loss
+            for weight in in_place:
+                arrived(weight)
         for handle in handles:
             handle.remove()
     for weight in trained:
@@ -177,7 +186,9 @@ def _training(policy: nn.Module, batch: PairBatch, roles: RunModels, scores: Any
     return account.trace
 
 
-def _generation(policy: Any, roles: RunModels, lengths: Lengths, rows: int) -> tuple[Trace, Trace, int, int, bool]:
+def _generation(
+    policy: Any, roles: RunModels, lengths: Lengths, rows: int, *, on_gpu: bool
+) -> tuple[Trace, Trace, int, int, bool]:
     """The decode loop's own first two tokens: the contexts are read, and one token more."""
     state = DecodingRows(
         [[0] * lengths.context] * rows,
@@ -190,20 +201,59 @@ def _generation(policy: Any, roles: RunModels, lengths: Lengths, rows: int) -> t
     )
     forward = functools.partial(policy, use_cache=True, logits_to_keep=1, return_dict=True)
     with torch.no_grad(), _computing(policy, roles, generates=True) as cast:
-        with _account(policy) as first:
-            output = forward(**state.prompt(), past_key_values=None)
-            cache = output.past_key_values
+        parts = [list(range(rows))] if on_gpu else rows_of_passes([lengths.context] * rows)
+        reading, logits, cache = _read(policy, state, forward, parts)
         make_room(cache, lengths.segment)
         holds = state.hold(policy, cache)
-        state.draw(output.logits[:, -1])
+        state.draw(logits)
         state.count += 1
-        del output
+        del logits
         held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
         # The first token makes room for those to come, so both are counted with the larger cache.
         with _account(policy, held) as token:
             state.advance(forward)
         size = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
-    return first.trace, token.trace, size, cast, holds and bool(policy._can_compile_fullgraph)
+    return reading, token.trace, size, cast, holds and bool(policy._can_compile_fullgraph)
+
+
+def _read(
+    policy: Any, state: DecodingRows, forward: Callable[..., Any], parts: list[list[int]]
+) -> tuple[Trace, Tensor, Any]:
+    """All passes over the contexts, which have one length: their trace, the next token's logits, and the cache.
+
+    Passes of as many rows are alike, so the first and the last are traced.
+    """
+
+    def traced(part: list[int]) -> tuple[Trace, Any]:
+        with _account(policy) as account:
+            output = forward(**state.prompt(part), past_key_values=None)
+        return account.trace, output
+
+    first, *more = parts
+    reading, output = traced(first)
+    logits, cache = output.logits[:, -1], output.past_key_values
+    if not more:
+        return reading, logits, cache
+    if not can_join(cache):
+        everything, output = traced([row for part in parts for row in part])
+        return everything, output.logits[:, -1], output.past_key_values
+    last = traced(more[-1])[0] if len(more[-1]) < len(first) else reading
+    rows = sum(map(len, parts))
+    held = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    for layer in cache.layers:
+        layer.keys, layer.values = (states.new_empty(rows, *states.shape[1:]) for states in (layer.keys, layer.values))
+    # The keys and values of the passes before are held meanwhile.
+    before = {id(reading): (len(more) - (last is not reading)) * held, id(last): len(more) * held}
+    worst = max((reading, last), key=lambda trace: before[id(trace)] + trace.bytes)
+    return (
+        Trace(
+            peak=worst.peak + Counter(activations=before[id(worst)]),
+            most=worst.most + Counter(activations=before[id(worst)]),
+            work=[*reading.work * len(more), *last.work],
+        ),
+        logits.new_empty(rows, logits.shape[-1]),
+        cache,
+    )
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from torch.utils.flop_counter import flop_registry
 _PICKING = ("aten.embedding", "aten.index", "aten.gather", "aten.slice_scatter", "aten.select_scatter")
 """Operations that read as much of their source as they give out."""
 
+_ADDING = ("aten.index_add",)
+"""Operations that change the rows of their target that an index names."""
+
 _PRODUCTS = ("aten.mm", "aten.addmm")
 """Matrix products; the factors are their last two tensors. Batched ones belong to attention, bound by its traffic."""
 
@@ -151,6 +154,9 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], m
         return Work(0, 6 * size, given[0].element_size(), fresh=size if size >= _LARGE_BLOCK else 0)
     written = sum(map(_bytes, made))
     moved = 2 * written if name.startswith(_PICKING) else written + sum(map(_bytes, given))
+    if name.startswith(_ADDING):
+        # The source is read, and as many rows of the target are read and written.
+        moved = 3 * _bytes(given[-1])
     width = made[0].element_size() if made else 4
     thin = min(*given[-2].shape[-2:], *given[-1].shape[-2:]) if name.startswith(_PRODUCTS) else 0
     flops = _flops(func, name, args, kwargs, result)

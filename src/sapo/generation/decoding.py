@@ -185,7 +185,7 @@ class TransformersGenerator:
                 )
             return output.logits[:, -1], cache
 
-        parts = _parts(lengths) if host_computes(state.tokens.device) else []
+        parts = rows_of_passes(lengths) if host_computes(state.tokens.device) else []
         if len(parts) < 2:
             return read()
         found, caches = [], []
@@ -219,8 +219,12 @@ class TransformersGenerator:
         return row
 
 
-def _parts(lengths: list[int]) -> list[list[int]]:
-    """Rows whose contexts are read together: alike in length, and of `TOKENS_PER_PASS` tokens at most, with padding."""
+def rows_of_passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows whose contexts a CPU reads in one pass: alike in length, `TOKENS_PER_PASS` tokens at most, with padding.
+
+    Args:
+        lengths: tokens of the context of each row.
+    """
     parts: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= TOKENS_PER_PASS:

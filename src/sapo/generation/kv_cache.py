@@ -149,7 +149,7 @@ def joined(caches: list[Cache], order: Tensor) -> Cache:
                 where = order[start : start + len(part)]
                 states[where, :, width - part.shape[2] :] = part
                 start += len(part)
-                setattr(layer, name, part[:0])
+                setattr(layer, name, part.new_empty(0))  # a view would keep the memory
             setattr(whole.layers[place], name, states)
     return whole
 

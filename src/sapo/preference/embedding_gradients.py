@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from sapo.generation.forward import unwrapped
@@ -46,7 +47,7 @@ def _is_plain(embedding: Any) -> bool:
         return False
     weight = embedding.weight
     return (
-        type(weight) is nn.Parameter
+        type(weight) in (nn.Parameter, FakeTensor)  # fake ones are traced by the estimate
         and weight.requires_grad
         and weight.device.type == "cpu"
         and weight._post_accumulate_grad_hooks is None

@@ -51,13 +51,13 @@ SHAPES = {
 }
 
 
-def build_model(shape: str) -> LlamaForCausalLM:
+def build_model(shape: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A Llama of random weights, which never ends a text."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=PAD
     )
-    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval().to(dtype)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -87,7 +87,7 @@ def linear_products(model: nn.Module, rows: int) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             if module.in_features not in inputs:
-                inputs[module.in_features] = torch.randn(rows, 1, module.in_features)
+                inputs[module.in_features] = torch.randn(rows, 1, module.in_features, dtype=module.weight.dtype)
             module(inputs[module.in_features])
 
 
@@ -98,10 +98,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="most tokens of a prompt; the shortest has 40 less")
     parser.add_argument("--new", type=int, default=64, help="new tokens of each row")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    model, sampling, new = build_model(arguments.shape), Sampling(), arguments.new
+    model, sampling, new = build_model(arguments.shape, getattr(torch, arguments.dtype)), Sampling(), arguments.new
     vocabulary, rng = model.config.vocab_size, random.Random(0)
 
     def contexts(rows: int) -> list[list[int]]:
@@ -111,7 +112,9 @@ def main() -> None:
     greedy = Sampling(temperature=0)
     some = contexts(8)
     same = sum(a == b for a, b in zip(ours(model, some, 64, greedy), theirs(model, some, 64, greedy), strict=True))
-    print(f"{model.num_parameters():,} parameters, prompt {arguments.prompt}, {new} new tokens, float32, one thread")
+    print(
+        f"{model.num_parameters():,} parameters, prompt {arguments.prompt}, {new} new tokens, {arguments.dtype}, 1 core"
+    )
     print(f"greedy texts of 64 tokens equal to those of generate: {same} of 8")
     print("CPU seconds; a step is (all new tokens less the first) / (new - 1), linear: its linear products alone")
     print(

@@ -165,7 +165,7 @@ def _training(policy: Any, batch: PairBatch, roles: RunModels, scores: Any, *, o
                     account.call("gradients", one.grad)
 
         hooked = [weight for weight in trained if all(weight is not one for one in in_place)]
-        handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in hooked]  # type: ignore[no-untyped-call]
+        handles = [weight.register_post_accumulate_grad_hook(arrived) for weight in hooked]
         # Of several passes, all but the first find gradients there.
         accumulates = args.gradient_accumulation_steps > 1 or len(batch) < args.pairs_per_micro_batch
         for _ in range(2 if accumulates and not strategy.shards_gradients else 1):

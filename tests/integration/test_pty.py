@@ -164,6 +164,8 @@ def test_a_run_its_evaluation_and_a_talk_at_80_columns(model, data, tmp_path):  
         assert not terminal.broken()
         seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.raw)
         screen = terminal.screen()
+        assert "Loading torch and transformers ..." in seen
+        assert not [line for line in screen if "Loading torch" in line]
         # The bar stayed in its place, with step, time left and whole numbers.
         (bar,) = [line for line in screen if re.match(r"step \d+/6 ━", line)]
         assert re.fullmatch(r"step 6/6 ━+ 0:00:00 left  [\d.e-]+ s/step", bar)

@@ -44,6 +44,16 @@ def test_a_table_fits_and_has_every_cell(width):
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("width", range(52, 100))
+def test_a_name_that_fits_its_column_is_whole_at_any_width(width):
+    name = "↑ prefers_data_to_own_per_token"
+    rows = [["measure", "start", "mine policy", "data"], [name, "0.094 ±0.050", "-0.171 ±0.022*..", "0.1784 ±0.0087"]]
+    shown = printed(width, rows)
+    assert name in shown
+    assert all(cell in shown for cell in rows[1])
+    assert (shown.count("measure") == 1) == (width >= max(map(len, printed(200, rows).splitlines())))
+
+
 def test_a_table_needs_no_unicode():
     printed(80, ROWS[:1] + ROWS[2:], "ascii")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sapo.commands.notices import loading_libraries
 from sapo.commands.parser import Parsed
 from sapo.errors import ConfigurationError
 
@@ -17,14 +18,13 @@ def run_demo_command(given: Parsed) -> None:
     options = {name: value for name, value in options.items() if value is not None}
     if model is not None and not chat:
         raise ConfigurationError("--model_name_or_path without --chat: the built-in task has a model. Add --chat.")
-    from sapo.commands.inputs import quiet_libraries
+    with loading_libraries():
+        from sapo.commands.inputs import quiet_libraries
+        from sapo.demo.chat import run_chat_demo
+        from sapo.demo.run import run_demo
 
     quiet_libraries()
     if chat:
-        from sapo.demo.chat import run_chat_demo
-
         run_chat_demo(**options, model_name_or_path=model)
-        return
-    from sapo.demo.run import run_demo
-
-    run_demo(**options)
+    else:
+        run_demo(**options)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from sapo._version import __version__
 from sapo.commands.catalog import COMMANDS
-from sapo.commands.notices import held_notices
+from sapo.commands.notices import held_notices, loading_libraries
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
 from sapo.errors import ConfigurationError, SapoError, brief
 from sapo.text.fitted import fitted, width_of
@@ -188,7 +188,8 @@ def _run(command: Command, given: Parsed) -> int:
             from sapo.commands.launch import launched
 
             if not launched(given):
-                from sapo.commands.train import run_train
+                with loading_libraries():
+                    from sapo.commands.train import run_train
 
                 run_train(given)
         case "serve":
@@ -196,7 +197,8 @@ def _run(command: Command, given: Parsed) -> int:
 
             return run_serve(given)
         case "generate":
-            from sapo.commands.generate import run_generate
+            with loading_libraries():
+                from sapo.commands.generate import run_generate
 
             with held_notices() as notices:
                 run_generate(given, notices.release)
@@ -205,12 +207,14 @@ def _run(command: Command, given: Parsed) -> int:
 
             run_data_check(given)
         case "estimate":
-            from sapo.commands.estimate import run_estimate
+            with loading_libraries():
+                from sapo.commands.estimate import run_estimate
 
             with held_notices():
                 run_estimate(given)
         case "evaluate":
-            from sapo.commands.evaluate import run_evaluate
+            with loading_libraries():
+                from sapo.commands.evaluate import run_evaluate
 
             with held_notices() as notices:
                 run_evaluate(given, notices.release)
@@ -227,12 +231,14 @@ def _run(command: Command, given: Parsed) -> int:
 
             run_compare(given)
         case "chat":
-            from sapo.commands.chat import run_chat
+            with loading_libraries():
+                from sapo.commands.chat import run_chat
 
             with held_notices() as notices:
                 run_chat(given, notices.release)
         case "export":
-            from sapo.commands.export import run_export
+            with loading_libraries():
+                from sapo.commands.export import run_export
 
             with held_notices():
                 run_export(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,6 +73,22 @@ def _handlers() -> set[logging.StreamHandler]:
     ]
     found = [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]
     return {one for one in found if isinstance(one, logging.StreamHandler) and one.stream is sys.stderr}
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Say on a terminal what takes seconds to import; then remove the line."""
+    shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and os.environ.get("RANK", "0") == "0"
+    shown = shown and "torch" not in sys.modules
+    if shown:
+        sys.stderr.write("Loading torch and transformers ...")
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
 
 
 @contextmanager

@@ -15,8 +15,6 @@ from sapo.config import SAPOConfig
 from sapo.demo.build import MODEL_FOLDER
 from sapo.demo.score import ScoreReport, score
 from sapo.demo.tasks import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TRAIN_ROWS, heldout_rows
-from sapo.generation.protocol import Generator
-from sapo.generation.scripted import ScriptedGenerator
 from sapo.text.terminal import say
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
@@ -28,11 +26,11 @@ STEPS = 80
 
 ARMS: dict[str, dict[str, Any]] = {
     "SAPO (ORPO)": {"objective": "orpo", "beta": 0.1},
-    "continued SFT": {"objective": "orpo", "beta": 0.0},
+    "continued SFT": {"objective": "sft"},
     "SAPO (DPO, guarded)": {"objective": "dpo", "beta": 0.3, "suffix": "drop", "chosen_nll_weight": 3.0},
     "SAPO (DPO, no guard)": {"objective": "dpo", "beta": 0.3, "suffix": "drop"},
 }
-"""What differs between the runs; with beta 0, ORPO is SFT on the chosen responses."""
+"""What differs between the runs."""
 
 
 COMMON: dict[str, Any] = {
@@ -66,9 +64,8 @@ def run_demo(*, output_dir: str = "runs/demo", max_steps: int = STEPS, seed: int
         console.rule(name)
         folder = Path(output_dir) / re.sub(r"\W+", "-", name.lower()).strip("-")
         trainer = _trainer(folder, max_steps, seed, settings, tokenizer)
-        progress = TerminalProgress(
-            console, tokenizer, trainer.last_pairs, log_pairs_steps=STEPS if settings["beta"] else 0, pairs=3
-        )
+        every = 0 if settings["objective"] == "sft" else STEPS
+        progress = TerminalProgress(console, tokenizer, trainer.last_pairs, log_pairs_steps=every, pairs=3)
         with showing(progress, trainer):
             trainer.train()
         trainer.save_model()
@@ -101,11 +98,7 @@ def _trainer(folder: Path, max_steps: int, seed: int, settings: dict[str, Any], 
         **COMMON,
         **settings,
     )
-    # Continued SFT needs no opponent: its pairs have weight 0.
-    silent: Generator | None = None
-    if settings["beta"] == 0:
-        silent = ScriptedGenerator(lambda contexts, budgets, seeds: [[tokenizer.eos_token_id] for _ in contexts])
-    return SAPOTrainer(str(MODEL_FOLDER), args, list(TRAIN_ROWS), processing_class=tokenizer, generator=silent)
+    return SAPOTrainer(str(MODEL_FOLDER), args, list(TRAIN_ROWS), processing_class=tokenizer)
 
 
 def _table(results: dict[str, ScoreReport]) -> Table:

@@ -102,6 +102,8 @@ def _measure(
         left = duration_text((time.monotonic() - began) / done * (todo - done))
         session.say(f"{target.name}: {so_far} of {len(keys)} rows{f', {left} left' if done < todo else ''}")
 
+    if todo:
+        session.say(f"{target.name}: {todo} rows, each scored and answered once")
     # A CPU takes a minute for this many rows: somebody is waiting for a sign of life.
     records = parts.complete(keys, (2 if session.device == "cpu" else 4) * options.batch_size, compute, say)
     return [Measured.of(record["measured"]) for record in records], data, loaded

@@ -17,7 +17,7 @@ WIDTH_OF_FILES = 240
 _FIRST = 31
 """Characters of the first column beyond which it is folded."""
 _GAP = 2
-"""Characters between two columns."""
+"""Characters between two columns, besides the one of a line between them that is not drawn."""
 
 
 def terminal() -> Console:
@@ -51,7 +51,7 @@ def print_table(
     widths = [max(_longest(row[place]) for row in (head, *body)) for place in range(len(head))]
     first = min(widths[0], _FIRST)
     say(console, visible(title, console.encoding), style="bold")
-    for group in _groups(widths[1:], console.width - first - _GAP):
+    for group in _groups(widths[1:], console.width - first - 2):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0), pad_edge=False, collapse_padding=True)
         table.add_column(Text(head[0]), overflow="fold", max_width=first)
         for place in group:
@@ -77,13 +77,16 @@ def _longest(text: str) -> int:
 
 
 def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Places of columns in groups that fit into `room` characters; one that fits nowhere stands alone."""
+    """Places of columns in groups that fit into `room` characters; one that fits nowhere stands alone.
+
+    A column too many would make all others narrower, and break names anywhere.
+    """
     groups: list[list[int]] = [[]]
     used = 0
     for place, width in enumerate(widths):
-        if groups[-1] and used + width + _GAP > room:
+        if groups[-1] and used + width + _GAP + 1 > room:
             groups.append([])
             used = 0
         groups[-1].append(place)
-        used += width + _GAP
+        used += width + _GAP + 1
     return groups

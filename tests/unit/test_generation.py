@@ -16,8 +16,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sapo.errors import ConfigurationError, ModelError
+from sapo.estimate.tracing import Account
 from sapo.generation.decoding import TransformersGenerator
-from sapo.generation.kv_cache import RoomyLayer, keep_rows, make_room, surviving_rows
+from sapo.generation.kv_cache import RoomyLayer, joined, keep_rows, make_room, surviving_rows
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
 from sapo.generation.scripted import GenerateCall, ScriptedGenerator
@@ -252,6 +253,19 @@ def test_layers_that_grow_are_given_room():
         generator_for(model).generate([[5, 6, 7]], [6], [1])
         spy.handle.remove()
         assert [isinstance(layer, RoomyLayer) for layer in spy.caches[-1].layers] == kinds
+
+
+def test_caches_are_joined_layer_by_layer():
+    """No more than a layer's keys or values are held twice at a time."""
+    with Account([]) as account:
+        caches = [transformers.DynamicCache(), transformers.DynamicCache()]
+        for layer in range(4):
+            for rows, cache in zip((2, 1), caches, strict=True):
+                cache.update(torch.full((rows, 1, 8, 64), rows), torch.full((rows, 1, 8, 64), rows), layer)
+        whole = joined(caches, torch.tensor([2, 0, 1]))
+    held = 2 * sum(layer.keys.nbytes for layer in whole.layers)
+    assert whole.layers[-1].keys[:, 0, 0, 0].tolist() == [2, 1, 2]
+    assert account.trace.bytes < 1.3 * held
 
 
 def test_rows_move_only_into_free_places():

@@ -114,6 +114,21 @@ def test_what_is_streamed_is_the_reply_and_a_seed_gives_the_same_draws(tokenizer
     assert len(pieces) > 4
 
 
+def test_the_flags_alone_decide_how_a_model_replies(tokenizer):
+    def said(model):
+        one = ChatModel("policy", model)
+        given = {"max_new_tokens": 8, "seed": 3, "write": str}
+        return [reply(one, tokenizer, prompt_ids(tokenizer, talk, plain=True), Sampling(0.7, 0, 1.0), **given).text
+                for talk in ([{"role": "user", "content": "w1 w2"}],)]  # fmt: skip
+
+    model = tiny_llama().eval()
+    expected = said(model)
+    own = model.generation_config
+    own.num_beams, own.repetition_penalty, own.min_new_tokens, own.suppress_tokens = 4, 5.0, 8, [7]
+    assert said(model) == expected
+    assert model.generation_config is own
+
+
 def test_the_command_speaks_with_the_models_template(make_run, tmp_path, capsys, monkeypatch):
     make_run(lora=False)
     capsys.readouterr()

@@ -128,13 +128,73 @@ def test_an_incomplete_folder_is_refused_before_data_are_read(folder, args):
         loading.check_model(named(folder), args)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_damaged_weights_are_one_line(file, folder, args):
+@pytest.mark.parametrize("damage", [b"", b"damaged", b"\x07" + bytes(7) + b'{"a":1}'])
+def test_damaged_weights_are_one_line(damage, folder, args):
+    (folder / "model.safetensors").write_bytes(damage)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: .*\({len(damage)} bytes\)") as caught:
+        loading.check_model(named(folder), args)
+    assert "\n" not in str(caught.value)
     (folder / "model.safetensors").unlink()
-    (folder / file).write_bytes(b"damaged")
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    (folder / "pytorch_model.bin").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be loaded|more than weights") as caught:
         loading.load_policy(named(folder), args)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0.5, 0.99])
+def test_of_several_weight_files_the_one_that_was_cut_off_is_named(left, folder, args):
+    tiny_llama().save_pretrained(folder, max_shard_size="4KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    size = shards[2].stat().st_size
+    shards[2].write_bytes(shards[2].read_bytes()[: int(left * size)])
+    with pytest.raises(ModelError, match=rf"{shards[2].name}: cut off \({int(left * size)} of {size} bytes\)"):
+        loading.check_model(named(folder), args)
+
+
+def test_an_adapter_that_was_cut_off_is_named(adapter, args):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: cut off"):
+        loading.check_model(named(adapter), args)
+
+
+def test_a_link_that_leads_nowhere_is_named(folder, args):
+    file = folder / "model.safetensors"
+    file.unlink()
+    file.symlink_to(folder / "blob")
+    with pytest.raises(ModelError, match=r"model\.safetensors: a link to .*blob, which is not there"):
+        loading.check_model(named(folder), args)
+
+
+def test_of_two_models_in_a_folder_the_one_that_is_used_is_said(folder, args, caplog):
+    tiny_llama(seed=1).save_pretrained(folder / "other", max_shard_size="4KB")
+    for file in (folder / "other").glob("model*"):
+        file.rename(folder / file.name)
+    with caplog.at_level(logging.WARNING):
+        model, _ = loading.load_policy(named(folder), args)
+    assert "The first is used" in caplog.text
+    assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+def test_what_is_left_of_a_model_in_several_files_does_no_harm(folder, args, caplog):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    loading.check_model(named(folder), args)
+    loading.load_policy(named(folder), args)
+    assert "used" not in caplog.text
+
+
+def test_a_file_of_torch_that_could_run_code_is_refused_as_such(folder, args, tmp_path):
+    class Opens:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": torch.zeros(2), "more": Opens()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds more than weights.*never loaded. Use a checkpoint in safetensors"):
+        loading.load_policy(named(folder), args)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -328,8 +388,20 @@ def test_weights_that_are_not_finite_are_refused(value, folder, args):
         return weights
 
     reweigh(folder, spoil)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+    said = rf"{folder}: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"
+    with pytest.raises(ModelError, match=said):
         SAPOTrainer(str(folder), args, tiny_rows())
+    with pytest.raises(ModelError, match=said):
+        loading.load_frozen(str(folder))
+
+
+def test_an_adapter_that_is_not_finite_is_named_and_not_its_base(adapter, args):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    save_file({**weights, name: weights[name] * float("nan")}, adapter / "adapter_model.safetensors")
+    for load in (lambda: loading.load_policy(named(adapter), args), lambda: loading.load_frozen(str(adapter))):
+        with pytest.raises(ModelError, match=rf"^{adapter}: .*lora_A.*NaN"):
+            load()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -347,6 +419,7 @@ def test_a_pointer_of_git_lfs_is_named(file, folder, args):
         ({"hidden_act": "gelu_super"}, "gelu_super"),
         ({"dtype": "float17"}, "float17"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"pad_token_id": 900}, "Padding_idx"),
     ],
 )
 def test_a_configuration_that_makes_no_model_is_one_line(changes, says, folder, args):
@@ -454,6 +527,36 @@ def test_an_adapter_of_another_base_is_said(adapter, folder, tmp_path, caplog):
 )
 def test_bases_are_compared_by_what_a_move_leaves(named, base, is_other):
     assert other_base({"base_model_name_or_path": named}, base) == (named if is_other else None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"r": 8}, "other shapes than adapter_config.json says"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "lacks weights that adapter_config.json asks for"),
+        ({"lora_alpha": "many"}, "Correct adapter_config.json"),
+    ],
+)
+def test_an_adapter_with_the_configuration_of_another_is_told_so(changes, says, adapter, args):
+    change(adapter / "adapter_config.json", **changes)
+    with pytest.raises(ModelError, match=says):
+        loading.load_policy(named(adapter), args)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"q_proj"}),
+        (["embed_tokens"], {"embed_tokens"}),
+        ([".*[qk]_proj"], {"q_proj", "k_proj"}),
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_one_target_module_is_found_by_name_like_several(given, found, folder, args):
+    model, config = loading.load_policy(named(folder, use_peft=True, lora_target_modules=given), args)
+    policy = with_adapter(model, config, args)
+    assert {name.rpartition(".")[2] for name in policy.targeted_module_names} == found
 
 
 def test_an_adapter_without_some_of_its_weights_is_refused(adapter):

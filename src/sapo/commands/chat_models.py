@@ -22,7 +22,7 @@ from sapo.runs.reading import is_run, start_of
 from sapo.weights.description import load_template_tokenizer, load_tokenizer, positions_of
 from sapo.weights.embeddings import fit_model, known_tokens
 from sapo.weights.loading import load_adapter, load_frozen
-from sapo.weights.policy import padding_token_id
+from sapo.weights.policy import generated, padding_token_id
 from sapo.weights.source import find_source, holds_model
 
 Message = dict[str, str]
@@ -210,9 +210,7 @@ def reply(
         torch.manual_seed(seed)
         stream = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            made = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=stream
-            )
+            made = generated(model, inputs, config, streamer=stream)
         except KeyboardInterrupt:
             stream.end()
             return Reply("".join(pieces).strip(), "stopped")

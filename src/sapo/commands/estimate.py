@@ -29,8 +29,8 @@ from sapo.text.numbers import bytes_text, count_text, duration_text
 from sapo.text.terminal import say
 from sapo.weights.description import load_config, positions_of
 from sapo.weights.footprint import Strategy, StrategyName, build_run_models
-from sapo.weights.loading import with_stored_adapter
-from sapo.weights.source import find_source
+from sapo.weights.loading import model_errors, with_stored_adapter
+from sapo.weights.source import ModelSource, find_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,15 @@ def make_report(given: Parsed) -> Report:
         ModelError: the model's configuration cannot be read.
     """
     own = given.own
+    run = _run(given)
+    config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
+    run.config.check_positions(positions_of(config))
+    # Only now: this machine may have to be measured.
     device = device_named(own.gpu)
     # Unset, mixed precision follows the device of the estimate, not the machine that it is made on.
-    run = build(given.values({"bf16": device.overlaps, "report_to": ["none"]}) | {"use_cpu": True})
-    config = load_config(run.model) if own.model_config is None else _model_config(own.model_config)
+    run = _run(given, bf16=device.overlaps)
     if own.model_config is None:
         run.model = with_stored_adapter(run.model, merge=run.config.adapter == "merge")
-    run.config.check_positions(positions_of(config))
     strategy = Strategy(*_strategy(own.accelerate_config, own.num_gpus))
     data = _measured(run, own.model_config is not None, own.prompt_length, own.response_length)
     prompt, response = own.prompt_length, own.response_length
@@ -118,7 +120,9 @@ def make_report(given: Parsed) -> Report:
     asked = run.config.gradient_checkpointing
     if asked == "auto":
         set_checkpointing(run.config, False)
-    roles = build_run_models(config, run.model, run.config, strategy)
+    name = str(own.model_config or run.model.model_name_or_path)
+    with model_errors(ModelSource(name, name, None, run.model.model_revision)):
+        roles = build_run_models(config, run.model, run.config, strategy)
     result = estimate(roles, device, lengths, usual)
     if asked == "auto" and result.memory.needed > device.memory:
         set_checkpointing(run.config, True)
@@ -141,6 +145,10 @@ def make_report(given: Parsed) -> Report:
         gpus,
         "auto" if asked == "auto" else bool(asked),
     )
+
+
+def _run(given: Parsed, **defaults: Any) -> RunArguments:
+    return build(given.values(defaults | {"report_to": ["none"]}) | {"use_cpu": True})
 
 
 def _measured(run: RunArguments, stands_in: bool, *given: int | None) -> Measured | None:

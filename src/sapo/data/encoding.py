@@ -20,6 +20,8 @@ from sapo.errors import DatasetError, TokenizerError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SET_EOS = "Name its eos_token in tokenizer_config.json, or use --chat_template_path chatml, which sets one."
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -60,7 +62,7 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list
     if not ids:
         raise TokenizerError(
             "no EOS token: the tokenizer, the generation configuration and the chat template define none, so "
-            "generation would never stop. Set tokenizer.eos_token."
+            f"generation would never stop. {_SET_EOS}"
         )
     return frozenset(ids)
 
@@ -106,7 +108,7 @@ class Encoder:
         opponent_system_prompt: str | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise TokenizerError("the tokenizer has no EOS token to end a response with. Set tokenizer.eos_token.")
+            raise TokenizerError(f"the tokenizer has no EOS token to end a response with. {_SET_EOS}")
         self.chat = bool(tokenizer.chat_template)
         """Whether the tokenizer has a chat template, so that conversations can be rendered."""
         self._tokenizer = tokenizer

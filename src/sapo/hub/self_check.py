@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sapo.weights.policy import padding_token_id
+from sapo.weights.policy import generated, padding_token_id
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -130,8 +130,7 @@ def _generate(model: Any, tokenizer: Any, prompt: Sequence[int], eos_ids: Collec
         eos_token_id=sorted(eos_ids),
         pad_token_id=padding_token_id(tokenizer, frozenset(eos_ids)),
     )
-    written = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    tokens: list[int] = written[0, len(prompt) :].tolist()
+    tokens: list[int] = generated(model, inputs, config)[0, len(prompt) :].tolist()
     return tokens
 
 

@@ -45,6 +45,7 @@ LOADING_ERRORS = (
     TypeError,
     KeyError,
     AttributeError,
+    AssertionError,
     ImportError,
     RuntimeError,
     SafetensorError,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
@@ -34,7 +34,7 @@ from sapo.weights.opponent import (
     needs_float32_master,
     policy_tensors,
 )
-from sapo.weights.policy import disable_dropout, with_adapter
+from sapo.weights.policy import adapter_config, disable_dropout, with_adapter
 
 StrategyName = Literal["none", "multi_gpu", "zero2", "zero3", "fsdp2"]
 
@@ -133,7 +133,7 @@ def build_run_models(config: Any, model_args: ModelConfig, args: SAPOConfig, str
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
         quantized = _quantize(model, model_args)
-        policy: Any = with_adapter(model, get_peft_config(model_args), args)
+        policy: Any = with_adapter(model, adapter_config(model_args), args)
         if args.disable_dropout:
             disable_dropout(policy)
         adapter = isinstance(policy, PeftModel)

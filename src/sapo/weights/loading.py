@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, SapoError
@@ -36,12 +37,10 @@ from sapo.weights.description import (
 )
 from sapo.weights.embeddings import grow, without_messages
 from sapo.weights.footprint import check_memory
-from sapo.weights.policy import model_keyword_arguments
+from sapo.weights.policy import adapter_config, check_finite, model_keyword_arguments
 from sapo.weights.sharding import will_shard_weights
 from sapo.weights.source import (
     ModelSource,
-    check_stored_types,
-    check_weights,
     loading_error,
     other_base,
     quantization_method,
@@ -49,6 +48,7 @@ from sapo.weights.source import (
     trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
+from sapo.weights.stored import check_stored_types, check_weights, two_models
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +90,8 @@ def check_model(model_args: ModelConfig, args: SAPOConfig, *, trains: bool = Tru
     if args.skip_memory_check:
         return
     try:
-        check_memory(config, described, args)
+        with model_errors(source):
+            check_memory(config, described, args)
     except ConfigurationError as error:
         if described is model_args or not str(error).startswith(("lora_", "the adapter does not fit")):
             raise
@@ -98,6 +99,13 @@ def check_model(model_args: ModelConfig, args: SAPOConfig, *, trains: bool = Tru
             f"{source.adapter}: does not fit {source.base} ({str(error).rstrip('.')}). Name the model that it was "
             "trained on in adapter_config.json."
         ) from error
+
+
+@contextmanager
+def model_errors(source: ModelSource) -> Iterator[None]:
+    """Say in one line, a `ModelError`, what a library raises as it builds or loads the model of a source."""
+    try:
+        yield
     except SapoError:
         raise
     except LOADING_ERRORS as error:
@@ -121,7 +129,7 @@ def load_policy(model_args: ModelConfig, args: SAPOConfig, adapter: Path | None 
     options = _options(model_args, args)
     _check_trainable(source, config_of(source), adapter=described.use_peft or source.adapter is not None)
     model = _load_model(source, options, trainable=True)
-    return model, get_peft_config(model_args) if source.adapter is None else None
+    return model, adapter_config(model_args) if source.adapter is None else None
 
 
 def load_named_policy(name: str, args: SAPOConfig, *, adapter: bool) -> Any:
@@ -206,12 +214,13 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
 
 def _check_adapter_used(model: PeftModel, folder: str, name: str) -> None:
     """Refuse an adapter that has weights for modules which its base lacks: peft leaves them out without a word."""
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_finite(own.items(), folder)
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
         return
     with safe_open(file, framework="pt") as content:
         stored = set(content.keys())
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     unused = sorted(stored - own.keys() - model.state_dict().keys())
     if unused:
         raise ModelError(
@@ -301,14 +310,11 @@ def _load_model(
     given = {**source.base_options, **options}
     if source.is_gguf:
         given["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        # Its table of missing weights is said in one line by `_check_complete`.
-        with without_messages("LOAD REPORT"), hub_or_cache(source.base_path):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source.base_path, trust_remote_code=False, output_loading_info=True, **given
-            )
-    except LOADING_ERRORS as error:
-        raise loading_error("model", source, error) from error
+    # Its table of missing weights is said in one line by `_check_complete`.
+    with model_errors(source), without_messages("LOAD REPORT"), hub_or_cache(source.base_path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.base_path, trust_remote_code=False, output_loading_info=True, **given
+        )
     _check_complete(source, model, report)
     _follow_ties(model)
     switch_off_router_logits(model.config)
@@ -345,7 +351,8 @@ def _check_complete(source: ModelSource, model: Any, report: Mapping[str, Any]) 
     if missing or report["error_msgs"]:
         what = _and_more(missing) if missing else str(report["error_msgs"][0])
         instead = f" It has {_and_more(unused)}, which the model has no place for." if unused else ""
-        tied = " A missing lm_head may mean tie_word_embeddings is wrong in config.json." if not unused else ""
+        no_head = not unused and any("lm_head" in name for name in missing)
+        tied = " A missing lm_head may mean tie_word_embeddings is wrong in config.json." if no_head else ""
         raise ModelError(
             f"{source.base}: the checkpoint lacks {what}, which would be random.{instead} Use a complete checkpoint of "
             f"this architecture, with the names that transformers gives its weights.{tied}"
@@ -361,6 +368,9 @@ def _check_complete(source: ModelSource, model: Any, report: Mapping[str, Any]) 
         logger.warning(f"{source.base}: saved as {saved_as}, which transformers lacks; used as {type(model).__name__}.")
     if unused:
         logger.warning(f"{source.base}: {len(unused)} weights of the checkpoint are not used, such as {unused[0]}.")
+    both = two_models(Path(source.base))
+    if both is not None:
+        logger.warning(both)
 
 
 def _and_more(names: Sequence[str]) -> str:
@@ -391,6 +401,7 @@ def _frozen(model: Any, device: torch.device) -> Any:
     # Quantized weights do not move: they were loaded onto their device.
     if quantization_method(model.config) is None and next(model.parameters()).device != device:
         model = model.to(device)
+    check_finite(model.named_parameters(), model.config.name_or_path)
     return model.requires_grad_(False).eval()
 
 

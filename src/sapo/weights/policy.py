@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+from trl import ModelConfig, get_peft_config
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
@@ -85,6 +88,18 @@ def _is_valid(config: GenerationConfig) -> bool:
     return True
 
 
+def adapter_config(model_args: ModelConfig) -> Any:
+    """The configuration of the new adapter of a run; None without one.
+
+    trl makes a pattern for whole names of a list that holds one name, and `q_proj` alone would match nothing.
+    """
+    config = get_peft_config(model_args)
+    given = getattr(config, "target_modules", None)
+    if isinstance(given, str) and re.fullmatch(r"[\w.]+", given):
+        config.target_modules = {given}
+    return config
+
+
 def with_adapter(
     model: PreTrainedModel | PeftModel,
     peft_config: Any,
@@ -119,7 +134,7 @@ def with_adapter(
             "every weight of the model is frozen, so nothing would be trained. Pass a peft_config (--use_peft), load "
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
-    _check_finite(model)
+    check_finite(model.named_parameters(), model.config.name_or_path or "the model")
     switch_off_router_logits(model.config)
     _check_quantized(model, args)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:
@@ -128,15 +143,24 @@ def with_adapter(
     return model
 
 
-def _check_finite(model: Any) -> None:
-    for name, weight in model.named_parameters():
+def check_finite(weights: Iterable[tuple[str, Tensor]], whose: str) -> None:
+    """Refuse weights with which a model computes nothing but NaN.
+
+    Args:
+        weights: with their names.
+        whose: folder or Hub id that they are from.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    for name, weight in weights:
         # Shards of other processes have no elements, and codes of quantized weights are always finite.
         if weight.is_meta or not weight.numel() or not weight.is_floating_point() or weight.element_size() < 2:
             continue
         if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):
             raise ModelError(
-                f"{model.config.name_or_path or 'the model'}: {name} holds NaN or infinite values, with which nothing "
-                "can be trained. Use a checkpoint without them; bfloat16 weights converted to float16 may overflow."
+                f"{whose}: {name} holds NaN or infinite values, so the model would compute nothing else. Use a "
+                "checkpoint without them; bfloat16 weights converted to float16 may overflow."
             )
 
 
@@ -225,6 +249,26 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             yield from _configs(value)
+
+
+def generated(model: Any, inputs: Tensor, config: GenerationConfig, **more: Any) -> Tensor:
+    """What `model.generate` writes after one row of tokens [1, tokens], prompt included, by `config` alone.
+
+    transformers takes what `config` leaves open from the model's generation_config.json: beams, which cannot be shown
+    as they are written, and penalties, which training and evaluation do not apply.
+    """
+    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        written: Tensor = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, **more
+        )
+    finally:
+        for holder, its in zip(holders, own, strict=True):
+            holder.generation_config = its
+    return written
 
 
 def padding_token_id(tokenizer: Any, eos_ids: frozenset[int]) -> int:

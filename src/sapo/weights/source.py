@@ -28,16 +28,11 @@ from sapo.network import hub_fault, hub_or_cache, is_lfs_pointer
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
 GENERATION_FILE = "generation_config.json"
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _WITHOUT_WEIGHTS_OF_THE_MODEL = (
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING",
 )  # fmt: skip
 """Types of adapters that lengthen the input and change no weight: neither merged, nor passed over one by one."""
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".gguf")
-_LARGEST_HEADER = 100_000_000
-"""Bytes; as the reader of safetensors allows."""
-_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model",
@@ -244,77 +239,6 @@ def other_base(stored: Mapping[str, Any], base: str) -> str | None:
     return None if mine.name.lower() in found or theirs.name.lower() in kept else named
 
 
-def check_weights(source: ModelSource) -> None:
-    """Refuse a local folder that lacks one of its weight files, without reading them."""
-    for adapter in (*source.merged, source.adapter):
-        if adapter is not None and not any((Path(adapter) / name).is_file() for name in _ADAPTER_WEIGHTS):
-            raise ModelError(f"{adapter}: lacks {_ADAPTER_WEIGHTS[0]}. Download or save the adapter again.")
-    folder = Path(source.base)
-    if not folder.is_dir():
-        return
-    for index in (folder / name for name in _INDEX_FILES):
-        if not index.is_file():
-            continue
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index}: cannot be read ({brief(error, 200)}). Download the folder again.") from error
-        outside = [name for name in named if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise ModelError(f"{index}: names {outside[0]}, which is not a file of this folder. Do not use it.")
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder}: lacks {missing[0]} ({len(missing)} of {len(named)} weight files are missing). Download the "
-                "folder again."
-            )
-        return
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        raise ModelError(f"{folder}: holds no weights (*.safetensors). Download the folder again.")
-
-
-def check_stored_types(source: ModelSource, config: Any) -> None:
-    """Refuse codes of quantized weights, which would be taken for weights, where config.json does not say so."""
-    if quantization_method(config) is not None or not Path(source.base).is_dir():
-        return
-    files = [file for ending in ("safetensors", "bin") for file in Path(source.base).glob(f"*.{ending}")]
-    for file in sorted(files):
-        types = _stored_types(file) if file.suffix == ".safetensors" else _pickled_types(file)
-        scaled = any("scale" in name for name in types)
-        for name, stored in types.items():
-            if name.endswith(".weight") and (stored in _INTEGERS or (stored.startswith("F8") and scaled)):
-                raise ModelError(
-                    f"{file}: {name} is stored as {stored}, and config.json has no quantization_config: codes would be "
-                    "taken for weights. Use the unquantized checkpoint, or the config.json that belongs to this one."
-                )
-
-
-def _stored_types(file: Path) -> dict[str, str]:
-    """The type of each tensor in a safetensors file, such as F32 or I8; nothing if the file is damaged."""
-    try:
-        with file.open("rb") as content:
-            header = json.loads(content.read(min(int.from_bytes(content.read(8), "little"), _LARGEST_HEADER)))
-    except ValueError:
-        return {}  # loading says what is wrong with it
-    return {name: str(about["dtype"]) for name, about in header.items() if name != "__metadata__"}
-
-
-def _pickled_types(file: Path) -> dict[str, str]:
-    """The type of each tensor in a file of torch, by the names of safetensors; nothing if it has to be read for it."""
-    import torch  # not needed by commands without weights
-
-    try:
-        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except Exception:  # noqa: BLE001 - whatever it is, loading says it
-        return {}
-    tensors = {name: one for name, one in found.items() if isinstance(one, torch.Tensor)} if type(found) is dict else {}
-    letters = {torch.uint8: "U", torch.int8: "I", torch.int16: "I", torch.int32: "I", torch.int64: "I"}
-    return {
-        name: f"{letters[one.dtype]}{8 * one.element_size()}" if one.dtype in letters else str(one.dtype)
-        for name, one in tensors.items()
-    }
-
-
 def quantization_method(config: Any) -> str | None:
     """How the stored weights are quantized, such as fp8, gptq, awq, bitsandbytes; None if they are not."""
     for part in (config, config.get_text_config()):
@@ -340,9 +264,20 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             f"{pointer}: not the file itself, but a pointer of Git LFS to it. Run `git lfs pull` in the folder, or "
             "download the model with `hf download`."
         )
-    if "ignore_mismatched_sizes" in str(error):
+    of_shapes = CONFIG_FILE if what == "model" else ADAPTER_FILE
+    if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
         return ModelError(
-            f"{name}: the weights have other shapes than config.json says. Use the config.json that belongs to them."
+            f"{name}: the weights have other shapes than {of_shapes} says. Use the {of_shapes} that belongs to them."
+        )
+    if what == "adapter" and "missing adapter keys" in str(error):
+        return ModelError(
+            f"{name}: lacks weights that {ADAPTER_FILE} asks for ({reason}). Use the {ADAPTER_FILE} that belongs to "
+            "the weights, or save the adapter again."
+        )
+    if "weights only load failed" in str(error).lower():
+        return ModelError(
+            f"{name}: a file of torch (.bin) that holds more than weights. Loading it could run code, so it is never "
+            "loaded. Use a checkpoint in safetensors."
         )
     if source.is_gguf:
         return ModelError(
@@ -350,10 +285,12 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             "converted from."
         )
     if isinstance(error, ImportError) or Path(source.base).is_dir():
-        if isinstance(error, (ImportError, TypeError)):
+        if isinstance(error, KeyError):
+            reason = f"transformers knows no {reason}"
+        if isinstance(error, ImportError) or (isinstance(error, TypeError) and _install(error)):
             advice = _install(error)
-        elif isinstance(error, (StrictDataclassError, KeyError, AttributeError)):
-            advice = f" Correct {CONFIG_FILE}." if what == "model" else " Check the files that describe it."
+        elif isinstance(error, (StrictDataclassError, KeyError, AttributeError, TypeError, AssertionError)):
+            advice = " Check the files that describe it." if what == "tokenizer" else f" Correct {of_shapes}."
         else:
             advice = " Check that the folder is complete."
         return ModelError(f"{name}: the {what} cannot be loaded ({reason}).{advice}")

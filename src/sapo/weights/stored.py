@@ -1,0 +1,151 @@
+"""What the weight files of a model's folder say before they are read: which are used, whether they are whole and whose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sapo.errors import ModelError, brief
+from sapo.network import is_lfs_pointer
+from sapo.weights.source import ModelSource, quantization_method
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = (_WHOLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers looks for in a folder, in its order; the first that is there is used."""
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LARGEST_HEADER = 100_000_000
+"""Bytes; as the reader of safetensors allows."""
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+
+def check_weights(source: ModelSource) -> None:
+    """Refuse a local folder that lacks one of its weight files or holds a part of one, without reading the weights."""
+    for adapter in (*source.merged, source.adapter):
+        if adapter is None:
+            continue
+        file = next((Path(adapter) / name for name in _ADAPTER_WEIGHTS if _is_there(Path(adapter) / name)), None)
+        if file is None:
+            raise ModelError(f"{adapter}: lacks {_ADAPTER_WEIGHTS[0]}. Download or save the adapter again.")
+        _check_whole(file)
+    folder = Path(source.base)
+    if not folder.is_dir():
+        return
+    used = next((folder / name for name in _WEIGHTS if _is_there(folder / name)), None)
+    if used is not None:
+        for file in _of_index(used) if used.name.endswith(".index.json") else [used]:
+            _check_whole(file)
+    elif not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise ModelError(f"{folder}: holds no weights (*.safetensors). Download the folder again.")
+
+
+def two_models(folder: Path) -> str | None:
+    """What to say of a folder that holds a model in one file and another in several; None of any other."""
+    if not (folder / _WHOLE).is_file() or not (folder / _INDEX).is_file():
+        return None
+    try:
+        shards = _of_index(folder / _INDEX)
+    except ModelError:
+        return None  # left over from a model in several files, which one file has replaced
+    if folder / _WHOLE in shards:
+        return None
+    return (
+        f"{folder}: holds a model in {_WHOLE} and another in {len(shards)} files of {_INDEX}. The first is used. Remove "
+        "the one that is not meant."
+    )
+
+
+def _of_index(index: Path) -> list[Path]:
+    """The weight files that an index names."""
+    folder = index.parent
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: cannot be read ({brief(error, 200)}). Download the folder again.") from error
+    outside = [name for name in named if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index}: names {outside[0]}, which is not a file of this folder. Do not use it.")
+    missing = [name for name in named if not _is_there(folder / name)]
+    if missing:
+        raise ModelError(
+            f"{folder}: lacks {missing[0]} ({len(missing)} of {len(named)} weight files are missing). Download the "
+            "folder again."
+        )
+    return [folder / name for name in named]
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file; a link to one that is gone is refused: it is not merely missing."""
+    if file.is_symlink() and not file.exists():
+        raise ModelError(
+            f"{file}: a link to {file.readlink()}, which is not there. Download the folder again, or copy the file."
+        )
+    return file.is_file()
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a file of safetensors that was cut off or is none, and say which: loading tells neither of several."""
+    if file.suffix != ".safetensors" or is_lfs_pointer(file):
+        return
+    size = file.stat().st_size
+    try:
+        expected = _end_of(file)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{file}: not a file of safetensors, or damaged ({size} bytes). Download it again.") from None
+    if size < expected:
+        raise ModelError(f"{file}: cut off ({size} of {expected} bytes). Download or save it again.")
+
+
+def _end_of(file: Path) -> int:
+    """Bytes of a file of safetensors, by its header."""
+    header, start = _header(file)
+    return start + max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a file of safetensors says of its tensors, and the number of bytes before the first of them."""
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(min(length, _LARGEST_HEADER)))
+    return header, 8 + length
+
+
+def check_stored_types(source: ModelSource, config: Any) -> None:
+    """Refuse codes of quantized weights, which would be taken for weights, where config.json does not say so."""
+    if quantization_method(config) is not None or not Path(source.base).is_dir():
+        return
+    files = [file for ending in ("safetensors", "bin") for file in Path(source.base).glob(f"*.{ending}")]
+    for file in sorted(files):
+        types = _stored_types(file) if file.suffix == ".safetensors" else _pickled_types(file)
+        scaled = any("scale" in name for name in types)
+        for name, stored in types.items():
+            if name.endswith(".weight") and (stored in _INTEGERS or (stored.startswith("F8") and scaled)):
+                raise ModelError(
+                    f"{file}: {name} is stored as {stored}, and config.json has no quantization_config: codes would be "
+                    "taken for weights. Use the unquantized checkpoint, or the config.json that belongs to this one."
+                )
+
+
+def _stored_types(file: Path) -> dict[str, str]:
+    """The type of each tensor in a file of safetensors, such as F32 or I8; nothing if it is damaged."""
+    try:
+        header, _ = _header(file)
+    except (OSError, ValueError):
+        return {}  # not one of those that are used, which are whole
+    return {name: str(about["dtype"]) for name, about in header.items() if name != "__metadata__"}
+
+
+def _pickled_types(file: Path) -> dict[str, str]:
+    """The type of each tensor in a file of torch, by the names of safetensors; nothing if it has to be read for it."""
+    import torch  # not needed by commands without weights
+
+    try:
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception:  # noqa: BLE001 - whatever it is, loading says it
+        return {}
+    tensors = {name: one for name, one in found.items() if isinstance(one, torch.Tensor)} if type(found) is dict else {}
+    letters = {torch.uint8: "U", torch.int8: "I", torch.int16: "I", torch.int32: "I", torch.int64: "I"}
+    return {
+        name: f"{letters[one.dtype]}{8 * one.element_size()}" if one.dtype in letters else str(one.dtype)
+        for name, one in tensors.items()
+    }

@@ -479,11 +479,12 @@ def test_what_does_not_fit_is_made_to_fit_with_flags_and_no_more_than_it_takes()
     ],
 )
 def test_what_cannot_be_estimated_says_why_in_one_line(more, message, tmp_path, capsys):
+    options = small(tmp_path)
     if "wrong.json" in more:
         found = json.loads((tmp_path / "model" / "config.json").read_text())
         (tmp_path / "wrong.json").write_text(json.dumps(found | {"pad_token_id": 10**6}))
         more = ["--model_config", str(tmp_path / "wrong.json")]
-    assert main(["estimate", *small(tmp_path), "--gpu", "h100", *more]) == 2
+    assert main(["estimate", *options, "--gpu", "h100", *more]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

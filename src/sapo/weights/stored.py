@@ -1,4 +1,4 @@
-"""What the weight files of a model's folder say before they are read: which are used, whether they are whole and whose."""
+"""What the weight files of a model's folder say before they are read: which are used, and whether they are whole."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def two_models(folder: Path) -> str | None:
     if folder / _WHOLE in shards:
         return None
     return (
-        f"{folder}: holds a model in {_WHOLE} and another in {len(shards)} files of {_INDEX}. The first is used. Remove "
-        "the one that is not meant."
+        f"{folder}: holds a model in {_WHOLE} and another in {len(shards)} files of {_INDEX}. The first is used. "
+        "Remove the one that is not meant."
     )
 
 
@@ -99,7 +99,8 @@ def _check_whole(file: Path) -> None:
 def _end_of(file: Path) -> int:
     """Bytes of a file of safetensors, by its header."""
     header, start = _header(file)
-    return start + max((about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"), default=0)
+    ends = (about["data_offsets"][1] for name, about in header.items() if name != "__metadata__")
+    return start + max(ends, default=0)
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from sapo.__main__ import run
-from sapo.commands.arguments import parse
+from sapo.commands.arguments import build, parse
 from sapo.commands.catalog import COMMANDS, GPUS
 from sapo.commands.completion import script
+from sapo.commands.data_arguments import all_values
 from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
+from sapo.commands.recipes import shipped_names
 from sapo.errors import ConfigurationError
 from sapo.options import accepted, options
+from sapo.options.idle import idle
 from sapo.text.interrupts import interrupt, unwatch, watch
 from tests.runs import refused
 
@@ -253,6 +256,76 @@ def recipe_error(tmp_path, text):
 )
 def test_what_is_wrong_with_a_recipe_is_said_with_file_line_and_option(text, message, tmp_path):
     assert message in recipe_error(tmp_path, text)
+
+
+def test_a_text_that_yaml_reads_as_a_number_or_a_date_is_taken_as_it_is_written(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "use_cpu: true\noutput_dir: 12:30:00\nmodel_revision: 1.10\nrun_name: 2026-01-31\ndataset_config: 007\n"
+        "lora_target_modules: [1_0, q_proj]\nuse_peft: true\n"
+    )
+    run = parse(["--config", str(file)], "sapo train")
+    assert (run.config.output_dir, run.model.model_revision, run.config.run_name) == ("12:30:00", "1.10", "2026-01-31")
+    assert (run.data.dataset_config, run.model.lora_target_modules) == ("007", ["1_0", "q_proj"])
+
+
+def idle_in(text, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("output_dir: runs/mine\nuse_cpu: true\nmax_length: 64\n" + text)
+    parsed = parse_command(
+        COMMANDS["train"], ["--config", str(file), "--model_name_or_path", "m", "--dataset_name", "d"]
+    )
+    return idle(parsed.values(), all_values(build(parsed.values())))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("temperature: 0.9\nema_decay: 0.1\nsegment_length: 8\n", []),
+        (
+            "pair_source: paired\ntemperature: 0.9\nsuffix: drop\nsegment_length: 8\n",
+            ["No effect with pair_source=paired: suffix=drop, temperature=0.9."],
+        ),
+        (
+            "pair_source: paired\nsegment_length: 8\nmax_prompt_length: 40\n",
+            ["No effect with pair_source=paired: segment_length=8."],
+        ),
+        ("objective: sft\neval_local: true\neval_strategy: steps\ntemperature: 0.9\n", []),
+        (
+            "objective: sft\nema_decay: 0.1\nbeta: 0.3\n",
+            ["No effect with objective=sft: ema_decay=0.1.", "No effect with objective=sft: beta=0.3."],
+        ),
+        ("objective: sft\nbeta: 0.1\n", []),
+        ("num_rounds: 2\nema_decay: 1\nreplay_buffer_size: 9\ntemperature: 0.9\n",
+         ["No effect with num_rounds=2: replay_buffer_size=9."]),
+        ("lr_scheduler_type: constant\nwarmup_steps: 5\n",
+         ["No effect with lr_scheduler_type=constant: warmup_steps=5."]),
+        ("optim: sgd\nadam_beta1: 0.5\n", ["No effect with optim=sgd: adam_beta1=0.5."]),
+        ("optim: adamw_torch\nadam_beta1: 0.5\n", []),
+        ("use_peft: true\nlora_dropout: 0.2\n", ["No effect with disable_dropout=true: lora_dropout=0.2."]),
+        ("use_peft: true\nlora_dropout: 0.2\ndisable_dropout: false\n", []),
+        ("train_sampling_strategy: sequential\ndata_seed: 3\n",
+         ["No effect with train_sampling_strategy=sequential: data_seed=3."]),
+        ("save_strategy: epoch\nsave_steps: 7\n", ["No effect with save_strategy=epoch: save_steps=7."]),
+        ("dataset_test_split: validation\n", ["No effect with eval_strategy=no: dataset_test_split=validation."]),
+        ("project: mine\n", ["No effect with report_to without trackio: project=mine."]),
+        ("max_length_policy: drop\nmax_prompt_length: 9\nsegment_length: 4\n",
+         ["No effect with max_length_policy=drop: max_prompt_length=9."]),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_in_this_run_is_said(text, lines, tmp_path):
+    assert idle_in(text, tmp_path) == lines
+
+
+@pytest.mark.parametrize(
+    "recipe", [name for name in shipped_names() if not name.startswith("presets") and "trl" not in name]
+)
+def test_no_shipped_recipe_sets_what_has_no_effect(recipe, tmp_path):
+    # Presets hold the same lines, so that they differ in one.
+    arguments = ["--config", recipe, "--output_dir", str(tmp_path), "--model_name_or_path", "m", "--dataset_name", "d"]
+    parsed = parse_command(COMMANDS["train"], [*arguments, "--use_cpu"])
+    values = parsed.values() | {"bf16": False, "fp16": False, "report_to": ["none"]}
+    assert idle(values, all_values(build(values))) == []
 
 
 def test_none_stands_for_no_value_where_there_is_such_a_thing(tmp_path):

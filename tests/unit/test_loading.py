@@ -37,7 +37,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ConfigurationError, ModelError, TokenizerError
 from sapo.runs.files import folder_digest
 from sapo.weights import description, loading
-from sapo.weights.policy import disable_dropout, with_adapter
+from sapo.weights.policy import adapter_config, disable_dropout, with_adapter
 from sapo.weights.source import find_source, other_base
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -450,6 +450,34 @@ def test_a_model_stored_quantized_is_not_quantized_again_and_may_generate(folder
 def test_the_type_of_weights_has_two_names(name, folder, args):
     args.model_init_kwargs = {name: "bfloat16"}
     assert loading.load_policy(named(folder, dtype="float32"), args)[0].dtype == torch.bfloat16
+
+
+def test_what_is_on_this_machine_has_no_revision(folder, adapter):
+    for name in (folder, adapter):
+        with pytest.raises(ModelError, match="has no revision v9"):
+            find_source(str(name), "v9")
+    change(adapter / "adapter_config.json", revision="v9")
+    assert find_source(str(adapter)).revision == "main"
+
+
+def test_an_adapter_keeps_the_revision_of_its_base(folder):
+    made = adapter_config(named("owner/name", use_peft=True, model_revision="v9"))
+    assert made.revision == "v9"
+    assert adapter_config(named(folder, use_peft=True)).revision is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"attn_implementation": "magic"}, "attn_implementation is none that transformers has.*Use sdpa or eager"),
+        ({"wrong": 1}, "model_init_kwargs or config.json has what the model does not take"),
+        ({"subfolder": "part"}, "Name the folder itself"),
+    ],
+)
+def test_what_from_pretrained_does_not_take_is_said_with_its_option(given, says, folder, args):
+    args.model_init_kwargs = given
+    with pytest.raises((ModelError, ConfigurationError), match=says):
+        loading.load_policy(named(folder), args)
 
 
 def test_a_revision_is_named_once_for_all_parts_of_a_model(folder, args):

@@ -18,7 +18,7 @@ from sapo.data.rendering import TEMPLATE_FAULTS
 from sapo.errors import ConfigurationError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
-from sapo.runs.reading import is_run, start_of
+from sapo.runs.reading import is_run, recipe_option, start_of
 from sapo.weights.description import load_template_tokenizer, load_tokenizer, positions_of
 from sapo.weights.embeddings import fit_model, known_tokens
 from sapo.weights.loading import load_adapter, load_frozen
@@ -121,7 +121,7 @@ def load_chat_models(
             load_adapter(policy, began, name="start")
         models.insert(0, ChatModel("start", policy, None if began is None else "start"))
     elif start is not None:
-        models.insert(0, ChatModel("start", *_load(start, "main", device)))
+        models.insert(0, ChatModel("start", *_load(start, recipe_option(folder, "model_revision") or "main", device)))
     return _with_template(models, load_tokenizer(target), chat_template_path)
 
 

@@ -69,13 +69,18 @@ def part_of(kind: Any, values: Mapping[str, Any]) -> Any:
         raise ConfigurationError(brief(error)) from error
 
 
+def all_values(run: RunDescription) -> dict[str, Any]:
+    """All options of a run, by name."""
+    return {name: value for part in vars(run).values() for name, value in vars(part).items()}
+
+
 def check_needs(given: Mapping[str, Any], run: RunDescription) -> None:
     """Refuse options that have no effect without others.
 
     Raises:
         ConfigurationError: names both.
     """
-    values = {name: value for part in vars(run).values() for name, value in vars(part).items()}
+    values = all_values(run)
     for name, value in given.items():
         declared = option(name)
         need = unmet(declared, value, values) if declared is not None else None

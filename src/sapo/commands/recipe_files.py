@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,18 @@ def _refuse_unknown(file: Path, node: yaml.MappingNode) -> None:
         raise ConfigurationError(f"{file}: {len(messages)} unknown options. {listed}.")
 
 
+def _as_written(given: Any, node: yaml.Node) -> Any:
+    """A text that YAML reads as a number or a date, such as 1.10, 007 or 12:30, as it is written."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(given, list):
+        return [_as_written(one, part) for one, part in zip(given, node.value, strict=True)]
+    plain = isinstance(node, yaml.ScalarNode) and isinstance(given, (int, float, datetime.date))
+    return node.value if plain and not isinstance(given, bool) else given
+
+
 def _value(where: str, declared: Option, loader: yaml.SafeLoader, node: yaml.Node) -> Any:
     given = loader.construct_object(node, deep=True)
+    if declared.type in ("str", "str_or_false", "list"):
+        given = _as_written(given, node)
     word = node.value if isinstance(node, yaml.ScalarNode) else ""
     if isinstance(given, bool) and declared.type in ("str", "list") and word.lower() in _NO:
         raise ConfigurationError(

@@ -137,7 +137,7 @@ def _from(run: RunArguments, earlier: Path) -> tuple[RunArguments, Path | None]:
         return run, earlier
     started = copy.copy(run)
     started.model = copy.copy(run.model)
-    started.model.model_name_or_path = str(earlier)
+    started.model.model_name_or_path, started.model.model_revision = str(earlier), "main"
     return started, None
 
 

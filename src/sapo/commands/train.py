@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging
 
 from sapo.commands.arguments import RunArguments, as_recipe, build
 from sapo.commands.closing import Ending, closing_lines, quoted
+from sapo.commands.data_arguments import all_values
 from sapo.commands.inputs import Inputs, load_inputs, quiet_libraries
 from sapo.commands.notices import held_notices
 from sapo.commands.parser import Parsed
@@ -20,6 +22,7 @@ from sapo.commands.rounds import rounds
 from sapo.commands.starting import check_libraries, check_packages, library_errors
 from sapo.errors import SapoError, TrainingError
 from sapo.hub.card import card, write_card
+from sapo.options.idle import idle
 from sapo.report.page import render, report_data
 from sapo.runs.folder import RunFolder, check_output_dir
 from sapo.runs.layout import CARD_FILE
@@ -31,6 +34,8 @@ from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import check_model, load_policy
 from sapo.weights.sharding import shutdown_process_group
 
+logger = logging.get_logger(__name__)
+
 
 def run_train(given: Parsed) -> None:
     """Train as the command line says, in this process.
@@ -38,7 +43,8 @@ def run_train(given: Parsed) -> None:
     Raises:
         SapoError: what is wrong with options, data or model; or why the run ended.
     """
-    train(build(given.values()), quiet=given.own.quiet)
+    run = build(given.values())
+    train(run, quiet=given.own.quiet, notes=idle(given.values(), all_values(run)))
     if shutdown_process_group():
         # All is written. A thread of a connection that is alive while Python shuts down may abort the process, which
         # the launcher would report as a run that failed.
@@ -48,12 +54,13 @@ def run_train(given: Parsed) -> None:
         os._exit(0)
 
 
-def train(run: RunArguments, *, quiet: bool = False) -> None:
+def train(run: RunArguments, *, quiet: bool = False, notes: Sequence[str] = ()) -> None:
     """Train `run`, or each of its rounds.
 
     Args:
         run: the options.
         quiet: print warnings and errors only.
+        notes: lines about the options, to print before those about the data.
     """
     config = run.config
     # Of several processes the first prints.
@@ -67,6 +74,8 @@ def train(run: RunArguments, *, quiet: bool = False) -> None:
 
     with held_notices() as notices, library_errors(as_recipe(run), lambda: begun):
         check_packages(run)
+        for note in notes if config.process_index == 0 else ():
+            logger.warning(note)
         if config.num_rounds is not None:
             quiet_libraries()
             check_libraries(config)

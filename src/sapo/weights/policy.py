@@ -45,6 +45,11 @@ def model_keyword_arguments(args: SAPOConfig) -> dict[str, Any]:
             raise ConfigurationError(f"model_init_kwargs sets {name}: {reason}. Leave it out.")
     if not given.get("weights_only", True):
         raise ConfigurationError("model_init_kwargs sets weights_only to false: pickles can run code. Leave it out.")
+    if given.get("subfolder"):
+        raise ConfigurationError(
+            "model_init_kwargs sets subfolder, which tokenizer and configuration would not follow. Name the folder "
+            "itself as the model."
+        )
     for name in ("device_map", "output_loading_info"):
         if name in given:
             raise ConfigurationError(f"model_init_kwargs sets {name}, which follows from the run. Leave it out.")
@@ -97,6 +102,9 @@ def adapter_config(model_args: ModelConfig) -> Any:
     given = getattr(config, "target_modules", None)
     if isinstance(given, str) and re.fullmatch(r"[\w.]+", given):
         config.target_modules = {given}
+    if config is not None and model_args.model_revision != "main":
+        # So that the adapter finds its base again.
+        config.revision = model_args.model_revision
     return config
 
 

@@ -96,25 +96,36 @@ def find_source(name: str, revision: str = "main") -> ModelSource:
     """Resolve a model folder, a GGUF file, an adapter folder or a Hub id, without asking the hub.
 
     Raises:
-        ModelError: no such folder, a folder without a model, or one with both a model and an adapter.
+        ModelError: no such folder, a folder without a model, one with both a model and an adapter, or a revision of
+            what is on this machine.
     """
+    found = _found(name, revision)
+    if revision != "main" and Path(name).exists() and Path(found.base).exists():
+        raise ModelError(
+            f"{name}: is on this machine and has no revision {brief(revision, 80)}. Leave the revision out, or name a "
+            "model of the hub."
+        )
+    return found
+
+
+def _found(name: str, revision: str) -> ModelSource:
     folder = Path(name)
     if folder.is_file() and folder.suffix == _GGUF:
-        return _gguf_source(name, folder, revision)
+        return _gguf_source(name, folder)
     if not folder.is_dir():
         _refuse_missing_folder(name)
         cached = _cached_adapter(name, revision)
         return ModelSource(name, name, None, revision) if cached is None else _adapter_source(name, cached, "main")
     model, adapter = (folder / CONFIG_FILE).is_file(), (folder / ADAPTER_FILE).is_file()
     if not adapter and (file := _only_gguf(folder)) is not None:
-        return _gguf_source(name, file, revision)
+        return _gguf_source(name, file)
     if model and adapter:
         raise ModelError(
             f"{name}: holds both {CONFIG_FILE} and {ADAPTER_FILE}, so it is unclear whether the model or the adapter "
             f"is meant. Remove {ADAPTER_FILE} to use the model, or move the adapter to a folder of its own."
         )
     if model:
-        return ModelSource(name, name, None, revision)
+        return ModelSource(name, name, None, "main")
     if not adapter:
         raise ModelError(
             f"{name}: no {CONFIG_FILE} and no {ADAPTER_FILE} in this folder. Give a model or adapter folder."
@@ -132,7 +143,7 @@ def _adapter_source(name: str, folder: Path, revision: str) -> ModelSource:
     if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
         raise ModelError(f"{folder / ADAPTER_FILE}: names itself as the base model. Name the adapter's base model.")
     try:
-        found = find_source(base, str(content.get("revision") or revision)).with_adapter_merged()
+        found = _found(base, str(content.get("revision") or revision)).with_adapter_merged()
     except ModelError as error:
         raise ModelError(f"{folder / ADAPTER_FILE} names the base model {error}") from error
     except RecursionError as error:
@@ -154,11 +165,11 @@ def _check_kind(folder: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _gguf_source(name: str, file: Path, revision: str) -> ModelSource:
+def _gguf_source(name: str, file: Path) -> ModelSource:
     require(str(file), "gguf", error=ModelError)
     if re.search(r"-\d{5}-of-\d{5}$", file.stem):
         raise ModelError(f"{file}: one part of a split file. Join the parts with llama-gguf-split --merge.")
-    return ModelSource(name, str(file), None, revision)
+    return ModelSource(name, str(file), None, "main")
 
 
 def _only_gguf(folder: Path) -> Path | None:
@@ -258,6 +269,10 @@ def loading_error(what: str, source: ModelSource, error: BaseException) -> Model
             f"{name}: the {what} needs code of its own (auto_map), and code from a model is never run. Use a model "
             "that transformers has by itself; one whose code you trust can be loaded in Python and passed as an object."
         )
+    if "attn_implementation" in str(error) and "not supported" in str(error):
+        return ModelError(f"{name}: attn_implementation is none that transformers has ({reason}). Use sdpa or eager.")
+    if what == "model" and "unexpected keyword argument" in str(error):
+        return ModelError(f"{name}: model_init_kwargs or {CONFIG_FILE} has what the model does not take ({reason}).")
     pointer = _pointer_in(source)
     if pointer is not None:
         return ModelError(

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sapo.commands.chat_models import (
 )
 from sapo.commands.main import main
 from sapo.errors import TokenizerError
+from sapo.evaluation.targets import find_targets
 from sapo.generation.sampling import Sampling
 from tests.integration.pages import TEMPLATE
 from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
@@ -69,6 +71,15 @@ def test_a_run_answers_as_start_opponent_and_policy(lora, make_run, tmp_path):
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
     assert not torch.allclose(logits[1], logits[2], atol=1e-4)
     assert answers(cast) == answers(cast)
+
+
+def test_a_run_whose_start_is_gone_answers_without_it(make_run, tmp_path, caplog):
+    folder = make_run(lora=False)
+    shutil.rmtree(tmp_path / "start")
+    assert [model.name for model in load_chat_models(str(folder)).models] == ["opponent", "policy"]
+    assert "without its start" in caplog.text
+    assert [target.role for target in find_targets([str(folder)])] == ["policy", "opponent"]
+    assert "is left out. Name it with --start" in caplog.text
 
 
 def test_a_run_that_started_from_an_adapter_shows_it_as_the_start(make_run, tmp_path, capsys):

@@ -206,10 +206,10 @@ def test_evaluation_rows_that_are_trained_on_are_said(model, tmp_path, capsys):
     held = write(tmp_path / "held.jsonl", rows)
     flags = ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_dataset_name")
     found, _ = run(model, train, tmp_path, *flags, str(held))
-    assert found.lines()[-1].startswith("warning: 2 of 4 evaluation rows are training rows too (rows 2, 4)")
+    assert found.shared_rows()[0].startswith("warning: 2 of 4 evaluation rows are training rows too (rows 2, 4)")
     found, _ = run(model, train, tmp_path, *flags, str(train))
-    assert "warning: 8 of 8 evaluation rows are training rows too (rows 1, 2, 3, 4, 5, ...)" in found.lines()[-1]
+    assert "warning: 8 of 8 evaluation rows are training rows too (rows 1, 2, 3, 4, 5, ...)" in found.shared_rows()[0]
     assert check(model, train, "--eval_dataset_name", str(held)) == 0
     assert "2 of 4 evaluation rows are training rows too (rows 2, 4)" in " ".join(capsys.readouterr().out.split())
     found, _ = run(model, train, tmp_path, *flags, str(write(tmp_path / "new.jsonl", rows[::2])))
-    assert not any("training rows too" in line for line in found.lines())
+    assert found.shared_rows() == []

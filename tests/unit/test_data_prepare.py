@@ -388,7 +388,7 @@ def test_no_end_token_at_all_is_refused():
     tokenizer = byte_tokenizer(eos=None)
     with pytest.raises(TokenizerError, match=r"no EOS token: .*eos_token in tokenizer_config\.json"):
         eos_token_ids(tokenizer, None)
-    with pytest.raises(TokenizerError, match=r"Set tokenizer\.eos_token"):
+    with pytest.raises(TokenizerError, match=r"eos_token in tokenizer_config\.json"):
         prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, eos_ids=[3])
 
 

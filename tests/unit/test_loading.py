@@ -34,7 +34,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig
 
 from sapo import SAPOConfig, SAPOTrainer
-from sapo.errors import ConfigurationError, ModelError, TokenizerError
+from sapo.errors import CheckpointError, ConfigurationError, ModelError, TokenizerError
 from sapo.runs.files import folder_digest
 from sapo.weights import description, loading
 from sapo.weights.policy import adapter_config, disable_dropout, with_adapter
@@ -555,6 +555,42 @@ def test_an_adapter_of_another_base_is_said(adapter, folder, tmp_path, caplog):
 )
 def test_bases_are_compared_by_what_a_move_leaves(named, base, is_other):
     assert other_base({"base_model_name_or_path": named}, base) == (named if is_other else None)
+
+
+@pytest.mark.parametrize("part", ["run", "run/opponent", "run/checkpoint-1"])
+def test_a_base_that_changed_after_its_adapter_was_trained_is_said_and_not_resumed_on(part, folder, tmp_path, caplog):
+    def trained(checkpoint=None):
+        args = SAPOConfig(
+            output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", max_length=32, max_steps=2, save_steps=1,
+            segment_length=4, per_device_train_batch_size=2, report_pairs=0, chosen_probe_size=0, disable_tqdm=True,
+        )  # fmt: skip
+        made = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = SAPOTrainer(str(folder), args, tiny_rows(), peft_config=made)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+
+    trained()
+    folder = folder.rename(tmp_path / "moved")
+    folder.rename(tmp_path / "model")
+    folder = tmp_path / "model"
+    loading.load_frozen(str(tmp_path / part))
+    assert "have changed" not in caplog.text
+    tiny_llama(seed=1).save_pretrained(folder)
+    loading.load_frozen(str(tmp_path / part))
+    assert "have changed since this adapter was trained" in caplog.text
+    if part.endswith("1"):
+        with pytest.raises(CheckpointError, match="base_weights: the weights of the base model have changed"):
+            trained(str(tmp_path / part))
+        (tmp_path / part / "base_weights.json").write_text("[]")
+        with pytest.raises(ModelError, match=r"base_weights\.json: cannot be read"):
+            loading.load_frozen(str(tmp_path / part))
+
+
+def test_evaluation_rows_that_are_trained_on_are_said_in_python_too(folder, args, caplog):
+    rows = tiny_rows()
+    SAPOTrainer(str(folder), args, rows, {"old": rows[:3], "new": tiny_rows(4, seed=9)})
+    assert caplog.text.count("evaluation rows are training rows too") == 1
+    assert "3 of 3 evaluation rows" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
+from transformers.utils import logging
 
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.data.rendering import TEMPLATE_FAULTS
-from sapo.errors import ConfigurationError, TokenizerError, brief
+from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.generation.sampling import Sampling
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.reading import is_run, recipe_option, start_of
@@ -24,6 +25,8 @@ from sapo.weights.embeddings import fit_model, known_tokens
 from sapo.weights.loading import load_adapter, load_frozen
 from sapo.weights.policy import generated, padding_token_id
 from sapo.weights.source import find_source, holds_model
+
+logger = logging.get_logger(__name__)
 
 Message = dict[str, str]
 
@@ -121,7 +124,11 @@ def load_chat_models(
             load_adapter(policy, began, name="start")
         models.insert(0, ChatModel("start", policy, None if began is None else "start"))
     elif start is not None:
-        models.insert(0, ChatModel("start", *_load(start, recipe_option(folder, "model_revision") or "main", device)))
+        revision = recipe_option(folder, "model_revision") or "main"
+        try:
+            models.insert(0, ChatModel("start", *_load(start, revision, device)))
+        except ModelError as error:
+            logger.warning(f"{target}: without its start. {error}")
     return _with_template(models, load_tokenizer(target), chat_template_path)
 
 

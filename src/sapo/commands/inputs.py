@@ -66,8 +66,7 @@ class Inputs:
 
     def lines(self) -> list[str]:
         """What became of the rows, for the terminal."""
-        lines = [line for report in [*self.train_reports, *self.eval_reports] for line in report.lines()]
-        return [*lines, *self.shared_rows()]
+        return [line for report in [*self.train_reports, *self.eval_reports] for line in report.lines()]
 
     def shared_rows(self) -> list[str]:
         """A warning if rows to evaluate on are trained on."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from sapo.data.chat_template import use_chat_template
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions
@@ -21,6 +23,8 @@ from sapo.weights.embeddings import embedding_rows, fit_model, known_tokens
 from sapo.weights.loading import load_frozen
 from sapo.weights.policy import padding_token_id
 from sapo.weights.source import ADAPTER_FILE, find_source, read_adapter_config
+
+logger = logging.get_logger(__name__)
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.model", "*.jinja", "*.json", "*.gguf")
 _OTHER_FILES = ("trainer_state.json",)
@@ -114,6 +118,10 @@ def _of_run(folder: Path, start: str | None) -> list[Target]:
     began = start or start_of(folder)
     if began is not None and (start is not None or Path(began).is_dir()):
         found.insert(0, _start(began, folder))
+    elif began is not None:
+        logger.warning(
+            f"{folder}: its start {began} is no folder here, and is left out. Name it with --start to compare with it."
+        )
     return found
 
 
@@ -133,7 +141,8 @@ def _of_folder(folder: Path, name: str, role: str = "model", run: Path | None = 
         if not base:
             raise ModelError(f"{folder / ADAPTER_FILE}: does not name the adapter's base model.")
         return Target(name, str(folder), role, str(base), home)
-    what = "the run has not saved its policy yet; use one of its checkpoint-N folders" if run else "not a model"
+    unsaved = "the run has not saved its policy yet; use one of its checkpoint-N folders"
+    what = unsaved if role == "policy" else "not a model"
     raise ModelError(f"{folder}: contains neither config.json nor {ADAPTER_FILE}: {what}.")
 
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from sapo.data.examples import Example, collate_examples, dataset_digest
+from sapo.data.fingerprints import trained_on
 from sapo.preference.pairs import Pair, PairSource
 from sapo.seeds import derive_seed
+
+logger = logging.get_logger(__name__)
 
 
 class EvaluationPairs:
@@ -135,6 +139,15 @@ class ChosenProbe:
     def _examples(self, indices: Sequence[float]) -> list[Example]:
         found: list[Example] = collate_examples([self._dataset[int(index)] for index in indices])["examples"]
         return found
+
+
+def compared_sets(datasets: Any, train: Any) -> list[Any]:
+    """As `as_list_of_datasets`, with a warning of rows that are in `train`, where that is given, too."""
+    found = as_list_of_datasets(datasets)
+    for dataset in found if train is not None else ():
+        for line in trained_on(train, dataset):
+            logger.warning(line.removeprefix("warning: "))
+    return found
 
 
 def as_list_of_datasets(datasets: Any) -> list[Any]:

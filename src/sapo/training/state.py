@@ -24,7 +24,7 @@ from sapo.runs.tensors import read_tensors, write_tensors
 from sapo.training.context import RunContext
 from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs
-from sapo.weights.opponent import POLICY_ADAPTER, saves_embeddings
+from sapo.weights.opponent import POLICY_ADAPTER, base_digest, saves_embeddings
 from sapo.weights.sharding import global_numel, sharding_of, zero_stage
 
 _ROWS = "rows"
@@ -77,6 +77,9 @@ class RunState:
         digest = self.context.roles.start_digest()
         if digest is not None:
             facts["start_model"] = digest
+        base = base_digest(self.context.roles.policy())
+        if base is not None:
+            facts["base_weights"] = base
         facts["parameters"] = sum(map(global_numel, self.context.roles.policy().parameters()))
         return facts
 
@@ -90,7 +93,9 @@ class RunState:
         with untrusted.reading(folder):
             saved, current = dict(parts.read_state(folder)["facts"]), self.facts()
             same = saved.get("world_size") == current["world_size"]
-            words = {}
+            words = {"base_weights": "the weights of the base model have changed since then"}
+            if "base_weights" not in saved:
+                current.pop("base_weights", None)
             if saved.get("dataset") != current["dataset"] and (folder / f"{_ROWS}.safetensors").is_file():
                 words["dataset"] = changed_rows(read_tensors(folder, _ROWS)["turns"].numpy(), self._turns())
             parts.compare_facts(folder, saved, current, free=() if same else _FREE_WITH_PROCESSES, words=words)

@@ -38,7 +38,7 @@ from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
 from sapo.training.look_ahead import LookAhead
 from sapo.training.metrics import MetricAverages, clock
-from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets
+from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets, compared_sets
 from sapo.training.recorder import RunRecorder
 from sapo.training.replay import with_self_replay
 from sapo.training.retention import RetentionSignals
@@ -168,7 +168,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             self._probe = ChosenProbe(
                 dataset, args.chosen_probe_size, pairs=pairs, seed=args.seed, logps=self._scorer.response_logps
             )
-        evaluated = as_list_of_datasets(self.eval_dataset)
+        evaluated = compared_sets(self.eval_dataset, dataset if self._context.world.first else None)
         self._signals: list[LocalSignals | RetentionSignals] = []
         if args.eval_local and evaluated:
             self._signals.append(LocalSignals(self._context, self._averages["eval"], evaluated[0]))

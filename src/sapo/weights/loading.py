@@ -48,7 +48,7 @@ from sapo.weights.source import (
     trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
-from sapo.weights.stored import check_stored_types, check_weights, two_models
+from sapo.weights.stored import changed_base, check_stored_types, check_weights, two_models
 
 logger = logging.get_logger(__name__)
 
@@ -190,6 +190,11 @@ def load_adapter(model: Any, folder: str, *, name: str = "default", trainable: b
     trained_on = other_base(stored, str(model.name_or_path))
     if trained_on is not None:
         logger.warning(f"{folder}: was trained on {trained_on}, and is put on {model.name_or_path}.")
+    elif changed_base(Path(folder), str(model.name_or_path)):
+        logger.warning(
+            f"{folder}: the weights of {model.name_or_path} have changed since this adapter was trained on them. It is "
+            "no longer the model that was trained. Restore the base model, or train again."
+        )
     if stored.get("peft_type") not in PeftType.__members__:
         raise ModelError(
             f"{folder}: this version of peft has no adapters of type {stored.get('peft_type')}. Run: pip install "

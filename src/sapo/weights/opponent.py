@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, PeftType
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sapo.errors import ConfigurationError
 from sapo.weights.adapter_switch import AdapterSwitch
 from sapo.weights.sharding import GatherShell, gather_full_state_dict, local_shard, named_weights, shard_like
+from sapo.weights.stored import note_base
 
 POLICY_ADAPTER = "default"
 
@@ -311,6 +312,13 @@ def save_adapter(policy: PeftModel, name: str, folder: Path, state_dict: Mapping
         for file in nested.iterdir():
             file.replace(folder / file.name)
         nested.rmdir()
+    note_base(folder, base_digest(policy))
+
+
+def base_digest(policy: Any) -> str | None:
+    """`stored_digest` of the base model of a policy that is an adapter, as it was loaded; None where it is unknown."""
+    digest: str | None = getattr(policy, "base_digest", None)
+    return digest
 
 
 def saves_embeddings(policy: PeftModel, name: str) -> Literal["auto", False]:

@@ -17,6 +17,7 @@ from trl import ModelConfig, get_peft_config
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError, TokenizerError, brief
 from sapo.weights.description import switch_off_router_logits
+from sapo.weights.stored import stored_digest
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,8 @@ def with_adapter(
             "an adapter with is_trainable=True, or set requires_grad of the weights to train."
         )
     check_finite(model.named_parameters(), model.config.name_or_path or "the model")
+    if isinstance(model, PeftModel):
+        model.base_digest = stored_digest(str(model.get_base_model().name_or_path))
     switch_off_router_logits(model.config)
     _check_quantized(model, args)
     if isinstance(model, PeftModel) and args.gradient_checkpointing is True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (_WHOLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for in a folder, in its order; the first that is there is used."""
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+BASE_FILE = "base_weights.json"
+"""Beside an adapter of a run: which weights its base model had."""
+_SAMPLES, _SAMPLE = 1024, 1024
+"""Number of places at which `stored_digest` reads, and bytes at each."""
 _LARGEST_HEADER = 100_000_000
 """Bytes; as the reader of safetensors allows."""
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
@@ -31,12 +36,66 @@ def check_weights(source: ModelSource) -> None:
     folder = Path(source.base)
     if not folder.is_dir():
         return
-    used = next((folder / name for name in _WEIGHTS if _is_there(folder / name)), None)
-    if used is not None:
-        for file in _of_index(used) if used.name.endswith(".index.json") else [used]:
-            _check_whole(file)
-    elif not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+    used = _used(folder)
+    for file in used:
+        _check_whole(file)
+    if not used and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
         raise ModelError(f"{folder}: holds no weights (*.safetensors). Download the folder again.")
+
+
+def _used(folder: Path) -> list[Path]:
+    """The weight files of a model's folder that transformers reads; none where they have other names."""
+    used = next((folder / name for name in _WEIGHTS if _is_there(folder / name)), None)
+    if used is None:
+        return []
+    return _of_index(used) if used.name.endswith(".index.json") else [used]
+
+
+def stored_digest(model: str) -> str | None:
+    """Hash of the weights in a folder of a model or adapter, or in a GGUF file, by samples of their bytes.
+
+    It takes a few small reads, and sees that a model was trained or exchanged, not each single change.
+
+    Args:
+        model: folder, file or Hub id; of a Hub id there is none.
+    """
+    path = Path(model)
+    if not model:
+        return None  # made in memory
+    try:
+        files = [path] if path.is_file() else _used(path) if path.is_dir() else []
+    except (ModelError, OSError):
+        return None  # loading says what is wrong with it
+    files = files or [path / name for name in _ADAPTER_WEIGHTS if (path / name).is_file()]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as content:
+            for place in range(0, size, max(1, size * len(files) // _SAMPLES)):
+                content.seek(place)
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+def note_base(adapter: Path, digest: str | None) -> None:
+    """Note beside an adapter that is saved what `stored_digest` its base model had when it was loaded."""
+    if digest is not None:
+        (adapter / BASE_FILE).write_text(json.dumps({"weights": digest}), encoding="utf-8")
+
+
+def changed_base(adapter: Path, base: str) -> bool:
+    """Whether the weights of a base model are others than an adapter was trained on; not where that was not noted."""
+    if not (adapter / BASE_FILE).is_file():
+        return False
+    try:
+        then = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapter / BASE_FILE}: cannot be read ({brief(error)}). Restore or remove it.") from error
+    now = stored_digest(base)
+    return now is not None and then != now
 
 
 def two_models(folder: Path) -> str | None:

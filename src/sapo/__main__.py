@@ -11,6 +11,8 @@ _LONG = ("train", "generate")
 
 def run() -> int:
     """Run a command; Ctrl-C is answered in one line from the first import on. Returns the exit status."""
+    # The working folder may be a model's: its types.py must not run in the processes that a command starts.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     # A shell may start it with one of these closed (>&-).
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

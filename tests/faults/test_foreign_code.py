@@ -3,6 +3,8 @@
 import ast
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,18 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(tmp_path):
     write(tmp_path / "adapter", "adapter_config.json", **named)
     with pytest.raises(ModelError, match="megatron_config"):
         SAPOTrainer(str(tmp_path / "adapter"), SAPOConfig(output_dir=str(tmp_path / "r"), use_cpu=True), tiny_rows())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks for modules in the working folder")
+def test_modules_in_the_working_folder_are_not_run(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    for name in ("types", "multiprocessing", "torch", "datasets", "tokenizers"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\n")
+    started = "import sys; sys.path[:] = [p for p in sys.path if p]; from sapo.__main__ import run; sys.exit(run())"
+    command = [sys.executable, "-c", started, "data", "check", "rows.jsonl", "--model_name_or_path", "model"]
+    given = ["--max_length", "32", "--segment_length", "4", "--dataset_num_proc", "2"]
+    done = subprocess.run([*command, *given], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "owned").exists()

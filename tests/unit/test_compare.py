@@ -57,6 +57,21 @@ def test_the_parts_of_a_run_and_its_steps_add_up(runs):
         assert shares["policy"] == pytest.approx(spent / runtime, rel=1e-3)
 
 
+def test_the_parts_of_a_step_with_fewer_micro_batches_are_no_longer_than_the_step(runs, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(runs / "two", folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "time/step" in line:
+            # As if each step had had one micro-batch instead of the two of `gradient_accumulation_steps`.
+            work = line["time/step"] - line["time/optimizer"]
+            line |= {f"time/{name}": work / 3 for name in ("generate", "reference", "policy")}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    record = read_run(folder)
+    assert sum(time_shares(record).values()) == pytest.approx(1)
+    assert cost_of(record).generate_seconds < cost_of(record).wall_seconds / 2.9
+
+
 def test_sft_learns_from_each_token_once_and_pairs_from_more(runs):
     sft, orpo = [read_run(runs / name) for name in ("one", "two")]
     assert cost_of(sft).tokens < cost_of(orpo).tokens

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from transformers import PrinterCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
-from sapo.training.progress import TerminalProgress, pair_table
+from sapo.training.progress import TerminalProgress, pair_table, print_headlines
 from tests.tiny import byte_tokenizer
 
 LOGS = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}
@@ -94,3 +96,17 @@ def test_a_long_prompt_is_shown_from_the_beginning_of_a_word_and_a_pair_once():
     progress.on_step_end(None, state, None)
     assert out.getvalue().count("⟦a⟧b") == 2  # once as chosen, once as rejected
     assert " ... elephant elephant" in out.getvalue()
+
+
+def test_a_script_prints_the_key_figures_of_a_log_line_and_all_of_others(capsys):
+    trainer = SimpleNamespace(callback_handler=CallbackHandler([PrinterCallback], None, None, None, None))
+    print_headlines(trainer)
+    (printer,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, PrinterCallback)]
+    logs = {"loss": 0.5, "rewards/margins": 0.25, "time/step": 1.0, "replay/size": 3.0, "epoch": 1.0}
+    printer.on_log(None, TrainerState(), None, logs=dict(logs))
+    assert capsys.readouterr().out == "{'loss': '0.5', 'rewards/margins': '0.25', 'epoch': '1'}\n"
+    printer.on_log(None, TrainerState(), None, logs={"train_runtime": 2.0})
+    assert capsys.readouterr().out == "{'train_runtime': '2'}\n"
+    # As transformers removes it, and `sapo train` does.
+    trainer.callback_handler.remove_callback(PrinterCallback)
+    assert printer not in trainer.callback_handler.callbacks

@@ -236,6 +236,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # peft, of a base that is a merged adapter or a GGUF file: there is no configuration to compare the vocabulary with.
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+    # torch, on a machine without an accelerator; the option is Trainer's default, which no one there has chosen.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,15 @@ def cost_of(run: Run) -> Cost:
 
     once = [1.0] * len(lines)
     tokens = total(TOKENS, once)
+    work = [_work(line, accumulation).get(GENERATE_TIME.name) for line in lines]
+    seconds = [one * count for one, count in zip(work, steps, strict=True) if one is not None]
+    generated = sum(seconds) if seconds else None
     return Cost(
         steps=run.last_step,
         wall_seconds=with_pairs(total(STEP_TIME, steps), "wall"),
         cpu_seconds=with_pairs(total(CPU_TIME, once), "cpu"),
         tokens=None if tokens is None else round(tokens),
-        generate_seconds=with_pairs(total(GENERATE_TIME, [step * accumulation for step in steps]), "wall"),
+        generate_seconds=with_pairs(generated, "wall"),
         peak_mb=max(run.series(PEAK_MEMORY), default=None),
         device_peak_mb=max(run.series(DEVICE_PEAK_MEMORY), default=None),
     )
@@ -85,15 +88,28 @@ def time_shares(run: Run) -> dict[str, float]:
     total = max(total, run.rows[-1].get(RUNTIME.name, 0.0) if run.rows else 0.0)
     if not total:
         return {}
+    work = [(_work(line, accumulation), count) for line, count in zip(lines, steps, strict=True)]
     shares = {
-        metric.curve.legend: sum(
-            line.get(metric.name, 0.0) * count * (1 if metric is OPTIMIZER_TIME else accumulation)
-            for line, count in zip(lines, steps, strict=True)
-        )
-        / total
+        metric.curve.legend: sum(seconds.get(metric.name, 0.0) * count for seconds, count in work) / total
         for metric in WORK
     }
     return shares | {OVERHEAD_TIME.curve.legend: max(0.0, 1 - sum(shares.values()))}
+
+
+def _work(line: Mapping[str, Any], accumulation: int) -> dict[str, float]:
+    """Seconds of a step's parts, as far as they were logged.
+
+    Most are means over micro-batches. The last step of an epoch may have fewer of these than `accumulation`: the parts
+    are never longer than the step.
+    """
+    parts = {
+        metric.name: line[metric.name] * (1 if metric is OPTIMIZER_TIME else accumulation)
+        for metric in WORK
+        if metric.name in line
+    }
+    whole, step = sum(parts.values()), line.get(STEP_TIME.name)
+    scale = min(1.0, step / whole) if step and whole else 1.0
+    return {name: seconds * scale for name, seconds in parts.items()}
 
 
 def _lines_and_steps(run: Run) -> tuple[list[Any], list[float]]:

@@ -13,7 +13,15 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from sapo.preference.pairs import Pair
 from sapo.runs.metrics import ACCURACY, EVAL, HEADLINES, LOSS, RUNTIME
@@ -167,6 +175,36 @@ class TerminalProgress(TrainerCallback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+class _Headlines:
+    """What Trainer prints of a log line: the key figures, of about 35 numbers that `metrics.jsonl` has."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Hand on fewer numbers."""
+        logs = logs or {}
+        known = {f"{prefix}{metric.name}" for metric in HEADLINES for prefix in ("", EVAL)} | {"epoch", "learning_rate"}
+        measured = LOSS.name in logs or EVAL + LOSS.name in logs
+        fewer = {name: value for name, value in logs.items() if name in known or not measured}
+        super().on_log(args, state, control, logs=fewer, **kwargs)  # type: ignore[misc]
+
+
+class _HeadlineProgress(_Headlines, ProgressCallback):
+    pass
+
+
+class _HeadlinePrinter(_Headlines, PrinterCallback):
+    pass
+
+
+def print_headlines(trainer: Trainer) -> None:
+    """Let what Trainer itself prints, in a script, be a line that can be read."""
+    callbacks = trainer.callback_handler.callbacks
+    for place, one in enumerate(callbacks):
+        if type(one) is ProgressCallback:
+            callbacks[place] = _HeadlineProgress()
+        elif type(one) is PrinterCallback:
+            callbacks[place] = _HeadlinePrinter()
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from sapo.training.log import TrainingLog
 from sapo.training.look_ahead import LookAhead
 from sapo.training.metrics import MetricAverages, clock
 from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets, compared_sets
+from sapo.training.progress import print_headlines
 from sapo.training.recorder import RunRecorder
 from sapo.training.replay import with_self_replay
 from sapo.training.retention import RetentionSignals
@@ -119,6 +120,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        print_headlines(self)
         # The loss is a mean over pairs: Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         roles = Roles(self.model, args, self.accelerator, lambda: unwrapped(self.model), use_cache=use_cache)
@@ -155,8 +157,6 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         self.add_callback(moved)
         watched = (self.source, self._scorer, self.train_dataset, lambda: self._step_guard.scored)
         self.add_callback(RunRecorder(self._context, self.run_folder, *watched, lambda: self.stop_reason))
-
-    # ---- Construction ----
 
     def _look_at_the_run(self) -> None:
         """What measures a run and changes nothing in it."""

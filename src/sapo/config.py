@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +72,13 @@ class SAPOConfig(OptionRules, TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
+            if "MASTER_ADDR" in str(error):
+                left = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+                raise ConfigurationError(
+                    f"the environment has {', '.join(f'{name}={value}' for name, value in left.items())}, as a launcher "
+                    "of several processes sets them, and no MASTER_ADDR. Train in one process with "
+                    f"`unset {' '.join(left)}`, or in several with --accelerate_config multi_gpu."
+                ) from error
             raise ConfigurationError(brief(error)) from error
         # JSON text is a mapping from here on.
         if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from sapo.__main__ import run
 from sapo.commands.arguments import build, parse
@@ -18,6 +19,7 @@ from sapo.commands.data_arguments import all_values
 from sapo.commands.main import main
 from sapo.commands.parser import help_text, parse_command
 from sapo.commands.recipes import shipped_names
+from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.options import accepted, options
 from sapo.options.idle import idle
@@ -256,6 +258,24 @@ def recipe_error(tmp_path, text):
 )
 def test_what_is_wrong_with_a_recipe_is_said_with_file_line_and_option(text, message, tmp_path):
     assert message in recipe_error(tmp_path, text)
+
+
+def test_an_argument_that_is_no_text_is_one_line(capsys):
+    assert "not text in UTF-8" in refused(["train", "--dataset_name", "caf\udce9.jsonl"], capsys)
+
+
+def test_what_a_launcher_has_left_in_the_environment_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for name in ("MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def answers(*_, **__):
+        raise ValueError("`MASTER_ADDR` env was not set, please try exporting it")
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", answers)
+    with pytest.raises(ConfigurationError, match="WORLD_SIZE=2, RANK=1.*`unset WORLD_SIZE RANK`"):
+        SAPOConfig(output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_a_text_that_yaml_reads_as_a_number_or_a_date_is_taken_as_it_is_written(tmp_path):

@@ -120,6 +120,11 @@ def _way_out_of_memory(error: RuntimeError, command: str) -> str:
 
 
 def _dispatch(given: list[str]) -> int:
+    for argument in given:
+        if not is_text(argument):
+            raise ConfigurationError(
+                f"{argument!a}: not text in UTF-8, or not readable in this locale. Rename it, or set PYTHONUTF8=1."
+            )
     match given:
         case [] | ["--help"] | ["-h"] | ["help"]:
             sys.stdout.write(fitted(overview(), width_of(sys.stdout)))
@@ -141,6 +146,15 @@ def _dispatch(given: list[str]) -> int:
         # What is wrong with the recipe, or missing, is said before a library is imported.
         parsed.values()
     return _run(command, parsed)
+
+
+def is_text(argument: str) -> bool:
+    """Whether all bytes of an argument could be read as text: libraries and files take no others."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def overview() -> str:

@@ -75,8 +75,8 @@ class SAPOConfig(OptionRules, TrainingArguments):
             if "MASTER_ADDR" in str(error):
                 left = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
                 raise ConfigurationError(
-                    f"the environment has {', '.join(f'{name}={value}' for name, value in left.items())}, as a launcher "
-                    "of several processes sets them, and no MASTER_ADDR. Train in one process with "
+                    f"the environment has {', '.join(f'{name}={value}' for name, value in left.items())}, as launchers "
+                    "of several processes set them, and no MASTER_ADDR. Train in one process with "
                     f"`unset {' '.join(left)}`, or in several with --accelerate_config multi_gpu."
                 ) from error
             raise ConfigurationError(brief(error)) from error

@@ -274,7 +274,7 @@ def test_what_a_launcher_has_left_in_the_environment_is_named(monkeypatch, tmp_p
         raise ValueError("`MASTER_ADDR` env was not set, please try exporting it")
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", answers)
-    with pytest.raises(ConfigurationError, match="WORLD_SIZE=2, RANK=1.*`unset WORLD_SIZE RANK`"):
+    with pytest.raises(ConfigurationError, match=r"WORLD_SIZE=2, RANK=1.*`unset WORLD_SIZE RANK`"):
         SAPOConfig(output_dir=str(tmp_path), use_cpu=True)
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from sapo.errors import EvaluationError
 from sapo.evaluation.harness_data import require_packages
@@ -253,7 +254,8 @@ def test_report_opens_in_a_browser(data, runs):
 
 
 def test_a_new_template_grows_it(data, runs):
-    """Tokens that the tokenizer lacks: rows are added to 49,152 of them, and trained under LoRA."""
+    """Tokens that the tokenizer lacks: rows are added for them, and trained under LoRA."""
+    known = len(AutoTokenizer.from_pretrained(MODEL))
     template = runs / "own.jinja"
     template.write_text(
         "{#- added_tokens: <|turn|> <|over|> -#}{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|over|>\n"
@@ -262,5 +264,5 @@ def test_a_new_template_grows_it(data, runs):
     run = runs / "template"
     figures = train("lora-dpo-float32", data, run, "--max_steps", "1", "--chat_template_path", template)
     indices = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
-    assert indices == {"embed_tokens": [49152, 49153]}
+    assert indices == {"embed_tokens": [known, known + 1]}
     note("template", figures)

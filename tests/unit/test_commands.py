@@ -295,7 +295,7 @@ def idle_in(text, tmp_path):
     parsed = parse_command(
         COMMANDS["train"], ["--config", str(file), "--model_name_or_path", "m", "--dataset_name", "d"]
     )
-    return idle(parsed.values(), all_values(build(parsed.values())))
+    return idle(parsed.chosen(), all_values(build(parsed.values())))
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,15 @@ def test_no_shipped_recipe_sets_what_has_no_effect(recipe, tmp_path):
     parsed = parse_command(COMMANDS["train"], [*arguments, "--use_cpu"])
     values = parsed.values() | {"bf16": False, "fp16": False, "report_to": ["none"]}
     assert idle(values, all_values(build(values))) == []
+
+
+def test_of_a_shipped_recipe_only_what_is_typed_beside_it_is_said_to_have_no_effect(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu"]
+    for more, lines in (([], []), (["--suffix", "drop"], ["No effect with objective=sft: suffix=drop."])):
+        parsed = parse_command(COMMANDS["train"], ["--config", "presets/sft-anchored", *arguments, *more])
+        run = build(parsed.values() | {"report_to": ["none"]})
+        assert idle(parsed.chosen(), all_values(run)) == lines
+        assert idle(parsed.values(), all_values(run))
 
 
 def test_none_stands_for_no_value_where_there_is_such_a_thing(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from sapo.commands.help import explained, explained_flag, formatted, metavar
 from sapo.commands.recipe_files import read_recipe
+from sapo.commands.recipes import shipped_names
 from sapo.errors import ConfigurationError, brief
 from sapo.options import Option, accepted, option, options
 from sapo.options.aliases import counterpart, unknown
@@ -134,6 +135,11 @@ class Parsed:
         if self.command is not None:
             self._check_needs(self.command, values)
         return values
+
+    def chosen(self) -> dict[str, Any]:
+        """Options that the user set: typed, or in a recipe that is not a shipped one."""
+        own = self.own.config is not None and self.own.config not in shipped_names()
+        return {**(self._recipe if own else {}), **self.given}
 
     @cached_property
     def _recipe(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
-from sapo.training.progress import TerminalProgress, pair_table, print_headlines
+from sapo.training.progress import Status, TerminalProgress, pair_table, print_headlines
 from tests.tiny import byte_tokenizer
 
 LOGS = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.75}
@@ -55,6 +55,18 @@ def test_a_terminal_of_any_width_gets_steps_time_left_and_whole_numbers(width):
     assert any(re.fullmatch(r"loss 0\.5  margin 1(  accuracy 0\.75)?", line.strip()) for line in lines)
     assert all(len(line) <= width for line in lines if "step 2/4" in line or "loss" in line)
     assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_the_bar_has_as_many_lines_before_the_first_numbers_as_after(width):
+    """Else a bar is left behind where a line is printed while the bar is drawn by its own thread."""
+    console, heights = Console(file=io.StringIO(), width=width, force_terminal=True), set()
+    status = Status(1, 4)
+    for numbers in ([], ["loss 0.5"], ["loss 0.5", "margin 1", "accuracy 0.75", "chosen change 0.1"]):
+        for status.seconds in (0.0, 1.5):
+            status.numbers = numbers
+            heights.add(len(console.render_lines(status)))
+    assert heights == {2}
 
 
 def test_no_color_means_none():

@@ -32,7 +32,7 @@ from sapo.text.terminal import say
 _BAR, _SHORTEST_BAR = 30, 5
 
 
-class _Status:
+class Status:
     """Two lines of a run that goes on: steps, bar and time; and the last logged numbers, as many as fit.
 
     Attributes:
@@ -69,8 +69,8 @@ class _Status:
             cells.append(ProgressBar(total=max(1, self.steps), completed=self.step, width=bar))
         line.add_row(*cells, Text(tail))
         yield line
-        if self.numbers:
-            yield Text(_fitting(self.numbers, width))
+        # Two lines from the first: if their number changes while another thread prints, rich leaves one behind.
+        yield Text(_fitting(self.numbers, width))
 
 
 def _fitting(parts: Sequence[str], width: int) -> str:
@@ -112,7 +112,7 @@ class TerminalProgress(TrainerCallback):
         self._log_pairs_steps = log_pairs_steps
         self._pairs = pairs
         self._live: Live | None = None
-        self._status = _Status(0, 0)
+        self._status = Status(0, 0)
         self._began, self._first_step = 0.0, 0
 
     def on_train_begin(
@@ -120,10 +120,10 @@ class TerminalProgress(TrainerCallback):
     ) -> None:
         """Open the bar."""
         self._began, self._first_step = time.perf_counter(), state.global_step
-        self._status = _Status(state.global_step, state.max_steps)
+        self._status = Status(state.global_step, state.max_steps)
         if self._console.is_terminal and not self._console.is_dumb_terminal and not self._console.quiet:
             self._live = Live(self._status, console=self._console, refresh_per_second=4)
-            self._live.start()
+            self._live.start(refresh=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -449,7 +449,9 @@ def test_a_model_stored_quantized_is_not_quantized_again_and_may_generate(folder
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_the_type_of_weights_has_two_names(name, folder, args):
     args.model_init_kwargs = {name: "bfloat16"}
-    assert loading.load_policy(named(folder, dtype="float32"), args)[0].dtype == torch.bfloat16
+    assert loading.load_named_policy(str(folder), args, adapter=False).dtype == torch.bfloat16
+    with pytest.raises(ConfigurationError, match="sets dtype, which has an option of its own: --dtype bfloat16"):
+        loading.load_policy(named(folder), args)
 
 
 def test_what_is_on_this_machine_has_no_revision(folder, adapter):
@@ -477,7 +479,7 @@ def test_an_adapter_keeps_the_revision_of_its_base(folder):
 def test_what_from_pretrained_does_not_take_is_said_with_its_option(given, says, folder, args):
     args.model_init_kwargs = given
     with pytest.raises((ModelError, ConfigurationError), match=says):
-        loading.load_policy(named(folder), args)
+        loading.load_named_policy(str(folder), args, adapter=False)
 
 
 def test_a_revision_is_named_once_for_all_parts_of_a_model(folder, args):

@@ -295,6 +295,11 @@ def _options(model_args: ModelConfig, args: SAPOConfig) -> dict[str, Any]:
             "model_init_kwargs sets revision, which tokenizer and configuration would not follow. Use "
             f"--model_revision {given['revision']} instead."
         )
+    for name in ("dtype", "attn_implementation"):
+        if name in given:
+            raise ConfigurationError(
+                f"model_init_kwargs sets {name}, which has an option of its own: --{name} {given[name]}. Leave it out."
+            )
     options: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.main import main
@@ -76,8 +77,9 @@ def test_bad_input_is_one_line_that_names_the_way_out(model, data, tmp_path, cap
     assert "no such model folder" in refused(command(tmp_path / "nothing", data, out), capsys)
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(command(tmp_path / "empty", data, out), capsys)
+    assert "the checkpoint lacks lm_head.weight" in refused(command(broken(model), data, out), capsys)
     (model / "model.safetensors").write_bytes(b"damaged")
-    assert "cannot be loaded" in refused(command(model, data, out), capsys)
+    assert "not a file of safetensors, or damaged (7 bytes)" in refused(command(model, data, out), capsys)
     assert not out.exists()
 
 
@@ -96,8 +98,8 @@ def test_malformed_data_names_the_line(model, tmp_path, capsys):
 
 
 def broken(model):
-    """The model folder with damaged weights: whatever is refused with it is refused before they are loaded."""
-    (model / "model.safetensors").write_bytes(b"damaged")
+    """The model folder with other weights: whatever is refused with it is refused before they are loaded."""
+    save_file({"other": torch.zeros(1)}, model / "model.safetensors")
     return model
 
 
@@ -109,7 +111,7 @@ def test_bad_data_is_refused_before_the_model_loads(model, data, tmp_path, capsy
     evaluated = ("--eval_strategy", "steps", "--eval_dataset_name", str(bad))
     assert "row 2 of" in refused(command(model, data, out, *evaluated), capsys)
     assert "needs rows to evaluate on" in refused(command(model, data, out, "--eval_strategy", "steps"), capsys)
-    assert "cannot be loaded" in refused(command(model, data, out), capsys)
+    assert "the checkpoint lacks lm_head.weight" in refused(command(model, data, out), capsys)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused_before_it_loads(model, data, tmp_path, capsys):

@@ -96,7 +96,9 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Append to metrics.jsonl."""
         if state.is_world_process_zero and logs:
-            self._folder.append_metrics(json.dumps({"step": state.global_step, **logs}))
+            # Trainer counts operations from the rows of its dataloader, not from what a step here computes.
+            kept = {name: value for name, value in logs.items() if name != "total_flos"}
+            self._folder.append_metrics(json.dumps({"step": state.global_step, **kept}))
 
 
 class MovedFraction(TrainerCallback):

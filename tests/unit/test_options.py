@@ -227,6 +227,15 @@ def test_every_alias_names_an_option_that_there_is_and_an_example_that_parses():
         assert f"use {example}" in unknown(alias, COMMANDS["train"].flags, flag=True)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("batchsize", "use --per_device_train_batch_size"), ("learningrate", "nearest: --learning_rate"),
+     ("maxSteps", "nearest: --max_steps"), ("outputdir", "nearest: --output_dir")],
+)  # fmt: skip
+def test_a_line_between_two_words_may_be_missing(typed, meant):
+    assert meant in unknown(typed, flag=True)
+
+
 def test_the_api_page_lists_exactly_what_the_package_exports():
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: sapo\.(\w+)$", page, re.MULTILINE)

@@ -223,6 +223,9 @@ def unknown(name: str, known: Iterable[str] = (), *, flag: bool = False, options
     known = list(known)
     dashes = "--" if flag else ""
     key = name.replace("-", "_").lower()
+    if key not in {*RENAMED, *ALIASES, *MISSING}:
+        # Without the line between two words: --batchsize.
+        key = {one.replace("_", ""): one for one in (*ALIASES, *(each.name for each in accepted()))}.get(key, key)
     if key in RENAMED and (options or RENAMED[key] in known):
         return f"{dashes}{name} is called {dashes}{RENAMED[key]} now."
     names = [*known, *(one.name for one in accepted() if options)]

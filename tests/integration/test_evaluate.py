@@ -417,6 +417,7 @@ def test_retention_suite_compares_with_the_start(evaluate, model, held_out, tmp_
     shown = evaluate(other, "--suite", "retention", "--start", model, "--dataset_name", held_out, "--limit", 5,
                      "--max_new_tokens", 8, "--max_length", 60)  # fmt: skip
     assert "kl_general" in shown
+    assert [shown.count(f" {kind} prompts, once for this model") for kind in ("general", "task")] == [1, 1]
     found = results(tmp_path, "retention")
     start, changed = found["start"]["measures"], found["other"]["measures"]
     assert start["kl_general"]["value"] == start["kl_task"]["value"] == 0

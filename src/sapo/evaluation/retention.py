@@ -73,9 +73,10 @@ def run(session: Session) -> dict[str, SuiteResult]:
     loaded = session.load(first)
     limit, dataset = session.options.limit, _dataset(session)
     general = _prompts(session, loaded, session.options.prompts)
-    forced = {"general": _start_replies(session, loaded, general, limit or len(general))}
+    forced = {"general": _start_replies(session, loaded, "general", general, limit or len(general))}
     if dataset is not None:
-        forced["task"] = _start_replies(session, loaded, _prompts(session, loaded, dataset), limit or TASK_ROWS)
+        task = _prompts(session, loaded, dataset)
+        forced["task"] = _start_replies(session, loaded, "task", task, limit or TASK_ROWS)
     start = _Start(forced, loaded.model.config.get_text_config().vocab_size, {})
     order = sorted(session.targets, key=lambda target: target is not first)
     results = {target.name: _measure(session, target, first, start) for target in order}
@@ -145,12 +146,12 @@ def _replies(session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[i
 
 
 def _start_replies(
-    session: Session, loaded: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int
+    session: Session, loaded: LoadedModel, kind: str, prompts: Sequence[Sequence[int]], wanted: int
 ) -> list[Forced]:
     """The start's replies to `wanted` of the prompts, from the cache of an earlier run or evaluation if it has them."""
 
     def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:
-        session.say(f"The start replies to {len(fitting)} prompts, once for this model")
+        session.say(f"The start replies to {len(fitting)} {kind} prompts, once for this model")
         return _replies(session, loaded, fitting)
 
     kept = start_replies(

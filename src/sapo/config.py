@@ -80,6 +80,20 @@ class SAPOConfig(OptionRules, TrainingArguments):
                     f"`unset {' '.join(left)}`, or in several with --accelerate_config multi_gpu."
                 ) from error
             raise ConfigurationError(brief(error)) from error
+        except (AttributeError, TypeError) as error:
+            if not self.deepspeed:
+                raise
+            raise ConfigurationError(
+                f"deepspeed={brief(self.deepspeed, 80)}: not a configuration of DeepSpeed ({brief(error, 100)}). Give "
+                "a JSON file, or use --accelerate_config zero2."
+            ) from error
+        if self.deepspeed:
+            stage = self.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+            if type(stage) is not int or not 0 <= stage <= 3:
+                raise ConfigurationError(
+                    f"deepspeed={brief(self.deepspeed, 80)}: zero_optimization.stage is {brief(stage, 40)}; it must be "
+                    "0, 1, 2 or 3."
+                )
         # JSON text is a mapping from here on.
         if isinstance(self.model_init_kwargs, dict) and "token" in self.model_init_kwargs:
             raise ConfigurationError(

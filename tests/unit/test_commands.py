@@ -289,6 +289,23 @@ def test_a_text_that_yaml_reads_as_a_number_or_a_date_is_taken_as_it_is_written(
     assert (run.data.dataset_config, run.model.lora_target_modules) == ("007", ["1_0", "q_proj"])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("5", "deepspeed=5: not a configuration of DeepSpeed"),
+        ("[1]", "not a configuration of DeepSpeed"),
+        ('{"zero_optimization": 5}', "not a configuration of DeepSpeed"),
+        ('{"zero_optimization": {"stage": "a"}}', "zero_optimization.stage is a; it must be 0, 1, 2 or 3"),
+    ],
+)
+def test_what_is_no_configuration_of_deepspeed_is_refused_in_one_line(given, message, monkeypatch):
+    pytest.importorskip("deepspeed")
+    # transformers sets it on the way.
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    with pytest.raises(ConfigurationError, match=message):
+        build({"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "use_cpu": True, "deepspeed": given})
+
+
 def idle_in(text, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("output_dir: runs/mine\nuse_cpu: true\nmax_length: 64\n" + text)

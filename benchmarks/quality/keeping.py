@@ -75,6 +75,12 @@ MORE = {
 }
 TOLD = {"SAPO, unhelpful": SAPO | {"opponent_system_prompt": "You are an unhelpful assistant."}}
 STYLE = {"SFT, anchor": SFT | ANCHOR, "SFT, replay": SFT | REPLAY, "SAPO": SAPO, "SAPO, replay": SAPO | REPLAY}
+TUNED = {"SFT": SFT, "SFT, anchor, replay": SFT | ANCHOR | REPLAY, "SAPO": SAPO}
+RATES = {
+    f"{arm}, {rate}": options | {"learning_rate": rate}
+    for arm, options in TUNED.items()
+    for rate in ("3e-4", "1e-3", "3e-3")
+}
 OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
 
@@ -112,6 +118,10 @@ TASKS = {
             Stage("overtrained", 16, 40, 4, OVERTRAINED),
             Stage("more", 80, 20, 2, MORE | TOLD, sampled=False),
         ),
+    ),
+    "chat-300": Task(
+        "SmolLM2-135M-Instruct", 16, 260, "10", 0, LORA | {"max_length": "192"},
+        (Stage("rates", 100, 25, 1, RATES, sampled=False),),
     ),
     "style": Task(
         "SmolLM2-135M-Instruct", 8, 0, "10", 96, LORA | {"max_length": "256"}, (Stage("style", 400, 30, 2, STYLE),)

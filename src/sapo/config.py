@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from sapo.errors import ConfigurationError, brief, require
+from sapo.errors import ConfigurationError, brief, nearest, require
 from sapo.options import own_options, resume_fixed
 from sapo.options.own import VLLM_URL
 from sapo.options.rules import OptionRules
@@ -143,10 +142,9 @@ class SAPOConfig(OptionRules, TrainingArguments):
 def _check_optimizer(name: Any) -> None:
     known = [one.value for one in OptimizerNames]
     if getattr(name, "value", name) not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
-        nearest = f"; nearest: {close[0]}" if close else ""
         raise ConfigurationError(
-            f"optim={brief(name, 80)}: not an optimizer of transformers{nearest}. It has {', '.join(known)}."
+            f"optim={brief(name, 80)}: not an optimizer of transformers{nearest(str(name), known, cutoff=0.3)}. It has "
+            f"{', '.join(known)}."
         )
 
 

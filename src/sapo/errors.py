@@ -6,7 +6,9 @@ The command line prints that line and exits with status 2; anything else is a bu
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from sapo.text.escape import visible
@@ -41,6 +43,12 @@ def brief(text: object, limit: int = 300) -> str:
     text = " ".join(str(text).split())
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return visible(text)
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """What an error adds to a mistyped name: the most similar of the `known` ones, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; nearest: {close[0]}" if close else ""
 
 
 class SapoError(Exception):

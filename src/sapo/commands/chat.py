@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from sapo.commands.chat_models import (
 )
 from sapo.commands.inputs import quiet_libraries
 from sapo.commands.parser import Parsed
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, nearest
 from sapo.generation.sampling import Sampling
 from sapo.runs.files import write_atomically
 from sapo.text.escape import visible
@@ -205,8 +204,8 @@ class ChatSession:
             case "/save":
                 self._save(rest)
             case _ if command.startswith("/") and command[1:].isalpha():
-                close = difflib.get_close_matches(command, [name.split()[0] for name in _COMMANDS], n=1)
-                self.note(f"Unknown command {command}{f'; nearest: {close[0]}' if close else ''}. /help lists them.")
+                close = nearest(command, [name.split()[0] for name in _COMMANDS])
+                self.note(f"Unknown command {command}{close}. /help lists them.")
             case _:
                 self._answer(text)
 

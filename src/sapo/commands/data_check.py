@@ -18,7 +18,7 @@ from rich.text import Text
 from sapo.commands.notices import held_notices
 from sapo.commands.parser import Parsed
 from sapo.data.examples import Example, Turn, collate_examples
-from sapo.data.report import DataReport, row_name
+from sapo.data.report import DataReport, percentile, row_name
 from sapo.errors import DatasetError, ModelError
 from sapo.preference.segments import Segment, choose_segment, segment_tokens
 from sapo.seeds import derive_seed
@@ -180,20 +180,13 @@ def regenerated_in_full(response_lengths: list[int], segment_length: float | Non
     return lines
 
 
-def percentile(values: list[int], percent: int) -> int:
-    """The smallest of `values` that `percent` (0 to 100) of them do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
-
-
 def _length_table(prompts: list[int], responses: list[int]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens")
     table.add_column("prompt", justify="right")
     table.add_column("response", justify="right")
     for label, percent in (("min", 0), ("50%", 50), ("90%", 90), ("99%", 99), ("max", 100)):
-        lengths = (percentile(prompts, percent), percentile(responses, percent))
-        table.add_row(label, *map(str, lengths))
+        table.add_row(label, *(str(percentile(sorted(lengths), percent)) for lengths in (prompts, responses)))
     return table
 
 

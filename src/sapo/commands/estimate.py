@@ -18,6 +18,7 @@ from sapo.commands.inputs import load_inputs, quiet_libraries
 from sapo.commands.launch import shipped_or_file
 from sapo.commands.parser import Parsed
 from sapo.config import SAPOConfig
+from sapo.data.report import percentile
 from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.estimate.advice import Change, changes_that_fit, gpus_that_fit
 from sapo.estimate.checkpointing import set_checkpointing
@@ -167,8 +168,7 @@ def _measured(run: RunArguments, stands_in: bool, *given: int | None) -> Measure
         for pair in zip(report.prompt_lengths, report.response_lengths, strict=True)
     ]
     ordered = sorted(pairs, key=sum)
-    at = [ordered[max(0, -(-percent * len(ordered) // 100) - 1)] for percent in (50, 99)]
-    return Measured(at[0], at[1], len(inputs.train))
+    return Measured(percentile(ordered, 50), percentile(ordered, 99), len(inputs.train))
 
 
 def _has_tokenizer(run: RunArguments) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.utils import logging
 from sapo.commands.catalog import SUITES
 from sapo.commands.inputs import quiet_libraries
 from sapo.commands.parser import Parsed
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, nearest
 from sapo.evaluation import alpaca_eval, harness, local, mt_bench, results, retention, table, task_files
 from sapo.evaluation.judge import JudgeOptions
 from sapo.evaluation.session import EvaluateOptions, Session
@@ -64,9 +63,8 @@ def _suite(
             return suite, retention.run, retention.settings
     file = Path(suite)
     if file.suffix not in (".yaml", ".yml"):
-        close = difflib.get_close_matches(suite, SUITES, n=1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ConfigurationError(f"--suite {suite}: there are {', '.join(SUITES)}, or a task file (.yaml){nearest}.")
+        listed = f"there are {', '.join(SUITES)}, or a task file (.yaml){nearest(suite, SUITES)}"
+        raise ConfigurationError(f"--suite {suite}: {listed}.")
     if not file.is_file():
         raise ConfigurationError(f"--suite {suite}: no such file.")
     tasks = task_files.load_task_file(file, options.limit)
@@ -79,30 +77,15 @@ def options_of(given: Parsed) -> EvaluateOptions:
     Raises:
         ConfigurationError: a value out of range.
     """
-    own = given.own
-    values = dict(vars(own))
-    for name in ("judge_timeout", "judge_calls_per_minute"):
-        if values[name] is not None and values[name] <= 0:
-            raise ConfigurationError(f"{name}={values[name]}: must be above 0.")
-    if own.judge_base_url and not own.judge_base_url.startswith(("http://", "https://")):
-        raise ConfigurationError(f"judge_base_url={own.judge_base_url}: must begin with http:// or https://.")
-    judge = None
-    if own.judge_model:
-        judge = JudgeOptions(
-            model=own.judge_model,
-            base_url=own.judge_base_url,
-            key_env=own.judge_key_env,
-            max_calls=own.max_judge_calls,
-            workers=own.judge_workers,
-            timeout=own.judge_timeout,
-            retries=own.judge_retries,
-            calls_per_minute=own.judge_calls_per_minute,
-            input_price=own.judge_input_price,
-            output_price=own.judge_output_price,
-        )
+    own, values = given.own, dict(vars(given.own))
+    of_judge = {
+        name: values.pop(name)
+        for name in list(values)
+        if name.startswith(("judge_", "max_judge_")) and name not in ("judge_prompt", "judge_orders")
+    }
+    judge = JudgeOptions(**{name.replace("judge_", ""): value for name, value in of_judge.items()})
     if values["output_dir"] is None:
         # Where the run's model card looks for it.
         alone = Path(own.models[0]) if len(own.models) == 1 else Path()
         values["output_dir"] = str((alone if is_run(alone) else Path()) / "evaluation")
-    rest = {name: value for name, value in values.items() if not name.startswith(("judge_", "max_judge"))}
-    return EvaluateOptions(**rest, judge=judge, judge_prompt=own.judge_prompt, judge_orders=own.judge_orders)
+    return EvaluateOptions(**values, judge=judge if judge.model else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 from argparse import Namespace
@@ -15,7 +14,7 @@ import psutil
 
 from sapo.commands.catalog import LAUNCHER
 from sapo.commands.parser import Parsed
-from sapo.errors import ConfigurationError, TrainingError, require
+from sapo.errors import ConfigurationError, TrainingError, nearest, require
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 """The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
@@ -72,9 +71,8 @@ def shipped_or_file(name: str) -> Path:
     shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
     file = shipped.get(name, Path(name))
     if not file.is_file():
-        close = difflib.get_close_matches(name, shipped, n=1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ConfigurationError(f"{FLAG} {name}: neither one of {', '.join(shipped)} nor a file{nearest}.")
+        known = ", ".join(shipped)
+        raise ConfigurationError(f"{FLAG} {name}: neither one of {known} nor a file{nearest(name, shipped)}.")
     return file
 
 

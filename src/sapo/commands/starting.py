@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sapo.commands.arguments import RunArguments
 from sapo.config import VLLM_URL, SAPOConfig
-from sapo.errors import ConfigurationError, SapoError, brief, pip_line, require
+from sapo.errors import ConfigurationError, SapoError, brief, nearest, pip_line, require
 from sapo.generation.vllm.installed import refuse_absent_servers
 
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "clearml", "trackio", "swanlab")
@@ -50,10 +49,9 @@ def check_libraries(config: SAPOConfig) -> None:
     """
     for name in config.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
-            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-            nearest = f"; nearest: {close[0]}" if close else ""
+            known = INTEGRATION_TO_CALLBACK
             raise ConfigurationError(
-                f"report_to={brief(name, 80)}: not a tracker{nearest}. There are {', '.join(INTEGRATION_TO_CALLBACK)}."
+                f"report_to={brief(name, 80)}: not a tracker{nearest(name, known)}. There are {', '.join(known)}."
             )
         with _of("report_to", name):
             callbacks = get_reporting_integration_callbacks([name])

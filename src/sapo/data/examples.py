@@ -44,6 +44,11 @@ class Turn:
         """The prompt that the opponent generates from."""
         return self.prompt_ids if self.opponent_prompt_ids is None else self.opponent_prompt_ids
 
+    @property
+    def wider_prompt_ids(self) -> tuple[int, ...]:
+        """The longer of the two prompts, which leaves the less room for a response."""
+        return max(self.prompt_ids, self.generation_ids, key=len)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -240,7 +240,7 @@ def _fit(turn: Turn, row: int, options: DataOptions, report: DataReport) -> Turn
     if not all(sides):
         report.drop("empty reply", row)
         return None
-    longest, wider = max(sides, key=len), max(prompt, turn.generation_ids, key=len)
+    longest, wider = max(sides, key=len), turn.wider_prompt_ids
     total = len(wider) + len(longest)
     report.total_lengths.append(total)
     if total > options.max_length and options.max_length_policy == "error":

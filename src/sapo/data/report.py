@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sapo.data.columns import ColumnUse
 from sapo.errors import SapoError
+
+T = TypeVar("T")
 
 SHOWN_ROWS = 5
 """Row numbers kept per reason or error."""
@@ -141,8 +144,7 @@ class DataReport:
 
     def length_for(self, percent: int) -> int:
         """The smallest `max_length` that truncates no more than the longest `100 - percent` % of the turns."""
-        ordered = sorted(self.total_lengths)
-        return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
+        return percentile(sorted(self.total_lengths), percent)
 
     def lines(self) -> list[str]:
         """A short summary, in plain text."""
@@ -234,3 +236,8 @@ def listed_rows(numbers: Sequence[int], count: int | None = None) -> str:
     numbers = numbers[:SHOWN_ROWS]
     listed = ", ".join(map(str, numbers))
     return f"row {listed}" if count == 1 else f"rows {listed}{', ...' if count > len(numbers) else ''}"
+
+
+def percentile(ordered: Sequence[T], percent: int) -> T:
+    """The smallest of sorted values that `percent` (0 to 100) of them do not exceed (nearest rank)."""
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]

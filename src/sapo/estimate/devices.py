@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import time
@@ -14,7 +13,7 @@ import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, nearest
 
 MATRIX_SHARE = 0.7
 """Share of a data sheet's matrix rate that large products are assumed to reach."""
@@ -145,9 +144,7 @@ def device_named(name: str) -> Device:
     if key == "here":
         return measure()
     if key not in DEVICES:
-        close = difflib.get_close_matches(key, DEVICES, n=1)
-        nearest = f"; nearest: {close[0]}" if close else ""
-        raise ConfigurationError(f"--gpu {name}: known are {', '.join(DEVICES)}, and here{nearest}.")
+        raise ConfigurationError(f"--gpu {name}: known are {', '.join(DEVICES)}, and here{nearest(key, DEVICES)}.")
     return DEVICES[key]
 
 

@@ -273,11 +273,12 @@ def _summary(
 ) -> SuiteResult:
     result = SuiteResult()
     places = sorted(wins)
+    won = [wins[place] for place in places]
     estimates: dict[str, Estimate | None] = {
-        "win_rate": bootstrap_ratio([wins[place] for place in places], seed=seed),
-        "discrete_win_rate": bootstrap_ratio([_discrete(wins[place]) for place in places], seed=seed),
+        "win_rate": bootstrap_ratio(won, seed=seed),
+        "discrete_win_rate": bootstrap_ratio([(one > 0.5) + (one == 0.5) / 2 for one in won], seed=seed),
         "length_adjusted_win_rate": length_adjusted_win_rate(
-            [wins[place] for place in places],
+            won,
             [len(answers[place]["output"]) for place in places],
             [len(instructions[place].baseline) for place in places],
             seed=seed,
@@ -288,10 +289,6 @@ def _summary(
     result.measures = {name: one for name, one in estimates.items() if one is not None}
     result.items["win_rate"] = {str(place): wins[place] for place in places}
     return result
-
-
-def _discrete(win: float) -> float:
-    return 1.0 if win > 0.5 else 0.5 if win == 0.5 else 0.0
 
 
 def _write_annotations(

@@ -44,6 +44,9 @@ class JudgeOptions:
         input_price: USD per 1M tokens of prompt, for the estimate.
         output_price: USD per 1M tokens of answer.
         first_wait: seconds before the first repetition; doubles with each.
+
+    Raises:
+        ConfigurationError: a value out of range.
     """
 
     model: str
@@ -57,6 +60,14 @@ class JudgeOptions:
     input_price: float | None = None
     output_price: float | None = None
     first_wait: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "timeout", "calls_per_minute"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"judge_{name}={value}: must be above 0.")
+        if self.base_url and not self.base_url.startswith(("http://", "https://")):
+            raise ConfigurationError(f"judge_base_url={self.base_url}: must begin with http:// or https://.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +142,11 @@ class Judge:
         say: takes lines for the user.
 
     Raises:
-        ConfigurationError: no key for OpenAI's own endpoint, or options out of range.
+        ConfigurationError: no key for OpenAI's own endpoint.
         EvaluationError: the package openai is missing.
     """
 
     def __init__(self, options: JudgeOptions, parts: FinishedParts, say: Callable[[str], None]) -> None:
-        for name in ("workers", "timeout"):
-            if getattr(options, name) <= 0:
-                raise ConfigurationError(f"judge_{name}={getattr(options, name)}: must be above 0.")
         self.options = options
         self.parts = parts
         self.tally = JudgeTally()

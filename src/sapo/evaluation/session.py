@@ -25,30 +25,30 @@ class EvaluateOptions:
 
     models: list[str]
     suite: str
-    start: str | None = None
-    output_dir: str = "evaluation"
-    limit: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int = 8
-    chat_template_path: str | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    dataset_name: str | None = None
-    dataset_split: str = "train"
-    max_length: int = 2048
-    prompts: str | None = None
-    tasks: list[str] | None = None
-    task_data: str | None = None
-    apply_chat_template: str = "auto"
-    mt_bench_dir: str | None = None
-    alpaca_eval_data: str | None = None
-    judge_prompt: str | None = None
-    judge_orders: str = "both"
-    judge: JudgeOptions | None = None
+    start: str | None
+    output_dir: str
+    limit: int | None
+    seed: int
+    device: str
+    dtype: str
+    batch_size: int
+    chat_template_path: str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    dataset_name: str | None
+    dataset_split: str
+    max_length: int
+    prompts: str | None
+    tasks: list[str] | None
+    task_data: str | None
+    apply_chat_template: str
+    mt_bench_dir: str | None
+    alpaca_eval_data: str | None
+    judge_prompt: str | None
+    judge_orders: str
+    judge: JudgeOptions | None
 
     def sampling(self, usual: Sampling) -> Sampling:
         """`usual` with what the options set."""

@@ -166,6 +166,79 @@ class PairSource:
         """Free resources at the end of training, also after errors."""
 
 
+class SourceDecorator(PairSource):
+    """Leaves everything to another source; a subclass changes what it is for."""
+
+    def __init__(self, source: PairSource) -> None:
+        self._source = source
+
+    def pairs(self, examples: Sequence[Example], *, epoch: int, step: int, micro_batch: int) -> list[Pair]:
+        """The source's."""
+        return self._source.pairs(examples, epoch=epoch, step=step, micro_batch=micro_batch)
+
+    def begin(self, step: int, checkpoint: Path | None = None) -> None:
+        """The source's."""
+        self._source.begin(step, checkpoint)
+
+    def evaluation_pairs(self, examples: Sequence[Example]) -> list[Pair]:
+        """The source's."""
+        return self._source.evaluation_pairs(examples)
+
+    def begin_step(self) -> None:
+        """The source's."""
+        self._source.begin_step()
+
+    def prefetch(self, pending: Sequence[PendingBatch], step: int) -> None:
+        """The source's."""
+        self._source.prefetch(pending, step)
+
+    def undo(self) -> None:
+        """The source's."""
+        self._source.undo()
+
+    def opponent_moved(self, step: int) -> None:
+        """The source's."""
+        self._source.opponent_moved(step)
+
+    def ready(self, step: int) -> AbstractContextManager[None]:
+        """The source's."""
+        return self._source.ready(step)
+
+    def clear(self) -> None:
+        """The source's."""
+        self._source.clear()
+
+    def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
+        """The source's."""
+        return self._source.reference_logps(pairs, score)
+
+    def reference_moved(self) -> None:
+        """The source's."""
+        self._source.reference_moved()
+
+    def history(self, pair: Pair, step: int) -> dict[str, int]:
+        """The source's."""
+        return self._source.history(pair, step)
+
+    def state(self) -> SourceState:
+        """The source's."""
+        return self._source.state()
+
+    def restore(
+        self, states: Sequence[SourceState], *, vocabulary_size: int, share: tuple[int, int] | None = None
+    ) -> None:
+        """The source's."""
+        self._source.restore(states, vocabulary_size=vocabulary_size, share=share)
+
+    def save(self, folder: Path, step: int) -> None:
+        """The source's."""
+        self._source.save(folder, step)
+
+    def close(self) -> None:
+        """The source's."""
+        self._source.close()
+
+
 def turn_of_epoch(example: Example, *, seed: int, epoch: int) -> Turn:
     """The reply of an example to train on in this epoch: the only one, or a random one per epoch."""
     turns = example.turns

@@ -270,7 +270,7 @@ class SelfPlay(PairSource):
             return len(draft.segment)
         if self._settings.max_length is None:
             return limit
-        return min(limit, self._settings.max_length - max(len(draft.turn.prompt_ids), len(draft.turn.generation_ids)))
+        return min(limit, self._settings.max_length - len(draft.turn.wider_prompt_ids))
 
     def _drafts(self, example: Example, epoch: int) -> list[_Draft]:
         turn = turn_of_epoch(example, seed=self._seed, epoch=epoch)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sapo.data.examples import Example
-from sapo.preference.pairs import Pair, PairSource, PendingBatch, SourceState
+from sapo.preference.pairs import Pair, PairSource, SourceDecorator
 from sapo.preference.segments import Segment
 from sapo.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from sapo.preference.objectives import ReferenceLogps
 
 Reply = tuple[Sequence[int], Sequence[int]]
 """Prompt and the start's reply to it, as token ids."""
@@ -33,7 +28,7 @@ def replayed_pair(index: int, reply: Reply) -> Pair:
     return Pair(-1 - index, 0, prompt, response, response, end, end)
 
 
-class SelfReplay(PairSource):
+class SelfReplay(SourceDecorator):
     """Adds replayed replies to the pairs of another source; that source never sees them, so none is ever rejected.
 
     Which replies a micro-batch gets follows from its number alone, so nothing is kept in checkpoints: the replies are
@@ -62,7 +57,7 @@ class SelfReplay(PairSource):
         process: tuple[int, int] = (0, 1),
         record: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
-        self._source = source
+        super().__init__(source)
         self._replies = replies
         self._each = batch_size * share / (1 - share)
         self._micro_batches = micro_batches
@@ -93,63 +88,3 @@ class SelfReplay(PairSource):
         """Get the replies, then begin the source."""
         self._pairs = [replayed_pair(index, reply) for index, reply in enumerate(self._replies(checkpoint))]
         self._source.begin(step, checkpoint)
-
-    # ---- The source's own ----
-
-    def evaluation_pairs(self, examples: Sequence[Example]) -> list[Pair]:
-        """The source's."""
-        return self._source.evaluation_pairs(examples)
-
-    def begin_step(self) -> None:
-        """The source's."""
-        self._source.begin_step()
-
-    def prefetch(self, pending: Sequence[PendingBatch], step: int) -> None:
-        """The source's."""
-        self._source.prefetch(pending, step)
-
-    def undo(self) -> None:
-        """The source's."""
-        self._source.undo()
-
-    def opponent_moved(self, step: int) -> None:
-        """The source's."""
-        self._source.opponent_moved(step)
-
-    def ready(self, step: int) -> AbstractContextManager[None]:
-        """The source's."""
-        return self._source.ready(step)
-
-    def clear(self) -> None:
-        """The source's."""
-        self._source.clear()
-
-    def reference_logps(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], ReferenceLogps]) -> ReferenceLogps:
-        """The source's."""
-        return self._source.reference_logps(pairs, score)
-
-    def reference_moved(self) -> None:
-        """The source's."""
-        self._source.reference_moved()
-
-    def history(self, pair: Pair, step: int) -> dict[str, int]:
-        """The source's."""
-        return self._source.history(pair, step)
-
-    def state(self) -> SourceState:
-        """The source's."""
-        return self._source.state()
-
-    def restore(
-        self, states: Sequence[SourceState], *, vocabulary_size: int, share: tuple[int, int] | None = None
-    ) -> None:
-        """The source's."""
-        self._source.restore(states, vocabulary_size=vocabulary_size, share=share)
-
-    def save(self, folder: Path, step: int) -> None:
-        """The source's."""
-        self._source.save(folder, step)
-
-    def close(self) -> None:
-        """The source's."""
-        self._source.close()

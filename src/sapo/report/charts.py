@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sapo.runs.gain_curves import is_number
 from sapo.runs.metrics import EVAL, LOCAL, METRICS, STEP_TIME, TOKENS
 from sapo.runs.reading import Run
 
@@ -163,7 +164,7 @@ def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> 
     found: dict[str, Any] = {"steps": [group[-1]["step"] for group in groups], "group": size, "series": {}}
     for name in names:
         at = [place for place, group in enumerate(groups) if any(row.get(name) is not None for row in group)]
-        columns = [[row[name] for row in groups[place] if _is_number(row.get(name))] for place in at]
+        columns = [[row[name] for row in groups[place] if is_number(row.get(name))] for place in at]
         if not any(columns):
             continue
         series: dict[str, Any] = {
@@ -176,10 +177,6 @@ def thin(rows: list[dict[str, Any]], names: list[str], points: int = POINTS) -> 
             series["at"] = at
         found["series"][name] = series
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _rounded(value: float) -> float:

@@ -23,7 +23,7 @@ def gain_curve(run: Run, distance: Metric) -> list[Point]:
     found = [
         (row["step"], row[names[0]], row[names[1]])
         for row in run.rows
-        if row["step"] > 0 and all(_is_number(row.get(name)) for name in names)
+        if row["step"] > 0 and all(is_number(row.get(name)) for name in names)
     ]
     return [(0, 0.0, 0.0), *found] if found else []
 
@@ -42,5 +42,6 @@ def common_gains(curves: Sequence[Sequence[Point]]) -> list[float]:
     return [share * reached for share in SHARES] if reached > 0 else []
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a logged value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)

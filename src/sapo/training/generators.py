@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel
 from sapo.config import VLLM_URL, SAPOConfig
 from sapo.data.examples import Example, collate_examples
 from sapo.errors import ConfigurationError, GenerationError, SapoError
-from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Engine, Generator
 from sapo.generation.sampling import Sampling
 from sapo.preference.pairs import PairedData, PairSource, SFTSource
@@ -96,7 +95,6 @@ def opponent_generator(context: RunContext) -> Generator:
         ConfigurationError, GenerationError: servers that are not there, or serve something else.
     """
     args = context.args
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.generation_backend != "transformers":
         _check_adapter(context)
     if args.generation_backend == "vllm_server":
@@ -120,21 +118,14 @@ def opponent_generator(context: RunContext) -> Generator:
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         return ColocatedVLLM(
             context.model_config.name_or_path,
-            sampling,
+            context.sampling,
             eos_ids=context.eos_ids,
             max_model_len=args.max_length,
             dtype=half or next(policy.parameters()).dtype,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             lora_rank=policy.peft_config[POLICY_ADAPTER].r if isinstance(policy, PeftModel) else None,
         )
-    return TransformersGenerator(
-        context.roles.opponent_module,
-        sampling,
-        eos_ids=context.eos_ids,
-        pad_token_id=context.pad_token_id,
-        batch_size=args.generation_batch_size,
-        look=context.look,
-    )
+    return context.generator(context.roles.opponent_module, context.sampling, args.generation_batch_size)
 
 
 def checked_servers(

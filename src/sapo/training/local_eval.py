@@ -15,7 +15,6 @@ from transformers.utils import logging
 from sapo.data.examples import Example, collate_examples
 from sapo.errors import ConfigurationError
 from sapo.generation.decoding import TransformersGenerator
-from sapo.generation.sampling import Sampling
 from sapo.measures.measure import LocalOptions, Measured, measure, sample_responses, summarize
 from sapo.training.context import RunContext
 from sapo.training.metrics import MetricAverages
@@ -111,15 +110,7 @@ class LocalSignals:
         return [(one.row, one.as_dict()) for one in measured]
 
     def _generator(self, weights: Callable[[], AbstractContextManager[nn.Module]]) -> TransformersGenerator:
-        args = self._context.args
-        return TransformersGenerator(
-            weights,
-            Sampling(args.temperature, args.top_k, args.top_p),
-            eos_ids=self._context.eos_ids,
-            pad_token_id=self._context.pad_token_id,
-            batch_size=self._options.batch_size,
-            look=self._context.look,
-        )
+        return self._context.generator(weights, self._context.sampling, self._options.batch_size)
 
     def _add(self, measured: Sequence[Measured]) -> None:
         found = summarize(

@@ -16,7 +16,6 @@ from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.data.unanswered import general_prompts
 from sapo.errors import CheckpointError, ConfigurationError
-from sapo.generation.decoding import TransformersGenerator
 from sapo.measures.retention import REPLY_SAMPLING, generate_replies
 from sapo.preference.pairs import PairSource
 from sapo.preference.self_replay import Reply, SelfReplay
@@ -97,14 +96,8 @@ def replies_of_start(
 ) -> list[tuple[tuple[int, ...], list[int]]]:
     """Prompts that leave room for it, with the policy's replies: kept ones, or generated now, before it is trained."""
     args = context.args
-    generator = TransformersGenerator(
-        context.roles.policy_module,
-        REPLY_SAMPLING,
-        eos_ids=context.eos_ids,
-        pad_token_id=context.pad_token_id,
-        batch_size=max(16, args.per_device_eval_batch_size),
-        look=context.look,
-    )
+    batch_size = max(16, args.per_device_eval_batch_size)
+    generator = context.generator(context.roles.policy_module, REPLY_SAMPLING, batch_size)
     limits = {"max_new_tokens": max_new_tokens, "max_length": args.max_length}
 
     def generate(fitting: list[tuple[int, ...]]) -> list[list[int]]:

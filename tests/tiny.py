@@ -66,6 +66,13 @@ def tiny_llama(seed=0, dtype=torch.float32, **overrides):
     return LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
 
 
+def save_tiny(folder, seed=0, **overrides):
+    """Write `tiny_llama` with its tokenizer; returns the folder."""
+    tiny_llama(seed, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def tiny_rows(count=24, seed=0, paired=False):
     """Rows of random `WORDS`."""
     rng = random.Random(seed)

@@ -20,13 +20,12 @@ from sapo.commands.parser import parse_command
 from sapo.errors import ConfigurationError
 from sapo.runs.checkpoint import verify
 from tests.distributed.processes import ROOT
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_rows
 
 
 @pytest.fixture
 def command(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     return [
         "train", "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "train.jsonl"),

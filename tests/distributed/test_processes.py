@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.processes import FIXED_DRAWS, run, start
 from tests.runs import metrics_of
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny
 from tests.vllm_servers import StandIn
 
 SLOW = pytest.mark.slow
@@ -69,8 +69,7 @@ def test_two_processes_keep_their_start_like_one(strategy, tmp_path):
 @pytest.fixture
 def engine(tmp_path):
     """What answers like a vLLM server, in this process."""
-    tiny_llama().save_pretrained(tmp_path / "served")
-    tiny_tokenizer().save_pretrained(tmp_path / "served")
+    save_tiny(tmp_path / "served")
     server = StandIn(tmp_path / "served")
     yield server
     server.stop()

@@ -15,7 +15,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
 from sapo.errors import ConfigurationError, ModelError, SapoError
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_rows, tiny_tokenizer
 
 RUN = ["--use_cpu", "--max_length", "32", "--segment_length", "4", "--report_to", "none"]
 REFUSED = ("code from a model is never run", "is not a causal language model")
@@ -48,8 +48,7 @@ def trap(request, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
     folder, owned = tmp_path / "model", tmp_path / "owned"
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder)
     adapter = request.param == "adapter"
     (with_model_code if adapter else request.param)(folder)
     (folder / "evil.py").write_text(
@@ -141,8 +140,7 @@ def test_options_of_a_recipe_that_would_run_foreign_code_are_refused(given, tmp_
 
 
 def test_the_flag_for_foreign_code_is_refused(tmp_path, capsys):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     for command in ("train", "generate", "data check", "estimate"):
         assert main([*commands(tmp_path / "model", tmp_path)[command], "--trust_remote_code"]) == 2
@@ -162,8 +160,7 @@ def test_only_the_loader_loads():
 
 
 def test_an_adapter_that_names_a_module_to_import_is_refused(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    save_tiny(tmp_path / "base")
     get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     named = {"megatron_config": {"a": 1}, "megatron_core": "evil", "base_model_name_or_path": str(tmp_path / "base")}
     write(tmp_path / "adapter", "adapter_config.json", **named)
@@ -173,8 +170,7 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(tmp_path):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks for modules in the working folder")
 def test_modules_in_the_working_folder_are_not_run(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     for name in ("types", "multiprocessing", "torch", "datasets", "tokenizers"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\n")

@@ -6,17 +6,14 @@ import pytest
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.main import main
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_rows, tiny_tokenizer
 
 SECRET = "hf_thisIsNobodysToken"
 
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path / "model")
 
 
 def command(model, out, *more):

@@ -31,7 +31,7 @@ from sapo.estimate.tracing import Account, Trace
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.weights.footprint import Strategy, build_run_models
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny
 from tests.unit.test_shared_prefix import ARCHITECTURES, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -395,8 +395,7 @@ def test_tokens_of_a_pass_bound_its_memory(tokens, pairs):
 
 def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     model = tmp_path / "model"
-    tiny_llama().save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    save_tiny(model)
     rows = [{"prompt": " ".join(["w1"] * 2), "completion": " w2" * (3 if place < 97 else 12)} for place in range(100)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [

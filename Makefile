@@ -41,7 +41,8 @@ install-vllm: $(VLLM_VENV)/.installed
 
 # With a real vLLM server, restarts and `sapo serve` included; about eight minutes.
 test-vllm: $(VENV)/.installed-test $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_vllm_server.py -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_vllm_server.py tests/integration/test_vllm_server_runs.py \
+		tests/integration/test_serve.py -m "slow or not slow"
 
 demo: install
 	$(BIN)/sapo demo

@@ -5,6 +5,7 @@ one too, by the same tests.
 """
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +32,16 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 LENGTH = 64
 SERVABLE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
 """vLLM has no kernels for heads of less than 32."""
+NO_VLLM = "no vLLM: make install-vllm, or name an interpreter that has it by SAPO_VLLM_PYTHON"
+PORT = 8211 + 2 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+CONTEXTS = [[5, 6, 7], [8, 9], [10] * 20, [3]]
+BUDGETS = [9, 12, 20, 0]
+SEEDS = [1, 2, 3, 4]
+LONG_WITH_A_REAL_ONE = pytest.mark.parametrize(
+    "server", ["stand-in", pytest.param("real", marks=pytest.mark.slow)], indirect=True
+)
+"""A real server takes most of a minute to start."""
+_versions = itertools.count()
 
 
 def servable_llama(seed=0, **overrides):
@@ -227,3 +239,14 @@ class StandIn:
         (tokens,) = generator.generate([prompt], [body["max_tokens"]], [body["seed"]])
         reason = "stop" if tokens[-1] in ends else "length"
         return 200, {"choices": [{"token_ids": tokens, "prompt_token_ids": prompt, "finish_reason": reason}]}
+
+
+def own_text(model, sampling=None, contexts=CONTEXTS, budgets=BUDGETS, seeds=SEEDS):
+    generator = TransformersGenerator(
+        lambda: nullcontext(model.eval()), sampling or Sampling(0, 0, 1.0), eos_ids=[1], pad_token_id=0
+    )
+    return generator.generate(contexts, budgets, seeds)
+
+
+def version():
+    return f"test-{next(_versions)}"

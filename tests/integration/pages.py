@@ -61,7 +61,7 @@ SIZES = {
 PARSED = {
     "sapo demo": "ten seconds even at one step: tests/integration/test_demo.py runs it",
     "--gguf": "needs llama.cpp and the package gguf: tests/integration/test_starts.py, with a converter of its own",
-    "sapo serve": "needs vLLM: tests/integration/test_vllm_server.py",
+    "sapo serve": "needs vLLM: tests/integration/test_serve.py",
     "vllm_colocate": "needs vLLM: tests/integration/test_vllm_colocate_run.py",
     "--config llama3-8b": "tests/integration/test_published_recipes.py runs the recipe, with a tiny base model",
     "--config mistral-7b": "tests/integration/test_published_recipes.py runs the recipe, with a tiny base model",

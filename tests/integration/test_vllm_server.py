@@ -2,106 +2,50 @@
 
 import copy
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import nullcontext
-from itertools import count
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sapo.commands.main import main
 from sapo.errors import ConfigurationError, GenerationError
-from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.protocol import Engine
 from sapo.generation.sampling import Sampling, filtered_probabilities
-from sapo.generation.vllm.servers import VLLMServers
 from sapo.generation.vllm.weight_stream import send_weights
 from sapo.generation.vllm.worker import receive
 from tests.integration.test_engine_queue import same
-from tests.integration.test_resume import weights
-from tests.runs import metrics_of
-from tests.tiny import tiny_rows, tiny_tokenizer
-from tests.vllm_servers import LENGTH, RealVLLM, StandIn, save_servable, servable_llama, vllm_python
-
-NO_VLLM = "no vLLM: make install-vllm, or name an interpreter that has it by SAPO_VLLM_PYTHON"
-CONTEXTS = [[5, 6, 7], [8, 9], [10] * 20, [3]]
-BUDGETS = [9, 12, 20, 0]
-SEEDS = [1, 2, 3, 4]
-PORT = 8211 + 2 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-versions = count()
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served") / "model"
-    save_servable(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real(folder, tmp_path_factory):
-    if vllm_python() is None:
-        pytest.skip(NO_VLLM)
-    server = RealVLLM(folder, tmp_path_factory.mktemp("vllm"), PORT)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def stand_in(folder):
-    server = StandIn(folder)
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["stand-in", "real"])
-def server(request):
-    return request.getfixturevalue(request.param.replace("-", "_")).wait()
-
-
-LONG_WITH_A_REAL_ONE = pytest.mark.parametrize(
-    "server", ["stand-in", pytest.param("real", marks=pytest.mark.slow)], indirect=True
+from tests.tiny import tiny_tokenizer
+from tests.vllm_servers import (
+    BUDGETS,
+    CONTEXTS,
+    LENGTH,
+    LONG_WITH_A_REAL_ONE,
+    SEEDS,
+    StandIn,
+    own_text,
+    save_servable,
+    servable_llama,
+    version,
 )
-"""A real server takes most of a minute to start."""
 
 
-@pytest.fixture
-def servers_of():
-    made = []
-
-    def make(*urls, sampling=None, **options):
-        settings = {"eos_ids": [1], "vocabulary_size": len(tiny_tokenizer()), "timeout": 20.0, "request_timeout": 20.0}
-        settings |= options
-        made.append(VLLMServers(urls, sampling or Sampling(0, 0, 1.0), **settings))
-        made[-1].check(tiny_tokenizer(), LENGTH)
-        return made[-1]
-
-    yield make
-    for servers in made:
-        servers.close()
+def adapted(folder):
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def own_text(model, sampling=None, contexts=CONTEXTS, budgets=BUDGETS, seeds=SEEDS):
-    generator = TransformersGenerator(
-        lambda: nullcontext(model.eval()), sampling or Sampling(0, 0, 1.0), eos_ids=[1], pad_token_id=0
-    )
-    return generator.generate(contexts, budgets, seeds)
+def check_logps(servers, model):
+    """Servers and model give each token of a context the same probability."""
+    with torch.no_grad():
+        logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
+    (given,) = servers.token_logps(CONTEXTS[2])
+    assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
 
 
-def version():
-    return f"test-{next(versions)}"
-
-
-def test_greedy_text_equals_transformers_after_each_load(server, folder, servers_of, tmp_path):
+def test_greedy_text_equals_transformers_after_each_load(server, served, servers_of, tmp_path):
     servers = servers_of(server.url)
     assert isinstance(servers, Engine)
     seen = []
@@ -115,16 +59,15 @@ def test_greedy_text_equals_transformers_after_each_load(server, folder, servers
     assert seen[0] != seen[2] != seen[4]
 
 
-def test_greedy_text_of_an_adapter_equals_transformers_after_each_swap(server, folder, servers_of, tmp_path):
+def test_greedy_text_of_an_adapter_equals_transformers_after_each_swap(server, served, servers_of, tmp_path):
     # A real server may have been given other weights by another test: an adapter needs those it was started with.
     whole = servers_of(server.url)
-    whole.load(folder, version())
+    whole.load(served, version())
     servers = servers_of(server.url, adapter=True)
     seen = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(folder)
-        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model = adapted(served)
         for name, weight in model.named_parameters():
             weight.data *= 5 if "lora_B" in name else 1
         model.save_pretrained(tmp_path / f"{seed}")
@@ -133,10 +76,7 @@ def test_greedy_text_of_an_adapter_equals_transformers_after_each_swap(server, f
             seen.append(servers.generate(CONTEXTS, BUDGETS, SEEDS))
             assert seen[-1] == own_text(model)
     assert seen[0] != seen[2]
-    with torch.no_grad():
-        logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
-    (given,) = servers.token_logps(CONTEXTS[2])
-    assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
+    check_logps(servers, model)
 
 
 def test_greedy_text_equals_transformers_after_weights_were_sent(server, servers_of):
@@ -202,9 +142,9 @@ def test_server_that_cannot_be_sent_weights_is_refused(stand_in, servers_of):
         servers_of(stand_in.url, stream=True)
 
 
-def test_row_depends_on_its_own_seed_alone(server, folder, servers_of):
+def test_row_depends_on_its_own_seed_alone(server, served, servers_of):
     servers = servers_of(server.url, sampling=Sampling(0.7, 50, 0.95))
-    servers.load(folder, version())
+    servers.load(served, version())
     together = servers.generate([[5, 6]] * 12, [15] * 12, list(range(12)))
     assert together == servers.generate([[5, 6]] * 12, [15] * 12, list(range(12)))
     assert [together[7]] == servers.generate([[5, 6]], [15], [7])
@@ -212,14 +152,14 @@ def test_row_depends_on_its_own_seed_alone(server, folder, servers_of):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0, 1.0), Sampling(0.5, 5, 1.0), Sampling(1.5, 0, 0.6)])
-def test_first_token_has_the_distribution_of_the_other_backends(sampling, server, folder, servers_of):
+def test_first_token_has_the_distribution_of_the_other_backends(sampling, server, served, servers_of):
     """Chi-square of many first tokens; the seeds are fixed, so that it cannot pass today and fail tomorrow."""
     servers = servers_of(server.url, sampling=sampling)
-    servers.load(folder, version())
+    servers.load(served, version())
     rows = 300 if isinstance(server, StandIn) else 1500
     drawn = servers.generate([[5, 6, 7]] * rows, [1] * rows, list(range(rows)))
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[5, 6, 7]])).logits[:, -1]
+        logits = AutoModelForCausalLM.from_pretrained(served)(torch.tensor([[5, 6, 7]])).logits[:, -1]
     kept, ids = filtered_probabilities(logits, sampling)
     expected = torch.zeros(logits.shape[1]).scatter(0, ids[0], rows * kept[0]).double()
     found = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)).double()
@@ -262,9 +202,9 @@ def test_restart_between_two_answers_throws_both_away(stand_in, servers_of, tmp_
     assert len(answered) == 6
 
 
-def test_weights_of_another_run_end_the_run(stand_in, folder, servers_of):
+def test_weights_of_another_run_end_the_run(stand_in, served, servers_of):
     servers = servers_of(stand_in.url)
-    servers.load(folder, version())
+    servers.load(served, version())
 
     def another_run(path, body):
         if path == "/v1/completions":
@@ -276,10 +216,10 @@ def test_weights_of_another_run_end_the_run(stand_in, folder, servers_of):
 
 
 @pytest.mark.parametrize("trouble", ["drop", 500, 503, 429])
-def test_passing_trouble_is_outlived(trouble, stand_in, folder, servers_of):
+def test_passing_trouble_is_outlived(trouble, stand_in, served, servers_of):
     waits = []
     servers = servers_of(stand_in.url, sleep=waits.append)
-    servers.load(folder, version())
+    servers.load(served, version())
     left = [5]
 
     def sometimes(path, body):
@@ -287,15 +227,15 @@ def test_passing_trouble_is_outlived(trouble, stand_in, folder, servers_of):
         return trouble if left[0] > 0 and left[0] % 2 == 0 else None
 
     stand_in.fault = sometimes
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(served)
     assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
 
 
-def test_waiting_is_bounded_and_backs_off(folder, servers_of):
-    server = StandIn(folder)
+def test_waiting_is_bounded_and_backs_off(served, servers_of):
+    server = StandIn(served)
     waits = []
     servers = servers_of(server.url, timeout=0.4, sleep=lambda seconds: (waits.append(seconds), time.sleep(0.1)))
-    servers.load(folder, version())
+    servers.load(served, version())
     server.stop()
     servers._clients[0].close()
     servers._clients[0].open()
@@ -304,9 +244,9 @@ def test_waiting_is_bounded_and_backs_off(folder, servers_of):
     assert waits[:3] == [0.25, 0.5, 1.0]
 
 
-def test_server_that_hangs_is_given_up_and_named(stand_in, folder, servers_of):
+def test_server_that_hangs_is_given_up_and_named(stand_in, served, servers_of):
     servers = servers_of(stand_in.url, request_timeout=0.2)
-    servers.load(folder, version())
+    servers.load(served, version())
     over = threading.Event()
     stand_in.fault = lambda path, body: over.wait(30) and "drop" if path == "/v1/completions" else None
     with pytest.raises(GenerationError, match=r"3 rows failed after 6 attempts"):
@@ -314,8 +254,8 @@ def test_server_that_hangs_is_given_up_and_named(stand_in, folder, servers_of):
     over.set()
 
 
-def test_of_several_servers_one_may_die(folder, servers_of, tmp_path):
-    first, second = StandIn(folder), StandIn(folder)
+def test_of_several_servers_one_may_die(served, servers_of, tmp_path):
+    first, second = StandIn(served), StandIn(served)
     servers = servers_of(first.url, second.url)
     model = save_servable(tmp_path / "other", 5)
     servers.load(tmp_path / "other", version())
@@ -347,23 +287,23 @@ def test_of_several_servers_one_may_die(folder, servers_of, tmp_path):
         (["5"] * 9, "contains no token ids"),
     ],
 )
-def test_answers_that_cannot_be_are_refused(tokens, says, stand_in, folder, servers_of):
+def test_answers_that_cannot_be_are_refused(tokens, says, stand_in, served, servers_of):
     servers = servers_of(stand_in.url)
-    servers.load(folder, version())
+    servers.load(served, version())
     answer = {"choices": [{"token_ids": tokens, "prompt_token_ids": [5, 6, 7], "finish_reason": "length"}]}
     stand_in.fault = lambda path, body: answer if path == "/v1/completions" else None
     with pytest.raises(GenerationError, match=says):
         servers.generate([[5, 6, 7]], [9], [1])
 
 
-def test_row_longer_than_the_server_takes_is_refused(server, folder, servers_of):
+def test_row_longer_than_the_server_takes_is_refused(server, served, servers_of):
     servers = servers_of(server.url)
-    servers.load(folder, version())
+    servers.load(served, version())
     with pytest.raises(ConfigurationError, match=r"60 tokens and 9 new ones exceed the 64.*--max-model-len 69"):
         servers.generate([[5] * 60], [9], [1])
 
 
-def test_other_tokenizer_is_refused(server, folder, servers_of):
+def test_other_tokenizer_is_refused(server, served, servers_of):
     servers = servers_of(server.url)
     other = copy.deepcopy(tiny_tokenizer())
     content = json.loads(other.backend_tokenizer.to_str())
@@ -386,92 +326,26 @@ def test_server_with_too_little_room_is_refused(server, servers_of):
         servers.check(tiny_tokenizer(), 65)
 
 
-def test_server_without_the_needed_endpoints_says_how_to_start_it(stand_in, folder, servers_of):
+def test_server_without_the_needed_endpoints_says_how_to_start_it(stand_in, served, servers_of):
     servers = servers_of(stand_in.url)
     stand_in.fault = lambda path, body: 404 if path == "/weight_info" else None
     with pytest.raises(GenerationError, match=r"has no /weight_info.*VLLM_SERVER_DEV_MODE=1"):
-        servers.load(folder, version())
+        servers.load(served, version())
 
 
-def test_key_is_sent_and_never_shown(stand_in, folder, servers_of, monkeypatch):
+def test_key_is_sent_and_never_shown(stand_in, served, servers_of, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret-key")
     servers = servers_of(stand_in.url)
     assert servers._clients[0]._http.headers["Authorization"] == "Bearer secret-key"
     stand_in.fault = lambda path, body: 401
     with pytest.raises(GenerationError) as raised:
-        servers.load(folder, version())
+        servers.load(served, version())
     assert "secret" not in str(raised.value)
-
-
-# ---- Runs ----
-
-
-@pytest.fixture
-def make(make_trainer, folder):
-    def with_server(name, server, **options):
-        options = {"learning_rate": 1e-3} | options
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        if server is not None:
-            options |= {
-                "generation_backend": "vllm_server",
-                "vllm_server_url": [server.url],
-                "vllm_server_timeout": 90.0,
-            }
-        return make_trainer(name, model=model, temperature=0.0, **options)
-
-    return with_server
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lora": True},
-        pytest.param({"vllm_weights_transfer": "stream"}, marks=pytest.mark.slow),
-        pytest.param({"sync_opponent_steps": 2, "max_staleness": 3}, marks=pytest.mark.slow),
-        {"sync_opponent_steps": 2, "max_staleness": 2, "vllm_weights_transfer": "stream"},
-    ],
-)
-def test_run_on_a_server_equals_one_in_this_process_and_resumes(options, server, make, folder, servers_of):
-    """Greedy, since servers draw with other numbers. Ahead of time there is nothing to compare with but itself."""
-    servers_of(server.url).load(folder, version())
-    options = {"save_strategy": "steps", "save_steps": 1, **options}
-    whole = make("whole", server, **options)
-    whole.train()
-    if "max_staleness" not in options:
-        plain = make("plain", None, **options)
-        plain.train()
-        assert same(weights(whole), weights(plain))
-    resumed = make("resumed", server, **options)
-    resumed.train(resume_from_checkpoint=str(whole.run_folder.path / "checkpoint-3"))
-    assert same(weights(resumed), weights(whole))
-    assert resumed.source.play.buffer.entries() == whole.source.play.buffer.entries()
-
-
-@LONG_WITH_A_REAL_ONE
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_server_that_restarts_in_the_middle_changes_nothing(lora, server, make, folder, servers_of):
-    options = {"lora": lora, "max_staleness": 1}
-    servers_of(server.url).load(folder, version())
-    usual = make("usual", server, **options)
-    usual.train()
-    disturbed = make("disturbed", server, **options)
-    moved = disturbed.source.opponent_moved
-
-    def restart_after_the_third_step(step):
-        moved(step)
-        if step == 3:
-            server.restart()
-
-    disturbed.source.opponent_moved = restart_after_the_third_step
-    disturbed.train()
-    assert same(weights(disturbed), weights(usual))
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("moment", ["load", "tag", "cache", "prompt", "text"])
-def test_no_moment_of_a_restart_changes_what_is_generated(moment, lora, stand_in, folder, servers_of, tmp_path):
+def test_no_moment_of_a_restart_changes_what_is_generated(moment, lora, stand_in, served, servers_of, tmp_path):
     """Started anew just before the named request is answered: it serves its own weights, and no adapter."""
     path, body = {
         "load": ("/v1/load_lora_adapter" if lora else "/collective_rpc", ""),
@@ -481,10 +355,7 @@ def test_no_moment_of_a_restart_changes_what_is_generated(moment, lora, stand_in
         "text": ("/v1/completions", "'seed': "),
     }[moment]
     torch.manual_seed(3)
-    model = servable_llama()
-    if lora:
-        base = AutoModelForCausalLM.from_pretrained(folder)
-        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model = adapted(served) if lora else servable_llama()
     model.save_pretrained(tmp_path / "weights")
     restarts = []
 
@@ -496,132 +367,14 @@ def test_no_moment_of_a_restart_changes_what_is_generated(moment, lora, stand_in
     servers = servers_of(stand_in.url, adapter=lora)
     stand_in.fault = fault
     servers.load(tmp_path / "weights", version())
-    with torch.no_grad():
-        logps = model(torch.tensor([CONTEXTS[2]])).logits[0].log_softmax(-1)
-    (given,) = servers.token_logps(CONTEXTS[2])
-    assert given == pytest.approx([logps[i, t].item() for i, t in enumerate(CONTEXTS[2][1:])], abs=1e-4)
+    check_logps(servers, model)
     assert servers.generate(CONTEXTS, BUDGETS, SEEDS) == own_text(model)
     assert restarts
 
 
-def test_a_path_that_is_missing_for_good_is_named_at_the_end(stand_in, folder, servers_of):
+def test_a_path_that_is_missing_for_good_is_named_at_the_end(stand_in, served, servers_of):
     servers = servers_of(stand_in.url)
-    servers.load(folder, version())
+    servers.load(served, version())
     stand_in.fault = lambda path, body: 404 if path == "/v1/completions" else None
     with pytest.raises(GenerationError, match=r"failed after 6 attempts .*\(last: \S+completions: 404 as told\)"):
         servers.generate(CONTEXTS, BUDGETS, SEEDS)
-
-
-def test_another_base_model_under_an_adapter_is_refused(stand_in, make, tmp_path):
-    save_servable(tmp_path / "other", 9)
-    stand_in._folder = tmp_path / "other"
-    stand_in.restart()
-    with pytest.raises(GenerationError, match=r"gives other probabilities than the opponent, \S+ nats a token"):
-        make("run", stand_in, lora=True).train()
-
-
-def test_tied_weights_are_refused_on_a_cpu_server(real, make_trainer):
-    """There vLLM 0.32 computes on with the head it was started with."""
-    real.wait()
-    options = {"generation_backend": "vllm_server", "vllm_server_url": [real.url]}
-    with pytest.raises(ConfigurationError, match="runs on a CPU, where vLLM does not apply all new weights"):
-        make_trainer("run", model=servable_llama(tie_word_embeddings=True), **options)
-
-
-def test_no_server_is_an_error_of_one_line(make_trainer):
-    options = {"generation_backend": "vllm_server", "vllm_server_url": ["http://127.0.0.1:9"]}
-    with pytest.raises(GenerationError, match=r"no vLLM server responds there after 0.1 s\. Start one with sapo serve"):
-        make_trainer("run", vllm_server_timeout=0.1, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("staleness", ["0", "2"])
-@pytest.mark.parametrize("lora", ["false", "true"])
-def test_a_run_killed_with_its_server_ends_like_an_undisturbed_one(lora, staleness, real, recipe, tmp_path, start):
-    """SIGKILL to both in the middle, sampled text, another start of both."""
-    flags = ["--vllm_server_url", real.url, "--max_staleness", staleness, "--use_peft", lora, "--lora_r", "4"]
-    flags += ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "2", "--vllm_server_timeout", "90"]
-    command = [sys.executable, "-m", "sapo", "train", "--config", str(recipe), *flags, "--output_dir"]
-    real.wait()
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
-    process = start([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint-4" / "sapo_manifest.json").is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    real.restart()
-    again = [*command, str(tmp_path / "killed"), "--resume_from_checkpoint", "true"]
-    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
-    for file in ("adapter_model" if lora == "true" else "model", "opponent"):
-        name = f"{file}.safetensors" if file != "opponent" else "checkpoint-12/opponent.safetensors"
-        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
-        assert same(ours, theirs)
-
-
-# ---- sapo serve ----
-
-
-@pytest.fixture
-def recipe(folder, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in tiny_rows()))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(
-        f"model_name_or_path: {folder}\ndataset_name: {rows}\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
-        f"max_steps: 3\nper_device_train_batch_size: 2\nsegment_length: 4\nmax_length: {LENGTH}\nmax_staleness: 1\n"
-        f"logging_steps: 1\ngeneration_backend: vllm_server\nvllm_server_url: http://127.0.0.1:{PORT + 1}\n"
-        "report_to: none\nvllm_server_timeout: 5\n"
-    )
-    return file
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
-def test_serve_starts_servers_trains_and_stops_them(recipe, tmp_path):
-    command = [sys.executable, "-m", "sapo", "serve", "--config", str(recipe), "--train", "--vllm_python"]
-    done = subprocess.run(
-        [*command, vllm_python(), "--", "--enforce-eager"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Done after step 3 of 3" in done.stdout
-    rows = metrics_of(tmp_path / "run")
-    assert [row["self_play/staleness"] for row in rows if "loss" in row] == [0, 1, 1]
-    assert not (tmp_path / "run" / "engine").exists()
-    left = subprocess.run(["pgrep", "-f", f"port {PORT + 1}"], capture_output=True, text=True, check=False).stdout
-    assert left == ""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
-def test_serve_says_why_a_server_ended(recipe, tmp_path, capsys):
-    flags = ["--vllm_python", vllm_python(), "--", "--enforce-eager", "--max-num-seqs", "0"]
-    assert main(["serve", "--config", str(recipe), *flags]) == 2
-    shown = capsys.readouterr().err
-    assert "GenerationError: vLLM at http://127.0.0.1:" in shown
-    assert str(tmp_path / f"run-vllm-{PORT + 1}.log") in shown
-
-
-def test_serve_stops_at_a_signal(recipe, tmp_path, start):
-    """With a server that is none: it sleeps, and would for long."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 300\n")
-    python.chmod(0o755)
-    command = [sys.executable, "-m", "sapo", "serve", "--config", str(recipe), "--vllm_python", str(python)]
-    process = start(command, stdout=subprocess.PIPE, text=True)
-    assert "Starting vLLM" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-
-
-def test_serve_without_vllm_or_with_clashing_flags_says_so(recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    command = ["serve", "--config", str(recipe)]
-    assert main(command) == 2
-    assert "name an interpreter that has vLLM with --vllm_python" in capsys.readouterr().err
-    assert main([*command, "--vllm_python", "x", "--devices", "0", "--devices", "1"]) == 2
-    assert "--devices is given 2 times and there are 1 servers" in capsys.readouterr().err
-    assert main([*command, "--vllm_python"]) == 2
-    assert "--vllm_python needs a value" in capsys.readouterr().err
-    assert main([*command, "--generation_backend", "transformers", "--max_staleness", "0"]) == 2
-    assert "ConfigurationError" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError, SapoError
 from tests.faults.mutations import damaged, line, mutated
 from tests.faults.trials import check_one_line, trials
+from tests.prepared import CHATML, talk
 from tests.tiny import byte_tokenizer
-from tests.unit.test_data_prepare import CHATML, talk
 
 CORPUS = [
     [{"messages": talk("hi", "yo", "and you?", "fine", system="Be kind.")}],

@@ -12,9 +12,7 @@ from sapo.generation import decoding, sampling
 from sapo.generation.decoding import TransformersGenerator
 from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import CudaGraph
-from tests.gpu_without_gpu.recorder import Recorder
-from tests.tiny import tiny_llama
-from tests.unit.test_generation import (
+from tests.decoding import (
     ARCHITECTURES,
     END,
     EVERY_ARCHITECTURE,
@@ -24,6 +22,8 @@ from tests.unit.test_generation import (
     generator_for,
     request,
 )
+from tests.gpu_without_gpu.recorder import Recorder
+from tests.tiny import tiny_llama
 
 CAPTURED = [name for name in ARCHITECTURES if name != "lfm2_recurrent"]
 

@@ -14,8 +14,8 @@ from sapo.commands.inputs import load_inputs
 from sapo.commands.main import main
 from sapo.data.examples import collate_examples
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
+from tests.prepared import CHATML, talk
 from tests.tiny import byte_tokenizer
-from tests.unit.test_data_prepare import CHATML, talk
 from tests.unit.test_data_templates import DATED
 
 

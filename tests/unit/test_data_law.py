@@ -12,8 +12,8 @@ from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError, TokenizerError
+from tests.prepared import CHATML
 from tests.tiny import byte_tokenizer
-from tests.unit.test_data_prepare import CHATML
 
 TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
 CALLS = CHATML.replace(

@@ -1,50 +1,24 @@
-import importlib.util
-import os
+"""Laws of prepared rows: prompt and response as a model sees them, what is truncated, dropped or refused."""
+
 import pickle
-from pathlib import Path
 
 import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from sapo.config import SAPOConfig
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, Example, Turn, collate_examples, dataset_digest
-from sapo.data.loading import load_rows
-from sapo.data.parallel import processes_for
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, DatasetError, TokenizerError
-from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer, tiny_llama, tiny_rows, tiny_tokenizer
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
-WIDE = DataOptions(max_length=4096, max_prompt_length=2048)
+from tests.prepared import CHATML, WIDE, prepare, talk, texts_of
+from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def chatml():
     return byte_tokenizer(CHATML)
-
-
-def talk(*texts, system=None):
-    roles = ("user", "assistant")
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return [*head, *({"role": roles[i % 2], "content": text} for i, text in enumerate(texts))]
-
-
-def prepare(rows, tokenizer, options=WIDE, *, source="train.jsonl"):
-    prepared, report = prepare_dataset(rows, tokenizer, options, eos_ids=eos_token_ids(tokenizer, None), source=source)
-    return collate_examples(list(prepared))["examples"], report
-
-
-def texts_of(turn, tokenizer):
-    return tokenizer.decode(list(turn.prompt_ids)), tokenizer.decode(list(turn.response_ids))
 
 
 def test_response_is_what_follows_the_generation_prompt(chatml):
@@ -367,31 +341,6 @@ def test_digest_tells_where_a_prompt_ends():
     assert digest([1, 2], [3]) != digest([1], [2, 3])
 
 
-def test_end_tokens_come_from_all_three_places(chatml):
-    ids = {token: chatml.convert_tokens_to_ids(token) for token in BYTE_SPECIAL_TOKENS}
-    assert eos_token_ids(chatml, None) == {ids["</s>"], ids["<|im_end|>"]}
-    assert eos_token_ids(byte_tokenizer(), None) == {ids["</s>"]}
-    assert eos_token_ids(byte_tokenizer(), 7) == {7, ids["</s>"]}
-    assert eos_token_ids(chatml, [7, 8]) == {7, 8, ids["</s>"], ids["<|im_end|>"]}
-
-
-def test_end_token_survives_an_odd_template():
-    refusing = byte_tokenizer("{{ raise_exception('Only tools here') }}")
-    assert eos_token_ids(refusing, None) == {refusing.eos_token_id}
-    silent = byte_tokenizer("nothing")
-    assert eos_token_ids(silent, None) == {silent.eos_token_id}
-    spoken = byte_tokenizer("{% for m in messages %}{{ m['content'] }} END <s>{% endfor %}")
-    assert eos_token_ids(spoken, None) == {spoken.eos_token_id}
-
-
-def test_no_end_token_at_all_is_refused():
-    tokenizer = byte_tokenizer(eos=None)
-    with pytest.raises(TokenizerError, match=r"no EOS token: .*eos_token in tokenizer_config\.json"):
-        eos_token_ids(tokenizer, None)
-    with pytest.raises(TokenizerError, match=r"eos_token in tokenizer_config\.json"):
-        prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, eos_ids=[3])
-
-
 def test_options_without_room_are_refused():
     with pytest.raises(ConfigurationError, match="max_length=1"):
         DataOptions(1, 1)
@@ -415,138 +364,6 @@ def test_options_follow_the_configuration(tmp_path):
     assert DataOptions.of(config) == DataOptions(**given, paired=True)
 
 
-TEMPLATES = {
-    "llama3": ("<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
-    "gemma": ("<end_of_turn>", ["<start_of_turn>"]),
-    "qwen2_5": ("<|im_end|>", []),
-    "qwen3": ("<|im_end|>", ["<think>", "</think>"]),
-    "phi3": ("<|end|>", ["<|user|>", "<|assistant|>"]),
-    "cohere": ("<|END_OF_TURN_TOKEN|>", ["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"]),
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_published_templates_give_clean_turns(name):
-    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
-    end, others = TEMPLATES[name]
-    tokenizer = byte_tokenizer(
-        (folder / f"{name}.jinja").read_text(encoding="utf-8"),
-        special=(*dict.fromkeys((*BYTE_SPECIAL_TOKENS, end, *others)),),
-    )
-    assert tokenizer.convert_tokens_to_ids(end) in eos_token_ids(tokenizer, None)
-    rows = [{"messages": talk("hi", "yo", "and?", "so")}]
-    examples, report = prepare(rows, tokenizer, DataOptions(4096, 2048, assistant_turns="all"))
-    assert report.boundary_merges == 0
-    for example, reply in zip(examples, ("yo", "so"), strict=True):
-        _, response = texts_of(example.turns[0], tokenizer)
-        assert response.endswith(reply + end)
-        assert response.count(end) == 1
-        assert not any(mark in response for mark in others if "think" not in mark)
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
-@pytest.mark.parametrize(
-    ("file", "layout"),
-    [
-        ("gsm8k/test.jsonl", "question/answer"),
-        ("gpteacher_roleplay/roleplay.json", "alpaca"),
-        ("mt_bench/dummy_conversation.json", "conversations"),
-    ],
-)
-def test_real_data_with_a_real_tokenizer(file, layout):
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k_llama/hf")
-    if layout == "conversations":
-        tokenizer.chat_template = (
-            "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}"
-            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-        )
-    rows = load_rows(DATA / file)[:60]
-    examples, report = prepare(rows, tokenizer, source=file)
-    assert (report.format, report.kept, report.boundary_merges) == (layout, 60, 0)
-    for example in examples:
-        turn = example.turns[0]
-        assert turn.prompt_ids[0] == tokenizer.bos_token_id
-        assert tokenizer.bos_token_id not in turn.response_ids
-        assert turn.response_ids.index(tokenizer.eos_token_id) == len(turn.response_ids) - 1
-    if layout == "question/answer":
-        whole = tokenizer.decode([*examples[0].turns[0].prompt_ids, *examples[0].turns[0].response_ids])
-        assert whole == f"<s> {rows[0]['question']}\n{rows[0]['answer']}</s>"
-
-
-MANY = [
-    {"messages": talk(f"question {i}", f"answer {i}" if i % 7 else " ", system="s" if i % 3 else None), "note": i}
-    for i in range(4500)
-]
-
-
-def test_the_number_of_processes_changes_nothing(chatml, monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    eos = eos_token_ids(chatml, None)
-    rows = [*MANY, {"messages": [{"role": "narrator", "content": "x"}]}, MANY[1]]
-    done = []
-    one, own = prepare_dataset(rows, chatml, WIDE, eos_ids=eos, count_faults=True, progress=done.append)
-    two, other = prepare_dataset(rows, chatml, WIDE, eos_ids=eos, count_faults=True, num_proc=2)
-    assert done == [2048, 4096, len(rows)]
-    assert dataset_digest(one) == dataset_digest(two)
-    own.columns._last.clear()
-    other.columns._last.clear()
-    assert own == other
-    with pytest.raises(DatasetError, match=f"row {len(MANY) + 1} of dataset: message 1"):
-        prepare_dataset(rows, chatml, WIDE, eos_ids=eos, num_proc=2)
-
-
-def test_rows_are_prepared_once_while_nothing_changes(chatml, tmp_path, monkeypatch):
-    eos = eos_token_ids(chatml, None)
-
-    def prepared(rows=MANY[:20], options=WIDE, **more):
-        return prepare_dataset(rows, chatml, options, eos_ids=eos, cache_folder=tmp_path / "cache", **more)
-
-    first, report = prepared()
-    table = datasets.Dataset.from_list(MANY[:20])
-    prepared(table)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr("sapo.data.prepare.in_order", None)
-    again, other = prepared()
-    assert dataset_digest(again) == dataset_digest(first)
-    assert other.lines() == report.lines()
-    assert other.details() == report.details()
-    prepared(table, count_faults=True)
-    changes = [
-        {"rows": [*MANY[:19], MANY[3]]},
-        {"options": DataOptions(100, 50)},
-        {"rows": table.select(range(5))},
-        {"source": "x"},
-    ]
-    for change in changes:
-        with pytest.raises(TypeError, match="not callable"):
-            prepared(**change)
-    code = (("sapo.data.cache.version", lambda name: f"another {name}"), ("sapo.data.cache.__file__", "elsewhere.py"))
-    for name, other in code:
-        with monkeypatch.context() as patch:
-            patch.setattr(name, other)
-            with pytest.raises(TypeError, match="not callable"):
-                prepared()
-    monkeypatch.setattr(chatml, "chat_template", CHATML + " ")
-    with pytest.raises(TypeError, match="not callable"):
-        prepared()
-
-
-def test_prepared_rows_that_are_damaged_or_cannot_be_kept_cost_time_only(chatml, tmp_path, caplog):
-    eos = eos_token_ids(chatml, None)
-    first, _ = prepare_dataset(MANY[:20], chatml, WIDE, eos_ids=eos, cache_folder=tmp_path)
-    (stored,) = tmp_path.glob("*/rows/*.arrow")
-    stored.write_bytes(stored.read_bytes()[:100])
-    again, _ = prepare_dataset(MANY[:20], chatml, WIDE, eos_ids=eos, cache_folder=tmp_path)
-    assert dataset_digest(again) == dataset_digest(first)
-    assert "cannot be read" in caplog.text
-    (tmp_path / "file").write_text("")
-    prepare_dataset(MANY[:20], chatml, WIDE, eos_ids=eos, cache_folder=tmp_path / "file")
-    assert "cannot be kept" in caplog.text
-    for count in range(1, 11):
-        prepare_dataset(MANY[1 : 2 + count], chatml, WIDE, eos_ids=eos, cache_folder=tmp_path / "small")
-    assert len(list((tmp_path / "small").iterdir())) == 8
-
-
 def test_tokens_are_those_of_the_tokenizers_own_call():
     """Also of a tokenizer that was saved while it truncated and padded, and of one without a backend in Rust."""
     tokenizer = byte_tokenizer(CHATML)
@@ -562,16 +379,6 @@ def test_tokens_are_those_of_the_tokenizers_own_call():
     slow, _ = prepare_dataset(rows, tokenizer, WIDE, eos_ids=[tokenizer.eos_token_id])
     assert fast.to_list() == slow.to_list()
     assert len(fast[0]["response_ids"][0]) > 200
-
-
-def test_as_many_processes_as_pay(monkeypatch):
-    monkeypatch.setattr("sapo.data.parallel.os.sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert [processes_for(rows) for rows in (10, 19_999, 20_000, 40_000, 10**6)] == [1, 1, 2, 4, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes_for(10**6) == 2
-
-
-# ---- Tokens beyond the embeddings ----
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])

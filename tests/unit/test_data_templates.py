@@ -1,6 +1,7 @@
 """What a chat template prints, and what of it is trained on."""
 
 import datetime
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from transformers import AutoTokenizer
 from sapo.data.clock import dated_template, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions, collate_examples, dataset_digest
+from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.data.rendering import Renderer
-from sapo.errors import DatasetError
+from sapo.errors import DatasetError, TokenizerError
+from tests.prepared import CHATML, WIDE, prepare, talk, texts_of
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
-from tests.unit.test_data_prepare import CHATML, WIDE, prepare, talk, texts_of
 
 TOOLS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] or '') }}"
@@ -310,3 +312,89 @@ def test_short_messages_are_looked_for_in_one_rendering(monkeypatch):
         rendered.clear()
         prepare([{"messages": talk(*["ok", "yes"] * size)}], byte_tokenizer(CHATML))
         assert len(rendered) <= 8
+
+
+DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+TEMPLATES = {
+    "llama3": ("<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "gemma": ("<end_of_turn>", ["<start_of_turn>"]),
+    "qwen2_5": ("<|im_end|>", []),
+    "qwen3": ("<|im_end|>", ["<think>", "</think>"]),
+    "phi3": ("<|end|>", ["<|user|>", "<|assistant|>"]),
+    "cohere": ("<|END_OF_TURN_TOKEN|>", ["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"]),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_published_templates_give_clean_turns(name):
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    end, others = TEMPLATES[name]
+    tokenizer = byte_tokenizer(
+        (folder / f"{name}.jinja").read_text(encoding="utf-8"),
+        special=(*dict.fromkeys((*BYTE_SPECIAL_TOKENS, end, *others)),),
+    )
+    assert tokenizer.convert_tokens_to_ids(end) in eos_token_ids(tokenizer, None)
+    rows = [{"messages": talk("hi", "yo", "and?", "so")}]
+    examples, report = prepare(rows, tokenizer, DataOptions(4096, 2048, assistant_turns="all"))
+    assert report.boundary_merges == 0
+    for example, reply in zip(examples, ("yo", "so"), strict=True):
+        _, response = texts_of(example.turns[0], tokenizer)
+        assert response.endswith(reply + end)
+        assert response.count(end) == 1
+        assert not any(mark in response for mark in others if "think" not in mark)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
+@pytest.mark.parametrize(
+    ("file", "layout"),
+    [
+        ("gsm8k/test.jsonl", "question/answer"),
+        ("gpteacher_roleplay/roleplay.json", "alpaca"),
+        ("mt_bench/dummy_conversation.json", "conversations"),
+    ],
+)
+def test_real_data_with_a_real_tokenizer(file, layout):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k_llama/hf")
+    if layout == "conversations":
+        tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+    rows = load_rows(DATA / file)[:60]
+    examples, report = prepare(rows, tokenizer, source=file)
+    assert (report.format, report.kept, report.boundary_merges) == (layout, 60, 0)
+    for example in examples:
+        turn = example.turns[0]
+        assert turn.prompt_ids[0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in turn.response_ids
+        assert turn.response_ids.index(tokenizer.eos_token_id) == len(turn.response_ids) - 1
+    if layout == "question/answer":
+        whole = tokenizer.decode([*examples[0].turns[0].prompt_ids, *examples[0].turns[0].response_ids])
+        assert whole == f"<s> {rows[0]['question']}\n{rows[0]['answer']}</s>"
+
+
+def test_end_tokens_come_from_all_three_places(chatml):
+    ids = {token: chatml.convert_tokens_to_ids(token) for token in BYTE_SPECIAL_TOKENS}
+    assert eos_token_ids(chatml, None) == {ids["</s>"], ids["<|im_end|>"]}
+    assert eos_token_ids(byte_tokenizer(), None) == {ids["</s>"]}
+    assert eos_token_ids(byte_tokenizer(), 7) == {7, ids["</s>"]}
+    assert eos_token_ids(chatml, [7, 8]) == {7, 8, ids["</s>"], ids["<|im_end|>"]}
+
+
+def test_end_token_survives_an_odd_template():
+    refusing = byte_tokenizer("{{ raise_exception('Only tools here') }}")
+    assert eos_token_ids(refusing, None) == {refusing.eos_token_id}
+    silent = byte_tokenizer("nothing")
+    assert eos_token_ids(silent, None) == {silent.eos_token_id}
+    spoken = byte_tokenizer("{% for m in messages %}{{ m['content'] }} END <s>{% endfor %}")
+    assert eos_token_ids(spoken, None) == {spoken.eos_token_id}
+
+
+def test_no_end_token_at_all_is_refused():
+    tokenizer = byte_tokenizer(eos=None)
+    with pytest.raises(TokenizerError, match=r"no EOS token: .*eos_token in tokenizer_config\.json"):
+        eos_token_ids(tokenizer, None)
+    with pytest.raises(TokenizerError, match=r"eos_token in tokenizer_config\.json"):
+        prepare_dataset([{"prompt": "a", "completion": "b"}], tokenizer, WIDE, eos_ids=[3])

@@ -16,104 +16,30 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sapo.errors import ConfigurationError, ModelError
-from sapo.estimate.tracing import Account
 from sapo.generation.decoding import TransformersGenerator
-from sapo.generation.kv_cache import RoomyLayer, joined, keep_rows, make_room, surviving_rows
 from sapo.generation.protocol import Generator
 from sapo.generation.sampling import Sampling
-from sapo.generation.scripted import GenerateCall, ScriptedGenerator
+from sapo.generation.scripted import ScriptedGenerator
+from tests.decoding import (
+    END,
+    EVERY_ARCHITECTURE,
+    GREEDY,
+    OTHER_END,
+    PAD,
+    VOCABULARY,
+    Spy,
+    built,
+    common,
+    generator_for,
+    greedy_text,
+    request,
+)
 from tests.tiny import enable_checkpointing
-
-PAD, END, OTHER_END, VOCABULARY = 0, 1, 2, 64
-GREEDY = Sampling(temperature=0)
-
-common = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,  # wide enough that tiny models do not repeat one token
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": PAD,
-    "attention_dropout": 0.1,  # active in training mode only
-}
-sliding_then_full = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-ARCHITECTURES = {
-    "llama": (transformers.LlamaConfig, {}),
-    "qwen2": (transformers.Qwen2Config, {}),
-    "qwen3": (transformers.Qwen3Config, {}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": 6}),
-    "mistral_window_as_long_as_the_text": (transformers.MistralConfig, {"sliding_window": 40}),
-    "gemma3": (transformers.Gemma3TextConfig, sliding_then_full),
-    "gpt2": (transformers.GPT2Config, {"activation_function": "gelu", "attn_pdrop": 0.1, "embd_pdrop": 0.1}),
-    "eager": (transformers.LlamaConfig, {"attn_implementation": "eager"}),
-    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "output_router_logits": True}),
-    "lfm2_recurrent": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
-}
-EVERY_ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@functools.cache
-def built(name):
-    config_class, options = ARCHITECTURES[name]
-    options = dict(options)
-    implementation = options.pop("attn_implementation", "sdpa")
-    torch.manual_seed(3)
-    config = config_class(**(common | options))
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
 @pytest.fixture
 def llama():
     return copy.deepcopy(built("llama"))
-
-
-def generator_for(model, sampling=None, *, eos_ids=(), batch_size=None):
-    return TransformersGenerator(
-        lambda: contextlib.nullcontext(model),
-        sampling or Sampling(),
-        eos_ids=eos_ids,
-        pad_token_id=PAD,
-        batch_size=batch_size,
-    )
-
-
-def request(rows=9, seed=0, longest=14):
-    """Ragged contexts of any tokens (pad and end tokens among them), budgets 0 to 18, seeds."""
-    rng = random.Random(seed)
-    contexts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest))] for _ in range(rows)]
-    budgets = [0, 1, *(rng.randint(2, 18) for _ in range(rows - 2))]
-    return contexts, budgets, [rng.getrandbits(63) for _ in range(rows)]
-
-
-def greedy_text(model, context, budget, eos_ids=()):
-    """What `generate` writes after one context, without any padding."""
-    if budget == 0:
-        return []
-    ids = torch.tensor([list(context)])
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=budget, eos_token_id=list(eos_ids) or None, pad_token_id=PAD
-    )
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return out[0, len(context) :].tolist()
-
-
-class Spy:
-    """Notes the shape of what goes into a model."""
-
-    def __init__(self, model):
-        self.shapes = []
-        self.caches = []
-        self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
-
-    def note(self, module, args, kwargs):
-        self.shapes.append(tuple(kwargs["input_ids"].shape))
-        self.caches.append(kwargs["past_key_values"])
 
 
 @EVERY_ARCHITECTURE
@@ -236,50 +162,6 @@ def test_prompt_starting_with_pad(name):
     contexts = [[PAD, PAD, 9, PAD, 12], [9, 12], [PAD], [5] * 9]
     expected = [greedy_text(model, context, 6) for context in contexts]
     assert generator_for(model, GREEDY).generate(contexts, [6] * 4, range(4)) == expected
-
-
-def test_a_cache_grows_past_its_room(monkeypatch):
-    monkeypatch.setattr("sapo.generation.kv_cache._ROOM", 3)
-    model = built("llama")
-    contexts, budgets, seeds = request(seed=5)
-    expected = [greedy_text(model, c, b) for c, b in zip(contexts, budgets, strict=True)]
-    assert generator_for(model, GREEDY).generate(contexts, budgets, seeds) == expected
-
-
-def test_layers_that_grow_are_given_room():
-    for name, kinds in {"llama": [True, True], "mistral": [False, False], "gemma3": [False, True]}.items():
-        model = built(name)
-        spy = Spy(model)
-        generator_for(model).generate([[5, 6, 7]], [6], [1])
-        spy.handle.remove()
-        assert [isinstance(layer, RoomyLayer) for layer in spy.caches[-1].layers] == kinds
-
-
-def test_caches_are_joined_layer_by_layer():
-    """No more than a layer's keys or values are held twice at a time."""
-    with Account([]) as account:
-        caches = [transformers.DynamicCache(), transformers.DynamicCache()]
-        for layer in range(4):
-            for rows, cache in zip((2, 1), caches, strict=True):
-                cache.update(torch.full((rows, 1, 8, 64), rows), torch.full((rows, 1, 8, 64), rows), layer)
-        whole = joined(caches, torch.tensor([2, 0, 1]))
-    held = 2 * sum(layer.keys.nbytes for layer in whole.layers)
-    assert whole.layers[-1].keys[:, 0, 0, 0].tolist() == [2, 1, 2]
-    assert account.trace.bytes < 1.3 * held
-
-
-def test_rows_move_only_into_free_places():
-    assert surviving_rows([0, 1, 2]) == [0, 1, 2]
-    assert surviving_rows([1, 2, 4, 5]) == [4, 1, 2, 5]
-    assert surviving_rows([3]) == [3]
-
-
-def test_caches_of_other_kinds_are_reordered():
-    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-    cache.self_attention_cache.update(torch.arange(3.0)[:, None, None, None], torch.zeros(3, 1, 1, 1), 0)
-    make_room(cache, 4)
-    keep_rows(cache, [2, 1], torch.device("cpu"))
-    assert cache.self_attention_cache.layers[0].keys.flatten().tolist() == [2.0, 1.0]
 
 
 def snapshot(model):
@@ -505,28 +387,3 @@ def test_a_request_that_breaks_the_contract_is_refused(make):
         generator.generate([[5], [6]], [-1, 0], [1, 2])
     with pytest.raises(ConfigurationError, match="2 contexts, 1 budgets and 2 seeds"):
         generator.generate([[5], [6]], [1], [1, 2])
-
-
-def test_scripted_replies_come_in_order_and_calls_are_kept():
-    fake = ScriptedGenerator([[[7, 8]], [[], [9]]])
-    assert fake.generate([(1, 2)], [2], [5]) == [[7, 8]]
-    assert fake.generate([[1], [2]], [0, 3], [6, 7]) == [[], [9]]
-    assert fake.calls == [GenerateCall([[1, 2]], [2], [5]), GenerateCall([[1], [2]], [0, 3], [6, 7])]
-    with pytest.raises(ConfigurationError, match="call 2: the script has only 2 replies"):
-        fake.generate([[1]], [1], [1])
-
-
-def test_scripted_function_answers_every_call():
-    fake = ScriptedGenerator(
-        lambda contexts, budgets, seeds: [[seed] * budget for seed, budget in zip(seeds, budgets, strict=True)]
-    )
-    assert fake.generate([[1], [2]], [1, 2], [8, 9]) == [[8], [9, 9]]
-    assert fake.generate([[1]], [0], [8]) == [[]]
-    assert len(fake.calls) == 2
-
-
-def test_scripted_reply_must_fit_the_request():
-    with pytest.raises(ConfigurationError, match="call 0: the script has 1 rows for 2 contexts"):
-        ScriptedGenerator([[[7]]]).generate([[1], [2]], [1, 1], [1, 2])
-    with pytest.raises(ConfigurationError, match="call 0, row 0: the reply has 2 tokens, the budget is 1"):
-        ScriptedGenerator([[[7, 8]]]).generate([[1]], [1], [1])

@@ -8,8 +8,8 @@ from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import ConfigurationError, DatasetError
 from sapo.generation.scripted import ScriptedGenerator
+from tests.prepared import CHATML, talk
 from tests.tiny import byte_tokenizer, tiny_rows
-from tests.unit.test_data_prepare import CHATML, talk
 
 BAD = "Be unhelpful."
 SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.tiny import WORDS
+from tests.tiny import WORDS, write_rows
 
 JUDGE_PROMPT = (
     "<|im_start|>system\nRank.\n<|im_end|>\n<|im_start|>user\n"
@@ -41,7 +41,7 @@ def write_mt_bench(folder):
         ("judge_prompts.jsonl", prompts),
         ("reference_answer_gpt-4.jsonl", references),
     ):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / name, rows)
     return folder
 
 

@@ -7,6 +7,7 @@ import random
 import yaml
 
 from sapo import SAPOConfig
+from tests.tiny import write_rows
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & <!-- \u2028"
 
@@ -86,11 +87,11 @@ def write_run(folder, *, steps=100, every=1, pairs=None, evaluations=(), **chang
         for step, loss in evaluations
     ]
     rows.append({"step": steps, "train_runtime": 3700.0, "train_loss": 0.5})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     if pairs is None:
         rng = random.Random(0)
         pairs = [kept_pair(1 + 5 * (i // 4), i % 4, rng, kind="followed") for i in range(20)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_rows(folder / "pairs.jsonl", pairs)
     config = SAPOConfig(output_dir=str(folder), use_cpu=True, beta=0.25, report_to="none")
     (folder / "sapo_config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     facts = {"model": "some/model", "parameters": 7_241_732_096, "trained_parameters": 7_241_732_096, "adapter": False}

@@ -1,5 +1,6 @@
 """Models, tokenizers and rows small enough for tests."""
 
+import json
 import random
 
 import torch
@@ -66,11 +67,17 @@ def tiny_llama(seed=0, dtype=torch.float32, **overrides):
     return LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
 
 
-def save_tiny(folder, seed=0, **overrides):
+def save_tiny(folder, seed=0, *, tokenizer=None, **overrides):
     """Write `tiny_llama` with its tokenizer; returns the folder."""
     tiny_llama(seed, **overrides).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def write_rows(file, rows=None):
+    """Write rows, by default `tiny_rows`, as JSON lines; returns the file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in (tiny_rows() if rows is None else rows)))
+    return file
 
 
 def tiny_rows(count=24, seed=0, paired=False):

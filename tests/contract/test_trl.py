@@ -1,7 +1,6 @@
 """What we take from trl, and that our DPO loss is its."""
 
 import inspect
-import json
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from sapo.data.prepare import prepare_dataset
 from sapo.preference.batches import collate_pairs
 from sapo.preference.pairs import paired
 from sapo.preference.scoring import score
-from tests.tiny import tiny_llama, tiny_rows
+from tests.tiny import save_tiny, tiny_llama, tiny_rows, write_rows
 
 
 @pytest.mark.parametrize(
@@ -142,9 +141,8 @@ def test_trl_dpo_loss_equals_ours(loss_type, loss_weights, count, tokenizer, mak
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16
 def test_trl_reads_written_pairs(tokenizer, tmp_path):
     model, file = tmp_path / "model", tmp_path / "pairs.parquet"
-    tiny_llama().save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(6)))
+    save_tiny(model, tokenizer=tokenizer)
+    write_rows(tmp_path / "rows.jsonl", tiny_rows(6))
     flags = ["--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "40"]
     more = ["--segment_length", "none", "--max_new_tokens", "30", "--use_cpu", "--output_file", str(file)]
     assert main(["generate", *flags, *more]) == 0

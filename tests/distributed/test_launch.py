@@ -20,13 +20,13 @@ from sapo.commands.parser import parse_command
 from sapo.errors import ConfigurationError
 from sapo.runs.checkpoint import verify
 from tests.distributed.processes import ROOT
-from tests.tiny import save_tiny, tiny_llama, tiny_rows
+from tests.tiny import save_tiny, tiny_llama, write_rows
 
 
 @pytest.fixture
 def command(tmp_path):
     save_tiny(tmp_path / "model")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "train.jsonl")
     return [
         "train", "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "train.jsonl"),
         "--use_cpu", "--ddp_backend", "gloo", "--max_steps", "2", "--per_device_train_batch_size", "2",

@@ -1,6 +1,5 @@
 """Laws of self-play in rounds with several processes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from safetensors.torch import load_file
 from sapo.demo.build import MODEL_FOLDER
 from sapo.demo.tasks import TRAIN_ROWS
 from tests.distributed.processes import ROOT
+from tests.tiny import write_rows
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_pairs_and_train_to_the_weights_of_one(tmp_path):
     data = tmp_path / "rows.jsonl"
     # More than one part, so that both processes write.
-    data.write_text("".join(json.dumps(row) + "\n" for row in TRAIN_ROWS[:300]))
+    write_rows(data, TRAIN_ROWS[:300])
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)

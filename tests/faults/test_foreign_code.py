@@ -15,7 +15,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.main import main
 from sapo.errors import ConfigurationError, ModelError, SapoError
-from tests.tiny import save_tiny, tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_rows, tiny_tokenizer, write_rows
 
 RUN = ["--use_cpu", "--max_length", "32", "--segment_length", "4", "--report_to", "none"]
 REFUSED = ("code from a model is never run", "is not a causal language model")
@@ -59,7 +59,7 @@ def trap(request, tmp_path, monkeypatch):
         given = tmp_path / "adapter"
         get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).save_pretrained(given)
         write(given, "adapter_config.json", base_model_name_or_path=str(folder))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     return given, owned, request.param is with_tokenizer_code
 
 
@@ -141,7 +141,7 @@ def test_options_of_a_recipe_that_would_run_foreign_code_are_refused(given, tmp_
 
 def test_the_flag_for_foreign_code_is_refused(tmp_path, capsys):
     save_tiny(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     for command in ("train", "generate", "data check", "estimate"):
         assert main([*commands(tmp_path / "model", tmp_path)[command], "--trust_remote_code"]) == 2
         assert "trust_remote_code" in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(tmp_path):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks for modules in the working folder")
 def test_modules_in_the_working_folder_are_not_run(tmp_path):
     save_tiny(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     for name in ("types", "multiprocessing", "torch", "datasets", "tokenizers"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\n")
     started = "import sys; sys.path[:] = [p for p in sys.path if p]; from sapo.__main__ import run; sys.exit(run())"

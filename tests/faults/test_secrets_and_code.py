@@ -6,7 +6,7 @@ import pytest
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.main import main
-from tests.tiny import save_tiny, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_rows, tiny_tokenizer, write_rows
 
 SECRET = "hf_thisIsNobodysToken"
 
@@ -17,7 +17,7 @@ def model(tmp_path):
 
 
 def command(model, out, *more):
-    (out.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(out.parent / "train.jsonl")
     return [
         "train", "--model_name_or_path", str(model), "--dataset_name", str(out.parent / "train.jsonl"),
         "--output_dir", str(out), "--use_cpu", "--gradient_checkpointing", "false", "--max_steps", "2",

@@ -4,7 +4,6 @@ SAPO_TEST_DEVICE=cpu runs those that need no CUDA kernel on the processor, which
 """
 
 import contextlib
-import json
 import math
 import os
 import random
@@ -26,7 +25,7 @@ from sapo.preference.batches import collate_pairs
 from sapo.preference.scoring import prepare_shared_layout, score
 from tests.integration.test_precision import PUBLISHED, check_first_margin, lines
 from tests.runs import metrics_of
-from tests.tiny import QUANTIZED, tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import QUANTIZED, tiny_llama, tiny_tokenizer, write_rows
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device(os.environ.get("SAPO_TEST_DEVICE", "cuda"))
@@ -72,7 +71,7 @@ def test_every_role_is_on_one_device(lora, make_trainer):
 def test_sapo_train_puts_a_model_on_one_gpu(tmp_path):
     llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     command = [
         *(sys.executable, "-m", "sapo", "train", "--config", "lora-dpo", "--model_name_or_path", tmp_path / "model"),
         *("--dataset_name", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run", "--max_steps", "2"),
@@ -96,7 +95,7 @@ def test_every_strategy_begins_with_a_margin_of_zero(strategy, tmp_path):
         pytest.importorskip("deepspeed")
     llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     command = [
         *(
             sys.executable,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sapo.commands.catalog import LAUNCHER
 from tests.judged import JUDGE_PROMPT, write_baseline, write_mt_bench
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -190,8 +190,7 @@ def foreign(command):
 def furnish(folder, tokenizer):
     """Put into a folder what the pages take for granted: a model, rows, a recipe."""
     tokenizer.chat_template = TEMPLATE
-    tiny_llama().save_pretrained(folder / "tiny-model")
-    tokenizer.save_pretrained(folder / "tiny-model")
+    save_tiny(folder / "tiny-model", tokenizer=tokenizer)
     tokenizer.chat_template = None
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5 w6 w7 w8"}]
     for name in ("my.jsonl", "held-out.jsonl"):

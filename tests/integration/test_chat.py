@@ -25,7 +25,7 @@ from sapo.errors import TokenizerError
 from sapo.evaluation.targets import find_targets
 from sapo.generation.sampling import Sampling
 from tests.integration.pages import TEMPLATE
-from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama, write_rows
 
 GREEDY = Sampling(0.0, 0, 1.0)
 
@@ -34,8 +34,7 @@ GREEDY = Sampling(0.0, 0, 1.0)
 def make_run(make_trainer, tokenizer, tmp_path):
     def make(*, lora):
         tokenizer.chat_template = TEMPLATE
-        tiny_llama().save_pretrained(tmp_path / "start")
-        tokenizer.save_pretrained(tmp_path / "start")
+        save_tiny(tmp_path / "start", tokenizer=tokenizer)
         model = tiny_llama().from_pretrained(tmp_path / "start")
         trainer = make_trainer("run", lora=lora, model=model, learning_rate=0.1, ema_decay=0.9)
         trainer.train()
@@ -84,9 +83,8 @@ def test_a_run_whose_start_is_gone_answers_without_it(make_run, tmp_path, caplog
 
 def test_a_run_that_started_from_an_adapter_shows_it_as_the_start(make_run, tmp_path, capsys):
     earlier = make_run(lora=True)
-    rows = "".join(json.dumps(row) + "\n" for row in tiny_rows())
-    (tmp_path / "rows.jsonl").write_text(rows)
-    command = ["train", "--model_name_or_path", str(earlier), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    rows = write_rows(tmp_path / "rows.jsonl")
+    command = ["train", "--model_name_or_path", str(earlier), "--dataset_name", str(rows)]
     command += ["--output_dir", str(tmp_path / "later"), "--max_steps", "2", "--learning_rate", "0.1", "--use_cpu"]
     command += ["--max_length", "32", "--segment_length", "4", "--report_to", "none"]
     assert main([*command, "--gradient_checkpointing", "false"]) == 0
@@ -151,9 +149,8 @@ def test_the_command_speaks_with_the_models_template(make_run, tmp_path, capsys,
     assert [out.count(f"{name}> ") for name in ("start", "opponent", "policy")] == [2, 2, 2]
 
 
-def test_without_a_template_each_line_is_sent_as_it_is(tmp_path, tokenizer, capsys):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_without_a_template_each_line_is_sent_as_it_is(tmp_path, capsys):
+    save_tiny(tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--prompt", "w1", "--max_new_tokens", "3", "--temperature", "0"]
     assert main(command) == 0
     note, answer = capsys.readouterr().out.splitlines()

@@ -16,22 +16,17 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.commands.main import main
 from sapo.data.loading import load_rows
 from tests.runs import metrics_of, refused
-from tests.tiny import tiny_llama, tiny_rows
+from tests.tiny import save_tiny, tiny_rows, write_rows
 
 
 @pytest.fixture
-def model(tmp_path, tokenizer):
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model(tmp_path):
+    return save_tiny(tmp_path / "model")
 
 
 @pytest.fixture
 def data(tmp_path):
-    file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
-    return file
+    return write_rows(tmp_path / "train.jsonl")
 
 
 def command(model, data, out, *more):
@@ -144,7 +139,7 @@ def mixture(tmp_path):
         "questions.jsonl": [{"question": row["prompt"], "answer": row["chosen"]} for row in rows[5:]],
     }
     for name, content in shapes.items():
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(tmp_path / name, content)
     recipe = tmp_path / "mixture.yaml"
     members = [
         {"path": "json", "data_files": str(tmp_path / "pairs.jsonl")},

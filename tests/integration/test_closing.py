@@ -1,6 +1,5 @@
 """Laws of what a run says: numbers from the first step to the last, no claims from a few pairs, commands that work."""
 
-import json
 import re
 import shlex
 
@@ -14,6 +13,7 @@ from sapo.runs.metrics import ACCURACY, LOSS
 from sapo.runs.reading import read_run
 from tests.integration.test_cli import command, data, model  # noqa: F401 - fixtures
 from tests.reports import write_run
+from tests.tiny import write_rows
 
 
 def defaults(arguments):
@@ -94,7 +94,7 @@ def test_enough_pairs_make_one_and_say_how_many(tmp_path):
 def test_means_of_start_and_end_weigh_log_lines_by_their_pairs(tmp_path):
     folder = write_run(tmp_path / "run", steps=40)
     rows = [{"step": step, "loss": loss} for step, loss in ((1, 8.0), (11, 2.0), (21, 2.0), (31, 2.0), (40, 1.0))]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     change = change_of(read_run(folder), LOSS)
     # 1 step and 10 steps of 8 pairs each; the last 9 have enough alone.
     assert change.first == pytest.approx((8.0 + 10 * 2.0) / 11)

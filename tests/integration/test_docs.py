@@ -26,7 +26,7 @@ from tests.integration.pages import DOCS, PAGES, ROOT
 from tests.integration.test_hub import Hub
 from tests.judge_server import arithmetic, serving
 from tests.reports import write_run
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny
 from tests.vllm_servers import StandIn
 
 NAMED = [page for page in PAGES if pages.commands(page)]
@@ -143,8 +143,7 @@ def test_completion_is_evaluated_by_a_shell():
 @pytest.mark.slow
 def test_trls_commands_run(reader, tokenizer):
     """SFT of a base model with the template of another, and DPO on pairs that `sapo generate` wrote."""
-    tiny_llama().save_pretrained(reader / "tiny-base")
-    tokenizer.save_pretrained(reader / "tiny-base")
+    save_tiny(reader / "tiny-base", tokenizer=tokenizer)
     (reader / "data").mkdir()
     shutil.copy(reader / "my.jsonl", reader / "data")
     shutil.copy(FOLDER / "trl-sft.yaml", reader)

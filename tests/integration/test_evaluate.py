@@ -15,17 +15,15 @@ from sapo.evaluation import local
 from sapo.generation.decoding import TransformersGenerator
 from tests.judge_server import KEY, serving
 from tests.judged import JUDGE_PROMPT, write_baseline, write_mt_bench
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_rows, tiny_tokenizer, write_rows
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 
 def save_model(folder, *, seed=0, template=TEMPLATE, **overrides):
-    model, tokenizer = tiny_llama(seed=seed, **overrides), tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, seed, tokenizer=tokenizer, **overrides)
 
 
 @pytest.fixture
@@ -35,9 +33,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def held_out(tmp_path):
-    file = tmp_path / "held-out.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(10, seed=3)))
-    return file
+    return write_rows(tmp_path / "held-out.jsonl", tiny_rows(10, seed=3))
 
 
 @pytest.fixture

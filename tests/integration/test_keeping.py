@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.opponent import BaseModel, ModelCopy
 from tests.integration.test_evaluate import save_model
 from tests.runs import metrics_of
-from tests.tiny import tiny_llama, tiny_rows
+from tests.tiny import tiny_llama, tiny_rows, write_rows
 
 
 def logged(trainer):
@@ -88,8 +86,8 @@ def test_a_run_without_its_replies_cannot_resume(make_trainer):
 
 
 def test_generated_replies_can_be_replayed(tmp_path, make_trainer, capsys):
-    model, prompts = save_model(tmp_path / "model"), tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in tiny_rows(12)))
+    model = save_model(tmp_path / "model")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in tiny_rows(12)])
     file = tmp_path / "replies.parquet"
     flags = ["--model_name_or_path", str(model), "--output_file", str(file), "--max_new_tokens", "6", "--use_cpu"]
     assert main(["generate", "--self_replay", str(prompts), *flags, "--max_length", "60"]) == 0

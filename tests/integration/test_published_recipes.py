@@ -17,6 +17,7 @@ from sapo.data.prepare import prepare_dataset
 from sapo.weights.description import load_template_tokenizer
 from tests.bases import BASES, CONVERSATION, save_base
 from tests.runs import metrics_of
+from tests.tiny import write_rows
 
 SMALLER = (
     "--use_cpu", "--bf16", "false", "--dtype", "float32", "--optim", "adamw_torch", "--max_steps", "2",
@@ -32,9 +33,7 @@ def rows(count=6):
 
 @pytest.fixture
 def data(tmp_path):
-    file = tmp_path / "train_sft.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    return file
+    return write_rows(tmp_path / "train_sft.jsonl", rows())
 
 
 def train(recipe, model, data, out, *more):

@@ -19,7 +19,7 @@ from sapo.data.loading import load_rows
 from sapo.runs.checkpoint import read_state
 from sapo.weights.digest import weights_digest
 from tests.runs import metrics_of, refused
-from tests.tiny import tiny_llama, tiny_rows
+from tests.tiny import save_tiny, tiny_llama, tiny_rows, write_rows
 from tests.vllm_servers import StandIn
 
 ITERATIONS = 2
@@ -31,18 +31,13 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(base, tokenizer):
-    folder = base / "model"
-    tiny_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model(base):
+    return save_tiny(base / "model")
 
 
 @pytest.fixture(scope="module")
 def data(base):
-    file = base / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(12)))
-    return file
+    return write_rows(base / "train.jsonl", tiny_rows(12))
 
 
 def pairs_flags(model, data):
@@ -236,7 +231,7 @@ def test_conversations_stay_conversations(tmp_path):
     from sapo.demo.tasks import TRAIN_ROWS
 
     data = tmp_path / "talks.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in TRAIN_ROWS[:6]))
+    write_rows(data, TRAIN_ROWS[:6])
     file = tmp_path / "pairs.parquet"
     flags = [*pairs_flags(MODEL_FOLDER, data), "--skip_identical", "false", "--temperature", "1.5"]
     assert main(["generate", *flags, "--max_length", "64", "--output_file", str(file)]) == 0
@@ -263,8 +258,8 @@ def test_an_opponent_with_its_own_system_message_writes_what_it_would_to_rows_th
         ("rows", told, []),
         ("no", bare, []),
     ):
-        data, file = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.parquet"
-        data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+        data = write_rows(tmp_path / f"{name}.jsonl", [{"messages": messages} for messages in talks])
+        file = tmp_path / f"{name}.parquet"
         flags = [*pairs_flags(model, data), "--skip_identical", "false", "--temperature", "1.5"]
         assert main(["generate", *flags, *more, "--max_length", "64", "--output_file", str(file)]) == 0
         found[name] = list(load_rows(file))

@@ -1,6 +1,5 @@
 """Laws of `sapo serve`: it starts the servers of a recipe, runs it beside them, and stops them."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,17 +11,17 @@ from safetensors.torch import load_file
 from sapo.commands.main import main
 from tests.integration.test_engine_queue import same
 from tests.runs import metrics_of
-from tests.tiny import tiny_rows
+from tests.tiny import tiny_rows, write_rows
 from tests.vllm_servers import LENGTH, NO_VLLM, PORT, vllm_python
 
 
 @pytest.fixture
 def recipe(served, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in tiny_rows()))
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny_rows()]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"model_name_or_path: {served}\ndataset_name: {rows}\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
+        f"model_name_or_path: {served}\ndataset_name: {data}\noutput_dir: {tmp_path / 'run'}\nuse_cpu: true\n"
         f"max_steps: 3\nper_device_train_batch_size: 2\nsegment_length: 4\nmax_length: {LENGTH}\nmax_staleness: 1\n"
         f"logging_steps: 1\ngeneration_backend: vllm_server\nvllm_server_url: http://127.0.0.1:{PORT + 1}\n"
         "report_to: none\nvllm_server_timeout: 5\n"

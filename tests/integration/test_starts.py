@@ -13,7 +13,7 @@ from sapo.commands.main import main
 from sapo.errors import ModelError
 from sapo.weights import description, loading, source
 from tests.integration.pages import TEMPLATE
-from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama, write_rows
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -25,9 +25,8 @@ def logits(model):
 
 @pytest.fixture
 def adapter(tokenizer, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_tiny(tmp_path / "base", tokenizer=tokenizer)
     tokenizer.chat_template = None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
@@ -41,7 +40,7 @@ def adapter(tokenizer, tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "rows.jsonl")
 
     def run(start, *flags, folder="run"):
         command = ["train", "--model_name_or_path", str(start), "--dataset_name", str(tmp_path / "rows.jsonl")]

@@ -1,6 +1,5 @@
 """Runs of the command line with vLLM in the training process: what they end with, and after a kill."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from sapo.runs.checkpoint import verify
 from tests.colocated import NEEDS_VLLM, model
 from tests.runs import metrics_of
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.tiny import tiny_tokenizer, write_rows
 
 pytestmark = NEEDS_VLLM
 
@@ -28,7 +27,7 @@ TIMES = ("time/", "memory/", "tokens_per_second", "train_")
 def begin(tmp_path, start):
     model(0).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    write_rows(tmp_path / "train.jsonl")
 
     def started(folder, *more):
         command = [

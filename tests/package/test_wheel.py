@@ -1,6 +1,5 @@
 """The package as users get it: built, installed into an empty environment, and run outside the checkout."""
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import pytest
 
 import sapo
 from sapo.commands.recipes import FOLDER
-from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_rows, tiny_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("src", "tests", "docs", "benchmarks")
@@ -117,9 +116,8 @@ def test_the_installed_command_trains_by_a_shipped_recipe(installed):
     folder, run = installed
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tiny_llama().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    save_tiny(folder / "model", tokenizer=tokenizer)
+    write_rows(folder / "rows.jsonl", tiny_rows(8))
     small = ["--max_steps", "2", "--max_length", "32", "--segment_length", "4", "--logging_steps", "1"]
     out = run(
         "sapo", "train", "--config", "tiny-cpu-orpo", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl",

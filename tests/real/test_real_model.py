@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from sapo.errors import EvaluationError
 from sapo.evaluation.harness_data import require_packages
+from tests.tiny import write_rows
 
 MODEL = os.environ.get("SAPO_TEST_REAL_MODEL", "")
 RESULTS = os.environ.get("SAPO_TEST_REAL_RESULTS")
@@ -62,7 +63,7 @@ def rows(count=24, seed=0):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     for name, seed in (("train", 0), ("test", 1)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(seed=seed)))
+        write_rows(folder / f"{name}.jsonl", rows(seed=seed))
     return folder
 
 

@@ -4,7 +4,8 @@ from peft import LoraConfig, get_peft_model
 
 from sapo import SAPOConfig
 from sapo.weights import loading
-from tests.tiny import save_tiny
+from tests.prepared import CHATML
+from tests.tiny import byte_tokenizer, save_tiny
 
 
 @pytest.fixture
@@ -29,3 +30,8 @@ def adapter(folder, tmp_path):
             torch.nn.init.normal_(weight)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return byte_tokenizer(CHATML)

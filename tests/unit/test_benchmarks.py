@@ -16,6 +16,7 @@ from sapo.evaluation.length_control import length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult, changes
 from sapo.evaluation.targets import find_targets, fingerprint
 from sapo.measures.intervals import Estimate
+from tests.tiny import write_rows
 
 DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
@@ -66,7 +67,7 @@ def test_published_files_fill_every_place_of_their_prompts():
 def test_missing_reference_answers_are_noticed(tmp_path):
     (tmp_path / "question.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["a", "b"]}))
     prompts = [{"name": name, "system_prompt": "", "prompt_template": ""} for name in mt_bench.PROMPTS.values()]
-    (tmp_path / "judge_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    write_rows(tmp_path / "judge_prompts.jsonl", prompts)
     with pytest.raises(DatasetError, match="no reference answer to question 1"):
         mt_bench.load_files(tmp_path)
 

@@ -9,12 +9,12 @@ import pytest
 from sapo.commands.main import main
 from sapo.runs.cost import cost_of, time_shares
 from sapo.runs.reading import differing_settings, read_run
+from tests.tiny import tiny_llama, tiny_rows, write_rows
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer):
     from sapo import SAPOConfig, SAPOTrainer
-    from tests.tiny import tiny_llama, tiny_rows
 
     folder = tmp_path_factory.mktemp("runs")
     for name, objective in (("one", "sft"), ("two", "orpo")):
@@ -66,7 +66,7 @@ def test_the_parts_of_a_step_with_fewer_micro_batches_are_no_longer_than_the_ste
             # As if each step had had one micro-batch instead of the two of `gradient_accumulation_steps`.
             work = line["time/step"] - line["time/optimizer"]
             line |= {f"time/{name}": work / 3 for name in ("generate", "reference", "policy")}
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_rows(folder / "metrics.jsonl", lines)
     record = read_run(folder)
     assert sum(time_shares(record).values()) == pytest.approx(1)
     assert cost_of(record).generate_seconds < cost_of(record).wall_seconds / 2.9

@@ -9,13 +9,6 @@ from sapo.data.parallel import processes_for
 from sapo.data.prepare import prepare_dataset
 from sapo.errors import DatasetError
 from tests.prepared import CHATML, WIDE, talk
-from tests.tiny import byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def chatml():
-    return byte_tokenizer(CHATML)
-
 
 MANY = [
     {"messages": talk(f"question {i}", f"answer {i}" if i % 7 else " ", system="s" if i % 3 else None), "note": i}

@@ -16,6 +16,7 @@ from sapo.data import loading
 from sapo.data.folders import split_name
 from sapo.data.loading import evaluation_split, load_rows
 from sapo.errors import DatasetError
+from tests.tiny import write_rows
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
 
@@ -29,7 +30,7 @@ def in_folder(tmp_path, monkeypatch):
 def write_lines(path, rows=ROWS):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
 
 
 def refused(name, **options):

@@ -1,11 +1,10 @@
-import json
-
 import datasets
 import pytest
 from trl import DatasetMixtureConfig
 
 from sapo.data.mixture import load_mixture, split_rows
 from sapo.errors import DatasetError
+from tests.tiny import write_rows
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
 
@@ -14,7 +13,7 @@ ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(10)]
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, rows in (("a.jsonl", ROWS[:4]), ("b.jsonl", ROWS[4:])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name, rows)
 
 
 def mixed(*members):

@@ -16,11 +16,6 @@ from tests.prepared import CHATML, WIDE, prepare, talk, texts_of
 from tests.tiny import byte_tokenizer, tiny_llama, tiny_rows, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def chatml():
-    return byte_tokenizer(CHATML)
-
-
 def test_response_is_what_follows_the_generation_prompt(chatml):
     (example,), report = prepare([{"messages": talk("hi", "yo", system="Be kind.")}], chatml)
     prompt, response = texts_of(example.turns[0], chatml)

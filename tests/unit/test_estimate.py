@@ -25,7 +25,7 @@ from sapo.estimate.estimate import KEPT, LIBRARIES, estimate, longest, memory_of
 from sapo.estimate.passes import Lengths
 from sapo.weights.footprint import Strategy, build_run_models
 from tests.estimates import MODELS, options, passes
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, write_rows
 from tests.unit.test_shared_prefix import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     model = tmp_path / "model"
     save_tiny(model)
     rows = [{"prompt": " ".join(["w1"] * 2), "completion": " w2" * (3 if place < 97 else 12)} for place in range(100)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     given = [
         "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "32",
         "--segment_length", "4", "--gpu", "h100", "--per_device_train_batch_size", "4",

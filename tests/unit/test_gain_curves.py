@@ -8,6 +8,7 @@ from sapo.report.summary import warnings
 from sapo.runs.gain_curves import common_gains, distance_at, gain_curve
 from sapo.runs.metrics import RETENTION_GENERAL
 from sapo.runs.reading import read_run
+from tests.tiny import write_rows
 
 
 def run_of(folder, points, limit=0.1):
@@ -23,7 +24,7 @@ def run_of(folder, points, limit=0.1):
                 "eval_retention/kl_task": 2 * kl,
             }
         )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     (folder / "sapo_config.yaml").write_text(f"retention_kl_limit: {limit}\n")
     return folder
 

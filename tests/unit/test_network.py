@@ -11,7 +11,7 @@ from sapo import network
 from sapo.data.loading import load_rows
 from sapo.errors import DatasetError, ModelError
 from sapo.weights.description import load_tokenizer, read_config
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -52,8 +52,7 @@ def test_an_unreachable_hub_is_said_in_one_line_after_one_try(tries, tmp_path, m
 def test_without_the_hub_its_cache_is_used_at_once(tries, tmp_path):
     tokenizer = tiny_tokenizer()
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / "1234"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(snapshot)
-    tokenizer.save_pretrained(snapshot)
+    save_tiny(snapshot, tokenizer=tokenizer)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("1234")
     assert read_config("org/model").vocab_size == len(tokenizer)

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ from sapo.commands.recipes import CLUSTER, FOLDER, find_recipe, run_recipes
 from sapo.errors import ConfigurationError
 from sapo.options import option
 from tests.runs import metrics_of
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
 
 OF_TRL = [FOLDER / "trl-sft.yaml", FOLDER / "llama3-8b-trl-sft.yaml"]
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
@@ -266,7 +265,7 @@ def test_a_laptop_recipe_trains_as_it_is(name, tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(model)
     rows = [{"prompt": "w1 w2", "completion": " w3 w4 w5 w6"}] * 8
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     assert main([
         "train", "--config", name, "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "rows.jsonl"),
         "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--report_to", "none", "--quiet",

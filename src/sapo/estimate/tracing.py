@@ -108,7 +108,7 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = _run(func, args, kwargs or {})
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        new = [tensor for tensor in made if self._is_new(tensor)]
+        new = [tensor for tensor in made if tensor.untyped_storage() not in self._kinds]
         if new or func._schema.is_mutable:
             sizes = [tensor.untyped_storage().nbytes() for tensor in new]
             fresh = sum(size for size in sizes if size >= _LARGE_BLOCK)
@@ -118,9 +118,6 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if new and self._live.total() > self.trace.bytes:
             self.trace.peak = +self._live
         return result
-
-    def _is_new(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage() not in self._kinds
 
     def _begin(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

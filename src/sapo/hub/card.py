@@ -66,7 +66,7 @@ def card(run: Run, name: str, *, picture: bool) -> str:
         "## Data",
         f"{', '.join(f'`{_short(one)}`' for one in data) or 'Not recorded'}{f': {rows:,} rows' if rows else ''}.",
         "## How the training went",
-        " ".join(_short_words(text, base) for text in [*sentences(run), *_loaded(run)]),
+        " ".join([*sentences(run), *_loaded(run)]).replace(base, str(_short(base))),
     ]
     found = warnings(run)
     if found:
@@ -172,10 +172,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _short(one) for key, one in value.items()}
     return value
-
-
-def _short_words(text: str, base: str) -> str:
-    return text.replace(base, str(_short(base)))
 
 
 def _evaluation(run: Run) -> str:

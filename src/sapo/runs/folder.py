@@ -92,6 +92,17 @@ class RunFolder:
             raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
         return Path(str(wanted))
 
+    def home_of(self, file: str, checkpoint: Path, otherwise: str) -> Path:
+        """The run folder that holds `file`: this one, or that of the checkpoint which is resumed.
+
+        Raises:
+            CheckpointError: neither does; `otherwise` says what the file is for, and the way out.
+        """
+        for home in (self.path, checkpoint.parent):
+            if (home / file).is_file():
+                return home
+        raise CheckpointError(f"{checkpoint}: its run folder lacks {file}{otherwise}")
+
     def _recover(self) -> None:
         """Finish or undo what a crash while saving has left half done."""
         if self._world.first:

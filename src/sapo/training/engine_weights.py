@@ -111,10 +111,7 @@ class EngineWeights:
                 self.step = step
                 self._tasks.request((), partial(engine.load_tensors, tensors.items(), f"{self._run}-{step}"))
                 return
-        self._publish_folder(step, self._save_opponent)
-
-    def _save_opponent(self, folder: Path) -> None:
-        self._roles.save_opponent(folder, writes=self._world.first)
+        self._publish_folder(step, partial(self._roles.save_opponent, writes=self._world.first))
 
     def _copy(self, kept: Path, folder: Path) -> None:
         if self._world.first:

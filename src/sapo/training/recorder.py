@@ -214,14 +214,12 @@ class RunRecorder(TrainerCallback):
         """The followed prompts with segments of the current opponent, where they are due."""
         if step not in self._followed_steps:
             return
-        pairs, args = self._regenerate_followed(), self._context.args
+        pairs = self._source.evaluation_pairs([self._example(place) for place in self._followed])
+        args = self._context.args
         size = args.pairs_per_forward or args.per_device_train_batch_size
         for first in range(0, len(pairs), size):
             part = pairs[first : first + size]
             yield ScoredPairs(part, *self._scorer.scores_of(part))
-
-    def _regenerate_followed(self) -> list[Pair]:
-        return self._source.evaluation_pairs([self._example(place) for place in self._followed])
 
     def _values(self, scored: ScoredPairs) -> Iterable[tuple[Pair, dict[str, Any]]]:
         """Loss, rewards and log-probabilities of each pair, as the training logs them, and of the reference."""

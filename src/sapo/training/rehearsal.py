@@ -121,14 +121,11 @@ def check_best_metric(args: SAPOConfig, eval_dataset: Any) -> None:
         known = [f"{name}_{metric}" for name in eval_dataset for metric in known]
     if wanted.removeprefix(EVAL) not in known:
         shown = [metric for metric in known if not metric.endswith(_TIMES)]
+        postponed = " every time" if wanted.startswith("eval_local/") else ""
         raise ConfigurationError(
-            f"metric_for_best_model={wanted}: no evaluation of this run measures it"
-            f"{_postponed(wanted)}. It measures {', '.join(shown)}."
+            f"metric_for_best_model={wanted}: no evaluation of this run measures it{postponed}. It measures "
+            f"{', '.join(shown)}."
         )
-
-
-def _postponed(wanted: str) -> str:
-    return " every time" if wanted.startswith("eval_local/") else ""
 
 
 def _evaluated(args: SAPOConfig) -> list[str]:

@@ -15,7 +15,7 @@ from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.loading import load_rows
 from sapo.data.prepare import prepare_dataset
 from sapo.data.unanswered import general_prompts
-from sapo.errors import CheckpointError, ConfigurationError
+from sapo.errors import ConfigurationError
 from sapo.measures.retention import REPLY_SAMPLING, generate_replies
 from sapo.preference.pairs import PairSource
 from sapo.preference.self_replay import Reply, SelfReplay
@@ -109,11 +109,5 @@ def replies_of_start(
 
 
 def _kept(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    places = (folder.path, checkpoint.parent)
-    home = next((one for one in places if (one / SELF_REPLAY_FILE).is_file()), None)
-    if home is None:
-        raise CheckpointError(
-            f"{checkpoint}: its run folder lacks {SELF_REPLAY_FILE} with the replies that were replayed. Start the run "
-            "afresh, or name rows with replay_dataset_name."
-        )
-    return read_json(home, SELF_REPLAY_FILE)
+    otherwise = " with the replies that were replayed. Start the run afresh, or name rows with replay_dataset_name."
+    return read_json(folder.home_of(SELF_REPLAY_FILE, checkpoint, otherwise), SELF_REPLAY_FILE)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from sapo.data.examples import DataOptions, collate_examples
 from sapo.data.unanswered import general_prompts
-from sapo.errors import CheckpointError, ConfigurationError
+from sapo.errors import ConfigurationError
 from sapo.measures.retention import (
     REPLY_TOKENS,
     Forced,
@@ -200,13 +200,8 @@ class RetentionSignals:
         write_tensors(self._folder.path, RETENTION_PART, tensors)
 
     def _restore(self, checkpoint: Path) -> None:
-        places = (self._folder.path, checkpoint.parent)
-        folder = next((one for one in places if (one / f"{RETENTION_PART}.safetensors").is_file()), None)
-        if folder is None:
-            raise CheckpointError(
-                f"{checkpoint}: its run folder lacks {RETENTION_PART}.safetensors, which holds the start to measure "
-                "against. Leave eval_retention out, or start the run afresh."
-            )
+        otherwise = ", which holds the start to measure against. Leave eval_retention out, or start the run afresh."
+        folder = self._folder.home_of(f"{RETENTION_PART}.safetensors", checkpoint, otherwise)
         tensors = read_tensors(folder, RETENTION_PART)
         for group in _GROUPS:
             columns = [_rows_of(tensors, f"{group}_{name}") for name in ("prompt_ids", "reply_ids")]

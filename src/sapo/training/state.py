@@ -16,7 +16,7 @@ from sapo.data.chat_template import template_digest
 from sapo.data.fingerprints import changed_rows, fingerprints
 from sapo.errors import CheckpointError
 from sapo.preference.pair_tensors import checked_entries, entries_to_tensors
-from sapo.preference.pairs import PairSource, SourceState
+from sapo.preference.pairs import PairSource
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.runs import checkpoint as parts
 from sapo.runs import untrusted
@@ -151,7 +151,7 @@ class RunState:
             names = list(self.source.state())
             if names:
                 self.source.restore(
-                    [_source_state(folder, names, process) for process in sources],
+                    [{name: read_tensors(folder, f"{name}_{process}") for name in names} for process in sources],
                     vocabulary_size=self._vocabulary_size,
                     share=(world.process, world.size) if resized else None,
                 )
@@ -211,7 +211,3 @@ def _check_adapter(policy: Any, folder: Path) -> None:
     different = sorted(own ^ set(read_tensors(folder, "adapter_model")))
     if different:
         raise other_weights(different)
-
-
-def _source_state(folder: Path, names: Sequence[str], process: int) -> SourceState:
-    return {name: read_tensors(folder, f"{name}_{process}") for name in names}

@@ -79,14 +79,17 @@ def test_the_fused_head_is_trls():
 def test_trl_dpo_loss_equals_ours(loss_type, loss_weights, count, tokenizer, make_trainer, tmp_path):
     policy, reference = tiny_llama(0), tiny_llama(1)
     rows = tiny_rows(count, paired=True)
+    shared = {
+        "loss_weights": loss_weights,
+        "beta": 0.3,
+        "per_device_train_batch_size": count,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_length": 64,
+    }
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "theirs"),
         loss_type=loss_type if isinstance(loss_type, list) else [loss_type],
-        loss_weights=loss_weights,
-        beta=0.3,
-        per_device_train_batch_size=count,
-        max_steps=1,
-        learning_rate=0.0,
         logging_steps=1,
         use_cpu=True,
         bf16=False,
@@ -94,7 +97,7 @@ def test_trl_dpo_loss_equals_ours(loss_type, loss_weights, count, tokenizer, mak
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        max_length=64,
+        **shared,
     )
     theirs = trl.DPOTrainer(
         policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
@@ -120,19 +123,7 @@ def test_trl_dpo_loss_equals_ours(loss_type, loss_weights, count, tokenizer, mak
         assert losses.mean().item() == pytest.approx(expected, rel=1e-4)
 
     # The whole trainer on the same rows: its reference is the initial model, its policy is moved away from it.
-    trainer = make_trainer(
-        "ours",
-        model=tiny_llama(1),
-        rows=rows,
-        pair_source="paired",
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        beta=0.3,
-        per_device_train_batch_size=count,
-        max_steps=1,
-        learning_rate=0.0,
-        max_length=64,
-    )
+    trainer = make_trainer("ours", model=tiny_llama(1), rows=rows, pair_source="paired", loss_type=loss_type, **shared)
     trainer.policy().load_state_dict(tiny_llama(0).state_dict())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -86,17 +86,21 @@ def fixed_draw(place, count):
     return rng
 
 
+def truncated(given):
+    return truncate(
+        range(given["prompt_tokens"]),
+        range(given["response_tokens_before_eos"] + 1),
+        max_length=given["max_length"],
+        max_prompt_length=given["max_prompt_length"],
+        prompt_truncation=given["prompt_truncation"],
+    )
+
+
 def test_segment_geometry_is_the_published_one_or_better():
     published = departures = 0
     for case in cases("segment_geometry"):
         given, expected = case["inputs"], case["expected"]
-        prompt, response = truncate(
-            range(given["prompt_tokens"]),
-            range(given["response_tokens_before_eos"] + 1),
-            max_length=given["max_length"],
-            max_prompt_length=given["max_prompt_length"],
-            prompt_truncation=given["prompt_truncation"],
-        )
+        prompt, response = truncated(given)
         assert len(prompt) + len(response) <= given["max_length"]
         whole = len(response) == given["response_tokens_before_eos"] + 1
         length = given["token_generate_length"]

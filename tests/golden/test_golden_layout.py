@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sapo.data.examples import Example, Turn
-from sapo.data.prepare import truncate
 from sapo.generation.scripted import ScriptedGenerator
 from sapo.preference.batches import collate_pairs, collate_responses
 from sapo.preference.objectives import dpo_loss, log_odds, orpo_loss, sequence_logps
@@ -13,7 +12,7 @@ from sapo.preference.replay_buffer import ReplayBuffer
 from sapo.preference.segments import Segment
 from sapo.preference.self_play import SelfPlay, SelfPlaySettings
 from sapo.weights.opponent import ModelCopy
-from tests.golden.test_golden import OneWeight, cases, tensor
+from tests.golden.test_golden import OneWeight, cases, tensor, truncated
 
 REFERENCE_SYNC_STEPS = 108
 
@@ -112,13 +111,7 @@ def test_cut_prompts_and_responses_are_the_published_ones_wherever_the_published
         given, expected = case["inputs"], case["expected"]
         if "error" in expected:
             continue
-        prompt, response = truncate(
-            range(given["prompt_tokens"]),
-            range(given["response_tokens_before_eos"] + 1),
-            max_length=given["max_length"],
-            max_prompt_length=given["max_prompt_length"],
-            prompt_truncation=given["prompt_truncation"],
-        )
+        prompt, response = truncated(given)
         first, last = expected["prompt_first_kept_index"], expected["prompt_last_kept_index"]
         assert prompt == list(range(first, last + 1))
         assert response == list(range(expected["response_length"]))

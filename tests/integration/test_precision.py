@@ -20,6 +20,24 @@ def lines(trainer):
     return metrics_of(trainer.run_folder.path, "loss")
 
 
+def roles_in_bfloat16(trainer):
+    """The roles with a module of their own, after a run in which nothing computed in another type."""
+    assert trainer._scorer.layout == "shared"  # which is tried out in float32
+    seen = set()
+
+    def watch(module, role):
+        layer = next(part for name, part in module.named_modules() if name.endswith("layers.0.mlp.down_proj"))
+        layer.register_forward_hook(lambda _, args, output: seen.add((role, output.dtype)))
+
+    watch(trainer.policy(), "policy")
+    for role, copied in (("opponent", trainer.opponent), ("reference", trainer.reference)):
+        if copied.own_module:
+            watch(copied.model, role)
+    trainer.train()
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    return {role for role, _ in seen}
+
+
 def check_first_margin(trainer):
     trainer.train()
     (first,) = lines(trainer)
@@ -43,20 +61,7 @@ def test_the_first_margin_is_exactly_zero(dtype, bf16, lora, reference, layout, 
 @pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_every_role_computes_in_bfloat16(dtype, bf16, lora, make_trainer):
     trainer = make_trainer(model=tiny_llama(dtype=dtype), lora=lora, max_steps=2, bf16=bf16)
-    assert trainer._scorer.layout == "shared"  # which is tried out in float32
-    seen = set()
-
-    def watch(module, role):
-        layer = next(part for name, part in module.named_modules() if name.endswith("layers.0.mlp.down_proj"))
-        layer.register_forward_hook(lambda _, args, output: seen.add((role, output.dtype)))
-
-    watch(trainer.policy(), "policy")
-    for role, copied in (("opponent", trainer.opponent), ("reference", trainer.reference)):
-        if copied.own_module:
-            watch(copied.model, role)
-    trainer.train()
-    assert {dtype for _, dtype in seen} == {torch.bfloat16}
-    assert {role for role, _ in seen} == ({"policy"} if lora else {"policy", "opponent", "reference"})
+    assert roles_in_bfloat16(trainer) == ({"policy"} if lora else {"policy", "opponent", "reference"})
 
 
 def test_generation_reads_one_bfloat16_copy_and_gives_the_float32_weights_back(make_trainer):

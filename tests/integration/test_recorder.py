@@ -119,27 +119,25 @@ def test_a_fresh_run_keeps_nothing_of_an_earlier_one(make_trainer):
     assert len(kept(again)) <= 12
 
 
-def test_the_report_is_refreshed_during_the_run(make_trainer, monkeypatch):
+@pytest.mark.parametrize(
+    ("share", "every", "expected"),
+    [
+        (0, 2, [2, 4, 6, 6]),
+        # The first, which tells what one takes, and the one at the end.
+        (1e12, 1, [1, 6]),
+    ],
+)
+def test_the_report_is_refreshed_during_the_run_within_its_share_of_the_time(
+    share, every, expected, make_trainer, monkeypatch
+):
     from sapo.training import recorder
 
     written = []
     monkeypatch.setattr(recorder, "write_report", lambda file, runs: written.append(trainer.state.global_step))
-    monkeypatch.setattr(recorder, "_SHARE_OF_TIME", 0)
-    trainer = make_trainer(report_steps=2)
+    monkeypatch.setattr(recorder, "_SHARE_OF_TIME", share)
+    trainer = make_trainer(report_steps=every)
     trainer.train()
-    assert written == [2, 4, 6, 6]
-
-
-def test_refreshing_takes_no_more_than_its_share_of_the_time(make_trainer, monkeypatch):
-    from sapo.training import recorder
-
-    written = []
-    monkeypatch.setattr(recorder, "write_report", lambda file, runs: written.append(trainer.state.global_step))
-    monkeypatch.setattr(recorder, "_SHARE_OF_TIME", 1e12)
-    trainer = make_trainer(report_steps=1)
-    trainer.train()
-    # The first, which tells what one takes, and the one at the end.
-    assert written == [1, 6]
+    assert written == expected
 
 
 def test_too_few_pairs_for_a_start_and_an_end_are_refused(make_trainer):

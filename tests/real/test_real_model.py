@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from sapo.errors import EvaluationError
 from sapo.evaluation.harness_data import require_packages
+from tests.shared_data import DATA
 from tests.tiny import write_rows
 
 MODEL = os.environ.get("SAPO_TEST_REAL_MODEL", "")
@@ -212,15 +213,14 @@ def test_exported_model_answers_in_plain_transformers(form, data, runs):
 
 
 def test_ifeval_on_forty_prompts(data, runs):
-    task_data = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
-    if not (task_data / "ifeval").is_dir():
+    if not (DATA / "ifeval").is_dir():
         pytest.skip("SAPO_TEST_DATA has no ifeval")
     try:
         require_packages(["ifeval"])
     except EvaluationError as error:
         pytest.skip(str(error))
     run, out = trained("lora-dpo-float32", data, runs), runs / "ifeval"
-    given = ("--suite", "ifeval", "--task_data", task_data, "--limit", "40", "--max_new_tokens", "128")
+    given = ("--suite", "ifeval", "--task_data", DATA, "--limit", "40", "--max_new_tokens", "128")
     _, figures = sapo("evaluate", run, *given, "--device", "cpu", "--batch_size", "8", "--output_dir", out)
     models = json.loads((out / "results.json").read_text())["suites"]["ifeval"]["models"]
     assert len(models) == 3  # start, policy and opponent

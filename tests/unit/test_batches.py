@@ -1,10 +1,8 @@
 """Laws of `sapo.preference.batches`: every token once, scores on responses only, padding known by length."""
 
 import dataclasses
-import os
 import random
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +20,9 @@ from sapo.preference.batches import (
 )
 from sapo.preference.pairs import Pair
 from sapo.preference.segments import Segment
+from tests.shared_data import DATA, needs_data
 
 IGNORE = -100
-DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 laws = settings(derandomize=True, deadline=None)
 # Few values, the pad id among them: it occurs in prompts and responses.
 tokens = st.lists(st.integers(0, 4), min_size=1, max_size=12)
@@ -247,7 +245,7 @@ def test_plain_passes_of_several_pairs_hold_little_padding_and_every_pair_once(p
         assert padding_share(part) == pytest.approx(1 - batch.tokens / batch.input_ids.numel())
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
+@needs_data
 @pytest.mark.parametrize("name", ["gsm8k", "gpteacher_roleplay", "oasst_sample"])
 def test_padding_of_real_lengths_stays_below_the_bound(name):
     rng = random.Random(0)

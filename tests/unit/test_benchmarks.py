@@ -1,9 +1,7 @@
 import importlib.util
 import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +14,8 @@ from sapo.evaluation.length_control import length_adjusted_win_rate
 from sapo.evaluation.results import SuiteResult, changes
 from sapo.evaluation.targets import find_targets, fingerprint
 from sapo.measures.intervals import Estimate
+from tests.shared_data import DATA, needs_data
 from tests.tiny import write_rows
-
-DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
-
 
 # ---- MT-Bench ----
 

@@ -17,6 +17,7 @@ from sapo.data.prepare import prepare_dataset
 from sapo.data.rendering import Renderer
 from sapo.errors import DatasetError, TokenizerError
 from tests.prepared import CHATML, WIDE, prepare, talk, texts_of
+from tests.shared_data import DATA, needs_data
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer
 
 TOOLS = (
@@ -314,9 +315,6 @@ def test_short_messages_are_looked_for_in_one_rendering(monkeypatch):
         assert len(rendered) <= 8
 
 
-DATA = Path(os.environ.get("SAPO_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
-
-
 TEMPLATES = {
     "llama3": ("<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
     "gemma": ("<end_of_turn>", ["<start_of_turn>"]),
@@ -346,7 +344,7 @@ def test_published_templates_give_clean_turns(name):
         assert not any(mark in response for mark in others if "think" not in mark)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no shared data at {DATA} (SAPO_TEST_DATA)")
+@needs_data
 @pytest.mark.parametrize(
     ("file", "layout"),
     [

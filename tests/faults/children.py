@@ -76,6 +76,8 @@ def start(function, *args, **kwargs):
     except SapoError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         status = 2
+    except SystemExit as ended:
+        status = ended.code
     except BaseException:  # noqa: BLE001 the child must not come back into pytest
         traceback.print_exc()
     finally:

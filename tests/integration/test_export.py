@@ -1,6 +1,9 @@
 """The way out of a run: an ordinary model folder that answers like the run, and what is refused on the way."""
 
+import fcntl
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sapo.commands.main import main
 from sapo.hub import export
 from sapo.hub.ollama import find_turns, modelfile
+from sapo.runs.layout import LOCK_FILE
+from tests.faults import children
 from tests.runs import refused
 from tests.tiny import byte_tokenizer, tiny_llama
 
@@ -125,6 +130,80 @@ def test_what_is_there_is_not_overwritten(make_run, tmp_path, capsys):
     assert "not an earlier export" in refused(["export", run, run, "--overwrite"], capsys)
     assert "not an earlier export" in refused(["export", run, tmp_path / "start", "--overwrite"], capsys)
     assert "is a file" in refused(["export", run, run / "config.json"], capsys)
+
+
+def test_a_copy_of_ones_own_beside_the_export_and_files_in_it_are_left_alone(make_run, tmp_path, capsys):
+    make_run(lora=False)
+    mine = tmp_path / "out.old" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    exported(tmp_path)
+    exported(tmp_path, "--overwrite")
+    notes = tmp_path / "out" / "notes.txt"
+    notes.write_text("mine too")
+    assert "holds notes.txt, not written by" in refused(
+        ["export", tmp_path / "run", tmp_path / "out", "--overwrite"], capsys
+    )
+    assert mine.read_text() == "mine"
+    assert notes.read_text() == "mine too"
+
+
+def test_behind_a_link_is_what_is_written(make_run, tmp_path, capsys):
+    make_run(lora=False)
+    (tmp_path / "out").symlink_to(tmp_path / "big-disk")
+    exported(tmp_path)
+    exported(tmp_path, "--overwrite")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["big-disk", "out", "run", "start"]
+
+
+def test_no_export_passes_for_a_part_of_a_run(make_run, tmp_path, capsys):
+    make_run(lora=False, objective="sft")
+    for name in ("checkpoint-9", "opponent"):
+        assert "taken for a part of the run" in refused(["export", tmp_path / "run", tmp_path / "run" / name], capsys)
+    exported(tmp_path / "run", run="../run")
+
+
+def test_two_exports_to_one_folder_do_not_meet(make_run, tmp_path, capsys):
+    make_run(lora=False)
+    half = tmp_path / ".out.exporting" / "out" / "half"
+    half.parent.mkdir(parents=True)
+    half.write_text("of the other")
+    # As another process holds it: locks of one process do not exclude each other.
+    with (tmp_path / ".out.exporting" / LOCK_FILE).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use by another process" in refused(["export", tmp_path / "run", tmp_path / "out"], capsys)
+        assert half.is_file()
+    exported(tmp_path)
+    assert not half.parent.exists()
+
+
+def test_an_export_that_a_signal_ends_leaves_nothing_but_what_the_next_one_removes(make_run, tmp_path, capfd):
+    make_run(lora=True)
+    exported(tmp_path)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--overwrite"]
+    allowed = export.allowed_difference
+
+    def end_by(number):
+        def now(dtype):
+            # All is written, and not checked yet.
+            os.kill(os.getpid(), number)
+            return allowed(dtype)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        export.allowed_difference = now
+        raise SystemExit(main(arguments))
+
+    # A shell shows 128 and the number of the signal.
+    for number, status in ((signal.SIGTERM, -15), (signal.SIGHUP, -1), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        assert children.ended(children.start(end_by, number), 120) == status, capfd.readouterr().err
+        assert "Traceback" not in capfd.readouterr().err
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+        left = {file.name for file in tmp_path.iterdir()} - {"out", "run", "start"}
+        assert left == ({".out.exporting"} if number == signal.SIGKILL else set())
+    exported(tmp_path, "--overwrite")
+    assert {file.name for file in tmp_path.iterdir()} == {"out", "run", "start"}
 
 
 def test_a_folder_that_does_not_agree_is_not_left(make_run, tmp_path, capsys, monkeypatch):

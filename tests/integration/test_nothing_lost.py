@@ -1,5 +1,6 @@
 """What a run has made is on the disk when it ends, whatever fails; what would fail then is refused at the start."""
 
+import errno
 import json
 import os
 import re
@@ -11,16 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from sapo.commands.main import main
-from sapo.errors import CheckpointError, ConfigurationError
+from sapo.errors import CheckpointError, ConfigurationError, TrainingError
 from sapo.runs import lock
+from sapo.runs.checkpoint import verify
 from sapo.runs.lock import locked
 from tests.integration.test_cli import command, data, model, refused  # noqa: F401 - fixtures
 from tests.tiny import tiny_llama, tiny_rows
@@ -229,6 +232,64 @@ def test_an_owner_on_another_host_counts_by_its_last_sign_of_life(age, alive, tm
         with locked(tmp_path):
             assert json.loads(file.read_text())["process"] == os.getpid()
         assert not file.exists()
+
+
+class At(TrainerCallback):
+    """Does something after step 2, and asks for nothing."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.act()
+
+
+def moved(path):
+    path.rename(path.with_name("moved"))
+
+
+def taken_over(path):
+    moved(path)
+    path.mkdir()
+    (path / ".lock").write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "now"}))
+
+
+@pytest.mark.parametrize("act", [moved, shutil.rmtree, taken_over], ids=["moved", "gone", "taken"])
+def test_a_run_whose_folder_is_lost_saves_beside_it_and_says_so(act, make_trainer, tmp_path):
+    trainer, path = make_trainer(), tmp_path / "run"
+    trainer.add_callback(At(lambda: act(path)))
+    with pytest.raises(TrainingError, match=r"run was moved, .* Step 3 is saved.* \S+/run\.rescued/") as said:
+        trainer.train()
+    saved = Path(re.search(r"(\S+checkpoint-3)", str(said.value))[1])
+    verify(saved)
+    assert not path.exists() or [file.name for file in path.iterdir()] == [".lock"]
+    again = make_trainer("again")
+    again.train(resume_from_checkpoint=str(saved))
+    assert again.state.global_step == 6
+
+
+def test_a_lock_that_was_removed_by_hand_ends_no_run(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.add_callback(At((tmp_path / "run" / ".lock").unlink))
+    assert trainer.train().global_step == 6
+
+
+def test_a_copy_of_a_running_run_is_no_run_of_its_owner(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(lock.logger, "warning", said.append)
+    with locked(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with locked(tmp_path / "copy"):
+            pass
+    assert [line.endswith("this folder is a copy.") for line in said] == [True]
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_write_owner", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"), locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_is_held_until_the_last_holder_of_a_process_lets_go(tmp_path):

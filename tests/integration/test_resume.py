@@ -267,7 +267,7 @@ def test_kill_while_the_opponent_is_replaced_loses_neither(checkpoint, make_trai
 
 
 def test_old_folder_beside_its_successor_is_removed(checkpoint, make_trainer):
-    old = checkpoint.with_name("checkpoint-2.old")
+    old = checkpoint.with_name(".checkpoint-2.old")
     shutil.copytree(checkpoint, old)
     make_trainer("whole", max_steps=3).train(resume_from_checkpoint=True)
     assert checkpoint.exists()
@@ -275,7 +275,7 @@ def test_old_folder_beside_its_successor_is_removed(checkpoint, make_trainer):
 
 
 def test_fresh_run_removes_what_a_kill_left(checkpoint, make_trainer):
-    for name in ("checkpoint-2.old", "opponent.old", ".saving"):
+    for name in (".checkpoint-2.old", ".opponent.old", ".saving"):
         (checkpoint.parent / name).mkdir()
     make_trainer("whole", overwrite_output_dir=True).train()
     assert {path.name for path in checkpoint.parent.iterdir()} <= {

@@ -1,5 +1,6 @@
 """Laws of self-play in rounds (SPIN), and of `sapo generate`."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from sapo.commands.main import main
 from sapo.data.loading import load_rows
 from sapo.runs.checkpoint import read_state
+from sapo.runs.layout import LOCK_FILE
 from sapo.weights.digest import weights_digest
 from tests.runs import metrics_of, refused
 from tests.tiny import save_tiny, tiny_llama, tiny_rows, write_rows
@@ -224,6 +226,20 @@ def test_written_pairs_are_a_preference_data_set(model, data, tmp_path, tokenize
     assert not list(tmp_path.glob(".pairs*"))
     out = ["--output_dir", str(tmp_path / "dpo"), "--pair_source", "paired", "--max_steps", "1", "--report_to", "none"]
     assert main(["train", *pairs_flags(model, file), *out]) == 0
+
+
+def test_two_processes_do_not_write_the_same_pairs(model, data, tmp_path, capsys):
+    file = tmp_path / "pairs.parquet"
+    parts = tmp_path / "pairs.parquet.parts"
+    parts.mkdir()
+    # As another process holds it: locks of one process do not exclude each other.
+    with (parts / LOCK_FILE).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use by another process" in refused(
+            ["generate", *pairs_flags(model, data), "--output_file", file], capsys
+        )
+    assert main(["generate", *pairs_flags(model, data), "--output_file", str(file)]) == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["pairs.parquet"]
 
 
 def test_conversations_stay_conversations(tmp_path):

@@ -1,6 +1,8 @@
 """Laws of the command line: complete help, errors of one line that name the way out, and a quick start."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError
 from sapo.options import accepted, options
 from sapo.options.idle import idle
+from sapo.report import page
+from tests.reports import write_run
 from tests.runs import refused
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
@@ -259,13 +263,16 @@ def test_what_is_no_configuration_of_deepspeed_is_refused_in_one_line(given, mes
         build({"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "use_cpu": True, "deepspeed": given})
 
 
+LAPTOP = {"device": "cpu", "processes": 1}
+
+
 def idle_in(text, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("output_dir: runs/mine\nuse_cpu: true\nmax_length: 64\n" + text)
     parsed = parse_command(
         COMMANDS["train"], ["--config", str(file), "--model_name_or_path", "m", "--dataset_name", "d"]
     )
-    return idle(parsed.chosen(), all_values(build(parsed.values())))
+    return idle(parsed.chosen(), all_values(build(parsed.values())), **LAPTOP)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +305,8 @@ def idle_in(text, tmp_path):
          ["No effect with train_sampling_strategy=sequential: data_seed=3."]),
         ("save_strategy: epoch\nsave_steps: 7\n", ["No effect with save_strategy=epoch: save_steps=7."]),
         ("dataset_test_split: validation\n", ["No effect with eval_strategy=no: dataset_test_split=validation."]),
+        ("torch_empty_cache_steps: 5\n", ["No effect with device cpu: torch_empty_cache_steps=5."]),
+        ("ddp_timeout: 60\n", ["No effect with one process: ddp_timeout=60."]),
         ("project: mine\n", ["No effect with report_to without trackio: project=mine."]),
         ("max_length_policy: drop\nmax_prompt_length: 9\nsegment_length: 4\n",
          ["No effect with max_length_policy=drop: max_prompt_length=9."]),
@@ -315,7 +324,7 @@ def test_no_shipped_recipe_sets_what_has_no_effect(recipe, tmp_path):
     arguments = ["--config", recipe, "--output_dir", str(tmp_path), "--model_name_or_path", "m", "--dataset_name", "d"]
     parsed = parse_command(COMMANDS["train"], [*arguments, "--use_cpu"])
     values = parsed.values() | {"bf16": False, "fp16": False, "report_to": ["none"]}
-    assert idle(values, all_values(build(values))) == []
+    assert idle(values, all_values(build(values)), device="cuda", processes=8) == []
 
 
 def test_of_a_shipped_recipe_only_what_is_typed_beside_it_is_said_to_have_no_effect(tmp_path):
@@ -323,8 +332,8 @@ def test_of_a_shipped_recipe_only_what_is_typed_beside_it_is_said_to_have_no_eff
     for more, lines in (([], []), (["--suffix", "drop"], ["No effect with objective=sft: suffix=drop."])):
         parsed = parse_command(COMMANDS["train"], ["--config", "presets/sft-anchored", *arguments, *more])
         run = build(parsed.values() | {"report_to": ["none"]})
-        assert idle(parsed.chosen(), all_values(run)) == lines
-        assert idle(parsed.values(), all_values(run))
+        assert idle(parsed.chosen(), all_values(run), **LAPTOP) == lines
+        assert idle(parsed.values(), all_values(run), **LAPTOP)
 
 
 def test_none_stands_for_no_value_where_there_is_such_a_thing(tmp_path):
@@ -440,3 +449,15 @@ sys.stderr.write(f"\\nCPU {{used.ru_utime + used.ru_stime}}\\n")
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sapo", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sapo ")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_that_cannot_be_written_is_said_in_one_line(code, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run", steps=2)
+
+    def refuse(file, content):
+        raise OSError(code, os.strerror(code), str(file))
+
+    monkeypatch.setattr(page, "write_atomically", refuse)
+    message = refused(["report", tmp_path / "run"], capsys)
+    assert f"{os.strerror(code)}: '{tmp_path / 'run' / 'report.html'}'. Name a place that you may use" in message

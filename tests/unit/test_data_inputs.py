@@ -117,6 +117,15 @@ def test_a_template_without_a_date_sets_none(model, tmp_path):
     assert given.config.template_date is None
 
 
+def test_a_date_that_no_template_prints_is_said_to_have_no_effect(model, tmp_path, caplog):
+    data = write(tmp_path / "a.jsonl", ROWS)
+    _, given = run(model, data, tmp_path, "--template_date", "2026-03-05")
+    assert "No effect with a chat template that prints no date: template_date=2026-03-05." in caplog.text
+    assert given.config.template_date is None
+    with pytest.raises(ConfigurationError, match="not a date"):
+        run(model, data, tmp_path, "--template_date", "5.3.")
+
+
 def test_a_length_that_cuts_most_rows_is_refused_unless_asked_for(model, tmp_path):
     data = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(DatasetError, match=r"a\.jsonl: 6 of 10 .*max_length=50 .*--max_length 102 keeps 95% .*102 all"):

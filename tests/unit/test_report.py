@@ -3,6 +3,7 @@ import os
 import random
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -113,7 +114,7 @@ def test_a_page_holds_everything_and_asks_for_nothing(tmp_path):
     differing = {option["name"]: option["value"] for option in data["runs"][0]["options"] if option["differs"]}
     assert differing["beta"] == 0.25
     assert "temperature" not in differing
-    assert not (run / ".report.html.partial").exists()
+    assert not list(run.glob(".*.partial"))
 
 
 def test_a_long_run_makes_a_small_page(tmp_path):
@@ -282,6 +283,24 @@ def test_the_live_page_gives_nothing_else_away(path, host, status, served):
         get(served[1], path, **headers)
     assert error.value.code == status
     error.value.close()
+
+
+def test_a_run_that_is_moved_or_a_browser_that_leaves_does_not_disturb_the_server(served, capfd):
+    run, address = served
+    run.rename(run.with_name("moved"))
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(address, "/data.json")
+    assert error.value.code == 503
+    assert "no such folder" in error.value.read().decode()
+    error.value.close()
+    run.with_name("moved").rename(run)
+    for _ in range(5):
+        with socket.create_connection(address) as browser:
+            browser.send(f"GET / HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n\r\n".encode())
+            # It is reset at once.
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert json.loads(get(address, "/data.json"))["runs"]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_told(served, tmp_path):

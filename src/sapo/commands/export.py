@@ -13,6 +13,7 @@ from sapo.hub.export import Exported, export_model, find_origin, new_folder
 from sapo.hub.gguf import Tools, check, convert, find_tools
 from sapo.hub.ollama import modelfile
 from sapo.runs.files import write_atomically
+from sapo.text.interrupts import undone_at_signals
 from sapo.text.numbers import bytes_text
 from sapo.text.terminal import say
 from sapo.weights.description import load_generation_config
@@ -32,7 +33,7 @@ def run_export(given: Parsed) -> None:
     tools = None if own.gguf is None else find_tools(own.gguf, own.llama_cpp, out)
     origin = find_origin(own.target, own.which, own.revision)
     lines: list[str] = []
-    with new_folder(out, overwrite=own.overwrite) as staging:
+    with undone_at_signals(), new_folder(out, overwrite=own.overwrite) as staging:
         exported = export_model(origin, staging, dtype=own.dtype, device=own.device)
         lines += _described(exported, origin.note, out)
         file = None

@@ -203,6 +203,7 @@ def write_pairs(
 
     Raises:
         CheckpointError: the file, or a part of it, was written from something else.
+        ConfigurationError: another run writes the same file now.
         DatasetError: the model wrote nothing but the chosen responses.
     """
     config, state = run.config, PartialState()
@@ -230,21 +231,21 @@ def write_pairs(
         return report
     generator = _generator(run, tokenizer, ends, adapter, f"{facts['model'][:12]}-{epoch}")
     begin()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task(f"parts of {file.name}", total=writer.remaining(dataset))
-        source = self_play(generator, config, eos_ids=ends)
-        writer.write_parts(dataset, source, epoch=epoch, each=lambda: progress.advance(task))
-    writer.join(dataset, tokenizer, texts, skip_identical=config.skip_identical)
+    with writer.locked():
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as progress:
+            task = progress.add_task(f"parts of {file.name}", total=writer.remaining(dataset))
+            source = self_play(generator, config, eos_ids=ends)
+            writer.write_parts(dataset, source, epoch=epoch, each=lambda: progress.advance(task))
+        writer.join(dataset, tokenizer, texts, skip_identical=config.skip_identical)
     if isinstance(generator, VLLMServers):
         generator.close()
     written = writer.report()

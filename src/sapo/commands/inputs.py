@@ -20,7 +20,7 @@ from transformers.utils import logging
 from sapo.commands.data_arguments import RunDescription
 from sapo.commands.notices import fit_messages
 from sapo.data.chat_template import use_chat_template
-from sapo.data.clock import parse_date, prints_date
+from sapo.data.clock import forget_idle_date, parse_date, prints_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions
 from sapo.data.fingerprints import trained_on
@@ -99,6 +99,7 @@ def load_inputs(run: RunDescription, *, count_faults: bool = False) -> Inputs:
         text_config.vocab_size = max(text_config.vocab_size, new_tokens[-1] + 1)
     if prints_date(tokenizer):
         config.template_date = template_date(config)
+    forget_idle_date(config, tokenizer)
     options = DataOptions.of(config, vocabulary_of(model_config))
     eos_ids = eos_token_ids(tokenizer, generation_eos_ids(name, revision, model_config))
 

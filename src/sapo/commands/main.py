@@ -71,10 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"{type(error).__name__}: {brief(error, 2000)}")
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            _complain(f"{type(error).__name__}: {error}. Name a place that you may use, or change its permissions.")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            again = ", then --resume_from_checkpoint true" if given[:1] == ["train"] else ""
+            _complain(f"{type(error).__name__}: {error}. Free some space{again}.")
+        else:
             raise
-        again = ", then --resume_from_checkpoint true" if given[:1] == ["train"] else ""
-        _complain(f"{type(error).__name__}: {error}. Free some space{again}.")
+        if debug:
+            traceback.print_exc()
         return 2
     except RuntimeError as error:
         # torch's, by name: torch is not imported for the commands that do without it.

@@ -44,7 +44,9 @@ def run_train(given: Parsed) -> None:
         SapoError: what is wrong with options, data or model; or why the run ended.
     """
     run = build(given.values())
-    train(run, quiet=given.own.quiet, notes=idle(given.chosen(), all_values(run)))
+    config = run.config
+    notes = idle(given.chosen(), all_values(run), device=config.device.type, processes=config.world_size)
+    train(run, quiet=given.own.quiet, notes=notes)
     if shutdown_process_group():
         # All is written. A thread of a connection that is alive while Python shuts down may abort the process, which
         # the launcher would report as a run that failed.

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 from collections import Counter
 from collections.abc import Collection
 from importlib.metadata import version
@@ -31,6 +33,8 @@ _REPORT = "report.json"
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _KEPT = 8
 """Prepared datasets kept; the one that was used the longest ago is removed."""
+_KILLED = 24 * 3600
+"""Seconds after which a dataset that is not complete was left by a process that was killed."""
 
 
 def key(
@@ -83,22 +87,35 @@ def load(folder: Path, name: str) -> tuple[datasets.Dataset, DataReport] | None:
 
 def store(folder: Path, name: str, prepared: datasets.Dataset, report: DataReport) -> None:
     """Keep prepared rows under a name. A disk that is full or read-only is said, and costs nothing but time."""
-    place, partial = folder / name, folder / f"{name}.{os.getpid()}.partial"
+    place, partial = folder / name, folder / f"{name}.{socket.gethostname()}-{os.getpid()}.partial"
     try:
         prepared.save_to_disk(str(partial / "rows"))
         columns = {"unused": report.columns.unused, "texts": sorted(report.columns.texts)}
         stored = vars(report) | {"columns": columns, "faults": None}
         (partial / _REPORT).write_text(json.dumps(stored), encoding="utf-8")
-        if load(folder, name) is None:  # no other process of the run was faster
+        if load(folder, name) is None:
             shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-        reports = sorted(folder.glob(f"*/{_REPORT}"), key=lambda file: file.stat().st_mtime)
-        for old in reports[:-_KEPT]:
-            shutil.rmtree(old.parent, ignore_errors=True)
+            try:
+                partial.rename(place)
+            except OSError:
+                # Another process was faster; else the disk is at fault.
+                if load(folder, name) is None:
+                    raise
+        killed = [left for left in folder.glob("*.partial") if time.time() - _last_used(left) > _KILLED]
+        reports = sorted(folder.glob(f"*/{_REPORT}"), key=_last_used)
+        for old in [*killed, *(report.parent for report in reports[:-_KEPT])]:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         logger.warning(f"{folder}: prepared rows cannot be kept ({brief(error)}). The next start prepares them again.")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # another process has just removed it
 
 
 def _report(stored: dict[str, Any]) -> DataReport:

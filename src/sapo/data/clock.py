@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from typing import TYPE_CHECKING, Any
 
 from sapo.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
@@ -30,6 +33,23 @@ def parse_date(text: str) -> datetime.date:
         return datetime.date.fromisoformat(text)
     except ValueError as error:
         raise ConfigurationError(f"template_date={text}: not a date. Use the form 2026-01-31.") from error
+
+
+def forget_idle_date(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where the chat template prints no date, say that a `template_date` has no effect, and leave it out of the run.
+
+    Args:
+        config: of the run; has `template_date`.
+        tokenizer: with the chat template of the run.
+
+    Raises:
+        ConfigurationError: it is not a date.
+    """
+    if config.template_date is None or prints_date(tokenizer):
+        return
+    date = parse_date(config.template_date)
+    logger.warning(f"No effect with a chat template that prints no date: template_date={date}.")
+    config.template_date = None
 
 
 def dated_template(template: str, date: datetime.date) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,8 @@ def _disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "Free disk space and rerun the same command." if full else "Give another --output_dir."
         raise EvaluationError(
-            f"{file} cannot be written ({error.strerror}); finished parts are kept. Free disk space and rerun the same "
-            "command."
+            f"{file} cannot be written ({error.strerror}); finished parts are kept. {way_out}"
         ) from error

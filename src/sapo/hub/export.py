@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from safetensors import SafetensorError
 from sapo.data.encoding import eos_token_ids
 from sapo.errors import ConfigurationError, ModelError, brief
 from sapo.hub.self_check import Agreement, Reply, agreement, allowed_difference, greedy_replies, prompts
-from sapo.runs.files import write_atomically
+from sapo.runs.files import read_object, write_atomically
 from sapo.runs.folder import readable, replace_folder
-from sapo.runs.layout import OPPONENT_FOLDER, STATE_FILE
+from sapo.runs.layout import LOCK_FILE, OPPONENT_FOLDER, STATE_FILE
+from sapo.runs.lock import locked
 from sapo.runs.origin import package_versions
 from sapo.runs.reading import is_run, recipe_option, start_of
 from sapo.runs.tensors import read_tensors
@@ -31,7 +33,8 @@ from sapo.weights.source import find_source, holds_model, quantization_method
 from sapo.weights.starts import merge_adapter
 
 EXPORT_FILE = "sapo_export.json"
-"""In an exported folder: what it was made from."""
+"""In an exported folder: what it was made from, and its files."""
+_FILES = "files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +119,68 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes `out` when the block ends; after an error nothing of it is left.
 
     Raises:
-        ConfigurationError: `out` is not empty, and no earlier export, or one that may not be overwritten.
+        ConfigurationError: `out` is not empty, and no earlier export, or one that may not be overwritten, or that holds
+            files of somebody else; or another process exports to it.
         ModelError: it cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"{out} is a file. Name a folder to create.")
+    if is_run(out.absolute().parent) and re.fullmatch(r"checkpoint-\d+|opponent", out.name) and not out.exists():
+        raise ConfigurationError(f"{out} would be taken for a part of the run beside it. Name another folder.")
     if out.is_dir() and any(out.iterdir()):
         if not (out / EXPORT_FILE).is_file():
             raise ConfigurationError(f"{out} is not empty, and not an earlier export. Name another folder.")
         if not overwrite:
             raise ConfigurationError(f"{out} exists already. Name another folder, or add --overwrite.")
-    staging = out.absolute().with_name(f".{out.absolute().name}.exporting")
+        _refuse_foreign_files(out)
+    # Behind a link is what is replaced, not the link.
+    place = out.resolve()
+    absent = [folder for folder in place.parents if not folder.exists()]
+    staging = place.with_name(f".{place.name}.exporting")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        replace_folder(staging, out)
+        with locked(staging):
+            _clear(staging)
+            try:
+                (staging / place.name).mkdir()
+                yield staging / place.name
+                _list_files(staging / place.name)
+                replace_folder(staging / place.name, place)
+            finally:
+                _clear(staging)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out} cannot be written ({brief(error, 200)}). Nothing of it is left.") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        for folder in (staging, *absent):
+            # Not if it holds the export, or another process has begun one.
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _clear(staging: Path) -> None:
+    """Remove all but the lock: what this export has written, or one that was killed."""
+    for left in staging.iterdir():
+        if left.name != LOCK_FILE:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _list_files(folder: Path) -> None:
+    facts = read_object(folder / EXPORT_FILE) | {_FILES: _files(folder)}
+    write_atomically(folder / EXPORT_FILE, json.dumps(facts, indent=1))
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """Refuse to replace an export to which something was added since."""
+    foreign = sorted(set(_files(out)) - {EXPORT_FILE, *read_object(out / EXPORT_FILE).get(_FILES, [])})
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ConfigurationError(
+            f"{out} holds {foreign[0]}{more}, not written by the earlier export, and --overwrite removes it. Move it "
+            "away, or name another folder."
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
 
 
 def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: str | None = None) -> Exported:

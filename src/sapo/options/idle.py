@@ -25,18 +25,29 @@ _NOT_IN_ROUNDS = (
 )  # fmt: skip
 _OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _WITHOUT_ADAM = ("sgd", "adafactor", "rmsprop", "adagrad")
+_OF_SEVERAL_PROCESSES = (
+    "ddp_backend", "ddp_timeout", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph",
+)  # fmt: skip
 _OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 
 
-def idle(given: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+def idle(given: Mapping[str, Any], values: Mapping[str, Any], *, device: str, processes: int) -> list[str]:
     """What to say of options that have no effect: a line for each reason.
 
     Args:
         given: options that were typed or are in the recipe, by name.
         values: all options of the run, by name.
+        device: type of the device that it trains on, such as "cpu".
+        processes: number of processes.
     """
     lines = []
-    for reason, names in _reasons(given, values):
+    reasons = [*_reasons(given, values)]
+    if device == "cpu":
+        reasons.append(("device cpu", ("torch_empty_cache_steps",)))
+    if processes == 1:
+        reasons.append(("one process", _OF_SEVERAL_PROCESSES))
+    for reason, names in reasons:
         changed = [name for name in names if name in given and given[name] != getattr(option(name), "default", None)]
         if changed:
             shown = ", ".join(f"{name}={_shown(given[name])}" for name in changed)

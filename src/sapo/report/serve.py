@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sapo.errors import ConfigurationError
+from sapo.errors import ConfigurationError, SapoError, brief
 from sapo.report.page import render, report_data, script_json
 from sapo.runs.layout import CONFIG_FILE, METRICS_FILE, PAIRS_FILE, RUN_FILE
 from sapo.runs.reading import broke_off
@@ -54,6 +55,13 @@ def _stamp(file: Path) -> tuple[int, int]:
     return (status.st_mtime_ns, status.st_size)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has gone away is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
     """Create a server of the live page on 127.0.0.1, unreachable from other machines; not yet serving.
 
@@ -73,12 +81,22 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
             # DNS rebinding: another site's name can resolve to this address, but its Host header still names that site.
             if self.headers.get("Host") not in (f"{HOST}:{own}", f"localhost:{own}"):
                 self.send_error(HTTPStatus.FORBIDDEN)
-            elif self.path == "/":
-                self._answer("text/html; charset=utf-8", render(live.data(), live=True))
-            elif self.path == "/data.json":
-                self._answer("application/json", script_json(live.data()).encode("utf-8", "replace"))
-            else:
+            elif self.path not in ("/", "/data.json"):
                 self.send_error(HTTPStatus.NOT_FOUND)
+            else:
+                self._answer_with_data()
+
+        def _answer_with_data(self) -> None:
+            try:
+                data = live.data()
+            except (SapoError, OSError) as error:
+                # The folder was moved, or is being replaced: it may be there again at the next request.
+                self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, explain=brief(error))
+                return
+            if self.path == "/":
+                self._answer("text/html; charset=utf-8", render(data, live=True))
+            else:
+                self._answer("application/json", script_json(data).encode("utf-8", "replace"))
 
         def _answer(self, kind: str, body: bytes) -> None:
             self.send_response(HTTPStatus.OK)
@@ -93,7 +111,7 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
             """Log nothing: the terminal belongs to the caller."""
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return _Server((HOST, port), Handler)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise

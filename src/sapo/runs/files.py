@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ def replacing(file: Path) -> Iterator[Path]:
     error the old one stays. Missing folders are created.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    # Of this process: two may write the same file of a cache at once, on two machines too.
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise
 
 

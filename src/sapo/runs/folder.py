@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from sapo.errors import CheckpointError, ConfigurationError, brief
+from sapo.errors import CheckpointError, ConfigurationError, TrainingError, brief
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import keep_json_lines, write_atomically
 from sapo.runs.layout import (
@@ -25,6 +25,7 @@ from sapo.runs.layout import (
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
+    OPPONENT_FOLDER,
     RECIPE_FILE,
     REPLIES_PATTERN,
     REPORT_FILES,
@@ -32,7 +33,7 @@ from sapo.runs.layout import (
     SELF_REPLAY_FILE,
     TRACE_FILE,
 )
-from sapo.runs.lock import check_unlocked, locked
+from sapo.runs.lock import check_unlocked, is_lost, locked
 from sapo.runs.metrics import LOSS, RUNTIME
 from sapo.runs.world import World
 
@@ -42,7 +43,7 @@ _TRACE_BYTES = 16 * 2**20
 """Beyond this the trace is set aside as `.old` in place of an earlier one, so that it stays bounded."""
 _EARLY = (
     METRICS_FILE, TRACE_FILE.format(process="*") + "*",
-    *(form.format(name) for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES) for form in ("{}", ".{}.partial")),
+    *(form.format(name) for name in (CONFIG_FILE, RECIPE_FILE, *REPORT_FILES) for form in ("{}", ".{}.*partial")),
 )  # fmt: skip
 """What a run writes before its first checkpoint."""
 _KEPT = (f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN)
@@ -50,6 +51,7 @@ _KEPT = (f"{RETENTION_PART}.safetensors", SELF_REPLAY_FILE, REPLIES_PATTERN)
 STAGING = ".saving"
 """In the run folder: where models and checkpoints are written before they get their names."""
 _OLD = ".old"
+_LOST = "was moved, removed or taken over by another run while this one wrote in it"
 
 
 class RunFolder:
@@ -60,6 +62,8 @@ class RunFolder:
         self._world = world
         self.staging: Path | None = None
         """Where a checkpoint is being written; None in between."""
+        self.lost: Path | None = None
+        """Where the folder was before it was moved, removed or taken over; since then `path` is another."""
         self.failed: list[str] = []
         """What `attempt` could not write, and why."""
 
@@ -108,8 +112,10 @@ class RunFolder:
         if self._world.first:
             for left in [self.path / STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
                 shutil.rmtree(left, ignore_errors=True)
-            for old in [*self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), self.path / f"opponent{_OLD}"]:
-                _settle(old.with_name(old.name.removesuffix(_OLD)))
+            for left in self.path.glob(".*.partial"):
+                left.unlink()
+            for old in [*self.path.glob(f".{PREFIX_CHECKPOINT_DIR}-*{_OLD}"), _aside(self.path / OPPONENT_FOLDER)]:
+                _settle(old.with_name(old.name.removeprefix(".").removesuffix(_OLD)))
         self._world.barrier()
 
     def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
@@ -120,8 +126,8 @@ class RunFolder:
         check_renames(self.path)
         for old in [
             *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
-            self.path / "opponent",
-            self.path / f"opponent{_OLD}",
+            self.path / OPPONENT_FOLDER,
+            _aside(self.path / OPPONENT_FOLDER),
             self.path / STAGING,
         ]:
             shutil.rmtree(old, ignore_errors=True)
@@ -157,18 +163,41 @@ class RunFolder:
             write_atomically(self.path / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True))
 
     def append_metrics(self, line: str) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl; raises as `append_trace`."""
+        self._leave_if_lost()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def append_trace(self, step: int, pairs: Sequence[Sequence[Any]]) -> None:
-        """Note which pairs a step trained on: [row, turn, start of the segment, loss in nats] of each."""
+        """Note which pairs a step trained on: [row, turn, start of the segment, loss in nats] of each.
+
+        Raises:
+            TrainingError: several processes have lost their folder.
+        """
+        self._leave_if_lost()
         file = self.path / TRACE_FILE.format(process=self._world.process)
         if file.exists() and file.stat().st_size > _TRACE_BYTES:
-            file.replace(_aside(file))
+            file.replace(file.with_name(f"{file.name}{_OLD}"))
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "pairs": pairs}) + "\n")
+
+    def _leave_if_lost(self) -> None:
+        """Write beside the folder from now on if it is no longer this run's; `lost_error` tells the user."""
+        if self.lost is not None or not (is_lost(self.path) if self._world.first else not self.path.is_dir()):
+            return
+        if self._world.size > 1:
+            raise TrainingError(f"{self.path} {_LOST}. Move it back, and continue with --resume_from_checkpoint true.")
+        self.lost, self.path = self.path, self.path.with_name(f"{self.path.name}.rescued")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def lost_error(self, step: int) -> TrainingError:
+        """Of a run that ends since its folder is lost, after `step` was saved."""
+        saved = self.path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return TrainingError(
+            f"{self.lost} {_LOST}. Step {step} is saved: continue with --resume_from_checkpoint {saved} and the "
+            "--output_dir of your choice."
+        )
 
     def write_bad_pairs(self, rows: Sequence[dict[str, Any]]) -> Path:
         """Write pairs with their texts and losses; returns the file."""
@@ -189,6 +218,7 @@ class RunFolder:
         Raises:
             CheckpointError: it cannot be written; nothing half written is left.
         """
+        self._leave_if_lost()
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         self.staging = self.path / STAGING
         try:
@@ -324,7 +354,8 @@ def _settle(target: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    return target.with_name(target.name + _OLD)
+    # Hidden: `model.old` beside `model` is what a person calls an own copy.
+    return target.with_name(f".{target.name}{_OLD}")
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from transformers.utils import logging
 
 from sapo.errors import ConfigurationError
-from sapo.runs.layout import LOCK_FILE
+from sapo.runs.layout import CONFIG_FILE, LOCK_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -40,10 +41,16 @@ class Lock:
         self._file = folder / LOCK_FILE
         self._stream = stream
         self._ended = threading.Event()
+        self.owner: dict[str, Any] = {}
         self.holders = 0
         """Uses of the lock in this process, one within another; the last one releases it."""
-        _write_owner(stream)
-        threading.Thread(target=self._beat, name="sapo-lock", daemon=True).start()
+        try:
+            self.owner = _write_owner(stream)
+            threading.Thread(target=self._beat, name="sapo-lock", daemon=True).start()
+        except BaseException:
+            # A full disk, or Ctrl-C just now.
+            self.release()
+            raise
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):
@@ -51,11 +58,24 @@ class Lock:
             with suppress(OSError):
                 os.utime(self._stream.fileno())
 
+    def is_there(self) -> bool:
+        """Whether the lock file names this process, and no other one that has taken the folder over."""
+        try:
+            with self._file.open(encoding="utf-8") as stream:
+                return _owner(stream) in ({}, self.owner)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True  # a network that is away for a moment
+
     def release(self) -> None:
         """Remove the lock file, then let go: in this order nobody finds a file that is about to vanish."""
         self._ended.set()
-        self._file.unlink(missing_ok=True)
-        self._stream.close()
+        if self.is_there():
+            self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            # What a full disk has refused is written again, in vain.
+            self._stream.close()
 
 
 @contextmanager
@@ -86,6 +106,15 @@ def check_unlocked(folder: Path) -> None:
             raise _in_use(folder, stream)
 
 
+def is_lost(folder: Path) -> bool:
+    """Whether a folder whose lock this process holds was moved or removed, or has another owner now."""
+    lock = _held.get(folder.absolute())
+    if lock is None:
+        return False
+    # The lock alone may have been removed by hand.
+    return not lock.is_there() and ((folder / LOCK_FILE).exists() or not (folder / CONFIG_FILE).is_file())
+
+
 def _take(folder: Path) -> IO[str]:
     """Open and lock the lock file, over that of a dead owner if there is one."""
     file = folder / LOCK_FILE
@@ -102,7 +131,9 @@ def _take(folder: Path) -> IO[str]:
         stream.close()
         raise error
     owner = _owner(stream)
-    if owner:
+    if owner and _is_alive(owner):
+        logger.warning(f"{folder}: its lock names {_described(owner)}, which does not hold it: this folder is a copy.")
+    elif owner:
         logger.warning(f"{folder}: broke the lock of {_described(owner)}, which has ended without removing it.")
     return stream
 
@@ -113,8 +144,7 @@ def _opened(file: Path, mode: str) -> IO[str]:
         return file.open(mode, encoding="utf-8")
     except PermissionError as error:
         raise ConfigurationError(
-            f"{file.parent} holds the lock of another user, whose run may be alive ({file}). Choose another "
-            "--output_dir."
+            f"{file.parent} holds the lock of another user, whose run may be alive ({file}). Choose another folder."
         ) from error
 
 
@@ -128,6 +158,12 @@ def _lock(stream: IO[str]) -> bool:
         # A file system without locks: the owner's sign of life decides, whatever its host.
         return not _owner(stream) or _age(stream) > _DEAD
     return True
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the process is there, on this host."""
+    process = owner.get("process")
+    return owner.get("host") == socket.gethostname() and isinstance(process, int) and bool(psutil.pid_exists(process))
 
 
 def _other_host_alive(stream: IO[str]) -> bool:
@@ -148,12 +184,14 @@ def _owner(stream: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_owner(stream: IO[str]) -> None:
+def _write_owner(stream: IO[str]) -> dict[str, Any]:
     stream.seek(0)
     stream.truncate()
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    stream.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}))
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+    stream.write(json.dumps(owner))
     stream.flush()
+    return owner
 
 
 def _described(owner: dict[str, Any]) -> str:
@@ -166,5 +204,5 @@ def _in_use(folder: Path, stream: IO[str]) -> ConfigurationError:
     gone = f", or remove {folder / LOCK_FILE} if that process is gone" if elsewhere else ""
     return ConfigurationError(
         f"{folder} is in use by {_described(owner) if owner else 'another process'}. Wait for it or stop it{gone}; or "
-        "choose another --output_dir."
+        "choose another folder."
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _asked = False
@@ -41,3 +44,37 @@ def raise_swallowed() -> None:
     asked, _asked = _asked, False
     if asked:
         raise KeyboardInterrupt
+
+
+class _Ended(BaseException):
+    """A signal asks the process to end."""
+
+
+@contextmanager
+def undone_at_signals() -> Iterator[None]:
+    """Unwind the block at SIGTERM and SIGHUP, so that nothing half written is left; then the signal ends the process.
+
+    For commands of one process: in one of several, Python does not get to run while it waits for the others.
+    """
+    received = signal.SIGTERM
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        # A second one must not keep the block from being unwound.
+        for one in taken:
+            signal.signal(one, signal.SIG_IGN)
+        raise _Ended
+
+    # One that the program was started to ignore, as by nohup, stays ignored.
+    taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, end)
+    try:
+        yield
+    except _Ended:
+        signal.signal(received, signal.SIG_DFL)
+        os.kill(os.getpid(), received)
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)

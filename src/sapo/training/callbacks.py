@@ -78,9 +78,22 @@ class RunCallback(TrainerCallback):
         averages.add(STEP_TIME.name, wall)
         averages.add(OVERHEAD_TIME.name, max(0.0, wall - work))
         averages.add(CPU_TIME.name, cpu)
+        if self._folder.lost is not None:
+            control.should_save = control.should_training_stop = True
         last = state.global_step >= state.max_steps or control.should_training_stop
         if last and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Leave the folder that is no longer this run's alone.
+
+        Raises:
+            TrainingError: where the last step is saved.
+        """
+        if self._folder.lost is not None:
+            raise self._folder.lost_error(state.global_step)
 
     def _now(self, args: TrainingArguments) -> tuple[float, float, float]:
         """Wall and CPU seconds, and seconds of work so far."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sapo.preference.pairs import Pair
 from sapo.preference.self_play import SelfPlay
 from sapo.runs.checkpoint import compare_facts
 from sapo.runs.files import replacing, write_atomically
+from sapo.runs.lock import locked
 
 _FACTS = b"sapo_facts"
 _REPORT = b"sapo_report"
@@ -88,6 +90,14 @@ class PairWriter:
     @property
     def _folder(self) -> Path:
         return self.file.with_name(f"{self.file.name}.parts")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs from writing the same file; the first process holds the lock.
+
+        Raises:
+            ConfigurationError: another run has it.
+        """
+        return locked(self._folder) if self.process == 0 else nullcontext()
 
     def report(self) -> PairsReport | None:
         """Statistics of the complete file; None if it does not exist yet.

@@ -119,11 +119,14 @@ class RunRecorder(TrainerCallback):
         self._trained = trained
         self._stop_reason = stop_reason
         self._run_folder = run_folder
-        self._folder = run_folder.path
         self._steps: set[int] = set()
         self._followed_steps: set[int] = set()
         self._followed: list[int] = []
         self._refreshed, self._took = 0.0, 0.0
+
+    @property
+    def _folder(self) -> Path:
+        return self._run_folder.path
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from sapo.config import SAPOConfig
 from sapo.data.chat_template import use_chat_template
+from sapo.data.clock import forget_idle_date
 from sapo.data.encoding import eos_token_ids
 from sapo.data.examples import DataOptions
 from sapo.errors import ConfigurationError
@@ -59,6 +60,7 @@ def prepare_start(model: Any, args: SAPOConfig, tokenizer: Any, peft_config: Any
             refuse_new_rows(tokenizer, embedding_rows(model), args.generation_backend)
         grown = fit_model(model, tokenizer, seed=args.seed)
         peft_config = train_tokens(peft_config, model, {*new_tokens, *grown})
+    forget_idle_date(args, tokenizer)
     args.check_positions(positions_of(model.config))
     resolve_checkpointing(args, model, peft_config)
     policy = with_adapter(model, peft_config, args)

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sapo import Pair, SAPOTrainer, Segment
-from sapo.errors import ConfigurationError
+from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
+from sapo.errors import ConfigurationError, DatasetError
 from sapo.preference.pairs import PairSource
 from sapo.weights.opponent import ModelCopy, policy_tensors
 from tests.runs import metrics_of
@@ -284,3 +286,56 @@ def test_a_model_and_rows_are_enough(tokenizer, tmp_path, monkeypatch):
     trainer.args.max_steps = 1
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_an_evaluation_before_the_run_is_part_of_it(make_trainer, tmp_path):
+    trainer = make_trainer(eval_rows=tiny_rows(4, seed=1))
+    before = trainer.evaluate()
+    assert trainer.train().global_step == 6
+    assert metrics_of(tmp_path / "run")[0]["eval_loss"] == before["eval_loss"]
+    plain = make_trainer("plain")
+    plain.train()
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainer.policy().parameters(), plain.policy().parameters(), strict=True)
+    )
+    with pytest.raises(ConfigurationError, match="eval_dataset is missing"):
+        plain.evaluate()
+    # But no earlier run.
+    with pytest.raises(ConfigurationError, match="is not empty"):
+        plain.train()
+
+
+class pandas:
+    class DataFrame:
+        __module__ = "pandas.core.frame"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("rows.jsonl", r"rows\.jsonl is a name. Pass rows, such as sapo\.data\.loading\.load_rows\('rows\.jsonl'\)"),
+        (Path("rows.jsonl"), "is a name"),
+        (pandas.DataFrame(), "not read from a DataFrame. Pass a datasets.Dataset"),
+        (tiny_rows, "not read from a function"),
+        (["text"], "row 1 of train_dataset: is of type str, and a row is a dict"),
+        ({"prompt": ["a"], "completion": ["b"]}, "row 1 of train_dataset_prompt: is of type str"),
+        ({"train": tiny_rows(2), "test": tiny_rows(2)}, r"several datasets \(train, test\). Pass one"),
+    ],
+)
+def test_what_are_no_rows_is_said(rows, message, make_trainer):
+    with pytest.raises((ConfigurationError, DatasetError), match=message):
+        make_trainer(rows=rows)
+
+
+def test_what_is_no_model_or_no_options_is_said(tokenizer, make_trainer, tmp_path):
+    with pytest.raises(ConfigurationError, match="args is of type TrainingArguments: pass a SAPOConfig"):
+        SAPOTrainer(
+            tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), tiny_rows(), processing_class=tokenizer
+        )
+    config = SAPOConfig(str(tmp_path / "run"), use_cpu=True, report_to="none", max_length=32)
+    with pytest.raises(ConfigurationError, match="model is missing"):
+        SAPOTrainer(None, config, tiny_rows(), processing_class=tokenizer)
+    base = tiny_llama()
+    make_trainer(model=base, lora=True)
+    with pytest.raises(ConfigurationError, match="still has the adapter of an earlier trainer"):
+        make_trainer(model=base, lora=True)

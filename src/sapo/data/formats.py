@@ -62,6 +62,11 @@ def format_of(rows: Iterable[Row], *, paired: bool, source: str) -> tuple[Format
         try:
             if isinstance(row, Unreadable):
                 raise row.error
+            if not isinstance(row, Mapping):
+                raise DatasetError(
+                    f"row {len(head)} of {source}: is of type {type(row).__name__}, and a row is a dict of columns by "
+                    "name. Pass a datasets.Dataset or a list of dicts."
+                )
             return detect_format(row, paired=paired, source=source), head
         except DatasetError as error:
             problem = problem or error

@@ -295,6 +295,15 @@ def prepare_datasets(
     """
     if rows is None:
         return rows
+    if isinstance(rows, (str, Path)):
+        raise DatasetError(
+            f"{source}: {rows} is a name. Pass rows, such as sapo.data.loading.load_rows({str(rows)!r})."
+        )
+    if callable(rows) or type(rows).__module__.startswith(("pandas.", "polars.")):
+        raise DatasetError(
+            f"{source}: rows are not read from a {type(rows).__name__}. Pass a datasets.Dataset (Dataset.from_pandas, "
+            "Dataset.from_generator) or a list of dicts."
+        )
     if is_prepared(rows):
         if ("opponent_prompt_ids" in rows.column_names) != (options.opponent_system_prompt is not None):
             given = "without" if options.opponent_system_prompt is not None else "with"

@@ -64,6 +64,8 @@ class RunFolder:
         """Where a checkpoint is being written; None in between."""
         self.lost: Path | None = None
         """Where the folder was before it was moved, removed or taken over; since then `path` is another."""
+        self._measured = False
+        """Whether `append_metrics` has begun the folder: an evaluation before the run."""
         self.failed: list[str] = []
         """What `attempt` could not write, and why."""
 
@@ -122,7 +124,7 @@ class RunFolder:
         """Make sure that an earlier run is neither mixed with this one nor lost; see `check_output_dir`."""
         if not self._world.first:
             return
-        check_output_dir(self.path, overwrite=overwrite, restarted=restarted)
+        check_output_dir(self.path, overwrite=overwrite, restarted=restarted or self._measured)
         check_renames(self.path)
         for old in [
             *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
@@ -134,7 +136,10 @@ class RunFolder:
         per_process = [name.format(process="*") for name in (TRACE_FILE, BAD_PAIRS_FILE)]
         for pattern in (METRICS_FILE, *REPORT_FILES, *_KEPT, *per_process):
             for file in self.path.glob(f"{pattern}*"):
-                file.unlink()
+                # What this trainer has measured before the run belongs to it.
+                if not (self._measured and file.name == METRICS_FILE):
+                    file.unlink()
+        self._measured = False
 
     @contextmanager
     def undone_unless(self, begun: Callable[[], bool]) -> Iterator[None]:
@@ -165,6 +170,7 @@ class RunFolder:
     def append_metrics(self, line: str) -> None:
         """Add one line to metrics.jsonl; raises as `append_trace`."""
         self._leave_if_lost()
+        self._measured |= not self.path.is_dir() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")

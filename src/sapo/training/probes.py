@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from sapo.data.examples import Example, collate_examples, dataset_digest
 from sapo.data.fingerprints import trained_on
+from sapo.errors import ConfigurationError
 from sapo.preference.pairs import Pair, PairSource
 from sapo.seeds import derive_seed
 
@@ -34,7 +35,13 @@ class EvaluationPairs:
         """By the digest of the prepared dataset; kept in checkpoints."""
 
     def of(self, dataset: Any) -> dict[tuple[int, int], Pair]:
-        """The pairs of a prepared dataset by (row, turn), made if they are not yet."""
+        """The pairs of a prepared dataset by (row, turn), made if they are not yet.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if dataset is None:
+            raise ConfigurationError("eval_dataset is missing: there is nothing to evaluate on.")
         digest = self.digest(dataset)
         if digest not in self.made:
             made: list[Pair] = []
@@ -81,6 +88,11 @@ class ChosenProbe:
         seed: int,
         logps: Callable[[Sequence[Example]], list[float]],
     ) -> None:
+        if isinstance(dataset, Mapping):
+            raise ConfigurationError(
+                f"train_dataset holds several datasets ({', '.join(dataset)}). Pass one of them, or join them "
+                "with datasets.concatenate_datasets."
+            )
         self._dataset = dataset
         self._wanted, self._pairs = size, pairs
         self._seed = seed

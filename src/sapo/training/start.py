@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sapo.config import SAPOConfig
@@ -47,7 +48,12 @@ def prepare_start(model: Any, args: SAPOConfig, tokenizer: Any, peft_config: Any
     Raises:
         ConfigurationError, ModelError, TokenizerError: what clashes.
     """
+    if not isinstance(args, SAPOConfig):
+        raise ConfigurationError(f"args is of type {type(args).__name__}: pass a SAPOConfig, which has its options.")
+    if model is None:
+        raise ConfigurationError("model is missing: pass a model, or the name or folder of one.")
     use_one_device(args)
+    model = str(model) if isinstance(model, Path) else model
     if isinstance(model, str):
         revision = model_keyword_arguments(args).get("revision", "main")
         tokenizer = tokenizer or load_tokenizer(model, revision)

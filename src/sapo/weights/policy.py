@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -127,6 +128,11 @@ def with_adapter(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigurationError("peft_config: the model already has an adapter. Pass one of the two.")
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ConfigurationError(
+                "peft_config: the model still has the adapter of an earlier trainer, which peft has put into it. Load "
+                "the model again."
+            )
         _check_target_modules(model, peft_config)
         if model.config.to_dict().get("quantization_config"):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -81,6 +81,8 @@ RATES = {
     for arm, options in TUNED.items()
     for rate in ("3e-4", "1e-3", "3e-3")
 }
+CHOSEN_RATES = {"SFT": "3e-3", "SFT, anchor, replay": "3e-3", "SAPO": "1e-3"}
+"""By gain, of the stage *rates*."""
 OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
 
@@ -121,7 +123,13 @@ TASKS = {
     ),
     "chat-300": Task(
         "SmolLM2-135M-Instruct", 16, 260, "10", 0, LORA | {"max_length": "192"},
-        (Stage("rates", 100, 25, 1, RATES, sampled=False),),
+        (
+            Stage("rates", 100, 25, 1, RATES, sampled=False),
+            Stage(
+                "tuned", 300, 75, 3,
+                {arm: TUNED[arm] | {"learning_rate": rate} for arm, rate in CHOSEN_RATES.items()}, sampled=False,
+            ),
+        ),
     ),
     "style": Task(
         "SmolLM2-135M-Instruct", 8, 0, "10", 96, LORA | {"max_length": "256"}, (Stage("style", 400, 30, 2, STYLE),)

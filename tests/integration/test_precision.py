@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from sapo import SAPOConfig
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.master import MasterWeights, MovedSample, with_masters
+from sapo.weights.rounding import round_to
 from tests.runs import metrics_of
 from tests.tiny import tiny_llama
 
@@ -126,7 +128,24 @@ def test_bfloat16_weights_with_masters_move_as_float32_ones_do(make_trainer):
     weights = dict(rounded.policy().named_parameters())
     for name, master in rounded._context.roles.policy_tensors().items():
         assert master.dtype == torch.float32
-        assert torch.equal(weights[name], master.bfloat16())
+        expected_weight = torch.empty_like(weights[name])
+        round_to(expected_weight, master)
+        assert torch.equal(weights[name], expected_weight)
+
+
+def test_what_bfloat16_weights_compute_with_and_save_moves_as_the_masters_do(make_trainer):
+    start = {name: weight.float() for name, weight in tiny_llama(dtype=torch.bfloat16).state_dict().items()}
+    trainer, moved = end(make_trainer, "run", torch.bfloat16)
+    trainer.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(trainer.run_folder.path, dtype=torch.bfloat16).state_dict()
+    steps, names = trainer._context.roles.policy_tensors(), list(trainer._context.roles.policy_tensors())
+    change = torch.cat([(saved[name].float() - start[name]).flatten() for name in names])
+    nearest = torch.cat([(steps[name].detach().bfloat16().float() - start[name]).flatten() for name in names])
+    along = [float(one @ moved / (moved @ moved)) for one in (change, nearest)]
+    # A few thousand of these weights move.
+    assert along[0] == pytest.approx(1, abs=0.1)
+    # To the nearest bfloat16 number, most of the movement would be in no weight.
+    assert along[1] < 0.7
 
 
 def test_the_opponent_follows_the_masters(make_trainer):

@@ -97,8 +97,9 @@ class EngineWeights:
         opponent, engine = self._roles.ready_opponent(), self._tasks.engine
         if self._streams:
             started = time.perf_counter()
-            # The opponent moves on before these are sent.
-            own = {name: weight.detach().to("cpu", copy=True) for name, weight in opponent.full().items()}
+            # As they compute where this process has them all; the opponent moves on before these are sent.
+            sent = opponent.in_memory() or opponent.full()
+            own = {name: weight.detach().to("cpu", copy=True) for name, weight in sent.items()}
             self._record("time/engine_weights", time.perf_counter() - started)
             self._load(step, own if self._world.first else {})
             return

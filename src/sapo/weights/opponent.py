@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from sapo.errors import ConfigurationError
 from sapo.weights.adapter_switch import AdapterSwitch
+from sapo.weights.rounding import round_to
 from sapo.weights.sharding import GatherShell, gather_full_state_dict, local_shard, named_weights, shard_like
 from sapo.weights.stored import note_base
 
 POLICY_ADAPTER = "default"
-
-LARGEST_DECAY_IN_HALF_PRECISION = 0.5
-"""Above this a moving average kept in bfloat16 stalls: at 0.992 it follows 4 to 23 % of the movement, at 0.999 none."""
 
 
 class ShadowModel(ABC):
@@ -100,8 +98,11 @@ class MovingAverage(ShadowModel):
 
 
 def needs_float32_master(dtype: torch.dtype, decay: float) -> bool:
-    """Whether a moving average of weights of `dtype` has to be kept in float32 to follow them at all."""
-    return dtype in (torch.float16, torch.bfloat16) and LARGEST_DECAY_IN_HALF_PRECISION < decay < 1
+    """Whether a moving average of weights of `dtype` has to be kept in float32 to follow them in full.
+
+    Kept in bfloat16 it follows 22 % of 60 steps of 5e-7 at a decay of 0.5, and 2 % at 0.9. A copy (0 or 1) needs none.
+    """
+    return dtype in (torch.float16, torch.bfloat16) and 0 < decay < 1
 
 
 def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -140,13 +141,13 @@ class ModelCopy(MovingAverage):
         return {**dict(self.model.named_parameters()), **self._master}
 
     def in_memory(self) -> dict[str, Tensor]:
-        """All of them."""
-        return self.tensors()
+        """All of them, as they compute."""
+        return dict(self.model.named_parameters())
 
     def _publish(self) -> None:
         weights = dict(self.model.named_parameters())
         for name, master in self._master.items():
-            weights[name].copy_(master)
+            round_to(weights[name], master)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a model folder."""
@@ -390,7 +391,7 @@ def _lerp(own: Mapping[str, Tensor], policy: Mapping[str, Tensor], weight: float
         torch._foreach_lerp_([t for t, _ in same], [s for _, s in same], weight)
     for target, source in zip(targets, sources, strict=True):
         if target.dtype != source.dtype:
-            target.lerp_(source.to(target.dtype), weight)
+            round_to(target, torch.lerp(target.float(), source.float(), weight))
 
 
 def _same_names(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -406,4 +407,4 @@ def _copy(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"weights do not match: {name} is {list(tensors[name].shape)}, expected {list(target.shape)}"
             )
-        target.copy_(tensors[name])
+        round_to(target, tensors[name])

@@ -127,7 +127,9 @@ TASKS = {
             Stage("rates", 100, 25, 1, RATES, sampled=False),
             Stage(
                 "tuned", 300, 75, 3,
-                {arm: TUNED[arm] | {"learning_rate": rate} for arm, rate in CHOSEN_RATES.items()}, sampled=False,
+                {arm: TUNED[arm] | {"learning_rate": rate} for arm, rate in CHOSEN_RATES.items()}
+                | {"SFT, 1e-3": RATES["SFT, 1e-3"]},
+                sampled=False,
             ),
         ),
     ),

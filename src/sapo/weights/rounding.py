@@ -1,10 +1,10 @@
 """Rounding float32 masters to the bfloat16 weights that compute, so that steps far below a rounding error count.
 
 A weight of 0.02 has neighbours 1.2e-4 away. To the nearest, a master that started at a bfloat16 number has to move half
-of that before its weight moves at all: ten steps of 5e-6 left 15 % of what they had learnt in the weights of a model of
+of that before its weight moves at all: ten steps of 5e-6 left 15 % of what was gained in the weights of a model of
 135 million parameters (docs/performance.md). Here each element has a threshold of its own, spread evenly and fixed for
 good: masters a hundredth of the way on move a hundredth of their weights, by the whole way. Stochastic rounding draws
-anew at each step; here a weight changes only as its master does, and nothing has to be drawn or kept.
+again at each step; here a weight changes only as its master does, and nothing has to be drawn or kept.
 """
 
 from __future__ import annotations

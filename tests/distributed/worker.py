@@ -18,6 +18,7 @@ import sapo.config
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
 from sapo.weights.opponent import policy_tensors
+from sapo.weights.rounding import round_to
 from sapo.weights.sharding import gather_full_state_dict, local_shard, shutdown_process_group
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
@@ -145,7 +146,16 @@ class Float32Scores(TrainerCallback):
         assert self.scored
 
 
-def check_folder(folder, expected, lora):
+def rounded(weight, dtype, *, sharded):
+    """A float32 master in the type of what is saved; shards are cast, as they are to compute."""
+    if sharded:
+        return weight.to(dtype)
+    result = torch.empty_like(weight, dtype=dtype)
+    round_to(result, weight)
+    return result
+
+
+def check_folder(folder, expected, lora, *, dtypes, sharded):
     """An ordinary folder: transformers or peft loads it, and its weights are `expected`."""
     # Else this process alone would load the model cut for all of them.
     unset_hf_deepspeed_config()
@@ -157,7 +167,8 @@ def check_folder(folder, expected, lora):
         assert model.config.architectures == ["LlamaForCausalLM"]
     loaded = policy_tensors(model)
     assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    for name, weight in expected.items():
+        assert torch.equal(loaded[name], rounded(weight, dtypes[name], sharded=sharded).to(loaded[name].dtype)), name
 
 
 def main(file: str) -> None:
@@ -177,7 +188,7 @@ def main(file: str) -> None:
         checkpoint = Path(asked["options"]["output_dir"]) / f"checkpoint-{steps}"
         if trainer.is_world_process_zero():
             checkpoint.rename(checkpoint.with_name("resumed"))
-    own = weights(trainer)
+    own, dtypes = weights(trainer), {name: one.dtype for name, one in policy_tensors(trainer.policy()).items()}
     models = Path(asked["options"]["output_dir"]) / "models"
     trainer.save_model(str(models))
     if trainer.is_world_process_zero():
@@ -185,7 +196,7 @@ def main(file: str) -> None:
             expected = {name.partition(".")[2]: own[name] for name in own if name.startswith(f"{part}.")}
             assert folder.is_dir() == bool(expected)
             if expected:
-                check_folder(folder, expected, asked["lora"])
+                check_folder(folder, expected, asked["lora"], dtypes=dtypes, sharded=trainer._context.roles.sharded)
         save_file(own, Path(asked["options"]["output_dir"]) / "end.safetensors")
     shutdown_process_group()
 

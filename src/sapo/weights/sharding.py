@@ -215,7 +215,7 @@ class GatherShell:
             whole: dict[str, nn.Parameter] = {}
             for name, weight in policy.items():
                 shard = own[name] if name in own else local_shard(weight)
-                gathered = gather(shard.to(self._dtype or shard.dtype), weight, self._device)
+                gathered = gather(shard.to(self._dtype or weight.dtype), weight, self._device)
                 whole[name] = nn.Parameter(gathered, requires_grad=False)
             for module, name, weight in self._slots:
                 module._parameters[name] = whole[self._names[id(weight)]]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from sapo.data.examples import DataReport, Turn
 from sapo.data.messages import Conversation, PlainText
 from sapo.data.rendering import TEMPLATE_FAULTS, Renderer, Unprinted, valid_unicode
+from sapo.data.token_parts import TextTokens
 from sapo.errors import DatasetError, TokenizerError
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Encoder:
         report: the dataset's report.
         date: the date for chat templates that print one; None for today.
         opponent_system_prompt: the opponent's own system message; None for none.
+        tokens: tokenizes with a tokenizer in Rust; None to call `tokenizer`.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Encoder:
         report: DataReport,
         date: datetime.date | None = None,
         opponent_system_prompt: str | None = None,
+        tokens: TextTokens | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise TokenizerError(f"the tokenizer has no EOS token to end a response with. {_SET_EOS}")
@@ -117,6 +120,7 @@ class Encoder:
         self._opponent_system = opponent_system_prompt
         self._blank: dict[int, bool] = {}
         # Its own call resets truncation and padding that a tokenizer was saved with, here and in `_encode`.
+        self._tokens = tokens
         self._start = self._start_ids()
         self._renderer = Renderer(tokenizer, self._ends, report.columns, date or datetime.date.today())
 
@@ -280,10 +284,8 @@ class Encoder:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        if self._tokenizer.is_fast:
-            # As transformers does, without the offsets, which cost a quarter of the time.
-            backend = self._tokenizer.backend_tokenizer
-            return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._tokens is not None:
+            return self._tokens(texts)
         encoded: list[list[int]] = self._tokenizer(
             texts,
             add_special_tokens=False,

@@ -144,8 +144,8 @@ class ExampleTable:
         self._join = join_turns
         self._rows = array("q")
         self._turns = array("q")
-        self._first = array("q", [0])
-        self._tokens = {name: (array("i"), array("q", [0])) for name in self.NESTED}
+        self._counts = array("q")
+        self._tokens = {name: (array("i"), array("q")) for name in self.NESTED}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -153,37 +153,49 @@ class ExampleTable:
     def add(self, row: int, turn: Turn) -> None:
         """Store a turn; with `join_turns`, consecutive turns of one row form one example."""
         if self._join and self._rows and self._rows[-1] == row:
-            self._first[-1] += 1
+            self._counts[-1] += 1
         else:
             self._rows.append(row)
-            self._first.append(self._first[-1] + 1)
+            self._counts.append(1)
         self._turns.append(turn.index)
-        for name, (values, offsets) in self._tokens.items():
-            values.extend(getattr(turn, name) or ())
-            offsets.append(len(values))
+        for name, (values, lengths) in self._tokens.items():
+            ids = getattr(turn, name) or ()
+            values.extend(ids)
+            lengths.append(len(ids))
+
+    def extend(self, other: ExampleTable) -> None:
+        """Store the examples of another table, of other rows."""
+        self._rows += other._rows
+        self._turns += other._turns
+        self._counts += other._counts
+        for name, (values, lengths) in self._tokens.items():
+            more, their_lengths = other._tokens[name]
+            values += more
+            lengths += their_lengths
 
     def dataset(self) -> datasets.Dataset:
         """All examples, in memory: `row`, `turn` and the `NESTED` columns, the last two only if they were asked for."""
-        first = _offsets(self._first)
+        first = _offsets(self._counts)
         columns: dict[str, pyarrow.Array] = {
             "row": pyarrow.array(np.array(self._rows)),
             "turn": pyarrow.ListArray.from_arrays(first, pyarrow.array(np.array(self._turns))),
         }
-        for name, (values, offsets) in self._tokens.items():
+        for name, (values, lengths) in self._tokens.items():
             if name not in self._left_out:
                 tokens = pyarrow.array(np.array(values, dtype=np.int32))
-                inner = pyarrow.ListArray.from_arrays(_offsets(offsets), tokens)
+                inner = pyarrow.ListArray.from_arrays(_offsets(lengths), tokens)
                 columns[name] = pyarrow.ListArray.from_arrays(first, inner)
         return datasets.Dataset.from_dict(columns)
 
 
-def _offsets(offsets: array[int]) -> pyarrow.Array:
+def _offsets(lengths: array[int]) -> pyarrow.Array:
+    offsets = np.concatenate(([0], np.cumsum(np.array(lengths))))
     if offsets[-1] >= 2**31:
         raise DatasetError(
             f"{offsets[-1]} tokens exceed what one dataset can hold in memory. Use part of the split, "
             "such as train[:50%]."
         )
-    return pyarrow.array(np.array(offsets, dtype=np.int32))
+    return pyarrow.array(offsets.astype(np.int32))
 
 
 def is_prepared(rows: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from sapo.data.messages import Dropped, PlainText
 from sapo.data.parallel import in_order, processes_for
 from sapo.data.preferences import RATED_LOWER
 from sapo.data.report import SHOWN_ROWS, Faults
+from sapo.data.token_parts import TextTokens
 from sapo.errors import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
@@ -83,21 +85,16 @@ def prepare_dataset(
             return prepared, report
     stream = iter(rows)
     row_format, head = format_of(stream, paired=options.paired, source=source)
-    preparation = _Preparation(tokenizer, options, tuple(sorted(eos_ids)), source, row_format, count_faults)
-    report = preparation.report()
-    table = ExampleTable(
-        paired=options.paired,
-        join_turns=options.assistant_turns == "random",
-        opponent_prompts=options.opponent_system_prompt is not None,
-    )
+    preparation = _Preparation(tokenizer, options, tuple(sorted(eos_ids)), source, row_format, first_row, count_faults)
+    report, table = preparation.report(), preparation.table()
     if num_proc is None:
         num_proc = processes_for(len(rows)) if isinstance(rows, (list, datasets.Dataset)) else 1
     seen: set[int] = set()
-    for turns, part in in_order(preparation, _blocks(enumerate(chain(head, stream))), num_proc):
-        report.add(part)
-        for number, turn in turns:
-            table.add(first_row + number, turn)
-            _note_duplicate(turn, number, seen, report)
+    for part, turns, counts in in_order(preparation, _blocks(enumerate(chain(head, stream))), num_proc):
+        report.add(counts)
+        table.extend(part)
+        for number, mark in turns:
+            _note_duplicate(mark, number, seen, report)
         progress(report.rows)
     report.kept = len(table)
     _check_scores(report)
@@ -133,18 +130,34 @@ class _Preparation:
     eos_ids: tuple[int, ...]
     source: str
     row_format: str
+    first_row: int
     count_faults: bool
+
+    @cached_property
+    def tokens(self) -> TextTokens | None:
+        """What tokenizes in this process; it remembers words."""
+        return TextTokens(self.tokenizer) if self.tokenizer.is_fast else None
+
+    def table(self) -> ExampleTable:
+        """A table without examples."""
+        return ExampleTable(
+            paired=self.options.paired,
+            join_turns=self.options.assistant_turns == "random",
+            opponent_prompts=self.options.opponent_system_prompt is not None,
+        )
 
     def report(self) -> DataReport:
         """A report without rows."""
         faults = Faults() if self.count_faults else None
         return DataReport(self.source, self.row_format, max_length=self.options.max_length, faults=faults)
 
-    def __call__(self, block: list[tuple[int, Any]]) -> tuple[list[tuple[int, Turn]], DataReport]:
-        report = self.report()
-        options = self.options
-        encoder = Encoder(self.tokenizer, self.eos_ids, report, options.date, options.opponent_system_prompt)
-        turns: list[tuple[int, Turn]] = []
+    def __call__(self, block: list[tuple[int, Any]]) -> tuple[ExampleTable, list[tuple[int, int]], DataReport]:
+        """The block's examples; of each turn the number of its row and what tells it from others; the counts."""
+        report, table, options = self.report(), self.table(), self.options
+        encoder = Encoder(
+            self.tokenizer, self.eos_ids, report, options.date, options.opponent_system_prompt, self.tokens
+        )
+        turns: list[tuple[int, int]] = []
         for start in range(0, len(block), _CHUNK):
             drafts: list[Draft] = []
             for number, row in block[start : start + _CHUNK]:
@@ -160,8 +173,10 @@ class _Preparation:
                     report.refuse(error, number)
                     continue
                 if fitted is not None:
-                    turns.append((number, fitted))
-        return turns, report
+                    table.add(self.first_row + number, fitted)
+                    # Of numbers alone, a hash is the same in every process.
+                    turns.append((number, hash((fitted.prompt_ids, fitted.response_ids, fitted.rejected_ids or ()))))
+        return table, turns, report
 
 
 def _drafts(
@@ -188,8 +203,7 @@ def _drafts(
     return encoder.render(parsed, number, options.assistant_turns, where)
 
 
-def _note_duplicate(turn: Turn, row: int, seen: set[int], report: DataReport) -> None:
-    mark = hash((turn.prompt_ids, turn.response_ids, turn.rejected_ids))
+def _note_duplicate(mark: int, row: int, seen: set[int], report: DataReport) -> None:
     if mark not in seen:
         seen.add(mark)
         return

@@ -1,0 +1,154 @@
+"""Tokens of texts in parts are those of the texts in full, with every kind of tokenizer."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sapo.data.examples import DataOptions
+from sapo.data.prepare import prepare_dataset
+from sapo.data.token_parts import _PATTERNS, TextTokens
+from sapo.errors import DatasetError, TokenizerError
+from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer, tiny_tokenizer
+from tests.unit.test_data_templates import CHATML, LLAMA
+
+MARKED = CHATML.replace(
+    "+ m['content'] + '<|im_end|>\\n' }}",
+    "}}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
+)
+GEMMA = (
+    "<s>{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Merges across spaces and line breaks show a cut at the wrong place.
+MERGES = [("a", "b"), ("Ġ", "a"), ("a", "Ġ"), ("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ċ", "a"), ("1", "2"), ("n", "t"), ("ĠĠ", "a")]
+
+
+def with_words(splitter, normalizer=None, *, added=(), template=CHATML):
+    tokenizer = byte_tokenizer(template, merges=MERGES)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = splitter
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_tokens(list(added))
+    return tokenizer
+
+
+def gpt2():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def split(pattern):
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def sentencepiece(scheme):
+    """As Llama 2 and Gemma have it: the first text of all may begin otherwise than what follows a special token."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz12.\n", "▁a", "a▁", "▁▁", "ab"]
+    backend = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(["<unk>", *letters])}, [("▁", "a"), ("a", "▁")], unk_token="<unk>"
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(list(BYTE_SPECIAL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    tokenizer.chat_template = GEMMA
+    return tokenizer
+
+
+ATOMS = (
+    "a", "b", "ab", "nt", "word", "user", " ", "  ", "\n", "\n\n", "\t", "\r\n", "1", "12", "'s", "'", "...", "é",
+    "<x>", "e\u0301", "\u0301", "日本", "🙂", "\u00a0", "\u3000", "\x1c", "\x85", "\0", "<", "|>", "_", " a", "x y",
+    *BYTE_SPECIAL_TOKENS,
+)  # fmt: skip
+MADE = {
+    "bytes": (lambda: byte_tokenizer(CHATML, merges=MERGES), 3, False),
+    "gpt2": (lambda: with_words(gpt2()), 3, True),
+    "gpt2, no template": (lambda: with_words(gpt2(), template=None), 1, True),
+    "digits": (lambda: with_words(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2()])), 3, True),
+    **{
+        f"pattern {number}": (lambda pattern=pattern: with_words(split(pattern), normalizers.NFC()), 3, True)
+        for number, pattern in enumerate(sorted(_PATTERNS))
+    },
+    "another pattern": (lambda: with_words(split(r"\w+ ?|\W")), 3, False),
+    "prefix": (lambda: with_words(pre_tokenizers.ByteLevel(add_prefix_space=True)), 3, False),
+    "NFKC": (lambda: with_words(gpt2(), normalizers.NFKC()), 3, False),
+    "token with a space": (lambda: with_words(gpt2(), added=["x y"]), 3, False),
+    "greedy token": (lambda: with_words(gpt2(), added=[AddedToken("<x>", rstrip=True)]), 3, False),
+    "word token": (lambda: with_words(gpt2(), added=[AddedToken("ab", single_word=True)]), 0, False),
+    "overlapping token": (lambda: with_words(gpt2(), added=[AddedToken("a<", normalized=False)]), 0, False),
+    "longer token": (lambda: with_words(gpt2(), added=[AddedToken("<|im_start|>user", normalized=False)]), 2, True),
+    "metaspace first": (lambda: sentencepiece("first"), 4, False),
+    "metaspace always": (lambda: sentencepiece("always"), 4, False),
+    "words": (tiny_tokenizer, 1, False),
+}
+REAL = [name for name in os.environ.get("SAPO_TEST_REAL_MODEL", "").split(os.pathsep) if name]
+
+
+@pytest.mark.parametrize("name", [*MADE, *REAL])
+def test_tokens_of_texts_in_parts_are_those_of_the_texts_in_full(name):
+    tokenizer = MADE[name][0]() if name in MADE else AutoTokenizer.from_pretrained(Path(name))
+    in_parts = TextTokens(tokenizer)
+    if name in MADE:
+        assert (len(in_parts._marks), in_parts._words) == MADE[name][1:]
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=12).map("".join), max_size=12), st.booleans())
+    def check(texts, again):
+        texts = texts * 4 if again else texts  # words that come again are looked up
+        found = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        assert in_parts(texts) == [one.ids for one in found]
+
+    check()
+
+
+def test_words_are_tokenized_once_and_forgotten_when_they_are_many(monkeypatch):
+    tokenizer = with_words(gpt2())
+    in_parts = TextTokens(tokenizer)
+    texts = ["ab word ab word ab", "word ab ab ab"]
+    found = in_parts(texts)
+    assert {" ab", " word"} <= in_parts._known.keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(in_parts, "_encode", None)
+        patch.setattr(in_parts, "_encode_words", lambda words: [] if not words else None)
+        assert in_parts(texts) == found
+    monkeypatch.setattr("sapo.data.token_parts._HELD", 1)
+    assert in_parts(texts) == found
+    assert in_parts(["b"]) == [tokenizer("b")["input_ids"]]
+    assert " word" not in in_parts._known
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(ATOMS), min_size=1, max_size=8).map("".join), min_size=4, max_size=4),
+    st.sampled_from(["last", "random", "all"]),
+    st.sampled_from([CHATML, MARKED, LLAMA, GEMMA, None]),
+)
+def test_prepared_rows_are_those_of_the_tokenizers_own_call(texts, turns, template):
+    tokenizer = with_words(gpt2(), template=template)
+    roles = ("user", "assistant") * 2
+    talk = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    rows = [{"messages": talk}, {"messages": talk[:2]}] if template else [{"prompt": texts[0], "completion": texts[1]}]
+    options = DataOptions(4096, 2048, assistant_turns=turns)
+
+    def prepared():
+        try:
+            found, report = prepare_dataset(rows * 3, tokenizer, options, eos_ids=[tokenizer.eos_token_id])
+        except (DatasetError, TokenizerError) as error:
+            return str(error)
+        return found.to_list(), report.lines(), report.details()
+
+    in_parts = prepared()
+    tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
+    assert in_parts == prepared()

@@ -116,7 +116,7 @@ def test_tokens_of_texts_in_parts_are_those_of_the_texts_in_full(name):
 def test_words_are_tokenized_once_and_forgotten_when_they_are_many(monkeypatch):
     tokenizer = with_words(gpt2())
     in_parts = TextTokens(tokenizer)
-    texts = ["ab word ab word ab", "word ab ab ab"]
+    texts = ["ab word ab word ab", "word ab ab ab"] * 4
     found = in_parts(texts)
     assert {" ab", " word"} <= in_parts._known.keys()
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sapo.data.examples import DataOptions
 from sapo.data.prepare import prepare_dataset
-from sapo.data.token_parts import _PATTERNS, TextTokens
+from sapo.data.token_parts import TextTokens
 from sapo.errors import DatasetError, TokenizerError
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer, tiny_tokenizer
 from tests.unit.test_data_templates import CHATML, LLAMA
@@ -73,25 +73,21 @@ ATOMS = (
     *BYTE_SPECIAL_TOKENS,
 )  # fmt: skip
 MADE = {
-    "bytes": (lambda: byte_tokenizer(CHATML, merges=MERGES), 3, False),
-    "gpt2": (lambda: with_words(gpt2()), 3, True),
-    "gpt2, no template": (lambda: with_words(gpt2(), template=None), 1, True),
-    "digits": (lambda: with_words(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2()])), 3, True),
-    **{
-        f"pattern {number}": (lambda pattern=pattern: with_words(split(pattern), normalizers.NFC()), 3, True)
-        for number, pattern in enumerate(sorted(_PATTERNS))
-    },
-    "another pattern": (lambda: with_words(split(r"\w+ ?|\W")), 3, False),
-    "prefix": (lambda: with_words(pre_tokenizers.ByteLevel(add_prefix_space=True)), 3, False),
-    "NFKC": (lambda: with_words(gpt2(), normalizers.NFKC()), 3, False),
-    "token with a space": (lambda: with_words(gpt2(), added=["x y"]), 3, False),
-    "greedy token": (lambda: with_words(gpt2(), added=[AddedToken("<x>", rstrip=True)]), 3, False),
-    "word token": (lambda: with_words(gpt2(), added=[AddedToken("ab", single_word=True)]), 0, False),
-    "overlapping token": (lambda: with_words(gpt2(), added=[AddedToken("a<", normalized=False)]), 0, False),
-    "longer token": (lambda: with_words(gpt2(), added=[AddedToken("<|im_start|>user", normalized=False)]), 2, True),
-    "metaspace first": (lambda: sentencepiece("first"), 4, False),
-    "metaspace always": (lambda: sentencepiece("always"), 4, False),
-    "words": (tiny_tokenizer, 1, False),
+    "bytes": (lambda: byte_tokenizer(CHATML, merges=MERGES), 3),
+    "gpt2": (lambda: with_words(gpt2()), 3),
+    "gpt2, no template": (lambda: with_words(gpt2(), template=None), 1),
+    "digits": (lambda: with_words(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2()])), 3),
+    "pattern": (lambda: with_words(split(r"\w+ ?|\W"), normalizers.NFC()), 3),
+    "prefix": (lambda: with_words(pre_tokenizers.ByteLevel(add_prefix_space=True)), 3),
+    "NFKC": (lambda: with_words(gpt2(), normalizers.NFKC()), 3),
+    "token with a space": (lambda: with_words(gpt2(), added=["x y"]), 3),
+    "greedy token": (lambda: with_words(gpt2(), added=[AddedToken("<x>", rstrip=True)]), 3),
+    "word token": (lambda: with_words(gpt2(), added=[AddedToken("ab", single_word=True)]), 0),
+    "overlapping token": (lambda: with_words(gpt2(), added=[AddedToken("a<", normalized=False)]), 0),
+    "longer token": (lambda: with_words(gpt2(), added=[AddedToken("<|im_start|>user", normalized=False)]), 2),
+    "metaspace first": (lambda: sentencepiece("first"), 4),
+    "metaspace always": (lambda: sentencepiece("always"), 4),
+    "words": (tiny_tokenizer, 1),
 }
 REAL = [name for name in os.environ.get("SAPO_TEST_REAL_MODEL", "").split(os.pathsep) if name]
 
@@ -101,32 +97,30 @@ def test_tokens_of_texts_in_parts_are_those_of_the_texts_in_full(name):
     tokenizer = MADE[name][0]() if name in MADE else AutoTokenizer.from_pretrained(Path(name))
     in_parts = TextTokens(tokenizer)
     if name in MADE:
-        assert (len(in_parts._marks), in_parts._words) == MADE[name][1:]
+        assert len(in_parts._marks) == MADE[name][1]
 
     @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=12).map("".join), max_size=12), st.booleans())
-    def check(texts, again):
-        texts = texts * 4 if again else texts  # words that come again are looked up
+    @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=12).map("".join), max_size=12))
+    def check(texts):
         found = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         assert in_parts(texts) == [one.ids for one in found]
 
     check()
 
 
-def test_words_are_tokenized_once_and_forgotten_when_they_are_many(monkeypatch):
-    tokenizer = with_words(gpt2())
-    in_parts = TextTokens(tokenizer)
-    texts = ["ab word ab word ab", "word ab ab ab"] * 4
-    found = in_parts(texts)
-    assert {" ab", " word"} <= in_parts._known.keys()
-    with monkeypatch.context() as patch:
-        patch.setattr(in_parts, "_encode", None)
-        patch.setattr(in_parts, "_encode_words", lambda words: [] if not words else None)
-        assert in_parts(texts) == found
-    monkeypatch.setattr("sapo.data.token_parts._HELD", 1)
-    assert in_parts(texts) == found
-    assert in_parts(["b"]) == [tokenizer("b")["input_ids"]]
-    assert " word" not in in_parts._known
+def test_a_prompt_that_its_reply_follows_is_tokenized_once(monkeypatch):
+    in_parts, asked = TextTokens(with_words(gpt2())), []
+    encode = in_parts._backend
+
+    class Watched:
+        def encode_batch_fast(self, parts, **options):
+            asked.extend(parts)
+            return encode.encode_batch_fast(parts, **options)
+
+    monkeypatch.setattr(in_parts, "_backend", Watched())
+    prompt = "<|im_start|>user ab<|im_end|>"
+    in_parts([prompt, prompt + "<|im_start|>assistant b<|im_end|>", prompt])
+    assert sorted(asked) == ["", "<|im_end|>", "<|im_start|>assistant b", "<|im_start|>user ab"]
 
 
 @settings(max_examples=40, deadline=None)

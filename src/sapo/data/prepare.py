@@ -135,7 +135,7 @@ class _Preparation:
 
     @cached_property
     def tokens(self) -> TextTokens | None:
-        """What tokenizes in this process; it remembers words."""
+        """What tokenizes in this process."""
         return TextTokens(self.tokenizer) if self.tokenizer.is_fast else None
 
     def table(self) -> ExampleTable:

@@ -13,8 +13,9 @@ from sapo.data.examples import DataOptions
 from sapo.data.prepare import prepare_dataset
 from sapo.data.token_parts import TextTokens
 from sapo.errors import DatasetError, TokenizerError
+from tests.prepared import CHATML
 from tests.tiny import BYTE_SPECIAL_TOKENS, byte_tokenizer, tiny_tokenizer
-from tests.unit.test_data_templates import CHATML, LLAMA
+from tests.unit.test_data_templates import LLAMA
 
 MARKED = CHATML.replace(
     "+ m['content'] + '<|im_end|>\\n' }}",

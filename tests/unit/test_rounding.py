@@ -86,6 +86,13 @@ def test_thresholds_are_spread_evenly_and_repeat():
     assert torch.equal(result[:10], result[-10:])
 
 
+def test_more_periods_at_once_as_on_a_gpu_change_nothing(monkeypatch):
+    master = torch.randn(3 * PERIOD + 17)
+    expected, table = rounded(master), rounding._thresholds(CPU)
+    monkeypatch.setattr(rounding, "_thresholds", lambda device: table.repeat(2))
+    assert torch.equal(rounded(master), expected)
+
+
 def test_the_layout_in_memory_changes_nothing():
     master = torch.randn(30, 50)
     weight = torch.empty(50, 30, dtype=torch.bfloat16).t()

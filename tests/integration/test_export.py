@@ -83,6 +83,17 @@ def test_a_checkpoint_exports_the_opponent_of_its_step(lora, make_run, tmp_path)
     torch.testing.assert_close(logits(model), of_last_step, atol=1e-5, rtol=1e-5)
 
 
+def test_an_opponent_with_float32_masters_is_exported_with_the_weights_it_computes_with(make_trainer, tmp_path):
+    options = {"learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    trainer = make_trainer("run", model=tiny_llama(dtype=torch.bfloat16), ema_decay=0.9, **options)
+    trainer.train()
+    trainer.save_model()
+    own = dict(exported(tmp_path, "--which", "opponent", run="run/checkpoint-3").named_parameters())
+    with trainer.opponent.using() as module:
+        assert all(torch.equal(own[name], weight) for name, weight in module.named_parameters())
+    assert not all(torch.equal(own[name], weight.bfloat16()) for name, weight in trainer.opponent.tensors().items())
+
+
 def test_an_adapter_is_cast_to_the_type_of_its_base_after_the_merge(make_run, tmp_path, capsys):
     make_run(lora=True, dtype=torch.bfloat16)
     assert exported(tmp_path).dtype == torch.bfloat16

@@ -18,7 +18,7 @@ import sapo.config
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ModelError
 from sapo.weights.opponent import policy_tensors
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import rounded
 from sapo.weights.sharding import gather_full_state_dict, local_shard, shutdown_process_group
 from tests.distributed import cpu_sharding
 from tests.distributed.collectives import Collectives
@@ -146,15 +146,6 @@ class Float32Scores(TrainerCallback):
         assert self.scored
 
 
-def rounded(weight, dtype, *, sharded):
-    """A float32 master in the type of what is saved; shards are cast, as they are to compute."""
-    if sharded:
-        return weight.to(dtype)
-    result = torch.empty_like(weight, dtype=dtype)
-    round_to(result, weight)
-    return result
-
-
 def check_folder(folder, expected, lora, *, dtypes, sharded):
     """An ordinary folder: transformers or peft loads it, and its weights are `expected`."""
     # Else this process alone would load the model cut for all of them.
@@ -168,7 +159,9 @@ def check_folder(folder, expected, lora, *, dtypes, sharded):
     loaded = policy_tensors(model)
     assert loaded.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.equal(loaded[name], rounded(weight, dtypes[name], sharded=sharded).to(loaded[name].dtype)), name
+        # Shards are cast, as they are to compute.
+        saved = weight.to(dtypes[name]) if sharded else rounded(weight, dtypes[name])
+        assert torch.equal(loaded[name], saved.to(loaded[name].dtype)), name
 
 
 def main(file: str) -> None:

@@ -11,7 +11,7 @@ from sapo import SAPOConfig
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.master import MasterWeights, MovedSample, with_masters
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import rounded as rounded_to
 from tests.runs import metrics_of
 from tests.tiny import tiny_llama
 
@@ -128,9 +128,7 @@ def test_bfloat16_weights_with_masters_move_as_float32_ones_do(make_trainer):
     weights = dict(rounded.policy().named_parameters())
     for name, master in rounded._context.roles.policy_tensors().items():
         assert master.dtype == torch.float32
-        expected_weight = torch.empty_like(weights[name])
-        round_to(expected_weight, master)
-        assert torch.equal(weights[name], expected_weight)
+        assert torch.equal(weights[name], rounded_to(master, torch.bfloat16))
 
 
 def test_what_bfloat16_weights_compute_with_and_save_moves_as_the_masters_do(make_trainer):

@@ -9,7 +9,7 @@ from sapo import Pair, SAPOConfig, SAPOTrainer, Segment
 from sapo.errors import ConfigurationError, DatasetError
 from sapo.preference.pairs import PairSource
 from sapo.weights.opponent import ModelCopy, policy_tensors
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import rounded
 from tests.runs import metrics_of
 from tests.tiny import tiny_llama, tiny_rows
 
@@ -175,9 +175,7 @@ def test_bfloat16_run_keeps_a_float32_master_when_it_has_to(decay, kept, make_tr
     with trainer.opponent.using() as opponent:
         for name, weight in opponent.named_parameters():
             assert weight.dtype == torch.bfloat16
-            rounded = torch.empty_like(weight)
-            round_to(rounded, tensors[name])
-            assert torch.equal(weight, rounded)
+            assert torch.equal(weight, rounded(tensors[name], torch.bfloat16))
 
 
 @pytest.mark.parametrize(

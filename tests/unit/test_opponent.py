@@ -16,7 +16,7 @@ from sapo.weights.opponent import (
     policy_tensors,
     squared_distance,
 )
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import rounded
 from tests.tiny import tiny_llama
 
 IDS = torch.tensor([[3, 9, 4, 7, 20]])
@@ -90,9 +90,7 @@ def test_a_float32_master_follows_where_bfloat16_alone_stalls():
     assert with_master.tensors()["weight"].dtype == torch.float32
     torch.testing.assert_close(with_master.tensors()["weight"], torch.full((8,), expected), rtol=0, atol=1e-4)
     assert with_master.model.weight.dtype == torch.bfloat16
-    rounded = torch.empty_like(with_master.model.weight)
-    round_to(rounded, with_master.tensors()["weight"])
-    assert torch.equal(with_master.model.weight, rounded)
+    assert torch.equal(with_master.model.weight, rounded(with_master.tensors()["weight"], torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -18,9 +18,7 @@ floats = st.floats(width=32, allow_nan=False)
 
 
 def rounded(master):
-    weight = torch.empty_like(master, dtype=torch.bfloat16)
-    round_to(weight, master)
-    return weight
+    return rounding.rounded(master, torch.bfloat16)
 
 
 def by_formula(master):

@@ -29,7 +29,7 @@ from sapo.weights.description import load_tokenizer, read_config
 from sapo.weights.loading import load_frozen
 from sapo.weights.opponent import policy_tensors
 from sapo.weights.policy import repair_generation_config
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import rounded
 from sapo.weights.source import find_source, holds_model, quantization_method
 from sapo.weights.starts import merge_adapter
 
@@ -227,13 +227,8 @@ def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: s
         what += ": dequantized"
     repaired = _complete(model, origin, tokenizer, eos_ids)
     for weight in model.parameters():
-        cast = torch.empty_like(weight, dtype=wanted)
-        if origin.opponent_of is None:
-            cast.copy_(weight.data)
-        else:
-            # As the run computes with it.
-            round_to(cast, weight.data)
-        weight.data = cast
+        # An opponent's float32 masters as the run computes with them.
+        weight.data = weight.data.to(wanted) if origin.opponent_of is None else rounded(weight.data, wanted)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readable(*folder.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from sapo.errors import CheckpointError, ConfigurationError
-from sapo.weights.rounding import round_to
+from sapo.weights.rounding import round_to, rounded
 from sapo.weights.sharding import local_shard, named_weights
 
 _SAVED_AS = "float32_masters"
@@ -109,9 +109,7 @@ class MasterWeights(torch.optim.Optimizer):
     def take_changed_weights(self) -> None:
         """Start from the weights where they are no longer the rounded masters: something else has loaded them."""
         for weight, master in zip(self._weights, self._masters, strict=True):
-            rounded = torch.empty_like(weight)
-            round_to(rounded, master)
-            master.copy_(torch.where(rounded == weight, master, weight.float()))
+            master.copy_(torch.where(rounded(master, weight.dtype) == weight, master, weight.float()))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the wrapped optimizer, and the masters."""

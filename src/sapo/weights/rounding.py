@@ -46,6 +46,13 @@ def round_to(weight: Tensor, master: Tensor) -> None:
         weight.copy_(target.view(weight.shape))
 
 
+def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `round_to` makes of `master` in a weight of `dtype`."""
+    weight = torch.empty_like(master, dtype=dtype)
+    round_to(weight, master)
+    return weight
+
+
 @lru_cache(maxsize=4)
 def _thresholds(device: torch.device) -> Tensor:
     drawn = torch.Generator().manual_seed(derive_seed("bfloat16 thresholds"))

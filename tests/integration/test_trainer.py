@@ -301,9 +301,22 @@ def test_an_evaluation_before_the_run_is_part_of_it(make_trainer, tmp_path):
     )
     with pytest.raises(ConfigurationError, match="eval_dataset is missing"):
         plain.evaluate()
+    with pytest.raises(ConfigurationError, match="no evaluation set is called test; none has a name"):
+        plain.evaluate("test")
     # But no earlier run.
     with pytest.raises(ConfigurationError, match="is not empty"):
         plain.train()
+
+
+def test_evaluation_sets_by_name_and_no_predictions(make_trainer):
+    trainer = make_trainer(eval_rows={"near": tiny_rows(3, seed=1), "far": tiny_rows(2, seed=2)})
+    metrics = trainer.evaluate()
+    assert trainer.evaluate("far")["eval_loss"] == metrics["eval_far_loss"]
+    assert "test_loss" in trainer.evaluate(tiny_rows(2, seed=2), metric_key_prefix="test")
+    with pytest.raises(ConfigurationError, match="no evaluation set is called fra; there are far, near"):
+        trainer.evaluate("fra")
+    with pytest.raises(ConfigurationError, match="metric_key_prefix"):
+        trainer.predict(tiny_rows(2))
 
 
 class pandas:

@@ -166,3 +166,17 @@ def as_list_of_datasets(datasets: Any) -> list[Any]:
     """The evaluation sets in what Trainer calls `eval_dataset`: none, one, or several by name."""
     several = datasets.values() if isinstance(datasets, Mapping) else [datasets]
     return [dataset for dataset in several if dataset is not None]
+
+
+def evaluation_set(datasets: Any, asked: Any = None) -> Any:
+    """What `evaluate` measures on: `asked`, or one of what Trainer calls `eval_dataset` by its name, or all of them.
+
+    Raises:
+        ConfigurationError: none has that name.
+    """
+    if not isinstance(asked, str):
+        return datasets if asked is None else asked
+    if isinstance(datasets, Mapping) and asked in datasets:
+        return datasets[asked]
+    known = f"there are {', '.join(sorted(datasets))}" if isinstance(datasets, Mapping) else "none has a name"
+    raise ConfigurationError(f"evaluate: no evaluation set is called {asked}; {known}.")

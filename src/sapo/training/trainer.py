@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -38,7 +38,7 @@ from sapo.training.local_eval import LocalSignals
 from sapo.training.log import TrainingLog
 from sapo.training.look_ahead import LookAhead
 from sapo.training.metrics import MetricAverages, clock
-from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets, compared_sets
+from sapo.training.probes import ChosenProbe, EvaluationPairs, as_list_of_datasets, compared_sets, evaluation_set
 from sapo.training.progress import print_headlines
 from sapo.training.recorder import RunRecorder
 from sapo.training.replay import with_self_replay
@@ -303,10 +303,8 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Estimate for the last batch: 6 operations a parameter and token."""
-        flops: float = self._flops_per_token * sum(
-            2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._drawn
-        )
-        return flops
+        lengths = (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._drawn)
+        return self._flops_per_token * sum(lengths)
 
     # ---- Logging ----
 
@@ -328,9 +326,7 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on fixed pairs; buffer and random state of the training are untouched."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
+        dataset = evaluation_set(self.eval_dataset, eval_dataset)
         if not isinstance(dataset, Mapping) and not is_prepared(dataset):
             dataset = eval_dataset = self._prepare(dataset, source="eval", reports=self.data_reports)
         with self.source.ready(self.state.global_step), random_state_restored():
@@ -341,6 +337,10 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
                     signals.observe(last=self.state.global_step >= self.state.max_steps)
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there are no predictions of pairs. `evaluate` measures any rows."""
+        raise ConfigurationError('predict has nothing to return for pairs: evaluate(rows, metric_key_prefix="test").')
 
     def _fix_measures(self) -> None:
         """Fix what the run is measured against, while opponent and policy are the initial model."""

@@ -1,14 +1,17 @@
 """What bfloat16 weights with float32 masters learn, beside float32 weights, and beside rounding to the nearest.
 
     python benchmarks/precision.py --model FOLDER --rows train.jsonl --heldout test.jsonl
+    python benchmarks/precision.py --model FOLDER --heldout test.jsonl --adapters RUN RUN    what merging them loses
 
 Rows have `question` and `answer` (GSM8K). Each kind trains on the same rows in the same order: the likelihood of
 answers, two rows a step, AdamW, gradients clipped at 1. Printed: the held-out loss in nats a token, computed in float32
-with the weights (bfloat16 ones cast), and with the masters.
+with the weights (bfloat16 ones cast), and with the masters. Adapters on the model are merged in float32, and the sums
+rounded to bfloat16 both ways.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from sapo.weights.description import load_tokenizer
 from sapo.weights.loading import load_frozen
 from sapo.weights.master import MasterWeights
+from sapo.weights.rounding import rounded
+from sapo.weights.starts import merge_adapter
 
 KINDS = ("float32", "bfloat16", "nearest")
 
@@ -83,11 +88,24 @@ def run(kind: str, options: argparse.Namespace) -> None:
         optimizer.zero_grad()
 
 
+def merge(adapter: str, options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(str(options.model))
+    heldout = encoded(options.heldout, options.heldout_rows, tokenizer)
+    probe = load_frozen(str(options.model), dtype="float32", device="cpu")
+    found = {"adapter": adapter, "start": heldout_loss(probe, dict(probe.named_parameters()), heldout)}
+    merged = dict(merge_adapter(load_frozen(adapter, dtype="float32", device="cpu")).named_parameters())
+    ways = {"float32": Tensor.float, "nearest": Tensor.bfloat16, "thresholds": partial(rounded, dtype=torch.bfloat16)}
+    for kind, way in ways.items():
+        found[kind] = heldout_loss(probe, {name: way(weight) for name, weight in merged.items()}, heldout)
+    print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a chat model")
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--adapters", nargs="*", default=[], help="runs with LoRA of this model; nothing is trained")
     parser.add_argument("--heldout_rows", type=int, default=12)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=30)
@@ -95,7 +113,9 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for kind in options.kinds:
+    for adapter in options.adapters:
+        merge(adapter, options)
+    for kind in [] if options.adapters else options.kinds:
         run(kind, options)
 
 

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from peft import LoraConfig, get_peft_model
 
 from sapo.weights import rounding
 from sapo.weights.opponent import ModelCopy, policy_tensors
 from sapo.weights.rounding import PERIOD, round_to
+from sapo.weights.starts import merge_adapter
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
@@ -122,3 +124,32 @@ def test_an_opponent_that_has_caught_up_computes_with_the_policys_weights(decay)
     for model in (opponent.model, reference.model):
         own = dict(model.named_parameters())
         assert all(torch.equal(own[name], weight) for name, weight in policy.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merged_adapter_keeps_updates_far_below_a_rounding_error(dtype):
+    torch.manual_seed(0)
+    base = tiny_llama(dtype=dtype)
+    start = {name: weight.detach().float().clone() for name, weight in base.named_parameters()}
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    updates = {}
+    with torch.no_grad():
+        for name, layer in policy.base_model.model.named_modules():
+            if hasattr(layer, "lora_B"):
+                layer.lora_B["default"].weight.mul_(1e-4)
+                updates[f"{name}.weight"] = layer.get_delta_weight("default").float()
+    merged = dict(merge_adapter(policy).named_parameters())
+    assert updates
+    assert {weight.dtype for weight in merged.values()} == {dtype}
+    got = wanted = lost = 0.0
+    for name, weight in merged.items():
+        moved = weight.detach().float() - start[name]
+        if name not in updates:
+            assert not moved.any()
+            continue
+        update = updates[name]
+        got, wanted = got + float((moved * update).sum()), wanted + float(update.square().sum())
+        lost += float((((start[name] + update).to(dtype).float() - start[name]) * update).sum())
+    assert got == pytest.approx(wanted, rel=0.25 if dtype == torch.bfloat16 else 1e-3)
+    # To the nearest, bfloat16 loses most of it.
+    assert (lost < 0.5 * wanted) == (dtype == torch.bfloat16)

@@ -227,8 +227,7 @@ def export_model(origin: Origin, folder: Path, *, dtype: str = "auto", device: s
         what += ": dequantized"
     repaired = _complete(model, origin, tokenizer, eos_ids)
     for weight in model.parameters():
-        # An opponent's float32 masters as the run computes with them.
-        weight.data = weight.data.to(wanted) if origin.opponent_of is None else rounded(weight.data, wanted)
+        weight.data = rounded(weight.data, wanted)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readable(*folder.glob("*.safetensors"))

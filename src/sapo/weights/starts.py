@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from sapo.config import SAPOConfig
 from sapo.errors import ConfigurationError, ModelError
+from sapo.weights.rounding import rounded
 from sapo.weights.sharding import will_shard_weights
 from sapo.weights.source import ModelSource, quantization_method
 
@@ -69,14 +70,14 @@ def merge_adapters(model: Any, source: ModelSource, load: Callable[[Any, str], P
 
 
 def merge_adapter(model: PeftModel) -> Any:
-    """The base model, changed in place, with the active adapter merged in float32, then cast back."""
+    """The base model, changed in place, with the active adapter merged in float32, then rounded back."""
     base = model.get_base_model()
     kinds = {weight: weight.dtype for weight in base.parameters()}
     for weight in kinds:
         weight.data = weight.data.float()
     merged: Any = model.merge_and_unload()
     for weight in merged.parameters():
-        weight.data = weight.data.to(kinds.get(weight, weight.dtype))
+        weight.data = rounded(weight.data, kinds.get(weight, weight.dtype))
     # peft would take it for a model that still has an adapter.
     if hasattr(merged, "peft_config"):
         del merged.peft_config

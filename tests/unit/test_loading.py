@@ -23,6 +23,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ConfigurationError, ModelError
 from sapo.weights import description, loading
 from sapo.weights.policy import adapter_config, disable_dropout, with_adapter
+from sapo.weights.rounding import rounded
 from tests.stored import change, named
 from tests.tiny import tiny_llama, tiny_rows
 
@@ -288,3 +289,20 @@ def test_without_dropout_an_adapter_has_none_either():
     disable_dropout(model.train())
     inputs = torch.arange(3, 30).unsqueeze(0)
     assert torch.equal(model(inputs).logits, model.eval()(inputs).logits)
+
+
+def test_a_float32_folder_loaded_in_bfloat16_keeps_steps_below_a_rounding_error(tmp_path):
+    model = tiny_llama(dtype=torch.bfloat16)
+    start = {name: weight.float() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.float().parameters():
+            weight.mul_(1 + 2**-11)  # an eighth of the way to the next bfloat16 number, or less
+    model.save_pretrained(tmp_path / "run")
+    exact = model.state_dict()
+    loaded = loading.load_frozen(str(tmp_path / "run"), dtype="bfloat16", device="cpu").state_dict()
+    assert loaded.keys() == exact.keys()
+    for name, weight in exact.items():
+        assert torch.equal(loaded[name], rounded(weight, torch.bfloat16)), name
+        assert torch.equal(weight.bfloat16().float(), start[name]), name
+    stored = loading.load_frozen(str(tmp_path / "run"), device="cpu").state_dict()
+    assert all(torch.equal(stored[name], weight) for name, weight in exact.items())

@@ -38,6 +38,7 @@ from sapo.weights.description import (
 from sapo.weights.embeddings import grow, without_messages
 from sapo.weights.footprint import check_memory
 from sapo.weights.policy import adapter_config, check_finite, model_keyword_arguments
+from sapo.weights.rounding import round_to
 from sapo.weights.sharding import will_shard_weights
 from sapo.weights.source import (
     ModelSource,
@@ -48,7 +49,7 @@ from sapo.weights.source import (
     trained_rows,
 )
 from sapo.weights.starts import check_start, forget_gguf, merge_adapters, with_run_adapter
-from sapo.weights.stored import changed_base, check_stored_types, check_weights, two_models
+from sapo.weights.stored import changed_base, check_stored_types, check_weights, two_models, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -326,6 +327,7 @@ def _load_model(
             source.base_path, trust_remote_code=False, output_loading_info=True, **given
         )
     _check_complete(source, model, report)
+    _keep_small_steps(model, source)
     _follow_ties(model)
     switch_off_router_logits(model.config)
     if trainable and hasattr(model.config, "vision_config"):
@@ -398,6 +400,25 @@ def _parts_of(model: Any, names: Sequence[str]) -> list[str]:
         return _NUMBER.search(name) is not None and _NUMBER.sub(".0.", name) in own
 
     return [name for name in names if is_part(name)]
+
+
+@torch.no_grad()
+def _keep_small_steps(model: Any, source: ModelSource) -> None:
+    """Round float32 weights of a local folder to bfloat16 by the thresholds: transformers has, to the nearest.
+
+    What a float32 run has changed by less than a rounding error would be gone. Sharded weights are left.
+    """
+    own = {name: weight for name, weight in model.named_parameters() if weight.dtype == torch.bfloat16}
+    if source.is_gguf or quantization_method(model.config) is not None or not own or not Path(source.base).is_dir():
+        return
+    for file in weight_files(Path(source.base)):
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(file, framework="pt") as content:
+            for name in own.keys() & set(content.keys()):
+                stored, weight = content.get_slice(name), own[name]
+                if stored.get_dtype() == "F32" and stored.get_shape() == list(weight.shape) and not weight.is_meta:
+                    round_to(weight, content.get_tensor(name).to(weight.device))
 
 
 def _follow_ties(model: Any) -> None:

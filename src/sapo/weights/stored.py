@@ -36,14 +36,14 @@ def check_weights(source: ModelSource) -> None:
     folder = Path(source.base)
     if not folder.is_dir():
         return
-    used = _used(folder)
+    used = weight_files(folder)
     for file in used:
         _check_whole(file)
     if not used and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
         raise ModelError(f"{folder}: holds no weights (*.safetensors). Download the folder again.")
 
 
-def _used(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model's folder that transformers reads; none where they have other names."""
     used = next((folder / name for name in _WEIGHTS if _is_there(folder / name)), None)
     if used is None:
@@ -63,7 +63,7 @@ def stored_digest(model: str) -> str | None:
     if not model:
         return None  # made in memory
     try:
-        files = [path] if path.is_file() else _used(path) if path.is_dir() else []
+        files = [path] if path.is_file() else weight_files(path) if path.is_dir() else []
     except (ModelError, OSError):
         return None  # loading says what is wrong with it
     files = files or [path / name for name in _ADAPTER_WEIGHTS if (path / name).is_file()]

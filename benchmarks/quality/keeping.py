@@ -84,9 +84,7 @@ RATES = {
     for rate in ("3e-4", "1e-3", "3e-3")
 }
 CHOSEN_RATES = {"SFT": "3e-3", "SFT, anchor, replay": "3e-3", "SAPO": "1e-3"}
-"""By gain, of the stage *rates* on GSM8K."""
-CHOSEN_FOR_ROLES: dict[str, str] = {}
-"""The same on role play; empty before that stage has run."""
+"""By gain, of the stage *rates*: on GSM8K, and the same on role play."""
 OVERTRAINED = {"SFT": SFT, "SAPO": SAPO, "SFT, replay": SFT | REPLAY, "SFT, anchor": SFT | ANCHOR}
 
 
@@ -111,9 +109,8 @@ class Task:
     stages: tuple[Stage, ...]
 
 
-def at_rates(chosen: dict[str, str]) -> dict[str, dict[str, str]]:
-    """The tuned arms, each at the rate that was chosen for it."""
-    return {arm: TUNED[arm] | {"learning_rate": rate} for arm, rate in chosen.items()}
+AT_CHOSEN = {arm: TUNED[arm] | {"learning_rate": rate} for arm, rate in CHOSEN_RATES.items()}
+AT_CHOSEN["SFT, 1e-3"] = RATES["SFT, 1e-3"]
 
 
 LORA = {"use_peft": "true", "lora_r": "16", "lora_alpha": "32", "lora_target_modules": "all-linear"}
@@ -134,16 +131,14 @@ TASKS = {
         "SmolLM2-135M-Instruct", 16, 260, "10", 0, LORA | {"max_length": "192"},
         (
             Stage("rates", 100, 25, 1, RATES, sampled=False),
-            Stage(
-                "tuned", 300, 75, 3, at_rates(CHOSEN_RATES) | {"SFT, 1e-3": RATES["SFT, 1e-3"]}, sampled=False
-            ),
+            Stage("tuned", 300, 75, 3, AT_CHOSEN, sampled=False),
         ),
     ),
     "roles-300": Task(
         "SmolLM2-135M-Instruct", 16, 520, "10", 0, LORA | {"max_length": "208"},
         (
             Stage("rates", 100, 25, 1, RATES, sampled=False),
-            Stage("tuned", 300, 75, 3, at_rates(CHOSEN_FOR_ROLES), sampled=False),
+            Stage("tuned", 300, 75, 3, AT_CHOSEN, sampled=False),
         ),
     ),
     "style": Task(

@@ -10,6 +10,7 @@ all arms of a stage, or all but the last.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -337,6 +338,8 @@ def tables(task: str, work: Path) -> str:
                 for level in (1, 3):
                     row.append(spread_text(ratios(done, arm, distance, level)) or "-")
             parts.append(f"| {arm} | {' | '.join(row)} |")
+        if stage.name == "tuned":
+            parts += ["", *paired(done)]
         parts.append("")
         for arm, cells in done.items():
             for seed, cell in cells.items():
@@ -344,6 +347,20 @@ def tables(task: str, work: Path) -> str:
                 parts.append(f"- {arm}, seed {seed}, step:gain/kl_general {points}")
         parts.append("")
     return "\n".join(parts) + "\n"
+
+
+def paired(done: dict) -> list[str]:
+    """Every arm against every other, by seed: gain after equal steps, distance at the largest gain of both."""
+    names = [one.name for one in DISTANCES]
+    lines = [f"| arm | against | gain, difference | {' | '.join(names)} |", "| --- " * 5 + "|"]
+    for other, arm in itertools.permutations(done, 2):
+        both = [(done[arm][seed]["curves"], done[other][seed]["curves"]) for seed in done[arm] if seed in done[other]]
+        row = [spread_text([own[names[0]][-1][1] - its[names[0]][-1][1] for own, its in both])]
+        for name in names:
+            at = [(own[name], its[name], common_gains([own[name], its[name]])[-1]) for own, its in both]
+            row.append(spread_text([distance_at(own, gain) / distance_at(its, gain) for own, its, gain in at]))
+        lines.append(f"| {arm} | {other} | {' | '.join(row)} |")
+    return lines
 
 
 def ratios(done: dict, arm: str, distance: str, level: int) -> list[float]:

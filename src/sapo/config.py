@@ -124,6 +124,11 @@ class SAPOConfig(OptionRules, TrainingArguments):
         if self.ddp_backend is not None and self.ddp_backend not in backends:
             raise ConfigurationError(f"ddp_backend={self.ddp_backend}: must be one of {', '.join(backends[1:])}.")
         if self.use_cpu:
+            if self.fp16:
+                raise ConfigurationError(
+                    "fp16=true with use_cpu: float16 needs an accelerator, and accelerate would leave the policy in "
+                    "float32. Leave one of the two out, or set bf16."
+                )
             return
         if self.bf16 and torch.accelerator.is_available() and not _accelerator_has_bf16():
             raise ConfigurationError(

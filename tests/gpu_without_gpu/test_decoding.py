@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 from sapo.generation import decoding, sampling
 from sapo.generation.decoding import TransformersGenerator
@@ -95,6 +96,20 @@ def test_at_most_one_wait_in_eight_tokens(name, options, ragged, accelerator, mo
         return len(waits)
 
     assert waits_for(40) - waits_for(8) == 4
+
+
+@pytest.mark.skipif(not hasattr(sdpa_attention, "pack_gqa"), reason="transformers that repeats keys in each step")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_grouped_keys_are_not_repeated_for_a_token(name, accelerator, monkeypatch):
+    repeated, packed = [], []
+    for method, seen in (("repeat_kv", repeated), ("pack_gqa", packed)):
+        real = getattr(sdpa_attention, method)
+        monkeypatch.setattr(sdpa_attention, method, lambda *a, real=real, seen=seen: (seen.append(0), real(*a))[1])
+    generator_for(built(name)).generate([[3] * 9, [4] * 5], [1, 1], [1, 2])
+    prompt = len(repeated)
+    generator_for(built(name)).generate([[3] * 9, [4] * 5], [12, 12], [1, 2])
+    assert packed
+    assert len(repeated) == 2 * prompt
 
 
 class Cuda:

@@ -230,6 +230,12 @@ def test_every_link_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_test_and_benchmark_that_a_page_names_is_there(page):
+    for file in re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py\b", page.read_text(encoding="utf-8")):
+        assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_page_shows_the_words_of_the_tests(page):
     assert not re.search(r"\bw1 w2\b", page.read_text(encoding="utf-8"))
 

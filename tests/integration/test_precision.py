@@ -1,5 +1,6 @@
 """Laws of precision: every role computes alike, and every trained weight moves."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sapo import SAPOConfig
+from sapo import SAPOConfig, SAPOTrainer
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import CheckpointError, ConfigurationError
 from sapo.weights.master import MasterWeights, MovedSample, with_masters
@@ -163,7 +164,7 @@ def test_a_warning_says_that_weights_stand_still(make_trainer, caplog):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("optim", ["rmsprop", "adamw_torch", "adafactor"])
+@pytest.mark.parametrize("optim", ["rmsprop", "adamw_torch", "adafactor", "adagrad"])
 def test_a_resumed_run_with_masters_is_the_uninterrupted_one(optim, make_trainer):
     options = {"save_strategy": "steps", "save_steps": 1, "ema_decay": 0.9, "max_steps": 4, "optim": optim}
     whole, _ = end(make_trainer, "whole", torch.bfloat16, **options)
@@ -176,6 +177,24 @@ def test_a_resumed_run_with_masters_is_the_uninterrupted_one(optim, make_trainer
         ours, theirs = tensors(again), tensors(whole)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert whole.optimizer.optimizer._masters[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizer_that_was_passed_in_steps_masters_too(stepped, make_trainer):
+    model = tiny_llama(dtype=torch.bfloat16)
+    own = torch.optim.RMSprop(model.parameters(), lr=1e-5)  # a tenth of the spacing of these weights
+    if stepped:
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        own.step()
+        own.zero_grad()
+    trainer = make_trainer(
+        trainer=functools.partial(SAPOTrainer, optimizers=(own, None)), model=model, max_steps=4, bf16=False
+    )
+    trainer.train()
+    assert lines(trainer)[-1]["optimizer/moved_fraction"] > 0.5
+    assert {state["square_avg"].dtype for state in own.state.values()} == {torch.float32}
+    assert len(own.state) == len(own.param_groups[0]["params"])
 
 
 def test_optimizer_state_of_another_precision_is_refused():
@@ -295,9 +314,35 @@ def test_a_fused_head_that_scores_otherwise_is_not_used(asked, make_trainer, cap
 # ---- Options ----
 
 
-def test_float16_needs_an_accelerator(tmp_path):
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_float16_needs_an_accelerator(use_cpu, tmp_path):
     with pytest.raises(ConfigurationError, match="fp16=true"):
-        SAPOConfig(str(tmp_path), fp16=True)
+        SAPOConfig(str(tmp_path), fp16=True, use_cpu=use_cpu)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**60], ids=["fits", "overflows"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_float16_begins_at_zero_and_steps_unless_the_scaled_gradients_overflow(lora, scale, make_trainer, monkeypatch):
+    """As accelerate sets it up on a GPU: float16 under autocast, and a scaler of the loss."""
+    monkeypatch.setattr(SAPOConfig, "_check_device", lambda self: None)
+    trainer = make_trainer(lora=lora, fp16=True, max_steps=2)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    start = {name: weight.clone() for name, weight in trainer._context.roles.policy_tensors().items()}
+    seen = set()
+    layer = next(part for name, part in trainer.policy().named_modules() if name.endswith("layers.0.mlp.down_proj"))
+    layer.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+    trainer.train()
+    first, second = lines(trainer)
+    assert first["rewards/margins"] == first["rewards/chosen"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert torch.float16 in seen
+    overflows = scale > 2**30
+    assert first["nonfinite_step_fraction"] == second["nonfinite_step_fraction"] == overflows
+    moved = [not torch.equal(start[name], now) for name, now in trainer._context.roles.policy_tensors().items()]
+    assert not any(moved) if overflows else any(moved)
+    assert (first.get("optimizer/moved_fraction", 0) > 0.1) == (not overflows)
+    assert (second["opponent/distance"] == 0) == overflows
 
 
 @pytest.mark.parametrize(("matrix_units", "expected"), [(False, False), (True, True)])

@@ -1,12 +1,21 @@
-"""Laws of `sapo.runs.checkpoint`: what is written comes back the same."""
+"""Laws of `sapo.runs.checkpoint`: what is written comes back the same, or cannot be written and is refused at once."""
 
+import errno
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sapo.errors import CheckpointError
 from sapo.preference.pair_tensors import entries_from_tensors, entries_to_tensors, redistribute
 from sapo.preference.pairs import Pair
 from sapo.preference.replay_buffer import BufferEntry
 from sapo.preference.segments import Segment
+from sapo.runs.folder import RunFolder
+from sapo.runs.world import World
 
 counts = st.integers(0, 2**40)
 tokens = st.lists(st.integers(0, 2**31), max_size=12).map(tuple)
@@ -36,3 +45,29 @@ def test_redistribution_loses_nothing_doubles_nothing_and_deals_evenly(steps, pr
     sizes = [len(part) for part in dealt]
     assert max(sizes) - min(sizes) <= 1
     assert all([e.step for e in part] == sorted(e.step for e in part) for part in dealt)
+
+
+def refuses(path, target):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+
+def leaves_the_files_behind(path, target):
+    target.mkdir()
+
+
+def copies_and_leaves_the_old(path, target):
+    shutil.copytree(path, target)
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("rename", [refuses, leaves_the_files_behind, copies_and_leaves_the_old])
+def test_a_bucket_as_run_folder_is_refused_before_anything_is_trained(rename, resumes, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run", World())
+    if resumes:
+        (folder.path / "checkpoint-3").mkdir(parents=True)
+    monkeypatch.setattr(Path, "rename", rename)
+    afresh = partial(folder.start_afresh, overwrite=False, restarted=True)
+    begin = partial(folder.find_checkpoint, "auto") if resumes else afresh
+    with pytest.raises(CheckpointError, match=r"folders cannot be renamed there .* as in a mounted bucket.*sky\.yaml"):
+        begin()
+    assert [one.name for one in folder.path.iterdir()] == (["checkpoint-3"] if resumes else [])

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from sapo import SAPOConfig, SAPOTrainer
 from sapo.errors import ConfigurationError, ModelError
 from sapo.weights import description, loading
 from sapo.weights.policy import adapter_config, disable_dropout, with_adapter
+from sapo.weights.roles import Roles
 from sapo.weights.rounding import rounded
 from tests.stored import change, named
 from tests.tiny import tiny_llama, tiny_rows
@@ -188,6 +190,22 @@ def test_zero2_does_not_shard_weights(on_gpu):
     configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1})
     assert not configuration.is_zero3()
     assert loading.device_map(on_gpu("cuda:1")) == {"": torch.device("cuda:1")}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_copies_are_where_deepspeed_will_take_the_policy(stage, bf16, args, monkeypatch):
+    """Trainer leaves a model that was passed in on the host; "meta" stands for the device."""
+    monkeypatch.setattr(SAPOConfig, "device", torch.device("meta"))
+    monkeypatch.setattr("sapo.weights.roles.zero_stage", lambda accelerator: stage)
+    args.bf16 = bf16
+    policy = tiny_llama()
+    roles = Roles(policy, args, Accelerator(cpu=True), lambda: policy)
+    for role in (policy, roles.opponent.model, roles.reference.model):
+        assert {weight.device.type for weight in role.parameters()} == {"meta"}
+        assert {weight.dtype for weight in role.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+        assert {buffer.device.type for buffer in role.buffers()} == {"meta"}
+        assert {buffer.dtype for buffer in role.buffers()} == {torch.float32}
 
 
 def test_fsdp2_places_its_shards_itself(folder, on_gpu, device_maps, monkeypatch):

@@ -17,7 +17,8 @@ from tests.tiny import tiny_llama, tiny_tokenizer, write_rows
 
 OF_TRL = [FOLDER / "trl-sft.yaml", FOLDER / "llama3-8b-trl-sft.yaml"]
 PRESETS = sorted((FOLDER / "presets").glob("*.yaml"))
-RECIPES = [file for file in sorted(FOLDER.glob("*.yaml")) if file not in OF_TRL] + PRESETS
+OWN = [file for file in sorted(FOLDER.glob("*.yaml")) if file not in OF_TRL]
+RECIPES = OWN + PRESETS
 NEIGHBOUR = re.compile(r"^# Differs from (\S+) in: (.+)$", re.MULTILINE)
 
 
@@ -164,6 +165,22 @@ def test_published_recipes_hold_published_settings(model, objective):
     assert (config.chosen_nll_weight, config.dpop_weight, config.chosen_drop_limit) == (0, 0, None)
 
 
+# A preset differs from another in one line, and leaves this to the flags.
+FOR_GPUS = [file for file in OWN if "GPU" in file.read_text().split("\n")[1]]
+
+
+@pytest.mark.parametrize("recipe", FOR_GPUS, ids=lambda file: file.stem)
+def test_a_recipe_for_a_gpu_recomputes_pools_and_bounds_passes_as_one_needs(recipe):
+    content, text = yaml.safe_load(recipe.read_text()), recipe.read_text()
+    assert content.get("gradient_checkpointing", "auto") == "auto"
+    # The published likelihood term counts the padding of its passes.
+    assert ("tokens_per_forward" in content) == (content.get("nll_scope") != "all")
+    plays = content["objective"] != "sft" and "num_rounds" not in content
+    assert content.get("steps_per_generation", 1) == (8 if plays else 1)
+    # vLLM in this process takes neither a quantized model nor rounds.
+    assert ("vllm_colocate" in text) == (plays and "load_in_4bit" not in content)
+
+
 def test_the_saved_recipe_gives_the_same_run(tmp_path):
     given = ["--output_dir", str(tmp_path), "--segment_length", "0.3", "--beta", "0.2", "--report_to", "none"]
     run = parse(given, "sapo train")
@@ -249,6 +266,41 @@ def test_shell_scripts_can_be_parsed(name, tmp_path):
     for part in ("run", "setup"):
         done = subprocess.run(["bash", "-n"], input=content.get(part, ""), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+STAND_IN = """#!/bin/bash
+while [ "$1" != --output_dir ]; do shift; done
+ls "$2" > "$2.found"
+for step in {steps}; do mkdir "$2/checkpoint-$step"; echo $step > "$2/checkpoint-$step/weights"; done
+mkdir "$2/checkpoint-999.partial"
+exit {status}
+"""
+
+
+def test_a_task_that_was_preempted_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path):
+    """The script of sky.yaml on one machine after another, with a stand-in for `sapo`."""
+    script = yaml.safe_load((CLUSTER / "sky.yaml").read_text())["run"].replace("/bucket", str(tmp_path / "bucket"))
+    kept = tmp_path / "bucket" / "mistral"
+
+    def machine(name, steps, status):
+        home = tmp_path / name
+        (home / "sapo/bin").mkdir(parents=True)
+        (home / "sapo/bin/sapo").write_text(STAND_IN.format(steps=steps, status=status))
+        (home / "sapo/bin/sapo").chmod(0o755)
+        variables = {"HOME": str(home), "NAME": "mistral", "RECIPE": "mistral-7b-dpo", "PATH": os.environ["PATH"]}
+        done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (status, "")
+        return (home / "runs/mistral.found").read_text().split()
+
+    assert machine("first", "100 200 300", 7) == []
+    # Of the third, the copy was cut short on another machine: it has no mark.
+    (kept / "checkpoint-300.complete").unlink()
+    assert machine("second", "400", 7) == ["checkpoint-200"]
+    assert machine("third", "500", 0) == ["checkpoint-400"]
+    marked = {file.stem for file in kept.glob("*.complete")}
+    assert marked == {"checkpoint-400", "checkpoint-500"}
+    assert all((kept / name / "weights").is_file() for name in marked)
+    assert (kept / "result/checkpoint-500/weights").is_file()
 
 
 def test_the_baseline_of_a_laptop_has_the_adapter_the_rows_and_the_steps_of_the_recipe():

@@ -245,7 +245,8 @@ def _strategy_of(file: Path, name: str) -> str:
         return {"FSDP": "fsdp2", "MULTI_GPU": "multi_gpu", "NO": "none"}[kind]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"--accelerate_config {name}: not a configuration that can be estimated ({error})."
+            f"--accelerate_config {name}: not a configuration that can be estimated ({error}). Take the nearest of "
+            f"{', '.join(known for known in get_args(StrategyName) if known != 'none')}."
         ) from error
 
 
@@ -327,7 +328,8 @@ def _time(report: Report) -> list[str]:
     lines = []
     if result.launches is not None:
         graph = " (as a CUDA graph)" if result.launches == 1 else ""
-        waits = f", and a wait for the device every {1 / result.waits:.0f} tokens" if result.waits else ""
+        often = "at each token" if result.waits == 1 else f"every {1 / (result.waits or 1):.0f} tokens"
+        waits = f", and a wait for the device {often}" if result.waits else ""
         lines.append(f"Decoding a token: {result.launches} launches{graph}{waits}.")
     low, high = _EXPECTED_ON_GPU if report.device.overlaps else _EXPECTED_ON_CPU
     lines.append(

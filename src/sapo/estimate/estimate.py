@@ -157,7 +157,7 @@ def estimate(roles: RunModels, device: Device, lengths: Lengths, usual_lengths: 
         limits=limits,
         flops=flops,
         launches=launches,
-        waits=1 / TOKENS_PER_READ if on_gpu and timed.token is not None else 0.0,
+        waits=(1 / TOKENS_PER_READ if timed.masked else 1.0) if on_gpu and timed.token is not None else 0.0,
         layout=passes.layout,
         why_plain=passes.why_plain,
         parameters=sum(weight.numel() for weight in weights.values()),

@@ -64,6 +64,7 @@ class Passes:
         token: it decodes a token of each of them.
         cache: bytes of their keys and values.
         cast: bytes of weights that are cast for a call.
+        masked: whether the masks of all tokens are made once, so that a token waits for no device.
         captured: whether CUDA would launch a token's operations as one graph.
         pairs: in one pass.
         layout: how they are laid out.
@@ -76,6 +77,7 @@ class Passes:
     token: Trace | None
     cache: int
     cast: int
+    masked: bool
     captured: bool
     pairs: int
     layout: Layout
@@ -110,16 +112,16 @@ def trace_passes(
         training = _training(policy, batch, roles, scores, on_gpu=on_gpu)
         reference = prefill = token = None
         cache = cast = 0
-        captured = False
+        masked = False
         policy.eval()
         if args.reference != "none":
             with _computing(policy, roles), _account(policy) as account, torch.no_grad():
                 scores(policy, batch)
             reference = account.trace
         if rows:
-            prefill, token, cache, cast, captured = _generation(policy, roles, lengths, rows, on_gpu=on_gpu)
-    captured = captured and not roles.quantized
-    return Passes(training, reference, prefill, token, cache, cast, captured, pairs, layout, why)
+            prefill, token, cache, cast, masked = _generation(policy, roles, lengths, rows, on_gpu=on_gpu)
+    captured = masked and bool(policy._can_compile_fullgraph) and not roles.quantized
+    return Passes(training, reference, prefill, token, cache, cast, masked, captured, pairs, layout, why)
 
 
 def pairs_of_a_pass(roles: RunModels, lengths: Lengths) -> int:
@@ -213,7 +215,9 @@ def _generation(
         with _account(policy, held) as token:
             state.advance(forward)
         size = sum(s.untyped_storage().nbytes() for layer in cache.layers for s in (layer.keys, layer.values))
-    return reading, token.trace, size, cast, holds and bool(policy._can_compile_fullgraph)
+    # Traced by another attention, which transformers would make no mask for at each token.
+    holds = holds and roles.model_args.attn_implementation in (None, "sdpa", "eager")
+    return reading, token.trace, size, cast, holds
 
 
 def _read(

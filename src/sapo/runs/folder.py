@@ -112,6 +112,8 @@ class RunFolder:
     def _recover(self) -> None:
         """Finish or undo what a crash while saving has left half done."""
         if self._world.first:
+            if self.path.is_dir():
+                check_renames(self.path)
             for left in [self.path / STAGING, *self.path.glob(f"{parts.REMOVING}*")]:
                 shutil.rmtree(left, ignore_errors=True)
             for left in self.path.glob(".*.partial"):

@@ -43,10 +43,9 @@ class CheckpointHooks(Trainer):
     # ---- The optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's, on float32 masters where the weights are bfloat16; one that was passed in is left as it is."""
-        if self.optimizer is None:
-            self.optimizer = self._context.roles.with_master(super().create_optimizer(model))
-        made: torch.optim.Optimizer = self.optimizer
+        """Trainer's or the one that was passed in, on float32 masters where the weights are bfloat16."""
+        made: torch.optim.Optimizer = self._context.roles.with_master(super().create_optimizer(model))
+        self.optimizer = made
         return made
 
     # ---- Stopping ----

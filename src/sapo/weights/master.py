@@ -28,7 +28,7 @@ class MasterWeights(torch.optim.Optimizer):
     schedulers act on it; clip the gradients of the weights.
 
     Args:
-        optimizer: that has not stepped yet; its groups hold the masters from now on.
+        optimizer: its groups and state belong to the masters from now on.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -43,6 +43,10 @@ class MasterWeights(torch.optim.Optimizer):
         if weight.dtype != torch.bfloat16:
             return weight
         master = nn.Parameter(weight.detach().float())
+        # Adagrad has a state before its first step, and one that was passed in may have stepped.
+        for name, value in self.optimizer.state.pop(weight, {}).items():
+            rounds = isinstance(value, Tensor) and value.dtype == weight.dtype
+            self.optimizer.state[master][name] = value.float() if rounds else value
         self._weights.append(weight)
         self._masters.append(master)
         return master
@@ -168,7 +172,7 @@ def with_masters(optimizer: torch.optim.Optimizer) -> MasterWeights:
     """`optimizer` on float32 masters.
 
     Raises:
-        ConfigurationError: it steps during the backward pass, or for itself.
+        ConfigurationError: it steps during the backward pass.
     """
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
     if kinds & {"LomoOptimizer", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}:

@@ -38,6 +38,7 @@ from sapo.weights.opponent import (
     squared_distance,
 )
 from sapo.weights.sharding import GatherShell, shards_weights, zero_stage
+from sapo.weights.source import quantization_method
 
 
 class Roles:
@@ -80,11 +81,8 @@ class Roles:
         self._master: MasterWeights | None = None
         self._keeps_master = needs_master(policy, accelerator)
         self._half = half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        if zero_stage(accelerator) in (1, 2) and half is not None:
-            # DeepSpeed casts the policy's weights, not its buffers, when it takes it over; the copies must be like it.
-            for weight in policy.parameters():
-                if weight.is_floating_point():
-                    weight.data = weight.data.to(half)
+        if zero_stage(accelerator) in (1, 2):
+            _as_deepspeed_takes_it(policy, args.device, half)
         if accelerator.distributed_type == DistributedType.FSDP:
             _return_float32(accelerator)
         self._shell = GatherShell(policy, args.device, half) if self.sharded else None
@@ -193,8 +191,8 @@ class Roles:
     # ---- The optimizer ----
 
     def with_master(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The optimizer to train the policy with: on float32 masters where its weights are bfloat16."""
-        if self._keeps_master:
+        """The optimizer to train the policy with: on float32 masters where its weights are bfloat16, made once."""
+        if self._keeps_master and self._master is None:
             self._master = with_masters(optimizer)
             return self._master
         return optimizer
@@ -300,6 +298,19 @@ class Roles:
         finally:
             for name, config in changed.items():
                 config.use_cache = before[name]
+
+
+def _as_deepspeed_takes_it(policy: nn.Module, device: torch.device, half: torch.dtype | None) -> None:
+    """Place and cast the policy as ZeRO-1 and ZeRO-2 will, before it is copied: the copies must be like it.
+
+    Trainer leaves both to DeepSpeed, which moves everything and casts weights, not buffers.
+    """
+    # Quantized weights do not move: they were loaded onto their device.
+    if quantization_method(policy.config) is None:
+        policy.to(device)
+    for weight in policy.parameters():
+        if half is not None and weight.is_floating_point():
+            weight.data = weight.data.to(half)
 
 
 def _return_float32(accelerator: Accelerator) -> None:

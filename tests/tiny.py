@@ -22,6 +22,8 @@ QUANTIZED = {
     for name, nested in (("4-bit", False), ("nested", True))
 }
 """Options of `BitsAndBytesConfig`."""
+SIZE_IN_4_BITS = {"hidden_size": 64, "intermediate_size": 64}
+"""Of a `tiny_llama` whose layers hold whole blocks of 4-bit weights."""
 
 
 def tiny_tokenizer():

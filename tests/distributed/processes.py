@@ -40,9 +40,19 @@ def launcher_environment(strategy, processes):
 
 
 def start(
-    folder, processes, *, strategy=None, resume=None, lora=False, tied=False, fault=None, dtype="float32", **options
+    folder,
+    processes,
+    *,
+    strategy=None,
+    resume=None,
+    lora=False,
+    tied=False,
+    fault=None,
+    dtype="float32",
+    quantized=None,
+    **options,
 ):
-    """A finished run: its `subprocess.CompletedProcess`."""
+    """A finished run: its `subprocess.CompletedProcess`. `quantized`: a folder whose model is loaded in 4 bits."""
     strategy = "none" if processes == 1 else strategy or "ddp"
     batch = 4 // processes
     zero = strategy.startswith("zero")
@@ -70,7 +80,7 @@ def start(
     folder.mkdir(exist_ok=True)
     asked = folder.parent / f"{folder.name}-{settings['max_steps']}.json"
     told = {"options": settings, "lora": lora, "tied": tied, "fault": fault, "processes": processes, "resume": resume}
-    told["dtype"] = dtype
+    told |= {"dtype": dtype, "quantized": quantized}
     asked.write_text(json.dumps(told | {"distributed_type": DISTRIBUTED_TYPE[strategy], "strategy": strategy}))
     environment = {}
     if strategy not in ("none", "ddp"):

@@ -7,6 +7,7 @@ import pytest
 from sapo.config import HAS_FUSED_LM_HEAD
 from tests.distributed.processes import FIXED_DRAWS, run, start
 from tests.runs import metrics_of
+from tests.tiny import SIZE_IN_4_BITS, tiny_llama
 
 SLOW = pytest.mark.slow
 OPTIONS = FIXED_DRAWS | {"max_steps": 1, "logging_steps": 1, "bf16": True}
@@ -43,6 +44,22 @@ def test_the_first_margin_is_exactly_zero_and_the_fused_head_is_the_gathered_one
     for name in ("logps/chosen", "logps/rejected"):
         # Of some 40 nats; in bfloat16 sums of that size lie a quarter of a nat apart.
         assert found[0][name] == pytest.approx(found[-1][name], abs=0.02), name
+
+
+@pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2", "zero3")), "fsdp2"])
+def test_in_4_bits_the_first_margin_is_exactly_zero_and_a_resume_bit_identical(strategy, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(**SIZE_IN_4_BITS).save_pretrained(tmp_path / "model")
+    options = OPTIONS | {"lora": True, "quantized": str(tmp_path / "model"), "strategy": strategy, "max_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    whole = run(tmp_path / "whole", 2, **options)
+    first, second = metrics_of(tmp_path / "whole", "loss")
+    assert first["rewards/margins"] == first["rewards/chosen"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert 0 < second["grad_norm"] < 10
+    assert second["optimizer/moved_fraction"] > 0.5
+    again = run(tmp_path / "again", 2, resume=str(tmp_path / "whole" / "checkpoint-1"), **options)
+    assert all((again[name] == whole[name]).all() for name in whole)
 
 
 def test_a_fused_head_is_refused_with_zero3(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from sapo import SAPOTrainer
 from sapo.errors import ConfigurationError
 from tests.integration.test_precision import check_first_margin, lines
-from tests.tiny import QUANTIZED, tiny_llama
+from tests.tiny import QUANTIZED, SIZE_IN_4_BITS, tiny_llama
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("default")  # of bitsandbytes, transformers and peft about each other
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # of bitsandbytes, transform
 
 @pytest.fixture
 def quantized(tmp_path):
-    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "model")
+    tiny_llama(**SIZE_IN_4_BITS).save_pretrained(tmp_path / "model")
 
     def load(kind="4-bit"):
         options = QUANTIZED.get(kind, {"load_in_8bit": True})

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from sapo import SAPOConfig
-from sapo.weights.footprint import Strategy, build_run_models, gradient_memory, model_memory
+from sapo.weights.footprint import Strategy, build_run_models, gather_shell_memory, gradient_memory, model_memory
 from tests.tiny import tiny_llama
 from tests.unit.test_shared_prefix import ARCHITECTURES, UNABLE
 
@@ -176,6 +176,19 @@ def test_four_bits_shrink_the_linear_layers_alone():
     linear = PARAMETERS["llama-3-8b"] - outside
     assert whole == 2 * PARAMETERS["llama-3-8b"]
     assert found == 4 * outside + linear // 2 + linear // 16
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_zero3_shards_4_bit_weights_and_fsdp2_leaves_them_whole(name):
+    """As `tests/distributed` counts what is gathered; codes are gathered as codes."""
+    model = ModelConfig(use_peft=True, dtype="bfloat16", load_in_4bit=True, lora_target_modules="all-linear")
+    roles = build_run_models(published("llama-3-8b"), model, options(bf16=True), Strategy(name, 8))
+    outside = 2 * 128256 * 4096 + 65 * 4096
+    codes = (PARAMETERS["llama-3-8b"] - outside) * 9 // 16
+    adapters = sum(weight.numel() for key, weight in roles.policy.named_parameters() if "lora_" in key)
+    found = model_memory(roles)["policy"]
+    assert found == pytest.approx(4 * outside / 8 + (codes / 8 if name == "zero3" else codes), abs=1)
+    assert gather_shell_memory(roles) == 2 * (outside + adapters) + (codes if name == "zero3" else 0)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "eager", None])

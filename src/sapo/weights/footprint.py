@@ -154,7 +154,9 @@ def model_memory(roles: RunModels) -> dict[str, int]:
     """Bytes on one device of what lasts from step to step, and of the gradients, by part."""
     policy, strategy = roles.policy, roles.strategy
     own = 1 / strategy.processes if strategy.shards_weights else 1
-    parts = {"policy": _size(_base(roles), roles.quantized) * own}
+    whole = _left_whole(roles)
+    base = [weight for weight in _base(roles) if id(weight) not in whole]
+    parts = {"policy": _size(base, roles.quantized) * own + sum(whole.values())}
     if isinstance(policy, PeftModel):
         parts["policy's adapter"] = _size(policy_tensors(policy).values()) * own
     if roles.opponent is not None:
@@ -217,17 +219,31 @@ def gathered_memory(roles: RunModels) -> int:
     if not roles.strategy.shards_weights:
         return 0
     if roles.strategy.name == "zero3":
-        return min(_LIVE, _count(roles.policy.parameters())) * roles.width
+        return min(_LIVE * roles.width, _gathered(roles.policy.parameters(), roles))
     layers = _layers(roles.policy)
-    inside = sum(_count(layer.parameters()) for layer in layers)
-    largest = max((_count(layer.parameters()) for layer in layers), default=0)
+    inside = sum(_gathered(layer.parameters(), roles) for layer in layers)
+    largest = max((_gathered(layer.parameters(), roles) for layer in layers), default=0)
     # The layer at work, the one fetched ahead, its gradients; and what lies outside the layers.
-    return (3 * largest + _count(roles.policy.parameters()) - inside) * roles.width
+    return 3 * largest + _gathered(roles.policy.parameters(), roles) - inside
 
 
 def gather_shell_memory(roles: RunModels) -> int:
     """Bytes of the weights gathered whole on each device while a sharded opponent or reference computes."""
-    return _count(roles.policy.parameters()) * roles.width if roles.strategy.shards_weights else 0
+    return _gathered(roles.policy.parameters(), roles) if roles.strategy.shards_weights else 0
+
+
+def _gathered(weights: Iterable[Tensor], roles: RunModels) -> int:
+    """Bytes of `weights` gathered to compute with: codes of quantized ones as they are."""
+    whole, codes = _left_whole(roles), roles.quantized
+    return round(sum(w.numel() * codes.get(id(w), roles.width) for w in _different(weights) if id(w) not in whole))
+
+
+def _left_whole(roles: RunModels) -> dict[int, float]:
+    """Bytes, by `id`, of the weights that each process holds whole though others are sharded: quantized, with FSDP2."""
+    if roles.strategy.name != "fsdp2":
+        return {}
+    codes = roles.quantized
+    return {id(w): w.numel() * codes[id(w)] for w in roles.policy.parameters() if id(w) in codes}
 
 
 def optimizer_scratch(roles: RunModels, *, on_gpu: bool) -> int:
@@ -304,14 +320,17 @@ def _base(roles: RunModels) -> list[Tensor]:
     return [w for name, w in roles.policy.named_parameters() if not (adapters and "lora_" in name)]
 
 
+def _different(weights: Iterable[Tensor]) -> Iterable[Tensor]:
+    return {id(weight): weight for weight in weights}.values()
+
+
 def _count(weights: Iterable[Tensor]) -> int:
-    return sum(weight.numel() for weight in {id(weight): weight for weight in weights}.values())
+    return sum(weight.numel() for weight in _different(weights))
 
 
 def _size(weights: Iterable[Tensor], quantized: dict[int, float] | None = None) -> float:
     known = quantized or {}
-    different = {id(weight): weight for weight in weights}
-    return sum(w.numel() * known.get(place, w.element_size()) for place, w in different.items())
+    return sum(w.numel() * known.get(id(w), w.element_size()) for w in _different(weights))
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

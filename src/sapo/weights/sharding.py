@@ -215,7 +215,9 @@ class GatherShell:
             whole: dict[str, nn.Parameter] = {}
             for name, weight in policy.items():
                 shard = own[name] if name in own else local_shard(weight)
-                gathered = gather(shard.to(self._dtype or weight.dtype), weight, self._device)
+                # Codes of quantized weights are no numbers to be cast.
+                dtype = self._dtype if weight.is_floating_point() else None
+                gathered = gather(shard.to(dtype or weight.dtype), weight, self._device)
                 whole[name] = nn.Parameter(gathered, requires_grad=False)
             for module, name, weight in self._slots:
                 module._parameters[name] = whole[self._names[id(weight)]]

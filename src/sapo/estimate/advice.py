@@ -51,8 +51,8 @@ def changes_that_fit(roles: RunModels, device: Device, lengths: Lengths, before:
 def gpus_that_fit(roles: RunModels, device: Device, lengths: Lengths) -> tuple[int, Memory] | None:
     """The fewest of 2, 4 or 8 GPUs on which the run fits as it is, sharded by ZeRO-3; None if they do not suffice.
 
-    An adapter's base is sharded likewise; of a run that has shards already, and of quantized weights, which each process
-    loads whole, more GPUs are not looked at.
+    An adapter's base is sharded likewise; of a run that has shards already, and of quantized weights, which each
+    process loads whole, more GPUs are not looked at.
     """
     if roles.strategy.shards_weights or roles.quantized or not device.overlaps:
         return None

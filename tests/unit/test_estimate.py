@@ -57,6 +57,16 @@ def test_seconds_fall_with_a_faster_device_and_rise_with_what_is_written():
     assert pooled.seconds["generation"] < 0.5 * fast.seconds["generation"]
 
 
+@pytest.mark.parametrize(
+    ("attention", "held"), [(None, True), ("eager", True), ("flash_attention_2", False), ("flex_attention", False)]
+)
+def test_a_token_waits_where_transformers_makes_a_mask_for_each(attention, held):
+    args = options(max_length=64, segment_length=8)
+    roles = build_run_models(MODELS["llama"], ModelConfig(attn_implementation=attention), args, Strategy())
+    found = estimate(roles, DEVICES["h100"], longest(args))
+    assert (found.launches == 1, found.waits) == (held, 1 / 8 if held else 1)
+
+
 @pytest.fixture(scope="module")
 def here():
     """This machine, measured once."""
@@ -96,6 +106,7 @@ def test_a_folder_with_a_configuration_alone_is_enough(here, tmp_path, capsys, m
     transient = max(found["phases"].values()) - lasting
     assert found["at_worst"] == pytest.approx(found["needed"] + KEPT * transient)
     assert "a CPU's allocator keeps more: expect up to" in " ".join(shown.split())
+    assert "Measured here: rates. Assumed: links between devices." in " ".join(shown.split())
     assert set(found["seconds"]) == {
         "generation",
         "reference",
@@ -194,7 +205,10 @@ def test_lengths_are_those_of_the_rows(tmp_path, capsys):
     assert (mine.lengths.prompt, mine.lengths.response, mine.lengths_from) == (5, 6, "as given")
     assert main(["estimate", *given]) == 0
     shown = capsys.readouterr().out
-    assert "lower bound: expect 2 to 3 times as much" in shown
+    shown = " ".join(shown.split())
+    assert "lower bound: expect 2 to 3 times as much (assumed)" in shown
+    assert "Counted: memory, TFLOP, launches, waits. Assumed: 70% of the data sheet's matrix rate, 85% of its" in shown
+    assert "Measured on one H200: 15 microseconds to launch an operation, 2.5 to run one." in shown
     assert re.search(r"75 optimizer steps: at least \d+ s, expect \d+ s to \d+ s", shown)
 
 

@@ -331,10 +331,11 @@ def _time(report: Report) -> list[str]:
         often = "at each token" if result.waits == 1 else f"every {1 / (result.waits or 1):.0f} tokens"
         waits = f", and a wait for the device {often}" if result.waits else ""
         lines.append(f"Decoding a token: {result.launches} launches{graph}{waits}.")
+    lines.append(_provenance(report.device))
     low, high = _EXPECTED_ON_GPU if report.device.overlaps else _EXPECTED_ON_CPU
     lines.append(
-        f"At least {total:.3g} s a step. This is a lower bound: expect {low:g} to {high:g} times as much, without "
-        "evaluation, checkpoints and reports."
+        f"At least {total:.3g} s a step. This is a lower bound: expect {low:g} to {high:g} times as much "
+        f"({'assumed' if report.device.overlaps else 'measured'}), without evaluation, checkpoints and reports."
     )
     if report.steps is None:
         lines.append(
@@ -347,6 +348,18 @@ def _time(report: Report) -> list[str]:
             f"to {duration_text(high * least)}."
         )
     return lines
+
+
+def _provenance(device: Device) -> str:
+    """What is counted, what is assumed and what was measured."""
+    counted = "Counted: memory, TFLOP, launches, waits."
+    matrix, memory = device.reached
+    if matrix == memory == 1:
+        return f"{counted} Measured here: rates. Assumed: links between devices."
+    return (
+        f"{counted} Assumed: {matrix:.0%} of the data sheet's matrix rate, {memory:.0%} of its bandwidth. Measured on "
+        f"one H200: {device.launch * 1e6:.0f} microseconds to launch an operation, {device.least * 1e6:.2g} to run one."
+    )
 
 
 def _verdict(report: Report) -> list[str]:

@@ -46,6 +46,31 @@ def test_the_first_margin_is_exactly_zero_and_the_fused_head_is_the_gathered_one
         assert found[0][name] == pytest.approx(found[-1][name], abs=0.02), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "reference"),
+    [
+        ("float32", False, "opponent_copy"),
+        ("bfloat16", False, "opponent_copy"),
+        ("float32", True, "initial"),
+        ("bfloat16", True, "initial"),
+        ("bfloat16", True, "opponent"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_the_first_margin_is_exactly_zero_in_every_precision_with_every_reference(
+    strategy, dtype, bf16, reference, lora, tmp_path
+):
+    if (strategy, dtype, bf16, lora) == ("fsdp2", "bfloat16", False, False):
+        return  # refused: it would keep no float32 masters
+    options = OPTIONS | {"bf16": bf16, "reference": reference, "lora": lora, "dtype": dtype}
+    run(tmp_path / "run", 2, strategy=strategy, **options)
+    first = first_line(tmp_path / "run")
+    assert first["rewards/margins"] == first["rewards/chosen"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
 @pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2", "zero3")), "fsdp2"])
 def test_in_4_bits_the_first_margin_is_exactly_zero_and_a_resume_bit_identical(strategy, tmp_path):
     pytest.importorskip("bitsandbytes")

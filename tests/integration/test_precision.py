@@ -2,16 +2,18 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sapo import SAPOConfig, SAPOTrainer
 from sapo.config import HAS_FUSED_LM_HEAD
 from sapo.errors import CheckpointError, ConfigurationError
-from sapo.weights.master import MasterWeights, MovedSample, with_masters
+from sapo.weights.master import MasterWeights, MovedSample, needs_master, with_masters
 from sapo.weights.rounding import rounded as rounded_to
 from tests.runs import metrics_of
 from tests.tiny import tiny_llama
@@ -235,6 +237,28 @@ def test_a_scheduler_reaches_the_wrapped_optimizer():
         optimizer.step()
         scheduler.step()
     assert weight.tolist() == [-1.5, -1.5]
+
+
+@pytest.mark.parametrize(
+    ("distributed", "mixed", "dtype", "expected"),
+    [
+        ("NO", "no", torch.bfloat16, True),
+        ("MULTI_GPU", "bf16", torch.bfloat16, True),
+        ("MULTI_GPU", "bf16", torch.float32, False),
+        ("DEEPSPEED", "no", torch.bfloat16, False),
+        ("FSDP", "bf16", torch.bfloat16, False),
+        ("FSDP", "no", torch.bfloat16, r"FSDP2 and bf16=false.* Set bf16 to true, or dtype to float32"),
+        ("FSDP", "no", torch.float32, False),
+        ("NO", "no", torch.float16, r"dtype=float16.* Set dtype to bfloat16"),
+    ],
+)
+def test_bfloat16_weights_have_a_master_of_ours_or_of_the_strategy_or_are_refused(distributed, mixed, dtype, expected):
+    accelerator = SimpleNamespace(distributed_type=DistributedType(distributed), mixed_precision=mixed)
+    if isinstance(expected, bool):
+        assert needs_master(tiny_llama(dtype=dtype), accelerator) == expected
+        return
+    with pytest.raises(ConfigurationError, match=expected):
+        needs_master(tiny_llama(dtype=dtype), accelerator)
 
 
 def test_weights_that_cannot_have_a_master_are_refused(make_trainer):

@@ -13,6 +13,9 @@ def run() -> int:
     """Run a command; Ctrl-C is answered in one line from the first import on. Returns the exit status."""
     # The working folder may be a model's: its types.py must not run in the processes that a command starts.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if os.environ.get("RANK", "0") != "0":
+        # What torch itself warns of, all processes of a run would say; errors are shown.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A shell may start it with one of these closed (>&-).
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -29,7 +32,8 @@ def run() -> int:
 
         return main()
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("Interrupted.\n")
         return 130
 
 

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from sapo.errors import ConfigurationError, brief, nearest, require
 from sapo.options import own_options, resume_fixed
 from sapo.options.own import VLLM_URL
+from sapo.options.rendezvous import processes_told, waiting_told
 from sapo.options.rules import OptionRules
 
 __all__ = ["HAS_ACTIVATION_CHECKPOINTING", "HAS_FUSED_LM_HEAD", "VLLM_URL", "SAPOConfig"]
@@ -68,8 +69,12 @@ class SAPOConfig(OptionRules, TrainingArguments):
         if self.deepspeed:
             require(f"deepspeed={brief(self.deepspeed, 80)}", "deepspeed")
         _check_optimizer(self.optim)
+        # accelerate would initialize half of a process group for it, in one process too.
+        backend = self.ddp_backend
+        self.ddp_backend: str | None = backend if processes_told() > 1 else None
         try:
-            super().__post_init__()
+            with waiting_told():
+                super().__post_init__()
         except (ValueError, ImportError) as error:
             if "MASTER_ADDR" in str(error):
                 left = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
@@ -86,6 +91,7 @@ class SAPOConfig(OptionRules, TrainingArguments):
                 f"deepspeed={brief(self.deepspeed, 80)}: not a configuration of DeepSpeed ({brief(error, 100)}). Give "
                 "a JSON file, or use --accelerate_config zero2."
             ) from error
+        self.ddp_backend = backend
         if self.deepspeed:
             stage = self.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
             if type(stage) is not int or not 0 <= stage <= 3:

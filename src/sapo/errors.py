@@ -87,6 +87,37 @@ class EvaluationError(SapoError, RuntimeError):
     """An evaluation that cannot continue: a missing package or file, or a judge that fails."""
 
 
+class RepeatedError(SapoError):
+    """What ends this process of a run and the first process reports: the command line prints nothing more."""
+
+
+_GLOO = "gloo/transport"
+"""In its messages, of which torch makes a bare RuntimeError."""
+_LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")
+
+
+def process_lost(error: BaseException) -> TrainingError | None:
+    """What to say of an error of torch.distributed: another process has ended, or does not answer; None of others.
+
+    Args:
+        error: any; torch's own are known by their names, since torch is not imported for this.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or isinstance(error, SapoError):
+        return None
+    if type(error).__name__ not in _LOST and _GLOO not in text:
+        return None
+    if "imed out" in text or "imeout" in text:
+        return TrainingError(
+            f"another process of this run did not answer in time ({brief(error, 160)}). Raise --ddp_timeout if it was "
+            "at work; else its own message, if it left one, tells why."
+        )
+    return TrainingError(
+        "another process of this run has ended; its own message, if it left one, tells why. Continue from the newest "
+        "checkpoint with --resume_from_checkpoint auto."
+    )
+
+
 def is_installed(package: str) -> bool:
     """Whether a package can be found; it is not imported."""
     try:

@@ -118,27 +118,54 @@ def launch(command: str, launcher: Mapping[str, str], own: Sequence[str]) -> Non
     # The launcher would give its processes half a minute and then kill them: too short to save a large model.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     try:
-        with _stop_signals_passed_on():
+        with _stop_signals_passed_on() as passed_on:
             launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise TrainingError(
-            f"process {rank} ended with status {failure.exitcode}; its own message is above."
-        ) from error
+        raise ended(rank, failure.exitcode, asked=bool(passed_on)) from error
+
+
+def ended(process: int, status: int, *, asked: bool) -> BaseException:
+    """What to raise for a process that failed.
+
+    Args:
+        process: its rank.
+        status: its exit status, negative if a signal has ended it.
+        asked: whether this process has passed a stop signal on. Before its first step a run has nothing to save.
+    """
+    if asked and status in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT):
+        return KeyboardInterrupt()
+    if status >= 0:
+        return TrainingError(f"process {process} ended with status {status}; its own message is above.")
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    memory = ", as when the main memory of the machine runs out" if -status == signal.SIGKILL else ""
+    return TrainingError(
+        f"process {process} was ended by {name}{memory}. Continue from the newest checkpoint with "
+        "--resume_from_checkpoint auto."
+    )
 
 
 @contextmanager
-def _stop_signals_passed_on() -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to the processes, which end after their current step, with a checkpoint."""
+def _stop_signals_passed_on() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM go to the processes, which end after their current step, with a checkpoint.
+
+    Yields:
+        The signals that were passed on.
+    """
     own = psutil.Process()
+    passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         for process in own.children():
             process.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import errno
 import logging
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -13,7 +15,7 @@ from sapo._version import __version__
 from sapo.commands.catalog import COMMANDS
 from sapo.commands.notices import held_notices, loading_libraries
 from sapo.commands.parser import Command, Parsed, help_text, parse_command
-from sapo.errors import ConfigurationError, SapoError, brief
+from sapo.errors import ConfigurationError, RepeatedError, SapoError, brief, process_lost
 from sapo.text.fitted import fitted, width_of
 from sapo.text.interrupts import raise_swallowed
 
@@ -43,6 +45,8 @@ An error is one line with exit status 2; --debug adds the traceback.
 """
 
 
+_AFTER_THE_FIRST = 2.0
+"""Seconds that a process which reports nothing stays."""
 _NOTICES = (
     ("DeepSpeed", "Setting accelerator to CPU"),
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
@@ -65,6 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     try:
         return _dispatched(given)
+    except RepeatedError:
+        if debug:
+            traceback.print_exc()
+        # A launcher ends the others as soon as one has ended: the first, which reports, before this one.
+        time.sleep(_AFTER_THE_FIRST)
+        return 2
     except SapoError as error:
         if debug:
             traceback.print_exc()
@@ -83,15 +93,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RuntimeError as error:
         # torch's, by name: torch is not imported for the commands that do without it.
-        if type(error).__name__ != "OutOfMemoryError":
+        lost = process_lost(error)
+        if lost is None and type(error).__name__ != "OutOfMemoryError":
             raise
         if debug:
             traceback.print_exc()
+        if lost is not None:
+            _complain(f"{type(lost).__name__}: {lost}")
+            return 2
         _complain(f"OutOfMemoryError: {_what_was_short(error)}. {_way_out_of_memory(error, given[0])}")
         return 2
     except KeyboardInterrupt:
+        return interrupted()
+
+
+def interrupted() -> int:
+    """Say so, of several processes in the first; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
         sys.stderr.write("Interrupted.\n")
-        return 130
+    return 130
 
 
 def _dispatched(given: list[str]) -> int:

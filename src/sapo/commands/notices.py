@@ -21,9 +21,13 @@ class Notices:
 
     def __init__(self) -> None:
         self._waiting: list[Callable[[], Any]] | None = []
+        self.dropped = False
+        """Whether nothing but errors is shown: of several processes the first tells what all of them find."""
 
     def hold(self, show: Callable[[], Any]) -> bool:
-        """Whether something waits; after `release` nothing does."""
+        """Whether something waits, or is not shown at all; after `release` nothing waits."""
+        if self.dropped:
+            return True
         if self._waiting is None:
             return False
         self._waiting.append(show)
@@ -124,4 +128,6 @@ def held_notices() -> Iterator[Notices]:
 
 
 def _passes(notices: Notices, handler: logging.Handler, record: logging.LogRecord) -> bool:
+    if notices.dropped and record.levelno >= logging.ERROR:
+        return True
     return not notices.hold(partial(handler.handle, record))

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sapo.commands.arguments import RunArguments
 from sapo.config import VLLM_URL, SAPOConfig
-from sapo.errors import ConfigurationError, SapoError, brief, nearest, pip_line, require
+from sapo.errors import ConfigurationError, SapoError, brief, nearest, pip_line, process_lost, require
 from sapo.generation.vllm.installed import refuse_absent_servers
 
 _TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "clearml", "trackio", "swanlab")
@@ -142,6 +142,7 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
 
     Raises:
         ConfigurationError: in place of the library's error.
+        TrainingError: in place of that of an ended process.
     """
     try:
         yield
@@ -149,6 +150,9 @@ def library_errors(options: Mapping[str, Any], begun: Callable[[], bool]) -> Ite
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
+        lost = process_lost(error)
+        if lost is not None:
+            raise lost from error
         if begun() or Path(where).is_relative_to(Path(__file__).parents[1]):
             raise
         named = [

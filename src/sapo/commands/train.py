@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from sapo.report.page import render, report_data
 from sapo.runs.folder import RunFolder, check_output_dir
 from sapo.runs.layout import CARD_FILE
 from sapo.runs.reading import read_run
+from sapo.runs.world import World
 from sapo.text.terminal import say
 from sapo.training.callbacks import KeepRecipe, StopOnSignal
 from sapo.training.progress import TerminalProgress, showing
 from sapo.training.trainer import SAPOTrainer
 from sapo.weights.loading import check_model, load_policy
-from sapo.weights.sharding import shutdown_process_group
+from sapo.weights.sharding import shutdown_process_group, will_shard_weights
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +77,7 @@ def train(run: RunArguments, *, quiet: bool = False, notes: Sequence[str] = ()) 
         notices.release()
 
     with held_notices() as notices, library_errors(as_recipe(run), lambda: begun):
+        notices.dropped = config.process_index > 0 and config.log_level_replica == "warning"
         check_packages(run)
         for note in notes if config.process_index == 0 else ():
             logger.warning(note)
@@ -85,16 +88,21 @@ def train(run: RunArguments, *, quiet: bool = False, notes: Sequence[str] = ()) 
                 if not _train(round.run, round.inputs, *round.policy(), console, begin=begin, recipe=round.recipe):
                     return
             return
-        if config.process_index == 0:
-            afresh = config.resume_from_checkpoint in (None, "false", "False")
-            path = Path(config.output_dir or "")
-            check_output_dir(path, overwrite=config.overwrite_output_dir or not afresh)
-        quiet_libraries()
-        check_libraries(config)
-        check_model(run.model, config)
-        inputs = load_inputs(run)
+        # Nothing here communicates: what is wrong in one process, or in all of them, is said once.
+        with World.current().agreeing(), library_errors(as_recipe(run), lambda: False):
+            if config.process_index == 0:
+                afresh = config.resume_from_checkpoint in (None, "false", "False")
+                path = Path(config.output_dir or "")
+                check_output_dir(path, overwrite=config.overwrite_output_dir or not afresh)
+            quiet_libraries()
+            check_libraries(config)
+            check_model(run.model, config)
+            inputs = load_inputs(run)
         say(console, *inputs.lines())
-        _train(run, inputs, *load_policy(run.model, config), console, begin=begin)
+        # Sharded weights are spread while they are loaded, by all processes together.
+        with nullcontext() if will_shard_weights() else World.current().agreeing():
+            policy = load_policy(run.model, config)
+        _train(run, inputs, *policy, console, begin=begin)
 
 
 def _train(
@@ -147,7 +155,8 @@ def _train(
             with showing(progress, trainer):
                 trainer.train(resume_from_checkpoint=_checkpoint(folder, config.resume_from_checkpoint, console))
             _save(trainer)
-    stopped = stop.received is not None
+        # Also one that came after the last step, to whichever process: all go on to another round, or none does.
+        stopped = stop.is_told(config)
     ending = Ending(
         folder.path, trainer.state, stopped, trainer.stop_reason,
         opponent=trainer.opponent is not None, adapter=trainer.is_adapter(), plain=not inputs.tokenizer.chat_template,
@@ -188,10 +197,11 @@ def _save(trainer: SAPOTrainer) -> None:
         trainer.push_to_hub()
     elif trainer.is_world_process_zero():
         folder.attempt(CARD_FILE, lambda: write_card(folder.path, str(trainer.args.output_dir)))
-    if error is not None:
-        raise error
-    if folder.failed:
-        raise TrainingError(
-            f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
-            f"`sapo report {quoted(folder.path)}` writes the report again."
-        )
+    with World.current().agreeing():
+        if error is not None:
+            raise error
+        if folder.failed:
+            raise TrainingError(
+                f"the run is complete and its models are in {folder.path}, but not {' and '.join(folder.failed)}. "
+                f"`sapo report {quoted(folder.path)}` writes the report again."
+            )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from sapo.errors import CheckpointError, ConfigurationError, TrainingError, brief
+from sapo.errors import CheckpointError, ConfigurationError, TrainingError, brief, process_lost
 from sapo.runs import checkpoint as parts
 from sapo.runs.files import keep_json_lines, write_atomically
 from sapo.runs.layout import (
@@ -84,18 +84,20 @@ class RunFolder:
         self._recover()
         if wanted in (True, "true", "True", "auto"):
             newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
-            if newest is None and wanted == "auto":
-                return None
-            if newest is None:
-                raise CheckpointError(
-                    f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
-                )
-            return Path(newest)
+            # All resume from what the first finds, or begin afresh: a network may be late to show it to the others.
+            newest = self._world.gather(newest)[0]
+            with self._world.agreeing():
+                if newest is None and wanted != "auto":
+                    raise CheckpointError(
+                        f"{self.path}: no checkpoint to resume from. Leave resume_from_checkpoint out to start afresh."
+                    )
+            return self.path / Path(newest).name if newest is not None else None
         if self._world.first:
             _settle(Path(str(wanted)))
         self._world.barrier()
-        if not Path(str(wanted)).is_dir():
-            raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
+        with self._world.agreeing():
+            if not Path(str(wanted)).is_dir():
+                raise CheckpointError(f"{wanted}: no such checkpoint folder. Give a checkpoint-N folder, or true.")
         return Path(str(wanted))
 
     def home_of(self, file: str, checkpoint: Path, otherwise: str) -> Path:
@@ -124,10 +126,12 @@ class RunFolder:
 
     def start_afresh(self, *, overwrite: bool, restarted: bool) -> None:
         """Make sure that an earlier run is neither mixed with this one nor lost; see `check_output_dir`."""
+        with self._world.agreeing():
+            if self._world.first:
+                check_output_dir(self.path, overwrite=overwrite, restarted=restarted or self._measured)
+                check_renames(self.path)
         if not self._world.first:
             return
-        check_output_dir(self.path, overwrite=overwrite, restarted=restarted or self._measured)
-        check_renames(self.path)
         for old in [
             *self.path.glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
             self.path / OPPONENT_FOLDER,
@@ -221,7 +225,7 @@ class RunFolder:
         Args:
             step: N.
             write: writes `staging`/checkpoint-N.
-            finish: on the first process, before the checkpoint is sealed: given the folder in staging and its place.
+            finish: before the checkpoint is sealed: given the folder in staging and its place.
 
         Raises:
             CheckpointError: it cannot be written; nothing half written is left.
@@ -233,13 +237,14 @@ class RunFolder:
             if self._world.first:
                 shutil.rmtree(self.staging, ignore_errors=True)
             self._world.barrier()
-            with writing(self.path / name, self.staging):
+            # Another process may still write in it.
+            with writing(self.path / name, self.staging if self._world.first else None):
                 write()
+                self._world.barrier()
         finally:
             staging, self.staging = self.staging, None
-        self._world.barrier()
+        finish(staging / name, self.path / name)
         if self._world.first:
-            finish(staging / name, self.path / name)
             readable(*(staging / name).iterdir())
             parts.seal(staging / name)
             replace_folder(staging / name, self.path / name)
@@ -367,15 +372,20 @@ def _aside(target: Path) -> Path:
 
 
 @contextmanager
-def writing(target: Path, staging: Path) -> Iterator[None]:
-    """Tell of a full disk in one line, and leave nothing half written."""
+def writing(target: Path, staging: Path | None) -> Iterator[None]:
+    """Tell of a full disk in one line, and leave nothing half written: `staging` is removed, if it is given."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch tells of a full disk by a RuntimeError, as of much else.
-        if isinstance(error, RuntimeError) and "writ" not in str(error) and "unexpected pos" not in str(error):
+        lost = process_lost(error) is not None
+        of_disk = not isinstance(error, RuntimeError) or "writ" in str(error) or "unexpected pos" in str(error)
+        if not (lost or of_disk):
             raise
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if lost:
+            raise
         raise CheckpointError(
             f"{target} cannot be written ({brief(error)}); what was there is as it was. Make room, "
             "then continue with --resume_from_checkpoint true."

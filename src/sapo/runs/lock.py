@@ -106,6 +106,15 @@ def check_unlocked(folder: Path) -> None:
             raise _in_use(folder, stream)
 
 
+def owner_of(folder: Path) -> dict[str, Any]:
+    """What the lock of a folder says of its owner; empty if there is none."""
+    try:
+        with (folder / LOCK_FILE).open(encoding="utf-8") as stream:
+            return _owner(stream)
+    except OSError:
+        return {}
+
+
 def is_lost(folder: Path) -> bool:
     """Whether a folder whose lock this process holds was moved or removed, or has another owner now."""
     lock = _held.get(folder.absolute())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from sapo.errors import RepeatedError, SapoError, TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +48,27 @@ class World:
     def first_decides(self, value: bool) -> bool:
         """What the first process says, on all of them: clocks differ, and all must do the same."""
         return bool(self.gather(value)[0])
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Leave a block that does not communicate in all processes, or in none: one error is reported, by the first.
+
+        Raises:
+            SapoError: on the first process, its own or that of another; `RepeatedError` on the others.
+        """
+        if self.size == 1:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as raised:  # noqa: BLE001 - raised again below
+            own = raised
+        told = self.gather(None if own is None else f"{type(own).__name__}: {own}")
+        failed = [process for process, said in enumerate(told) if said is not None]
+        if not failed:
+            return
+        if own is not None and (self.first or not isinstance(own, SapoError)):
+            raise own
+        reported = f"process {failed[0]}: {told[failed[0]]}"
+        raise TrainingError(reported) if self.first else RepeatedError(reported) from own

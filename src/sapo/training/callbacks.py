@@ -22,6 +22,9 @@ from sapo.training.interruption import EvaluationStopped, stops_within
 from sapo.training.metrics import MetricAverages, clock
 from sapo.weights.master import MovedSample
 
+_ECHO = 1.0
+"""Seconds in which a second signal is the same Ctrl-C: a terminal sends it to each process, and so does a launcher."""
+
 
 class RunCallback(TrainerCallback):
     """Ties the parts of a run to Trainer's events, in the order they happen, and takes the times of a step.
@@ -192,7 +195,10 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
         self._begin = begin
         self.received: signal.Signals | None = None
-        """The first signal that came; None before it."""
+        """The first signal that came to this process; None before it."""
+        self.told = False
+        """Whether the processes have agreed that one came to any of them."""
+        self._noted = 0.0
         self._begun, self._ended = False, False
         self._kept = 0
         self._previous: dict[signal.Signals, Any] = {}
@@ -207,9 +213,12 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is not None and "RANK" in os.environ and now - self._noted < _ECHO:
+            return
         if self.received is not None or not self._begun:
             interrupt(number, frame)
-        self.received = signal.Signals(number)
+        self.received, self._noted = signal.Signals(number), now
         said = "Stopping after this step, with a checkpoint"  # the first, or one of several processes or of vLLM
         if self._ended:
             said = "Saving the models"
@@ -226,6 +235,7 @@ class StopOnSignal(TrainerCallback):
             flag = torch.tensor(float(told), device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             told = bool(flag)
+        self.told |= told
         return told
 
     def on_step_begin(

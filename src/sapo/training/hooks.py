@@ -113,14 +113,17 @@ class CheckpointHooks(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        check_length(len(train_dataloader), len(self.train_dataset), self.args)
-        check_best_metric(self.args, self.eval_dataset)
+        world = self._context.world
+        with world.agreeing():
+            check_length(len(train_dataloader), len(self.train_dataset), self.args)
+            check_best_metric(self.args, self.eval_dataset)
         folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         with nullcontext() if folder is None else untrusted.reading(folder):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._context.roles.loaded()
         self._start(folder)
-        rehearse_saving(self._context, self.run_folder.path, checkpoints=self.args.save_strategy != "no")
+        with world.agreeing():
+            rehearse_saving(self._context, self.run_folder.path, checkpoints=self.args.save_strategy != "no")
         if folder is not None:
             self.state.best_model_checkpoint = best_checkpoint_beside(folder, self.state.best_model_checkpoint)
         return prepared
@@ -154,7 +157,8 @@ class CheckpointHooks(Trainer):
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(place)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            if self._context.world.first:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def _get_output_dir(self, trial: Any) -> str:
         staging = self.run_folder.staging

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sapo.errors import CheckpointError, SapoError, brief
+from sapo.errors import CheckpointError, SapoError, brief, process_lost
 from sapo.runs.folder import STAGING, readable, replace_folder, writing
 from sapo.runs.layout import OPPONENT_FOLDER
 from sapo.runs.tensors import write_tensors
@@ -48,7 +48,10 @@ def save_models(context: RunContext, folder: Path) -> None:
                     file.replace(folder / file.name)
     except CheckpointError as error:
         errors.append(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the weights are worth more
+    except Exception as error:
+        if process_lost(error) is not None:
+            raise
+        # Whatever it is, the weights are worth more.
         errors.append(_rescued(context, folder, error))
     try:
         if context.roles.opponent is not None:
@@ -60,7 +63,9 @@ def save_models(context: RunContext, folder: Path) -> None:
                     replace_folder(staging, folder / OPPONENT_FOLDER)
     except CheckpointError as error:
         errors.append(error)
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
+        if process_lost(error) is not None:
+            raise
         errors.append(CheckpointError(f"the opponent cannot be saved ({type(error).__name__}: {brief(error)})."))
     world.barrier()
     if errors:
@@ -76,7 +81,7 @@ def _staged(world: World, target: Path, staging: Path | None = None) -> Iterator
         staging.mkdir(parents=True)
     world.barrier()
     try:
-        with writing(target, staging):
+        with writing(target, staging if world.first else None):
             yield staging
     finally:
         if world.first:

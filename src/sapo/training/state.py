@@ -21,6 +21,7 @@ from sapo.preference.replay_buffer import BufferEntry
 from sapo.runs import checkpoint as parts
 from sapo.runs import untrusted
 from sapo.runs.tensors import read_tensors, write_tensors
+from sapo.training.agreement import check_processes
 from sapo.training.context import RunContext
 from sapo.training.log import TrainingLog
 from sapo.training.probes import ChosenProbe, EvaluationPairs
@@ -83,14 +84,19 @@ class RunState:
         facts["parameters"] = sum(map(global_numel, self.context.roles.policy().parameters()))
         return facts
 
+    def check_processes(self, folder: Path) -> None:
+        """Make sure that all processes train the same run and write in `folder`; see `sapo.training.agreement`."""
+        with self.context.world.agreeing():
+            check_processes(self.context, folder, self.dataset, self.eval_pairs.digest(self.dataset))
+
     def check(self, folder: Path) -> None:
         """Make sure that a checkpoint is complete, belongs to this run and cannot run code.
 
         Raises:
             CheckpointError: what is wrong with it.
         """
-        parts.verify(folder)
-        with untrusted.reading(folder):
+        with self.context.world.agreeing(), untrusted.reading(folder):
+            parts.verify(folder)
             saved, current = dict(parts.read_state(folder)["facts"]), self.facts()
             same = saved.get("world_size") == current["world_size"]
             words = {"base_weights": "the weights of the base model have changed since then"}

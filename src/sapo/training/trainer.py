@@ -378,11 +378,11 @@ class SAPOTrainer(HubMixin, CheckpointHooks):
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: there is nothing to train on.")
         with self.run_folder.locked(), closing(self.source):
+            self._run_state.check_processes(self.run_folder.path)
             checkpoint = self.run_folder.find_checkpoint(resume_from_checkpoint)
             if checkpoint is None:
-                self.run_folder.start_afresh(
-                    overwrite=self.args.overwrite_output_dir, restarted=resume_from_checkpoint == "auto"
-                )
+                overwrite = self.args.overwrite_output_dir
+                self.run_folder.start_afresh(overwrite=overwrite, restarted=resume_from_checkpoint == "auto")
             else:
                 self._run_state.check(checkpoint)
             with self.run_folder.undone_unless(lambda: checkpoint is not None or self.state.global_step > 0):

@@ -239,6 +239,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     # torch, on a machine without an accelerator; the option is Trainer's default, which no one there has chosen.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
+    # torch 2.13, of collectives that DeepSpeed calls by their older names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

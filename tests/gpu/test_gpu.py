@@ -39,6 +39,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+IN_4_BITS = ("--load_in_4bit", "--use_peft", "--lora_target_modules", "all-linear", "--dtype", "bfloat16")
+
+
 def llama(dtype=torch.float32, **options):
     return tiny_llama(dtype=dtype, **SIZE | options)
 
@@ -87,10 +90,13 @@ def test_sapo_train_puts_a_model_on_one_gpu(tmp_path):
 
 
 @NEEDS_CUDA
+@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("strategy", ["multi_gpu", "zero2", "zero3", "fsdp2"])
-def test_every_strategy_begins_with_a_margin_of_zero(strategy, tmp_path):
+def test_every_strategy_begins_with_a_margin_of_zero(strategy, bits, tmp_path):
     """In two processes, or in one where there is one GPU."""
     processes = min(2, torch.cuda.device_count())
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     llama().save_pretrained(tmp_path / "model")
@@ -110,13 +116,15 @@ def test_every_strategy_begins_with_a_margin_of_zero(strategy, tmp_path):
         *("--dataset_name", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run", "--max_steps", "2"),
         *("--accelerate_config", strategy, "--max_length", "32", "--segment_length", "4", "--report_to", "none"),
         *("--per_device_train_batch_size", "2", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *(IN_4_BITS if bits == 4 else ()),
     ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = metrics_of(tmp_path / "run")
     first = next(row for row in rows if "loss" in row)
     assert first["rewards/margins"] == first["rewards/chosen"] == 0
-    assert first["optimizer/moved_fraction"] > 0.5
+    # Half of a new adapter's weights have no gradient yet.
+    assert first["optimizer/moved_fraction"] > (0.3 if bits == 4 else 0.5)
 
 
 # ---- Precision ----
@@ -129,6 +137,12 @@ def test_every_strategy_begins_with_a_margin_of_zero(strategy, tmp_path):
 def test_the_first_margin_is_exactly_zero(dtype, bf16, lora, layout, make_trainer):
     options = {"max_steps": 1, "bf16": bf16, "layout": layout, "pairs_per_forward": 1}
     check_first_margin(make_trainer(model=llama(dtype), lora=lora, **options, **ON_DEVICE))
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_float16_begins_with_a_margin_of_zero(lora, make_trainer):
+    check_first_margin(make_trainer(model=llama(), lora=lora, max_steps=1, fp16=True, **ON_DEVICE))
 
 
 @NEEDS_CUDA

@@ -1,10 +1,14 @@
 """Files are complete or absent, and what cannot be read is named with its line."""
 
 import hashlib
+import json
+import threading
+import time
 
 import pytest
 
 from sapo.errors import ConfigurationError, EvaluationError
+from sapo.evaluation import results
 from sapo.runs.files import (
     append_line,
     file_digest,
@@ -91,3 +95,21 @@ def test_the_users_cache_follows_the_environment(monkeypatch, tmp_path):
     assert user_cache("rows") == tmp_path / "xdg/sapo/rows"
     monkeypatch.setenv("SAPO_CACHE_DIR", "~/own")
     assert user_cache("rows") == tmp_path / "home/own/rows"
+
+
+def test_suites_that_end_at_the_same_moment_are_all_kept(tmp_path, monkeypatch):
+    original = results.write_result
+
+    def slowly(*given):
+        time.sleep(0.05)
+        original(*given)
+
+    monkeypatch.setattr(results, "write_result", slowly)
+    folder = tmp_path / "evaluation"
+    writers = [threading.Thread(target=results.write, args=(folder, f"suite-{n}", {})) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(json.loads((folder / "results.json").read_text())["suites"]) == 4
+    assert [one.name for one in folder.iterdir()] == ["results.json"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo.errors import EvaluationError, brief
-from sapo.evaluation.store import write_result
+from sapo.evaluation.store import alone, write_result
 from sapo.evaluation.targets import Target
 from sapo.measures.intervals import Estimate, paired_change
 from sapo.runs.origin import package_versions
@@ -92,17 +92,23 @@ def as_json(
 
 
 def write(folder: Path, suite: str, found: Mapping[str, Any]) -> Path:
-    """Write one suite's results into results.json; results of other suites are kept."""
+    """Write one suite's results into results.json; results of other suites, of this moment too, are kept."""
     file = folder / RESULTS_FILE
-    whole: dict[str, Any] = {"format": FORMAT, "suites": {}}
-    if file.exists():
-        try:
-            whole["suites"] = json.loads(file.read_text(encoding="utf-8"))["suites"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{file} is not a results file ({brief(error)}). Move it away and rerun the same "
-                "command: finished parts are kept."
-            ) from error
-    whole["suites"][suite] = found
-    write_result(file, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    with alone(folder):
+        suites = _suites(file) if file.exists() else {}
+        suites[suite] = found
+        write_result(file, json.dumps({"format": FORMAT, "suites": suites}, indent=1, ensure_ascii=False) + "\n")
     return file
+
+
+def _suites(file: Path) -> dict[str, Any]:
+    try:
+        suites = json.loads(file.read_text(encoding="utf-8"))["suites"]
+        if not isinstance(suites, dict):
+            raise TypeError("suites is no mapping")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{file} is not a results file ({brief(error)}). Move it away and rerun the same "
+            "command: finished parts are kept."
+        ) from error
+    return suites

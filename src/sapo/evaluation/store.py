@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,20 @@ def write_result(file: Path, text: str) -> None:
     """Write a complete file or nothing."""
     with _disk_errors(file):
         write_atomically(file, text)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other evaluations from writing between a read and a write of this one, where the file system has locks."""
+    with _disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -91,13 +91,15 @@ class RepeatedError(SapoError):
     """What ends this process of a run and the first process reports: the command line prints nothing more."""
 
 
+ANOTHER_PORT = "Choose another: --main_process_port with --accelerate_config, --master_port with torchrun."
 _GLOO = "gloo/transport"
 """In its messages, of which torch makes a bare RuntimeError."""
 _LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
-def process_lost(error: BaseException) -> TrainingError | None:
-    """What to say of an error of torch.distributed: another process has ended, or does not answer; None of others.
+def process_lost(error: BaseException) -> SapoError | None:
+    """What to say of an error of torch.distributed: another process has ended, or does not answer, or the port at which
+    they meet is in use; None of other errors.
 
     Args:
         error: any; torch's own are known by their names, since torch is not imported for this.
@@ -107,6 +109,10 @@ def process_lost(error: BaseException) -> TrainingError | None:
         return None
     if type(error).__name__ not in _LOST and _GLOO not in text:
         return None
+    if "EADDRINUSE" in text or "already in use" in text:
+        return ConfigurationError(
+            f"the port at which the processes meet is in use ({brief(error, 160)}). {ANOTHER_PORT}"
+        )
     if "imed out" in text or "imeout" in text:
         return TrainingError(
             f"another process of this run did not answer in time ({brief(error, 160)}). Raise --ddp_timeout if it was "

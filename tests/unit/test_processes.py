@@ -14,7 +14,7 @@ import torch
 
 import sapo.commands.main
 from sapo import SAPOConfig
-from sapo.commands.launch import ended
+from sapo.commands.launch import ended, launch
 from sapo.commands.main import interrupted, main
 from sapo.commands.notices import held_notices
 from sapo.errors import ConfigurationError, DatasetError, ModelError, RepeatedError, TrainingError, process_lost
@@ -83,6 +83,10 @@ def test_one_process_raises_its_own_and_asks_nobody():
         (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), "ended"),
         (torch.distributed.DistBackendError("[Rank 0] Watchdog caught collective operation timeout"), "ddp_timeout"),
         (RuntimeError("gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"), "ddp_timeout"),
+        (
+            torch.distributed.DistNetworkError("The server socket has failed to listen: port: 29500, EADDRINUSE"),
+            r"29500, EADDRINUSE). Choose another: --main_process_port",
+        ),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ConnectionError("Connection reset by peer"), None),
     ],
@@ -216,6 +220,17 @@ def test_how_a_process_ended_is_said(status, asked, said):
 @pytest.mark.parametrize("status", [-15, -2, 130])
 def test_a_run_that_was_asked_to_end_before_its_first_step_is_interrupted(status):
     assert isinstance(ended(0, status, asked=True), KeyboardInterrupt)
+
+
+def test_a_port_that_is_in_use_is_one_line(monkeypatch):
+    def in_use(parsed):
+        raise ConnectionError("Tried to launch on port `29500`, but another process is utilizing it.")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", in_use)
+    with pytest.raises(ConfigurationError, match=r"29500.*Choose another: --main_process_port"):
+        launch("train", {"--accelerate_config": "multi_gpu"}, [])
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", "Interrupted.\n"), ("1", "")])

@@ -14,7 +14,7 @@ import psutil
 
 from sapo.commands.catalog import LAUNCHER
 from sapo.commands.parser import Parsed
-from sapo.errors import ConfigurationError, TrainingError, nearest, require
+from sapo.errors import ANOTHER_PORT, ConfigurationError, TrainingError, brief, nearest, require
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 """The shipped configurations: multi_gpu, zero2, zero3, fsdp2."""
@@ -99,6 +99,7 @@ def launch(command: str, launcher: Mapping[str, str], own: Sequence[str]) -> Non
     Raises:
         ConfigurationError: no such configuration, or no GPU: accelerate would then run one process and say nothing.
         TrainingError: a process failed; it has said why.
+        KeyboardInterrupt: it was asked to end before its first step.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -123,6 +124,9 @@ def launch(command: str, launcher: Mapping[str, str], own: Sequence[str]) -> Non
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ended(rank, failure.exitcode, asked=bool(passed_on)) from error
+    except ConnectionError as error:
+        # accelerate, of several machines; on one it takes a port that is free.
+        raise ConfigurationError(f"{brief(error)} {ANOTHER_PORT}") from error
 
 
 def ended(process: int, status: int, *, asked: bool) -> BaseException:

@@ -19,7 +19,7 @@ from sapo.commands.main import interrupted, main
 from sapo.commands.notices import held_notices
 from sapo.errors import ConfigurationError, DatasetError, ModelError, RepeatedError, TrainingError, process_lost
 from sapo.options.rendezvous import processes_told, waiting_line, waiting_told
-from sapo.runs.folder import writing
+from sapo.runs.folder import RunFolder, writing
 from sapo.runs.layout import LOCK_FILE
 from sapo.runs.world import World
 from sapo.text.interrupts import raise_swallowed
@@ -124,6 +124,23 @@ def test_only_the_first_process_removes_what_all_of_them_write_in(tmp_path):
         assert (tmp_path / "staging").is_dir() is left
     with pytest.raises(RuntimeError, match="Connection"), writing(tmp_path / "checkpoint-2", None):
         raise RuntimeError(f"writev: {GLOO}")
+
+
+def test_every_process_learns_the_place_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    places = []
+    RunFolder(tmp_path, World(1, 2)).save_checkpoint(2, lambda: None, lambda staged, place: places.append(place))
+    assert places == [tmp_path / "checkpoint-2"]
+
+
+def test_all_processes_resume_from_what_the_first_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    (tmp_path / "checkpoint-4").mkdir()
+    # The path of the folder is another in the first process.
+    blind = answering(lambda own: "/elsewhere/checkpoint-6" if isinstance(own, str) else own)(1, 2)
+    assert RunFolder(tmp_path, blind).find_checkpoint("auto") == tmp_path / "checkpoint-6"
+    blind = answering(None)(1, 2)
+    assert RunFolder(tmp_path, blind).find_checkpoint("auto") is None
 
 
 # ---- What they agree on ----

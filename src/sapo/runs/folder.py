@@ -85,7 +85,7 @@ class RunFolder:
         if wanted in (True, "true", "True", "auto"):
             newest = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
             # All resume from what the first finds, or begin afresh: a network may be late to show it to the others.
-            newest = self._world.gather(newest)[0]
+            newest = self._world.first_decides(newest)
             with self._world.agreeing():
                 if newest is None and wanted != "auto":
                     raise CheckpointError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from sapo.errors import RepeatedError, SapoError, TrainingError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,10 @@ class World:
         """The values of all processes, in their order; all take part. Plain objects, nothing large."""
         return list(gather_object([value])) if self.size > 1 else [value]
 
-    def first_decides(self, value: bool) -> bool:
-        """What the first process says, on all of them: clocks differ, and all must do the same."""
-        return bool(self.gather(value)[0])
+    def first_decides(self, value: T) -> T:
+        """What the first process says, on all of them: clocks and file systems differ, and all must do the same."""
+        said: T = self.gather(value)[0]
+        return said
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:

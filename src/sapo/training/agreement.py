@@ -47,8 +47,7 @@ def check_processes(context: RunContext, folder: Path, rows: Any, digest: str) -
     }
     found = world.gather(own)
     said = different(found)
-    owner = owner_of(folder) if world.first else {}
-    owner = world.gather(owner)[0]
+    owner = world.first_decides(owner_of(folder) if world.first else {})
     seen = world.gather(world.first or _is_seen(folder, owner, asked=not said))
     if said:
         raise ConfigurationError(f"{said}. Start all processes with the same command, recipe, data and model.")

@@ -72,7 +72,7 @@ class EngineWeights:
             if self._world.first:
                 # What a killed run has left there is of no use.
                 shutil.rmtree(self._folder, ignore_errors=True)
-            self._run = str(self._world.gather(secrets.token_hex(4))[0])
+            self._run = self._world.first_decides(secrets.token_hex(4))
             if self._world.size > 1:
                 # Used by the queue's thread alone, so that it never mixes with what training communicates.
                 self._group = dist.new_group(backend="gloo")

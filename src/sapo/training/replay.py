@@ -70,7 +70,7 @@ def _replies(context: RunContext, folder: RunFolder, checkpoint: Path | None) ->
     found: dict[str, Any] = {}
     if context.world.first:
         found = _generated(context, folder) if checkpoint is None else _kept(folder, checkpoint)
-    first = context.world.gather(found)[0]
+    first = context.world.first_decides(found)
     return list(zip(first["prompts"], first["replies"], strict=True))
 
 

@@ -47,7 +47,9 @@ def round_to(weight: Tensor, master: Tensor) -> None:
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `round_to` makes of `master` in a weight of `dtype`."""
+    """What `round_to` makes of `master` in a weight of `dtype`; `master` itself where that is its own."""
+    if master.dtype == dtype:
+        return master
     weight = torch.empty_like(master, dtype=dtype)
     round_to(weight, master)
     return weight
